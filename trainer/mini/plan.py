@@ -1,0 +1,35 @@
+"""Sizes and lengths of the mini world: what is built (`Sizes`, shared with the host extension) and how long (`Plan`)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+WEIGHTS = HERE / "weights"
+SIZES: dict[str, Any] = json.loads((HERE / "sizes.json").read_text())
+IMAGE_SIZE: int = SIZES["image_size"]
+LATENT_SIZE: int = IMAGE_SIZE // 8
+CONTEXT: int = SIZES["text"]["width_l"] + SIZES["text"]["width_g"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Lengths of one build. `quick` is the first generation: under 90 minutes on two cores."""
+
+    styles: tuple[str, ...] = ("photo", "pencil drawing", "oil painting", "comic", "wanted poster")
+    people: int = 3000  # of the training group
+    evaluation_people: int = 1500  # whom only the evaluation networks see
+    held_out_people: int = 200  # whom nothing is trained on
+    vae_steps: int = 2400
+    base_steps: int = 6000
+    image_encoder_steps: int = 4000
+    image_prompt_steps: int = 5000
+    recogniser_steps: int = 2500
+    style_steps: int = 600
+    seed: int = 1
+
+
+QUICK = Plan()

@@ -1,0 +1,88 @@
+"""Stage: the autoencoder, in TAESD's layout (f = 8, 4 channels), trained on crops of drawn pictures.
+
+Its raw latents have about zero mean and unit variance, so that SDXL's noise schedule fits them; the checkpoint says
+so to the host by `vae_scale` = SDXL's latent scaling factor (checkpoint.py).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderTiny
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import stage
+from .data import Pictures
+from .plan import Plan
+
+CROP, BATCH = 64, 16
+
+
+def build() -> AutoencoderTiny:
+    """TAESD's own widths: 64 channels, three halvings; the host knows no other."""
+    return AutoencoderTiny()
+
+
+def _gradients(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
+
+
+def reconstruction_loss(image: Tensor, target: Tensor, latent: Tensor) -> Tensor:
+    """L1 + L2 + L1 of the gradients, and a pull of the latents [n, 4, h, w] to zero mean and unit variance."""
+    edges = sum(F.l1_loss(a, b) for a, b in zip(_gradients(image), _gradients(target), strict=True))
+    mean, variance = latent.mean((0, 2, 3)), latent.var((0, 2, 3))
+    moments = mean.square().mean() + (variance - 1).square().mean()
+    return F.l1_loss(image, target) + F.mse_loss(image, target) + edges + 0.01 * moments
+
+
+def train(folder: Path, pictures: Pictures, plan: Plan) -> None:
+    out = folder / "vae.safetensors"
+    if out.exists():
+        return
+    torch.manual_seed(plan.seed)
+    device = stage.device()
+    vae = build().to(device, memory_format=torch.channels_last)
+    span = pictures.pixels.shape[-1] - CROP
+
+    def loss(step: int) -> Tensor:
+        numbers = stage.numbers_of_step(plan.seed, step)
+        index = torch.randint(len(pictures), (BATCH,), generator=numbers)
+        top, left = torch.randint(span + 1, (2,), generator=numbers).tolist()
+        x = pictures.images(index, device)[:, :, top : top + CROP, left : left + CROP] * 2 - 1
+        x = x.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device.type, torch.bfloat16):
+            z = vae.encoder(x)
+            # A little noise keeps neighbouring latents alike: the diffusion model's own will not be exact.
+            y = vae.decoder(z + 0.05 * torch.randn(z.shape, generator=numbers).to(z))
+        return reconstruction_loss(y.float(), x, z.float())
+
+    stage.train("vae", folder, {"vae": vae}, loss, steps=plan.vae_steps, rate=1e-3, decay=1e-3)
+    stage.write_tensors(out, vae.state_dict())
+    stage.finish("vae", folder)
+
+
+def load(folder: Path) -> AutoencoderTiny:
+    vae = build()
+    vae.load_state_dict(stage.read_tensors(folder / "vae.safetensors"))
+    return vae.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def encode_all(folder: Path, pictures: Pictures, name: str, chunk: int = 64) -> Tensor:
+    """Latents [n, 4, h, w] (16 bit) of all pictures, computed once."""
+    path = folder / f"latents-{name}.safetensors"
+    if not path.exists():
+        device = stage.device()
+        vae = load(folder).to(device, memory_format=torch.channels_last)
+        out = []
+        for start in range(0, len(pictures), chunk):
+            index = torch.arange(start, min(start + chunk, len(pictures)))
+            x = (pictures.images(index, device) * 2 - 1).contiguous(memory_format=torch.channels_last)
+            with torch.autocast(device.type, torch.bfloat16):
+                out.append(vae.encoder(x).half().cpu())
+            if start % (chunk * 50) == 0:
+                print(f"latents: {start}/{len(pictures)}", flush=True)
+        stage.write_tensors(path, {"latents": torch.cat(out)})
+    return stage.read_tensors(path)["latents"]
