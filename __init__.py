@@ -1,0 +1,14 @@
+"""LCM-Lookahead for ComfyUI: the door of the host.
+
+The host calls `comfy_entrypoint`. Nothing of ours is imported before that, so that this file can also be imported
+where there is no ComfyUI (tests, the trainer, `pip install`).
+"""
+
+WEB_DIRECTORY = "./web"
+
+
+async def comfy_entrypoint():
+    """Return the extension that holds all nodes of this pack (called once by ComfyUI)."""
+    from .nodes.extension import LookaheadExtension
+
+    return LookaheadExtension()

@@ -1,0 +1,70 @@
+"""Attention of the method, over keys and values that are already projected.
+
+Tensors are [batch, tokens, channels] with the heads folded into the channels, as both the host and diffusers hand them
+on. `attention` is any function (q, k, v, heads) -> [batch, tokens, channels]; the host passes its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Attention = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """Plain multi-head attention with scale 1/sqrt(channels/heads): q [B, N, C], k and v [B, M, C] -> [B, N, C]."""
+    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def image_prompt_term(
+    q: Tensor,
+    k_ip: Tensor,
+    v_ip: Tensor,
+    heads: int,
+    scale: float = 1.0,
+    mask: Tensor | None = None,
+    attention: Attention = softmax_attention,
+) -> Tensor:
+    """The image half of decoupled cross-attention: scale * mask * softmax(q k_ip^T / sqrt(d)) v_ip.
+
+    q [B, N, C]; k_ip, v_ip [B, T, C]; mask [B, N, 1] in [0, 1] (where in the picture the image prompt holds) or None.
+    Raises ValueError where the batch sizes differ: rows must be matched by the caller, who knows what each row is.
+    """
+    if k_ip.shape[0] != q.shape[0] or v_ip.shape != k_ip.shape:
+        raise ValueError(f"image prompt keys {tuple(k_ip.shape)} do not fit queries {tuple(q.shape)}, row for row")
+    out = attention(q, k_ip, v_ip, heads)
+    if mask is not None:
+        out = out * mask
+    return out * scale
+
+
+def decoupled_cross_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_ip: Tensor,
+    v_ip: Tensor,
+    heads: int,
+    scale: float = 1.0,
+    mask: Tensor | None = None,
+    attention: Attention = softmax_attention,
+) -> Tensor:
+    """Attention to the text plus scaled attention to the image prompt, each with its own softmax.
+
+    IP-Adapter (arXiv 2308.06721), equation 5: Z = Attention(Q, K, V) + scale * Attention(Q, K_ip, V_ip).
+    q [B, N, C]; k, v [B, M, C]; k_ip, v_ip [B, T, C]; mask [B, N, 1] or None. The output projection comes after.
+    """
+    return attention(q, k, v, heads) + image_prompt_term(q, k_ip, v_ip, heads, scale, mask, attention)
+
+
+def mask_on_tokens(mask: Tensor, height: int, width: int) -> Tensor:
+    """A picture mask [B, H, W] in [0, 1] averaged onto a token grid: [B, height * width, 1].
+
+    Each token gets the mean of the mask over its part of the picture (exact also where sizes do not divide).
+    """
+    grid = torch.nn.functional.adaptive_avg_pool2d(mask.unsqueeze(1), (height, width))
+    return grid.flatten(2).transpose(1, 2)
