@@ -1,0 +1,55 @@
+"""Where the cross-attentions of an SDXL-like UNet sit: diffusers' names, the host's keys, the order of public files.
+
+IP-Adapter files number the attentions of diffusers' `attn_processors`: down, then up, then the middle block, each
+transformer block giving an even number to its self- and an odd one to its cross-attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+RES_BLOCKS = 2  # residual blocks a level of the encoder half; the decoder half has one more
+
+SDXL_DEPTH = (0, 2, 10)  # transformer depth a level, highest resolution first
+SDXL_MIDDLE_DEPTH = 10
+
+
+@dataclass(frozen=True)
+class BlockName:
+    """One transformer block. host: ("input" | "middle" | "output", id, index); diffusers: its module path."""
+
+    host: tuple[str, int, int]
+    diffusers: str
+
+
+def block_names(
+    depth: Sequence[int] = SDXL_DEPTH, middle_depth: int = SDXL_MIDDLE_DEPTH, res_blocks: int = RES_BLOCKS
+) -> list[BlockName]:
+    """All transformer blocks of a UNet in the order of the public files.
+
+    depth: transformer depth of each level, highest resolution first (0 where a level has none); 70 names for SDXL.
+    """
+    names = []
+    levels = len(depth)
+    for level in range(levels):
+        for i in range(res_blocks):
+            block = 1 + level * (res_blocks + 1) + i  # 0 is the first convolution, the last of each level downsamples
+            for t in range(depth[level]):
+                path = f"down_blocks.{level}.attentions.{i}.transformer_blocks.{t}"
+                names.append(BlockName(("input", block, t), path))
+    for up, level in enumerate(reversed(range(levels))):
+        for i in range(res_blocks + 1):
+            block = up * (res_blocks + 1) + i
+            for t in range(depth[level]):
+                path = f"up_blocks.{up}.attentions.{i}.transformer_blocks.{t}"
+                names.append(BlockName(("output", block, t), path))
+    for t in range(middle_depth):
+        # The host counts the whole middle as block 0: ("middle", 1, t) is never called.
+        names.append(BlockName(("middle", 0, t), f"mid_block.attentions.0.transformer_blocks.{t}"))
+    return names
+
+
+def ip_adapter_key(ordinal: int, which: str) -> str:
+    """Name of a weight in the public files: ordinal counts the cross-attentions from 0, which is "k" or "v"."""
+    return f"ip_adapter.{2 * ordinal + 1}.to_{which}_ip.weight"

@@ -1,0 +1,80 @@
+"""Reading tensors out of a file that may be damaged, of another kind, or hostile."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+class EncoderFileError(ValueError):
+    """What is wrong with an encoder file, in one sentence for the user."""
+
+
+def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read (tensors, metadata) into host memory; nested pickled dicts become names with dots.
+
+    The format is found from the first bytes. Pickles are read with `weights_only=True`: nothing in them is executed.
+    Raises EncoderFileError for a missing, empty, truncated or foreign file and for a pickle that holds code.
+    """
+    path = Path(path)
+    name = path.name
+    try:
+        with path.open("rb") as f:
+            head = f.read(9)
+    except OSError as error:
+        raise EncoderFileError(f"{name} cannot be read ({error.strerror}): check that it is there.") from error
+    if head[8:9] == b"{":
+        return _read_safetensors(path)
+    if head[:4] == b"PK\x03\x04" or head[:1] == b"\x80":
+        return _read_pickle(path), {}
+    start = head.decode("ascii", "replace") if head else "nothing"
+    raise EncoderFileError(
+        f"{name} is neither a safetensors nor a PyTorch file (it starts with {start!r}): the download probably saved "
+        "something else; download it again."
+    )
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device="cpu") as f:
+            return {key: f.get_tensor(key) for key in f.keys()}, dict(f.metadata() or {})
+    except SafetensorError as error:
+        raise EncoderFileError(
+            f"{path.name} is not a complete safetensors file ({error}): it was probably cut short; download it again."
+        ) from error
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    damaged = f"{path.name} is not a complete PyTorch file: it was probably cut short; download it again."
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "truncated" in str(error) or "ran out" in str(error).lower():
+            raise EncoderFileError(damaged) from error
+        raise EncoderFileError(
+            f"{path.name} holds more than plain tensors (a pickle can carry code), so it was not loaded and nothing in "
+            "it was executed: use a .safetensors version from a source that you trust."
+        ) from error
+    except Exception as error:  # torch raises many kinds for damaged archives (RuntimeError, EOFError, KeyError, ...)
+        raise EncoderFileError(damaged) from error
+    tensors: dict[str, Tensor] = {}
+    _flatten(content, "", tensors, path.name)
+    return tensors
+
+
+def _flatten(content: object, prefix: str, tensors: dict[str, Tensor], name: str) -> None:
+    if not isinstance(content, dict):
+        raise EncoderFileError(
+            f"{name} holds a {type(content).__name__} where named tensors were expected: it is not an encoder file."
+        )
+    for key, value in content.items():
+        if isinstance(value, Tensor):
+            tensors[f"{prefix}{key}"] = value.detach()
+        else:
+            _flatten(value, f"{prefix}{key}.", tensors, name)
