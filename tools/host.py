@@ -507,22 +507,23 @@ class Host:
             answer = self.call("/prompt", {"prompt": prompt, "client_id": client_id or uuid.uuid4().hex})
         except urllib.error.HTTPError as refused:
             answer = json.loads(refused.read() or b"{}")
-            errors = answer.get("node_errors") or {}
-            details = [
-                f"node {node_id} ({error.get('class_type')}): {one.get('message')} {one.get('details')}".strip()
-                for node_id, error in errors.items()
-                for one in error.get("errors", [])
-            ]
-            top = answer.get("error") or {}
-            top = top if isinstance(top, dict) else {"message": str(top)}
-            text = "; ".join(details) or f"{top.get('message')} {top.get('details', '')}".strip()
-            raise PromptRefused(f"ComfyUI refused the prompt: {text}", errors) from None
-        if answer.get("node_errors"):
-            raise PromptRefused(
-                "ComfyUI refused a part of the prompt: " + json.dumps(answer["node_errors"])[:500],
-                answer["node_errors"],
-            )
-        return answer["prompt_id"]
+        errors = answer.get("node_errors") or {}
+        if "prompt_id" in answer and not errors:
+            return answer["prompt_id"]
+        if "prompt_id" in answer:  # the host runs the outputs that are valid: all or nothing is clearer here
+            self.call("/queue", {"delete": [answer["prompt_id"]]})
+            self.interrupt()
+        details = [
+            f"node {node_id} ({error.get('class_type')}): {one.get('message')} ({one.get('details')})"
+            for node_id, error in errors.items()
+            for one in error.get("errors", [])
+        ]
+        top = answer.get("error") or {}
+        top = top if isinstance(top, dict) else {"message": str(top)}
+        raise PromptRefused(
+            "ComfyUI refused the prompt: " + ("; ".join(details) or f"{top.get('message')} {top.get('details', '')}"),
+            errors,
+        )
 
     def interrupt(self) -> None:
         """Interrupt the run in progress."""
