@@ -1,0 +1,1 @@
+"""The nodes: everything that knows ComfyUI. Imported only by the host, through `comfy_entrypoint`."""

@@ -1,0 +1,236 @@
+"""How the image prompt lives in the host's sampling.
+
+A MODEL carries a tuple of `ImagePrompt` in `transformer_options["lookahead"]` and four wrappers, plain functions
+without state. What a wrapper finds out travels onward in copies of that dict; nothing is stored on an object that another
+branch of the graph could see, and no object is changed once it is registered.
+
+OUTER_SAMPLE     once a run: the tensors go to the model's device and precision
+PREDICT_NOISE    once a model call: the guider's condition lists, and which image prompts act at this sigma
+CALC_COND_BATCH  the role (conditional or not) of each condition list, and the area of each condition
+APPLY_MODEL      keys and values for each row of this batch, and the replacement of every cross-attention
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from comfy.ldm.modules.attention import optimized_attention
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from ..lookahead.attention import image_prompt_term, mask_on_tokens
+from .roles import Area, Rows, conditional_roles
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+
+KEY = "lookahead"
+
+
+@dataclass(frozen=True, eq=False)
+class ImagePrompt:
+    """One image prompt on a MODEL. Immutable: clones of the MODEL share it.
+
+    keys_values, null_keys_values: as in `Subject`; layout: for each cross-attention, by the host's key, the offset of
+    its keys in the packed channels and its width; mask: [masks, H, W] in [0, 1] over the whole picture, or None;
+    start, end: part of the sampling in which it acts, in [0, 1].
+    """
+
+    keys_values: Tensor
+    null_keys_values: Tensor
+    layout: dict[tuple[str, int, int], tuple[int, int]]
+    weight: float
+    start: float = 0.0
+    end: float = 1.0
+    mask: Tensor | None = None
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> ImagePrompt:
+        """A copy with its tensors on a device and in a precision; itself where they are there already."""
+        moved = self.keys_values.to(device, dtype)
+        if moved is self.keys_values and (self.mask is None or self.mask.device == moved.device):
+            return self
+        return replace(
+            self,
+            keys_values=moved,
+            null_keys_values=self.null_keys_values.to(device, dtype),
+            mask=None if self.mask is None else self.mask.to(device),
+        )
+
+    def acts(self, sigma: Tensor, model_sampling: Any) -> bool:
+        """Whether it acts at this noise level, by the host's convention for the timestep range of a condition."""
+        if self.start <= 0 and self.end >= 1:
+            return True  # without asking the device for the value of sigma
+        now = float(sigma.flatten()[0])
+        return model_sampling.percent_to_sigma(self.end) <= now <= model_sampling.percent_to_sigma(self.start)
+
+
+@dataclass(frozen=True, eq=False)
+class ModelCall:
+    """One call of the guider: its condition lists, and the image prompts that act now."""
+
+    conds: dict[str, list[dict[str, Any]]]
+    prompts: tuple[ImagePrompt, ...]
+
+
+@dataclass
+class RunLog:
+    """What has been logged in this run, so that each thing is said once. Lives as long as the run."""
+
+    said: set[str] = field(default_factory=set)
+
+    def once(self, text: str) -> None:
+        if text not in self.said:
+            self.said.add(text)
+            logging.warning("[LCM-Lookahead] %s", text)
+
+
+def add_image_prompt(model: ModelPatcher, prompt: ImagePrompt) -> ModelPatcher:
+    """A clone of `model` on which one more image prompt acts; their effects add up."""
+    model = model.clone()
+    options = model.model_options["transformer_options"]
+    ours = options.get(KEY, {})
+    options[KEY] = {**ours, "image_prompts": (*ours.get("image_prompts", ()), prompt)}
+    for kind, wrapper in (
+        (WrappersMP.OUTER_SAMPLE, outer_sample),
+        (WrappersMP.PREDICT_NOISE, predict_noise),
+        (WrappersMP.CALC_COND_BATCH, calc_cond_batch),
+        (WrappersMP.APPLY_MODEL, apply_model),
+    ):
+        model.remove_wrappers_with_key(kind, KEY)  # an earlier image prompt has put the same function there
+        model.add_wrapper_with_key(kind, KEY, wrapper)
+    return model
+
+
+def _with(model_options: dict[str, Any], **entries: Any) -> dict[str, Any]:
+    """Copies of model options, transformer options and our part of them, with entries added to our part."""
+    options = model_options.get("transformer_options", {})
+    return {**model_options, "transformer_options": {**options, KEY: {**options.get(KEY, {}), **entries}}}
+
+
+def outer_sample(executor, *args, **kwargs):
+    """Once a run: bring tensors to the device. `guider.model_options` is the run's own copy; it is put back anyway."""
+    guider = executor.class_obj
+    before = guider.model_options
+    prompts = before.get("transformer_options", {}).get(KEY, {}).get("image_prompts", ())
+    patcher = guider.model_patcher
+    device, dtype = patcher.load_device, patcher.model.get_dtype_inference()
+    guider.model_options = _with(before, image_prompts=tuple(p.to(device, dtype) for p in prompts), log=RunLog())
+    try:
+        return executor(*args, **kwargs)
+    finally:
+        guider.model_options = before
+
+
+def predict_noise(executor, x, timestep, model_options, seed=None):
+    """Once a model call: `executor.class_obj` is the guider."""
+    guider = executor.class_obj
+    prompts = model_options.get("transformer_options", {}).get(KEY, {}).get("image_prompts", ())
+    acting = tuple(p for p in prompts if p.acts(timestep, guider.inner_model.model_sampling))
+    if acting:
+        model_options = _with(model_options, call=ModelCall(guider.conds, acting))
+    return executor(x, timestep, model_options, seed)
+
+
+def calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
+    """Each time conditions are evaluated, also by nodes that do so after the guider (SAG, PAG)."""
+    call = model_options.get("transformer_options", {}).get(KEY, {}).get("call")
+    if call is not None:
+        areas = {c["uuid"]: Area.of(c, x_in) for cond in conds if cond is not None for c in cond if "uuid" in c}
+        rows = Rows(conditional_roles(conds, call.conds), areas, tuple(x_in.shape[-2:]))
+        model_options = _with(model_options, rows=rows)
+    return executor(model, conds, x_in, timestep, model_options)
+
+
+def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):
+    """Each pass of the UNet: put our replacement around whatever replacement each cross-attention has."""
+    transformer_options = transformer_options or {}
+    ours = transformer_options.get(KEY, {})
+    call = ours.get("call")
+    if call is not None:
+        dtype = executor.class_obj.get_dtype_inference()
+        terms = [PromptRows(p.to(x.device, dtype), x, transformer_options, ours.get("rows")) for p in call.prompts]
+        log = ours.get("log") or RunLog()
+        replaced = transformer_options.get("patches_replace", {})
+        attn2 = dict(replaced.get("attn2", {}))
+        for key in dict.fromkeys(key for term in terms for key in term.prompt.layout):
+            inner = attn2.get(key, attn2.get(key[:2]))
+            attn2[key] = cross_attention(key, inner, [term for term in terms if key in term.prompt.layout], log)
+        transformer_options = {**transformer_options, "patches_replace": {**replaced, "attn2": attn2}}
+    return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+
+
+class PromptRows:
+    """One image prompt laid out for the rows of one UNet pass. Lives as long as the pass."""
+
+    def __init__(self, prompt: ImagePrompt, x: Tensor, options: dict[str, Any], rows: Rows | None):
+        self.prompt = prompt
+        self.rows = x.shape[0]
+        chunks = len(options.get("cond_or_uncond") or [0])
+        pictures = self.rows // chunks
+        # A pass that no known list of the guider asked for counts as unconditional.
+        roles = rows.of(options) if rows is not None else (False,) * chunks
+        turn = [row % prompt.keys_values.shape[0] for row in range(pictures)]
+        self.keys_values = torch.cat(
+            [
+                (prompt.keys_values if len(set(turn)) == 1 else prompt.keys_values[turn]).expand(pictures, -1, -1)
+                if conditional
+                else prompt.null_keys_values.expand(pictures, -1, -1)
+                for conditional in roles
+            ]
+        )
+        self.mask = None
+        if prompt.mask is not None:
+            height, width = rows.latent if rows is not None else x.shape[-2:]
+            full = mask_on_tokens(prompt.mask, height, width).unflatten(1, (height, width)).squeeze(-1)
+            full = full[[row % full.shape[0] for row in range(pictures)]]
+            areas = rows.areas_of(options) if rows is not None else (None,) * chunks
+            self.mask = torch.cat([full if area is None else area.crop(full) for area in areas])
+        self.grids: dict[tuple[int, int], Tensor] = {}
+
+    def attend(self, q: Tensor, key: tuple[str, int, int], extra: dict[str, Any], attention: Callable) -> Tensor | None:
+        """weight * mask * attention to the image prompt, [rows, tokens, channels]; None where rows do not match."""
+        offset, width = self.prompt.layout[key]
+        k, v = self.keys_values[..., offset : offset + 2 * width].chunk(2, dim=-1)
+        tiles, left = divmod(q.shape[0], self.rows)
+        if left or (tiles != 1 and self.mask is not None):
+            return None
+        if tiles != 1:  # each row was cut into tiles (HyperTile): all tiles of a row see the row's image prompt
+            k, v = k.repeat_interleave(tiles, dim=0), v.repeat_interleave(tiles, dim=0)
+        mask = None
+        if self.mask is not None:
+            grid = tuple(extra["activations_shape"][-2:])
+            if grid[0] * grid[1] != q.shape[1]:
+                return None
+            if grid not in self.grids:
+                self.grids[grid] = mask_on_tokens(self.mask, *grid).to(q.dtype)
+            mask = self.grids[grid]
+        return image_prompt_term(q, k.to(q.dtype), v.to(q.dtype), extra["n_heads"], self.prompt.weight, mask, attention)
+
+
+def cross_attention(
+    key: tuple[str, int, int], inner: Callable | None, terms: list[PromptRows], log: RunLog
+) -> Callable:
+    """The replacement for one cross-attention: what was there (or the plain one), plus every image prompt."""
+
+    def replacement(q, k, v, extra):
+        def attention(q, k, v, heads):
+            precision = extra.get("attn_precision")
+            return optimized_attention(q, k, v, heads, attn_precision=precision, transformer_options=extra)
+
+        out = attention(q, k, v, extra["n_heads"]) if inner is None else inner(q, k, v, extra)
+        for term in terms:
+            added = term.attend(q, key, extra, attention)
+            if added is None:
+                log.once(
+                    "another node reshapes the tokens of some cross-attentions in a way that the image prompt cannot "
+                    "follow: these run without it."
+                )
+            else:
+                out = out + added
+        return out
+
+    return replacement

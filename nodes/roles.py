@@ -1,0 +1,80 @@
+"""Which row of a batch plays which role, and which part of the picture it sees.
+
+A row's index means nothing by itself: guiders order their condition lists as they like (DualCFG has the negative
+first, PerpNeg has three lists), nodes evaluate one list alone, and batches split by free memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+UNCONDITIONAL = ("negative", "empty_negative_prompt")  # names of such lists in the host's guiders
+
+CondList = list[dict[str, Any]]
+
+
+def conditional_roles(conds: Sequence[CondList | None], guider_conds: Mapping[str, CondList]) -> tuple[bool, ...]:
+    """For each evaluated list whether it is conditional: by which list of the guider it IS.
+
+    A list that the guider does not hold (a copy, or encoded anew) takes the role of the guider's list that begins with
+    the same text, else it is unconditional.
+    """
+
+    def role(cond: CondList | None) -> bool:
+        for name, known in guider_conds.items():
+            if cond is known:
+                return name not in UNCONDITIONAL
+        # Only the first condition of a list is surely its own: the host appends the areas of other lists.
+        for mark in ("uuid", "cross_attn"):
+            own = cond[0].get(mark) if cond else None
+            for name, known in guider_conds.items():
+                if own is not None and known and known[0].get(mark) is own:
+                    return name not in UNCONDITIONAL
+        return False
+
+    return tuple(role(cond) for cond in conds)
+
+
+@dataclass(frozen=True)
+class Area:
+    """A rectangle of the latent picture, in latent pixels."""
+
+    height: int
+    width: int
+    top: int
+    left: int
+
+    @classmethod
+    def of(cls, cond: dict[str, Any], x: Tensor) -> Area | None:
+        """The area of a condition, clipped to the picture as the host does; None for the whole picture."""
+        area = cond.get("area")
+        if area is None or len(area) != 4:
+            return None
+        height, width, top, left = area
+        return cls(min(x.shape[-2] - top, height), min(x.shape[-1] - left, width), top, left)
+
+    def crop(self, picture: Tensor) -> Tensor:
+        """[n, H, W] -> [n, height, width]."""
+        return picture[:, self.top : self.top + self.height, self.left : self.left + self.width]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What is known of an evaluation of conditions: roles by list index, areas by condition, the latent's size."""
+
+    roles: tuple[bool, ...]
+    areas: Mapping[Any, Area | None]
+    latent: tuple[int, int]
+
+    def of(self, options: Mapping[str, Any]) -> tuple[bool, ...]:
+        """For each chunk of a UNet pass whether it is conditional."""
+        return tuple(0 <= i < len(self.roles) and self.roles[i] for i in options.get("cond_or_uncond") or [0])
+
+    def areas_of(self, options: Mapping[str, Any]) -> tuple[Area | None, ...]:
+        """For each chunk of a UNet pass its area."""
+        chunks = len(options.get("cond_or_uncond") or [0])
+        return tuple(self.areas.get(uuid) for uuid in options.get("uuids") or [None] * chunks)

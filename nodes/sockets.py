@@ -1,0 +1,44 @@
+"""Our socket types and what travels through them. Socket names are frozen: they stand in people's workflow files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from comfy_api.latest import io
+from torch import Tensor
+
+from .encoder import Encoder
+
+ENCODER = io.Custom("LOOKAHEAD_ENCODER")
+REFERENCE = io.Custom("LOOKAHEAD_REFERENCE")
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """One person (or thing), known from one or several pictures, and all that is derived from these.
+
+    encoder: what read the pictures.
+    pixels: [pictures, size, size, 3] in [0, 1], shorter side resized and centre-cropped.
+    mask: [pictures, size, size] in [0, 1], the part of each picture that counts, or None for all of it.
+    keys_values, null_keys_values: the image prompt behind the projections of every cross-attention, packed as
+        `Encoder.keys_values` says, [rows, tokens, channels] and [1, tokens, channels] on the intermediate device.
+        One row holds for every picture of a batch; several rows go one to each picture, in turn.
+    latents: [pictures, 4, size / 8, size / 8] as the VAE gives them, or None without a VAE.
+    kv_prompt: conditioning for the reference pass, or None.
+    """
+
+    encoder: Encoder
+    pixels: Tensor
+    mask: Tensor | None
+    keys_values: Tensor
+    null_keys_values: Tensor
+    latents: Tensor | None = None
+    kv_prompt: Any = None
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """What travels as LOOKAHEAD_REFERENCE: one subject or several. Never changed once made."""
+
+    subjects: tuple[Subject, ...]
