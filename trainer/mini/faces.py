@@ -105,7 +105,9 @@ def sample_identities(n: int, generator: torch.Generator) -> Batch:
     return people
 
 
-def sample_nuisance(n: int, generator: torch.Generator, style: Tensor | None = None, place: Tensor | None = None) -> Batch:
+def sample_nuisance(
+    n: int, generator: torch.Generator, style: Tensor | None = None, place: Tensor | None = None
+) -> Batch:
     """How n pictures are taken; style [n] and place [n] (indices into STYLES and PLACES) are drawn when not given."""
     nuisance = {k: _uniform(n, low, high, generator) for k, (low, high) in NUISANCE.items()}
     nuisance["background"] = torch.rand(n, 3, generator=generator) * 0.6 + 0.3
@@ -310,7 +312,8 @@ def _draw_face(canvas: _Canvas, x: Tensor, y: Tensor, a: Batch, b: Batch) -> Non
         lid = (ey + eye * 0.75 + 0.25 * (ex / eye / 1.3) ** 2 * eye).abs() - 0.006
         paint(inside(lid) * (ex.abs() < eye * 1.3) * 0.7, shade * 0.5)
         brow = ey + eye + 0.065 + _column(a["brow_slope"]) * ex * side
-        paint(inside(torch.maximum(brow.abs() - _column(a["brow_thickness"]), ex.abs() - eye * 1.45)), hair_colour * 0.75)
+        brow = torch.maximum(brow.abs() - _column(a["brow_thickness"]), ex.abs() - eye * 1.45)
+        paint(inside(brow), hair_colour * 0.75)
 
     # Nose, mouth, moustache, mole.
     length, nose = _column(a["nose_length"]), _column(a["nose_width"])
@@ -333,9 +336,8 @@ def _draw_face(canvas: _Canvas, x: Tensor, y: Tensor, a: Batch, b: Batch) -> Non
     radius = (distance - 0.015).clamp(max=0.16)
     for side in (-1, 1):
         ex, ey = xf - side * distance, y - eye_y - 0.01
-        rim = torch.where(
-            kind == 1, (ex**2 + ey**2 + 1e-6).sqrt() - radius, torch.maximum(ex.abs() - radius, ey.abs() - radius * 0.75)
-        )
+        square = torch.maximum(ex.abs() - radius, ey.abs() - radius * 0.75)
+        rim = torch.where(kind == 1, (ex**2 + ey**2 + 1e-6).sqrt() - radius, square)
         paint(inside(rim.abs() - 0.017) * (kind > 0), frame)
     arms = torch.maximum((y - eye_y + 0.02).abs() - 0.014, (xf.abs() - distance).abs() - (width - distance))
     visible = (kind > 0) & ((xf.abs() - distance).abs() > radius) & (xf.abs() < width)

@@ -1,4 +1,4 @@
-"""Sizes and lengths of the mini world: what is built (`Sizes`, shared with the host extension) and how long (`Plan`)."""
+"""Sizes (`SIZES`, shared with the host extension) and lengths (`Plan`) of the mini world."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Plan:
     people: int = 3000  # of the training group
     evaluation_people: int = 1500  # whom only the evaluation networks see
     held_out_people: int = 200  # whom nothing is trained on
-    vae_steps: int = 2400
+    vae_steps: int = 2000
     base_steps: int = 6000
     image_encoder_steps: int = 4000
     image_prompt_steps: int = 5000

@@ -1,4 +1,4 @@
-"""What the stages of the mini world share: a training loop that resumes, and files that are written whole or not at all.
+"""What the stages of the mini world share: a training loop that resumes, and files that are whole or not there.
 
 Random numbers are a function of seed and step (`numbers_of_step`), never of what ran before; so a stage that was
 stopped goes on exactly where its last saved step left it.

@@ -136,7 +136,7 @@ def _pencil(s: _Sheet) -> Tensor:
 
 
 def _oil(s: _Sheet) -> Tensor:
-    strokes = (torch.stack([s.x, s.y], -1) + s.noise(2, 16).permute(0, 2, 3, 1) * 0.03)
+    strokes = torch.stack([s.x, s.y], -1) + s.noise(2, 16).permute(0, 2, 3, 1) * 0.03
     smeared = F.grid_sample(blur(s.photo, 1.2), strokes, align_corners=True, padding_mode="border")
     grey = smeared.mean(1, keepdim=True)
     return (grey + (smeared - grey) * 1.5) * 1.02 + s.noise(1, 21) * 0.03

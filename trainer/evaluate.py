@@ -1,0 +1,66 @@
+"""Identity and prompt scores with their intervals. Pure functions over tensors; figures are told apart by seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Interval(NamedTuple):
+    """A figure and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def auc(own: Tensor, other: Tensor) -> float:
+    """Area under the ROC curve: the chance that a value of `own` [n] exceeds one of `other` [m]; ties count half."""
+    if not len(own) or not len(other):
+        raise ValueError(f"AUC needs values on both sides, got {len(own)} own and {len(other)} other")
+    values = torch.cat([own, other]).double()
+    _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    ranks = (last - (counts.double() - 1) / 2)[inverse]  # average rank of equal values, from 1
+    above = ranks[: len(own)].sum() - len(own) * (len(own) + 1) / 2
+    return (above / (len(own) * len(other))).item()
+
+
+def bootstrap(figure: Callable[[Tensor], float], groups: int, rounds: int = 1000, seed: int = 0) -> Interval:
+    """`figure(index)` over resampled groups (references, say), with the percentile interval of `rounds` draws.
+
+    index [groups] holds the drawn groups, with repetition; `arange(groups)` gives the figure itself. Groups are drawn,
+    not pictures, because pictures of one reference are not independent.
+    """
+    numbers = torch.Generator().manual_seed(seed)
+    drawn = [figure(torch.randint(groups, (groups,), generator=numbers)) for _ in range(rounds)]
+    low, high = torch.tensor(drawn, dtype=torch.double).quantile(torch.tensor([0.025, 0.975], dtype=torch.double))
+    return Interval(figure(torch.arange(groups)), low.item(), high.item())
+
+
+def own_and_other(similarity: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Similarities of pictures to their own and to all other references.
+
+    similarity [references, pictures per reference, references]: of picture (r, p) to reference s; index [k]: which
+    references count (with repetition in a bootstrap; a repeated reference is never its own "other").
+    """
+    own = similarity[index, :, index].flatten()
+    rows = similarity[index][:, :, index]
+    different = (index[:, None] != index[None])[:, None].expand_as(rows)
+    return own, rows[different]
+
+
+def identity_auc(similarity: Tensor, rounds: int = 200, seed: int = 0) -> Interval:
+    """AUC between similarity to the own and to other references, interval by drawing references."""
+    return bootstrap(lambda index: auc(*own_and_other(similarity, index)), len(similarity), rounds, seed)
+
+
+def share(hits: Tensor, rounds: int = 1000, seed: int = 0) -> Interval:
+    """Mean of hits [references, pictures] (0 or 1, or any score), interval by drawing references."""
+    return bootstrap(lambda index: hits[index].double().mean().item(), len(hits), rounds, seed)

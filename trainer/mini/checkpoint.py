@@ -1,0 +1,121 @@
+"""The mini world's weights in the public formats: one SDXL checkpoint in the layout that the host loads.
+
+Trained modules have diffusers' and transformers' names; the file has those of the original SDXL release: ldm names for
+the UNet, transformers' for CLIP-L, OpenCLIP's for bigG, TAESD's for the autoencoder.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+VAE_SCALE = 0.13025  # SDXL's latent scaling factor: the host divides by it, so TAESD's raw latents go to the UNet as is
+
+_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+_OUTER = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+    "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.1": "middle_block.2",
+}
+
+# A trailing ".conv." is a sampler's: residual blocks have conv1 and conv2.
+_BLOCK = re.compile(r"^(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)(?:\.conv(?=\.))?")
+
+
+def ldm_unet(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """diffusers' UNet names (two residual blocks a level) -> ldm's, without prefix."""
+    with_attention = {int(m[1]) for k in state if (m := re.match(r"up_blocks\.(\d+)\.attentions", k))}
+
+    def block(match: re.Match[str]) -> str:
+        side, level, kind, index = match[1], int(match[2]), match[3], int(match[4])
+        if side == "down":
+            if kind == "downsamplers":
+                return f"input_blocks.{3 * (level + 1)}.0.op"
+            return f"input_blocks.{3 * level + index + 1}.{0 if kind == 'resnets' else 1}"
+        if kind == "upsamplers":
+            return f"output_blocks.{3 * level + 2}.{2 if level in with_attention else 1}.conv"
+        return f"output_blocks.{3 * level + index}.{0 if kind == 'resnets' else 1}"
+
+    out = {}
+    for name, tensor in state.items():
+        new = _BLOCK.sub(block, name)
+        for old, fresh in _OUTER.items():
+            if new.startswith(old + "."):
+                new = fresh + new[len(old) :]
+        if ".resnets." in name:
+            head, layer, leaf = new.rsplit(".", 2)
+            new = f"{head}.{_RESNET[layer]}.{leaf}"
+        out[new] = tensor
+    return out
+
+
+def clip_l(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """transformers' names as they stand in SDXL's file; newer transformers leave "text_model." out."""
+    return {"text_model." + k.removeprefix("text_model."): v for k, v in state.items()}
+
+
+def open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """transformers' CLIPTextModelWithProjection -> OpenCLIP's text tower (q, k and v in one matrix)."""
+    state = {k.removeprefix("text_model."): v for k, v in state.items()}
+    out = {
+        "token_embedding.weight": state["embeddings.token_embedding.weight"],
+        "positional_embedding": state["embeddings.position_embedding.weight"],
+        "ln_final.weight": state["final_layer_norm.weight"],
+        "ln_final.bias": state["final_layer_norm.bias"],
+        "text_projection": state["text_projection.weight"].T.contiguous(),
+        "logit_scale": torch.tensor(4.6052),
+    }
+    layers = 1 + max(int(m[1]) for k in state if (m := re.match(r"encoder\.layers\.(\d+)\.", k)))
+    names = {
+        "self_attn.out_proj": "attn.out_proj",
+        "layer_norm1": "ln_1",
+        "layer_norm2": "ln_2",
+        "mlp.fc1": "mlp.c_fc",
+        "mlp.fc2": "mlp.c_proj",
+    }
+    for i in range(layers):
+        old, new = f"encoder.layers.{i}.", f"transformer.resblocks.{i}."
+        for leaf in ("weight", "bias"):
+            out[f"{new}attn.in_proj_{leaf}"] = torch.cat([state[f"{old}self_attn.{p}_proj.{leaf}"] for p in "qkv"])
+            for a, b in names.items():
+                out[f"{new}{b}.{leaf}"] = state[f"{old}{a}.{leaf}"]
+    return out
+
+
+def taesd(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """diffusers' AutoencoderTiny -> TAESD's two stacks; the decoder's clamp takes its place 0."""
+    out = {"vae_scale": torch.tensor(VAE_SCALE), "vae_shift": torch.tensor(0.0)}
+    for name, tensor in state.items():
+        side, _, index, leaf = name.split(".", 3)
+        out[f"taesd_{side}.{int(index) + (side == 'decoder')}.{leaf}"] = tensor
+    return out
+
+
+def sdxl_checkpoint(
+    unet: Mapping[str, Tensor], text_l: Mapping[str, Tensor], text_g: Mapping[str, Tensor], vae: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """All parts under their names in one file."""
+    parts = {
+        "model.diffusion_model.": ldm_unet(unet),
+        "conditioner.embedders.0.transformer.": clip_l(text_l),
+        "conditioner.embedders.1.model.": open_clip(text_g),
+        "first_stage_model.": taesd(vae),
+    }
+    return {prefix + k: v for prefix, part in parts.items() for k, v in part.items()}

@@ -1,0 +1,160 @@
+"""Stage: the image prompt. An IP-Adapter Plus for the mini base, trained with the plain diffusion loss (eq. 2).
+
+The reference is a photo of a person, the target another picture of the same person in any style, the text the short
+caption, which says nothing about the person: who it is can come from the reference alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...lookahead.attention import decoupled_cross_attention
+from ...lookahead.block_names import BlockName, block_names, ip_adapter_key
+from ...lookahead.image_prompt import Resampler, ResamplerSizes
+from . import base, image_encoder, stage
+from .data import Pictures
+from .plan import CONTEXT, SIZES, Plan
+from .text import tokenize, tokenizer
+
+BATCH = 32
+DROP_IMAGE = 0.1
+_S = SIZES["image_prompt"]
+
+
+def blocks() -> list[BlockName]:
+    depth = SIZES["unet"]["transformer_depth"]
+    return block_names(depth, depth[-1])
+
+
+def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """Attention written out: its backward is faster than SDPA's in bf16 on a CPU."""
+    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+    weight = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
+    return (weight @ v).transpose(1, 2).flatten(2)
+
+
+class ImagePromptAttention(nn.Module):
+    """A cross-attention of diffusers' UNet that also reads `tokens` [n, 16, context] of an image prompt, when set."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.to_k_ip = nn.Linear(CONTEXT, width, bias=False)
+        self.to_v_ip = nn.Linear(CONTEXT, width, bias=False)
+        self.tokens: Tensor | None = None
+
+    def __call__(self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: object) -> Tensor:
+        q = attn.to_q(hidden_states)
+        k, v = attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
+        if self.tokens is None:
+            out = _softmax_attention(q, k, v, attn.heads)
+        else:
+            k_ip, v_ip = self.to_k_ip(self.tokens), self.to_v_ip(self.tokens)
+            out = decoupled_cross_attention(q, k, v, k_ip, v_ip, attn.heads, attention=_softmax_attention)
+        return attn.to_out[1](attn.to_out[0](out))
+
+
+class Adapter(nn.Module):
+    """What is trained: the Resampler, and a key and a value projection for every cross-attention."""
+
+    def __init__(self, unet: UNet2DConditionModel):
+        super().__init__()
+        dim = _S["heads"] * _S["head_dim"]
+        width = SIZES["clip_vision"]["hidden_size"]
+        self.image_proj = Resampler(
+            ResamplerSizes(_S["tokens"], dim, _S["depth"], _S["heads"], width, CONTEXT, _S["ff_mult"] * dim)
+        )
+        attentions = [unet.get_submodule(b.diffusers).attn2 for b in blocks()]
+        self.ip_adapter = nn.ModuleList(ImagePromptAttention(a.to_q.out_features) for a in attentions)
+        for a, ip in zip(attentions, self.ip_adapter, strict=True):
+            # A start that the frozen layers understand: they know text tokens, and speak softly at first.
+            ip.to_k_ip.weight.data.copy_(a.to_k.weight)
+            ip.to_v_ip.weight.data.copy_(0.3 * a.to_v.weight)
+
+    def attach(self, unet: UNet2DConditionModel) -> None:
+        for block, ip in zip(blocks(), self.ip_adapter, strict=True):
+            unet.get_submodule(block.diffusers).attn2.set_processor(ip)
+
+    def set_tokens(self, tokens: Tensor | None) -> None:
+        for ip in self.ip_adapter:
+            ip.tokens = tokens
+
+
+def train(folder: Path, pictures: Pictures, latents: Tensor, plan: Plan) -> None:
+    out = folder / "image_prompt.safetensors"
+    if out.exists():
+        return
+    torch.manual_seed(plan.seed + 5)
+    device = stage.device()
+    unet, text = (m.to(device) for m in base.load(folder))
+    adapter = Adapter(unet).to(device)
+    adapter.attach(unet)
+    features, null = _photo_features(folder, pictures, device)
+    tokens = tokenizer()
+    short, empty = tokenize(tokens, pictures.short), tokenize(tokens, [""])
+    noised = base.Noising(device)
+    per_person = pictures.per_person
+
+    def loss(step: int) -> Tensor:
+        numbers = stage.numbers_of_step(plan.seed + 5, step)
+        person = torch.randint(len(pictures) // per_person, (BATCH,), generator=numbers)
+        reference = torch.randint(2, (BATCH,), generator=numbers)  # slots 0 and 1 are photos
+        other = torch.randint(1, per_person, (BATCH,), generator=numbers)
+        target = person * per_person + (reference + other) % per_person
+        ids, keep = base.drop_text(short[target], empty, numbers)
+        t, noise, x = noised(latents[target].float().to(device), numbers)
+        seen = features[person, reference].float().to(device)
+        dropped = torch.rand(BATCH, 1, 1, generator=numbers) < DROP_IMAGE
+        seen = torch.where(dropped.to(device), null, seen)
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+            context, pooled = text(ids.to(device))
+        keep = keep.to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            adapter.set_tokens(adapter.image_proj(seen))
+            condition = base.added(pooled.float() * keep[:, 0])
+            predicted = unet(x, t, context * keep, added_cond_kwargs=condition).sample
+        adapter.set_tokens(None)
+        return F.mse_loss(predicted.float(), noise)
+
+    stage.train("image_prompt", folder, {"adapter": adapter}, loss, steps=plan.image_prompt_steps, rate=1e-3, ema=0.998)
+    stage.write_tensors(out, public_tensors(adapter))
+    stage.finish("image_prompt", folder)
+
+
+def public_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """The adapter under the names of the public IP-Adapter Plus files."""
+    out = {f"image_proj.{k}": v for k, v in adapter.image_proj.state_dict().items()}
+    for n, ip in enumerate(adapter.ip_adapter):
+        out[ip_adapter_key(n, "k")], out[ip_adapter_key(n, "v")] = ip.to_k_ip.weight, ip.to_v_ip.weight
+    return out
+
+
+def load(tensors: Mapping[str, Tensor], unet: UNet2DConditionModel) -> Adapter:
+    """An adapter from the tensors of a public file, not yet attached."""
+    adapter = Adapter(unet)
+    adapter.image_proj.load_state_dict({k[11:]: v for k, v in tensors.items() if k.startswith("image_proj.")})
+    for n, ip in enumerate(adapter.ip_adapter):
+        ip.to_k_ip.weight.data.copy_(tensors[ip_adapter_key(n, "k")])
+        ip.to_v_ip.weight.data.copy_(tensors[ip_adapter_key(n, "v")])
+    return adapter.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def _photo_features(folder: Path, pictures: Pictures, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Image features of both photos of every person [people, 2, patches + 1, hidden] (16 bit), and those of nothing:
+    zeros in the encoder's own, normalised pixel space, not a black picture."""
+    encoder = image_encoder.load(folder).to(device)
+    size = SIZES["clip_vision"]["image_size"]
+    zeros = torch.zeros(1, 3, size, size, device=device)
+    null = encoder(pixel_values=zeros, output_hidden_states=True).hidden_states[-2]
+    first = torch.arange(0, len(pictures), pictures.per_person)
+    out = []
+    for chunk in torch.stack([first, first + 1], 1).split(32):
+        seen = image_encoder.features(encoder, pictures.images(chunk.flatten(), device))
+        out.append(seen.unflatten(0, (len(chunk), 2)).half().cpu())
+    return torch.cat(out), null
