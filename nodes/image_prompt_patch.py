@@ -1,8 +1,8 @@
 """How the image prompt lives in the host's sampling.
 
 A MODEL carries a tuple of `ImagePrompt` in `transformer_options["lookahead"]` and four wrappers, plain functions
-without state. What a wrapper finds out travels onward in copies of that dict; nothing is stored on an object that another
-branch of the graph could see, and no object is changed once it is registered.
+without state. What a wrapper finds out travels onward in copies of that dict; nothing is stored on an object that
+another branch of the graph could see, and no object is changed once it is registered.
 
 OUTER_SAMPLE     once a run: the tensors go to the model's device and precision
 PREDICT_NOISE    once a model call: the guider's condition lists, and which image prompts act at this sigma

@@ -1,0 +1,303 @@
+"""The real host in this process, with our pack loaded as the host loads any pack: by its folder alone.
+
+The host is COMFYUI_DIR, else `.host/<HOST_VERSION>` (0.30.0 by default). Worlds have random weights: what is compared
+here does not depend on what a picture shows.
+"""
+
+import asyncio
+import importlib
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+SIZES = json.loads((ROOT / "trainer/mini/sizes.json").read_text())
+MINI_UNET, VISION = SIZES["unet"], SIZES["clip_vision"]
+
+
+def host_directory() -> Path:
+    """Where the host's tree is."""
+    named = os.environ.get("COMFYUI_DIR")
+    folder = Path(named) if named else ROOT / ".host" / os.environ.get("HOST_VERSION", "0.30.0")
+    if not (folder / "comfy" / "samplers.py").is_file():
+        pytest.exit(f"There is no ComfyUI in {folder}: call `make host`, or set COMFYUI_DIR.", returncode=3)
+    return folder.resolve()
+
+
+@pytest.fixture(scope="session")
+def pack(tmp_path_factory):
+    """The host is started and has loaded the pack; `pack.nodes` by node id, `pack.module("nodes.roles")` for the rest."""
+    torch.set_num_threads(1)
+    if torch.version.cuda is None:  # the registry's torchvision is built for CUDA and lacks two schemas without it
+        for name in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    sys.path.insert(0, str(host_directory()))
+    from comfy.cli_args import args
+
+    args.cpu = not torch.cuda.is_available()
+    base = tmp_path_factory.mktemp("host")
+    args.base_directory = str(base)
+    import nodes as host_nodes
+
+    assert asyncio.run(host_nodes.load_custom_node(str(ROOT), module_parent="custom_nodes"))
+    names = [n for n in host_nodes.NODE_CLASS_MAPPINGS if n.startswith("Lookahead")]
+    name = host_nodes.NODE_CLASS_MAPPINGS[names[0]].__module__.removesuffix(".load_encoder").removesuffix(".nodes")
+    return SimpleNamespace(
+        nodes={n: host_nodes.NODE_CLASS_MAPPINGS[n] for n in names},
+        host_nodes=host_nodes,
+        module=lambda path: importlib.import_module(f"{name}.{path}"),
+        base=base,
+    )
+
+
+@pytest.fixture(autouse=True)
+def _as_the_host_runs_nodes(pack):
+    """The executor runs every node in inference mode."""
+    with torch.inference_mode():
+        yield
+
+
+@dataclass
+class World:
+    """A model of the SDXL family with random weights, an encoder file's weights for it, and a CLIP vision."""
+
+    depth: list[int]
+    channels: list[int]
+    middle: int
+    context: int
+    pooled: int
+    heads_of: int
+    model: object = None
+    unet_config: dict = field(default_factory=dict)
+    encoder: dict = field(default_factory=dict)
+    clip_vision: object = None
+
+    def text(self, seed: int, **extra):
+        """CONDITIONING of random text."""
+        g = torch.Generator().manual_seed(seed)
+        pooled = torch.randn(1, self.pooled, generator=g)
+        return [[torch.randn(1, 77, self.context, generator=g), {"pooled_output": pooled, **extra}]]
+
+    def count(self) -> int:
+        return 2 * sum(self.depth) + 3 * sum(self.depth) + self.middle
+
+
+def seeded(shape, generator, scale=None) -> torch.Tensor:
+    scale = scale if scale is not None else shape[-1] ** -0.5
+    return torch.randn(shape, generator=generator) * scale
+
+
+def make_model(world: World, in_channels: int = 4, dtype=torch.float32):
+    """The host's own SDXL model class around a UNet of this layout, as its checkpoint loader would build it."""
+    import comfy.model_base
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    channels = world.channels
+    world.unet_config = {
+        "use_checkpoint": False,
+        "image_size": 32,
+        "out_channels": 4,
+        "in_channels": in_channels,
+        "use_spatial_transformer": True,
+        "legacy": False,
+        "num_classes": "sequential",
+        "adm_in_channels": world.pooled + 6 * 256,
+        "model_channels": channels[0],
+        "num_res_blocks": [2] * len(channels),
+        "channel_mult": [c // channels[0] for c in channels],
+        "transformer_depth": [d for d in world.depth for _ in range(2)],
+        "transformer_depth_output": [d for d in world.depth for _ in range(3)],
+        "transformer_depth_middle": world.middle,
+        "use_linear_in_transformer": True,
+        "context_dim": world.context,
+        "num_heads": -1,
+        "num_head_channels": world.heads_of,
+        "use_temporal_attention": False,
+        "dtype": dtype,
+    }
+    config = comfy.supported_models.SDXL(world.unet_config)
+    config.unet_config = dict(world.unet_config)  # without the class's own number of head channels
+    model = comfy.model_base.SDXL(config, device="cpu")
+    if in_channels == 9:
+        model.set_inpaint()
+    g = torch.Generator().manual_seed(5)
+    weights = {}
+    for name, value in model.diffusion_model.state_dict().items():
+        norm = value.ndim == 1 and name.endswith("weight")
+        fan = value[0].numel() if value.ndim > 1 else 1
+        weights[name] = 1 + seeded(value.shape, g, 0.1) if norm else seeded(value.shape, g, fan**-0.5 if fan > 1 else 0.1)
+    model.diffusion_model.load_state_dict({k: v.to(dtype) for k, v in weights.items()})
+    model.eval().requires_grad_(False)
+    device = torch.device("cpu")
+    return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=device)
+
+
+def make_encoder(world: World, widths: list[int], image_width: int, tokens: int = 16) -> dict[str, torch.Tensor]:
+    """Flat weights of an encoder file for this world."""
+    g = torch.Generator().manual_seed(6)
+    dim, inner = 64, 128
+    out = {
+        "latents": seeded((1, tokens, dim), g),
+        "proj_in.weight": seeded((dim, image_width), g),
+        "proj_in.bias": seeded((dim,), g, 0.1),
+        "proj_out.weight": seeded((world.context, dim), g),
+        "proj_out.bias": seeded((world.context,), g, 0.1),
+        "norm_out.weight": 1 + seeded((world.context,), g, 0.1),
+        "norm_out.bias": seeded((world.context,), g, 0.1),
+    }
+    for n in range(4):
+        for norm in ("0.norm1", "0.norm2", "1.0"):
+            out[f"layers.{n}.{norm}.weight"] = 1 + seeded((dim,), g, 0.1)
+            out[f"layers.{n}.{norm}.bias"] = seeded((dim,), g, 0.1)
+        out[f"layers.{n}.0.to_q.weight"] = seeded((inner, dim), g)
+        out[f"layers.{n}.0.to_kv.weight"] = seeded((2 * inner, dim), g)
+        out[f"layers.{n}.0.to_out.weight"] = seeded((dim, inner), g)
+        out[f"layers.{n}.1.1.weight"] = seeded((4 * dim, dim), g)
+        out[f"layers.{n}.1.3.weight"] = seeded((dim, 4 * dim), g)
+    out = {f"image_proj.{k}": v for k, v in out.items()}
+    for n, width in enumerate(widths):
+        for which in "kv":
+            out[f"ip_adapter.{2 * n + 1}.to_{which}_ip.weight"] = seeded((width, world.context), g)
+    return out
+
+
+def make_clip_vision(folder: Path, **changes):
+    """The host's CLIP vision class around random weights. Older hosts take the path of a configuration only."""
+    import comfy.clip_vision
+
+    config = {"model_type": "clip_vision_model", "num_channels": 3, "layer_norm_eps": 1e-5, "attention_dropout": 0.0}
+    config.update(VISION, num_hidden_layers=3, **changes)
+    path = folder / "clip_vision.json"
+    path.write_text(json.dumps(config))
+    clip = comfy.clip_vision.ClipVisionModel(str(path))
+    g = torch.Generator().manual_seed(7)
+    clip.load_sd({k: seeded(v.shape, g) if v.is_floating_point() else v for k, v in clip.get_sd().items()})
+    return clip
+
+
+def widths_of(world: World) -> list[int]:
+    """Channels of each cross-attention in the order of the public files: down, up, middle. Written out on purpose."""
+    down = [c for c, d in zip(world.channels, world.depth, strict=True) for _ in range(2 * d)]
+    up = [c for c, d in zip(reversed(world.channels), reversed(world.depth), strict=True) for _ in range(3 * d)]
+    return down + up + [world.channels[-1]] * world.middle
+
+
+def make_world(kind: str, folder: Path, **model_options) -> World:
+    if kind == "mini":
+        first = MINI_UNET["model_channels"]
+        world = World(
+            depth=MINI_UNET["transformer_depth"],
+            channels=[first * m for m in MINI_UNET["channel_mult"]],
+            middle=MINI_UNET["transformer_depth"][-1],
+            context=SIZES["text"]["width_l"] + SIZES["text"]["width_g"],
+            pooled=SIZES["text"]["width_g"],
+            heads_of=MINI_UNET["head_channels"],
+        )
+    else:  # the layout of SDXL with all its 70 transformer blocks, only narrow
+        world = World(depth=[0, 2, 10], channels=[32, 64, 128], middle=10, context=64, pooled=32, heads_of=16)
+    world.model = make_model(world, **model_options)
+    world.encoder = make_encoder(world, widths_of(world), VISION["hidden_size"])
+    world.clip_vision = make_clip_vision(folder)
+    return world
+
+
+@pytest.fixture(scope="session")
+def worlds(pack, tmp_path_factory):
+    """`worlds("mini")` and `worlds("sdxl")`, each built once."""
+    built = {}
+
+    def world(kind: str, **options) -> World:
+        key = (kind, *options.items())
+        if key not in built:
+            with torch.inference_mode():
+                built[key] = make_world(kind, tmp_path_factory.mktemp(kind), **options)
+        return built[key]
+
+    return world
+
+
+@pytest.fixture(scope="session")
+def mini(worlds) -> World:
+    return worlds("mini")
+
+
+@pytest.fixture(scope="session")
+def tools(pack):
+    """Helpers that need the loaded pack: see the functions below."""
+    return SimpleNamespace(
+        encoder=lambda weights, metadata=None: make_pack_encoder(pack, weights, metadata),
+        reference=lambda world, image, **options: make_reference(pack, world, image, **options),
+        apply=lambda model, reference, **options: run(pack, "LookaheadApplyImagePrompt", model, reference, **options),
+        run=lambda node, *args, **options: run(pack, node, *args, **options),
+        denoised=denoised,
+        sample=sample,
+        picture=picture,
+        widths=widths_of,
+        make_clip_vision=make_clip_vision,
+        make_model=make_model,
+    )
+
+
+def run(pack, node: str, *args, **options):
+    """Run a node's `execute` and return its first output."""
+    return pack.nodes[node].execute(*args, **options).result[0]
+
+
+def make_pack_encoder(pack, weights, metadata=None):
+    file = pack.module("lookahead.encoder_file").from_tensors(weights, metadata or {}, "test.safetensors")
+    return pack.module("nodes.encoder").Encoder(file)
+
+
+def make_reference(pack, world: World, image, **options):
+    encoder = make_pack_encoder(pack, world.encoder)
+    return run(pack, "LookaheadEncodeReference", encoder, world.clip_vision, image, **{"size": 64, **options})
+
+
+def picture(seed: int, n: int = 1, height: int = 96, width: int = 96, channels: int = 3) -> torch.Tensor:
+    """A random smooth picture [n, H, W, C] in [0, 1]."""
+    small = torch.rand(n, channels, 6, 6, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.interpolate(small, (height, width), mode="bilinear").movedim(1, -1)
+
+
+def guider_of(model, positive, negative, cfg):
+    import comfy.samplers
+
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(positive, negative)
+    guider.set_cfg(cfg)
+    return guider
+
+
+def sample(model, positive, negative, latent, cfg=3.0, steps=3, sampler="euler", guider=None, seed=1, **options):
+    """Sample with the host's own guider and sampler."""
+    import comfy.samplers
+
+    guider = guider or guider_of(model, positive, negative, cfg)
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", steps)
+    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(seed))
+    sampler = comfy.samplers.sampler_object(sampler) if isinstance(sampler, str) else sampler
+    return guider.sample(noise, latent, sampler, sigmas, disable_pbar=True, seed=seed, **options)
+
+
+def denoised(model, positive, negative, x, sigma, cfg=1.0, guider=None):
+    """What the guider returns at (x, sigma): one model call inside an ordinary run of the host."""
+    import comfy.samplers
+
+    guider = guider or guider_of(model, positive, negative, cfg)
+    found = []
+
+    def call_once(model_k, noise, sigmas, extra_args=None, callback=None, disable=None):
+        found.append(model_k(x, sigmas[:1].expand(x.shape[0]), **extra_args))
+        return noise
+
+    guider.sample(
+        torch.zeros_like(x), torch.zeros_like(x), comfy.samplers.KSAMPLER(call_once), torch.tensor([sigma, 0.0]), seed=1
+    )
+    return found[0]

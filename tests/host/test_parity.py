@@ -1,0 +1,138 @@
+"""The image prompt in the host against diffusers' own IP-Adapter Plus: same weights, latents, text and tokens."""
+
+import diffusers
+import pytest
+import torch
+
+SIGMA_STEP = 601
+
+
+def diffusers_unet(world):
+    """diffusers' UNet with the world's weights."""
+    import comfy.utils
+
+    has = [d > 0 for d in world.depth]
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=world.channels,
+        down_block_types=[("CrossAttn" if h else "") + "DownBlock2D" for h in has],
+        up_block_types=[("CrossAttn" if h else "") + "UpBlock2D" for h in reversed(has)],
+        transformer_layers_per_block=[max(d, 1) for d in world.depth],
+        attention_head_dim=[c // world.heads_of for c in world.channels],
+        layers_per_block=2,
+        cross_attention_dim=world.context,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=world.unet_config["adm_in_channels"],
+    )
+    ldm = world.model.model.diffusion_model.state_dict()
+    keys = comfy.utils.unet_to_diffusers(world.unet_config)
+    unet.load_state_dict({k: ldm[keys[k]] for k in unet.state_dict()})
+    return unet.eval().requires_grad_(False)
+
+
+def load_ip_adapter(unet, weights):
+    """diffusers' own loader of IP-Adapter weights."""
+    halves = {"image_proj": {}, "ip_adapter": {}}
+    for key, value in weights.items():
+        half, _, name = key.partition(".")
+        halves[half][name] = value
+    unet._load_ip_adapter_weights([halves], low_cpu_mem_usage=False)
+
+
+@pytest.fixture(params=["mini", "sdxl"])
+def world(request, worlds):
+    return worlds(request.param)
+
+
+@pytest.fixture
+def case(world, tools):
+    """The same question put to both: (noise prediction of the host, of diffusers) as functions."""
+    g = torch.Generator().manual_seed(3)
+    x = torch.randn(2, 4, 16, 16, generator=g)
+    image = tools.picture(1)
+    text = world.text(11, width=128, height=128)
+    sampling = world.model.get_model_object("model_sampling")
+    sigma = float(sampling.sigmas[SIGMA_STEP])
+
+    def in_host(model):
+        return (x * sigma - tools.denoised(model, text, text, x * sigma, sigma)) / sigma
+
+    def in_diffusers(weights, weight=1.0):
+        from comfy.clip_model import clip_preprocess
+
+        unet = diffusers_unet(world)
+        added = {"text_embeds": text[0][1]["pooled_output"].expand(2, -1)}
+        added["time_ids"] = torch.tensor([[128.0, 128, 0, 0, 128, 128]]).expand(2, -1)
+        if weights is not None:
+            with torch.inference_mode(False):
+                load_ip_adapter(unet, weights)
+            for processor in unet.attn_processors.values():
+                if hasattr(processor, "scale"):
+                    processor.scale = [weight]
+            clip = world.clip_vision
+            pixels = clip_preprocess(image, size=clip.image_size, mean=clip.image_mean, std=clip.image_std)
+            features = clip.model(pixel_values=pixels, intermediate_output=-2)[1]
+            added["image_embeds"] = [features.unsqueeze(1).expand(2, -1, -1, -1)]
+        scaled = x * sigma / (sigma**2 + 1) ** 0.5
+        context = text[0][0].expand(2, -1, -1)
+        return unet(scaled, SIGMA_STEP, encoder_hidden_states=context, added_cond_kwargs=added).sample
+
+    return in_host, in_diffusers, image
+
+
+def difference(a, b) -> float:
+    """Root mean square of the difference, relative to that of b."""
+    return float((a - b).square().mean().sqrt() / b.square().mean().sqrt())
+
+
+def test_plain_model_agrees_with_diffusers(case, world):
+    in_host, in_diffusers, _ = case
+    assert difference(in_host(world.model), in_diffusers(None)) < 1e-4
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.6])
+def test_image_prompt_agrees_with_diffusers_ip_adapter_plus(case, world, tools, weight):
+    in_host, in_diffusers, image = case
+    reference = tools.reference(world, image)
+    with_prompt = in_host(tools.apply(world.model, reference, weight=weight))
+    expected = in_diffusers(world.encoder, weight)
+    print("relative rms difference", difference(with_prompt, expected))
+    assert difference(with_prompt, expected) < 1e-4
+    assert difference(with_prompt, in_host(world.model)) > 1e-2  # the image prompt does something here
+
+
+def test_parity_notices_swapped_keys_and_values_and_a_skipped_block(case, world, tools):
+    """The comparison above is sharp enough: each of these mistakes fails it."""
+    in_host, in_diffusers, image = case
+    expected = in_diffusers(world.encoder)
+    count = world.count()
+
+    def mistaken(weights):
+        world_with = type(world)(**{**vars(world), "encoder": weights})
+        return in_host(tools.apply(world.model, tools.reference(world_with, image)))
+
+    swapped = {
+        k.replace("to_k_ip", "*").replace("to_v_ip", "to_k_ip").replace("*", "to_v_ip"): v
+        for k, v in world.encoder.items()
+    }
+    assert difference(mistaken(swapped), expected) > 1e-3
+    last = f"ip_adapter.{2 * count - 1}.to_v_ip.weight"  # the last block of the middle
+    assert difference(mistaken({**world.encoder, last: torch.zeros_like(world.encoder[last])}), expected) > 1e-3
+
+
+def test_every_cross_attention_is_called(world, tools, pack, monkeypatch):
+    patch = pack.module("nodes.image_prompt_patch")
+    called = []
+    attend = patch.PromptRows.attend
+
+    def counting(self, q, key, extra, attention):
+        assert key == (*extra["block"], extra["block_index"])
+        called.append(key)
+        return attend(self, q, key, extra, attention)
+
+    monkeypatch.setattr(patch.PromptRows, "attend", counting)
+    model = tools.apply(world.model, tools.reference(world, tools.picture(1)))
+    tools.denoised(model, world.text(1), world.text(2), torch.randn(1, 4, 16, 16), 5.0, cfg=1.0)
+    assert len(called) == len(set(called)) == (70 if world.middle == 10 else 17)
