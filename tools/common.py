@@ -29,12 +29,19 @@ def venv_python(venv: Path = VENV) -> Path:
     return venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 
+def site_packages(venv: Path = VENV) -> list[Path]:
+    """Where the environment's packages lie (one folder; none before it is made)."""
+    return list(venv.glob("Lib/site-packages" if os.name == "nt" else "lib/python*/site-packages"))
+
+
 def cpu_torch(venv: Path = VENV) -> bool:
     """Whether the environment's torch is a build for CPUs only. Reads its version file: importing torch takes seconds.
 
     A ROCm or XPU build counts as an accelerator build, though its CUDA version is None.
     """
-    for version in venv.glob("lib*/**/site-packages/torch/version.py"):
+    for version in (folder / "torch" / "version.py" for folder in site_packages(venv)):
+        if not version.is_file():
+            return False
         scope: dict[str, str] = {}
         for line in version.read_text().splitlines():
             name, _, value = line.partition("=")

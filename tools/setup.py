@@ -30,6 +30,7 @@ from .common import (
     one_at_a_time,
     run_main,
     say,
+    site_packages,
     venv_python,
 )
 
@@ -77,7 +78,8 @@ def read_stamp(venv: Path) -> dict[str, str]:
 def explain_pip(output: str, step: str) -> Problem:
     """One sentence for what pip's output complains about."""
     low = output.lower()
-    last = next((line.strip() for line in reversed(output.splitlines()) if line.strip().startswith("ERROR")), "")
+    said = [line.strip() for line in output.splitlines() if "error" in line.lower()]
+    last = said[-1] if said else ""
     if "no space left on device" in low or "disk quota exceeded" in low:
         return Problem(full_disk_sentence())
     if "do not match the hashes" in low:
@@ -115,7 +117,7 @@ def explain_pip(output: str, step: str) -> Problem:
             f"{platform.system()} {platform.machine()}; check pip's settings (`pip config list`) or try "
             f"another Python ({OLDEST_PYTHON[0]}.{OLDEST_PYTHON[1]} or newer)."
         )
-    return Problem(f"{step}: pip failed: {last or (output.strip().splitlines() or ['it said nothing'])[-1]}")
+    return Problem(f"{step}: pip failed ({last or 'without a word'}); all it said is in {CACHE / 'pip.log'}.")
 
 
 def pip_environment(temporary: Path) -> dict[str, str]:
@@ -186,6 +188,7 @@ def pip(python: Path, arguments: list[str], step: str) -> None:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     if status:
+        (CACHE / "pip.log").write_text("".join(lines))
         raise explain_pip("".join(lines), step)
     say(f"{step}: done in {watch.seconds:.0f} s")
 
@@ -219,7 +222,7 @@ def cure_torchaudio(venv: Path) -> int:
     """
     if not cpu_torch(venv):
         return 0
-    libraries = list(venv.glob("lib*/**/site-packages/torchaudio/lib/*.so"))
+    libraries = [library for folder in site_packages(venv) for library in folder.glob("torchaudio/lib/*.so")]
     for library in libraries:
         library.unlink()
     return len(libraries)
