@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -23,7 +24,8 @@ LOG_STEPS = 50
 
 def numbers_of_step(seed: int, step: int) -> torch.Generator:
     """The generator of one step (CPU): the same for the same seed and step, whatever ran before."""
-    return torch.Generator().manual_seed((seed << 32) + step)
+    # torch's CPU generator reads 32 bits of a seed only: both numbers must be mixed into them.
+    return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
 
 
 def device() -> torch.device:
