@@ -20,7 +20,7 @@ class LookaheadApplyImagePrompt(io.ComfyNode):
         return schema(
             node_id="LookaheadApplyImagePrompt",
             display_name="Apply Lookahead Image Prompt",
-            category="lookahead",
+            category="lookahead/reference",
             description="Makes an SDXL model draw who is in the reference (IP-Adapter's image prompt). Several of "
             "these in a row add up; give each a mask to place several people.",
             search_aliases=["ip-adapter", "ipadapter apply", "image prompt", "face", "identity", "reference"],

@@ -24,7 +24,7 @@ class LookaheadEncodeReference(io.ComfyNode):
         return schema(
             node_id="LookaheadEncodeReference",
             display_name="Encode Lookahead Reference",
-            category="lookahead",
+            category="lookahead/reference",
             description="Reads one or several pictures of a person (or thing) with an encoder. Crop to the face first; "
             "a picture that is not square is cropped about its centre.",
             search_aliases=["ip-adapter encode", "reference image", "face", "image prompt", "identity"],

@@ -32,7 +32,7 @@ def host_directory() -> Path:
 
 @pytest.fixture(scope="session")
 def pack(tmp_path_factory):
-    """The host is started and has loaded the pack; `pack.nodes` by node id, `pack.module("nodes.roles")` for the rest."""
+    """The host has loaded the pack: `pack.nodes` by node id, `pack.module("nodes.roles")` for the rest."""
     torch.set_num_threads(1)
     if torch.version.cuda is None:  # the registry's torchvision is built for CUDA and lacks two schemas without it
         for name in ("nms", "qnms"):
@@ -132,7 +132,8 @@ def make_model(world: World, in_channels: int = 4, dtype=torch.float32):
     for name, value in model.diffusion_model.state_dict().items():
         norm = value.ndim == 1 and name.endswith("weight")
         fan = value[0].numel() if value.ndim > 1 else 1
-        weights[name] = 1 + seeded(value.shape, g, 0.1) if norm else seeded(value.shape, g, fan**-0.5 if fan > 1 else 0.1)
+        random = seeded(value.shape, g, fan**-0.5 if fan > 1 else 0.1)
+        weights[name] = 1 + random if norm else random
     model.diffusion_model.load_state_dict({k: v.to(dtype) for k, v in weights.items()})
     model.eval().requires_grad_(False)
     device = torch.device("cpu")
