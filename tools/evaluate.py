@@ -124,9 +124,9 @@ def page(figures: dict[str, Any], references: int, weight: float) -> str:
     rows = "\n".join(f"| {name} | {figures['on'][name]} | {figures['off'][name]} |" for name in figures["on"])
     return f"""# What the image prompt does on the mini world
 
-Written by `make evaluate` ({references} held-out people x {len(STYLES)} styles, weight {weight}, {STEPS} Euler steps, CFG
-{CFG}, in the real ComfyUI; 95 % intervals by drawing references). Recogniser and style scorer took part in no other
-training; the scorer's and the recogniser's own people are not those shown.
+Written by `make evaluate`: {references} held-out people x {len(STYLES)} styles, weight {weight}, {STEPS} Euler steps,
+CFG {CFG}, in the real ComfyUI; 95 % intervals by drawing references. Recogniser and style scorer took part in no other
+training, and were trained on other people than those shown.
 
 | | image prompt on | off |
 |---|---|---|
