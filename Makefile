@@ -1,0 +1,47 @@
+# Everything a newcomer needs is `make demo` and `make test`. Each target does its own set-up, once.
+#   HOST_VERSION=0.16.3   another supported ComfyUI        COMFYUI_DIR=/path   a ComfyUI of your own
+#   PYTHON=python3.12     the Python to set up with        ARGS="..."          further arguments for a target
+PYTHON ?= python3
+RUN := .venv/bin/python -m lcm_lookahead.tools
+export HOST_VERSION COMFYUI_DIR PORT
+
+.PHONY: help setup host demo test matrix evaluate bench lint clean
+.DEFAULT_GOAL := help
+
+help: ## show this
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+
+setup: ## make the environment in .venv (about a minute)
+	@$(PYTHON) -m tools.setup $(ARGS)
+
+host: ## fetch the pinned ComfyUI into .host
+	@$(PYTHON) -m tools.setup
+	@$(RUN).host $(ARGS)
+
+demo: ## draw reference faces under new prompts in a real ComfyUI
+	@$(PYTHON) -m tools.setup
+	@$(RUN).demo $(ARGS)
+
+test: ## lint and all tests that need no GPU, on the newest and the oldest ComfyUI
+	@$(PYTHON) -m tools.setup
+	@$(RUN).testing $(ARGS)
+
+matrix: ## the host tests on every supported ComfyUI
+	@$(PYTHON) -m tools.setup
+	@$(RUN).testing --matrix $(ARGS)
+
+evaluate: ## measure the image prompt over held-out references
+	@$(PYTHON) -m tools.setup
+	@$(RUN).evaluate $(ARGS)
+
+bench: ## the performance tables
+	@$(PYTHON) -m tools.setup
+	@$(RUN).bench $(ARGS)
+
+lint: ## ruff alone
+	@$(PYTHON) -m tools.setup
+	@.venv/bin/ruff check .
+
+clean: ## remove what the tools have made, but not .venv and .host
+	@rm -rf .cache output build dist *.egg-info .ruff_cache .pytest_cache
+	@find . -name __pycache__ -type d -not -path './.venv/*' -not -path './.host/*' -prune -exec rm -rf {} +
