@@ -76,7 +76,7 @@ class LookaheadApplyImagePrompt(io.ComfyNode):
         mask: Tensor | None = None,
     ) -> io.NodeOutput:
         if start > end:
-            raise ValueError(f"start is {start} and end is {end}: start must not be later than end.")
+            raise ValueError(f"The start ({start}) is later than the end ({end}): set an end that is not before it.")
         attentions = cross_attentions(model)
         layouts = [key_layout(subject.encoder, attentions) for subject in reference.subjects]
         if weight != 0:

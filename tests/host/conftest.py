@@ -237,6 +237,7 @@ def tools(pack):
         reference=lambda world, image, **options: make_reference(pack, world, image, **options),
         apply=lambda model, reference, **options: run(pack, "LookaheadApplyImagePrompt", model, reference, **options),
         run=lambda node, *args, **options: run(pack, node, *args, **options),
+        one_sentence=one_sentence,
         denoised=denoised,
         sample=sample,
         picture=picture,
@@ -244,6 +245,13 @@ def tools(pack):
         make_clip_vision=make_clip_vision,
         make_model=make_model,
     )
+
+
+def one_sentence(error) -> str:
+    text = str(error.value)
+    assert text[0].isupper() or text.split()[0].strip(":").endswith((".safetensors", ".bin"))
+    assert text.endswith(".") and "\n" not in text and text.count(". ") == 0
+    return text
 
 
 def run(pack, node: str, *args, **options):

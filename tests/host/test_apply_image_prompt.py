@@ -1,0 +1,82 @@
+"""Apply Lookahead Image Prompt: what it refuses; and how all nodes present themselves."""
+
+import dataclasses
+import logging
+
+import pytest
+import torch
+
+IDS = {"LookaheadLoadEncoder", "LookaheadEncodeReference", "LookaheadApplyImagePrompt"}
+
+
+def test_models_that_are_not_sdxl_are_refused(mini, tools):
+    import comfy.model_base
+    import comfy.model_patcher
+    import comfy.supported_models
+    from comfy.ldm.flux.model import FluxParams
+
+    reference = tools.reference(mini, tools.picture(1))
+    sd15 = {k: v for k, v in mini.unet_config.items() if k not in ("num_classes", "adm_in_channels")}
+    flux = {
+        "image_model": "flux", "in_channels": 16, "out_channels": 16, "vec_in_dim": 8, "context_in_dim": 8,
+        "hidden_size": 32, "mlp_ratio": 2.0, "num_heads": 2, "depth": 1, "depth_single_blocks": 1,
+        "axes_dim": [4, 6, 6], "theta": 10000, "patch_size": 2, "qkv_bias": True, "guidance_embed": False,
+        "dtype": torch.float32, "txt_ids_dims": [],
+    }  # fmt: skip
+    known = {f.name for f in dataclasses.fields(FluxParams)} | {"image_model", "dtype"}
+    flux = {k: v for k, v in flux.items() if k in known}
+    cpu = torch.device("cpu")
+    for config, base in (
+        (comfy.supported_models.SD15(sd15), comfy.model_base.BaseModel),
+        (comfy.supported_models.Flux(flux), comfy.model_base.Flux),
+    ):
+        patcher = comfy.model_patcher.ModelPatcher(base(config, device="cpu"), load_device=cpu, offload_device=cpu)
+        for weight in (1.0, 0.0):
+            with pytest.raises(ValueError) as error:
+                tools.apply(patcher, reference, weight=weight)
+            assert type(config).__name__ in tools.one_sentence(error) and "SDXL" in str(error.value)
+
+
+def test_an_encoder_for_another_base_is_refused(worlds, mini, tools):
+    sdxl = worlds("sdxl")
+    with pytest.raises(ValueError) as error:
+        tools.apply(sdxl.model, tools.reference(mini, tools.picture(1)))
+    assert "17" in tools.one_sentence(error) and "70" in str(error.value)
+    with pytest.raises(ValueError) as error:
+        tools.apply(mini.model, tools.reference(sdxl, tools.picture(1)))
+    tools.one_sentence(error)
+
+
+def test_a_start_after_the_end_is_refused(mini, tools):
+    with pytest.raises(ValueError) as error:
+        tools.apply(mini.model, tools.reference(mini, tools.picture(1)), start=0.8, end=0.2)
+    assert "0.8" in tools.one_sentence(error) and "0.2" in str(error.value)
+
+
+# -- how the nodes present themselves
+
+
+def test_every_node_input_and_output_explains_itself(pack, request):
+    assert set(pack.nodes) == IDS
+    for node_id, node in pack.nodes.items():
+        schema = node.define_schema()
+        assert schema.node_id == node_id and schema.description.endswith(".") and schema.display_name
+        assert schema.category.startswith("lookahead/") and getattr(schema, "search_aliases", ["x"])
+        for part in [*schema.inputs, *schema.outputs]:
+            assert part.tooltip and part.tooltip.endswith("."), (node_id, part.id)
+        page = request.config.rootpath / "web" / "docs" / f"{node_id}.md"
+        text = page.read_text()
+        for part in [*schema.inputs, *schema.outputs]:
+            assert f"`{getattr(part, 'display_name', None) or part.id}`" in text, (node_id, part.id)
+
+
+def test_schema_fields_that_a_host_lacks_are_dropped(pack):
+    made = pack.module("nodes.compat").schema(node_id="X", category="y", not_a_field_of_any_host=1)
+    assert made.node_id == "X" and not hasattr(made, "not_a_field_of_any_host")
+
+
+def test_nothing_is_printed(mini, tools, capsys, caplog):
+    with caplog.at_level(logging.WARNING):
+        model = tools.apply(mini.model, tools.reference(mini, tools.picture(1)))
+        tools.sample(model, mini.text(1), mini.text(2), torch.zeros(1, 4, 16, 16), steps=2)
+    assert capsys.readouterr().out == "" and "LCM-Lookahead" not in caplog.text

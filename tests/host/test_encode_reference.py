@@ -1,0 +1,161 @@
+"""Encode Lookahead Reference: what it makes of pictures and masks, and what it refuses."""
+
+import time
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def encoder(mini, tools):
+    return tools.encoder(mini.encoder)
+
+
+@pytest.fixture
+def encode(mini, tools, encoder):
+    def call(image, clip_vision=None, **options):
+        clip_vision = mini.clip_vision if clip_vision is None else clip_vision
+        return tools.run("LookaheadEncodeReference", encoder, clip_vision, image, **{"size": 64, **options}).subjects[0]
+
+    return call
+
+
+def test_networks_are_known_to_the_hosts_memory_management(encoder, mini, encode, tools):
+    import comfy.model_management
+    import comfy.model_patcher
+
+    comfy.model_management.unload_all_models()
+    encode(tools.picture(1))
+    loaded = [m.model for m in comfy.model_management.current_loaded_models]
+    assert encoder.patcher in loaded and isinstance(encoder.patcher, comfy.model_patcher.ModelPatcher)
+    stored = sum(v.numel() * v.element_size() for v in mini.encoder.values())
+    assert encoder.patcher.model_size() == stored
+
+
+def test_null_tokens_are_those_of_an_input_of_zeros_not_of_a_black_picture(encode, encoder, mini, tools):
+    clip = mini.clip_vision
+    features = clip.model(pixel_values=torch.zeros(1, 3, clip.image_size, clip.image_size), intermediate_output=-2)[1]
+    expected = encoder.keys_values(encoder.tokens(features))
+    subject = encode(tools.picture(1))
+    assert torch.allclose(subject.null_keys_values, expected, atol=1e-5)
+    assert not torch.allclose(encode(torch.zeros(1, 64, 64, 3)).keys_values, expected, atol=1e-2)
+
+
+def test_a_reference_mask_of_zeros_gives_the_null_tokens_and_one_of_ones_changes_nothing(encode, tools):
+    image = tools.picture(1, height=80, width=60)
+    plain = encode(image)
+    assert torch.allclose(encode(image, mask=torch.ones(1, 80, 60)).keys_values, plain.keys_values, atol=1e-5)
+    masked = encode(image, mask=torch.zeros(1, 80, 60))
+    assert torch.allclose(masked.keys_values, masked.null_keys_values, atol=1e-5)
+    assert not torch.allclose(plain.keys_values, plain.null_keys_values, atol=1e-2)
+
+
+def test_transparency_is_masked_out(encode, tools):
+    image, mask = tools.picture(1), (tools.picture(2)[..., 0] > 0.5).float()
+    with_alpha = encode(torch.cat([image, mask.unsqueeze(-1)], dim=-1))
+    assert torch.allclose(with_alpha.keys_values, encode(image, mask=mask).keys_values, atol=1e-5)
+    assert with_alpha.pixels.shape == (1, 64, 64, 3)
+
+
+def test_one_channel_is_grey(encode, tools):
+    grey = tools.picture(1, channels=1)
+    assert torch.equal(encode(grey).keys_values, encode(grey.expand(-1, -1, -1, 3)).keys_values)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 3), (1, 8, 500, 3), (1, 64, 64, 5), (0, 64, 64, 3)])
+def test_what_cannot_be_a_reference_is_refused(encode, tools, shape):
+    with pytest.raises(ValueError) as error:
+        encode(torch.rand(shape))
+    assert "reference" in tools.one_sentence(error).lower()
+
+
+def test_a_picture_with_nan_is_refused(encode, tools):
+    image = tools.picture(1)
+    image[0, 3, 4, 1] = float("nan")
+    with pytest.raises(ValueError) as error:
+        encode(image)
+    tools.one_sentence(error)
+
+
+def test_8000_x_6000_pixels(encode):
+    small = torch.rand(1, 30, 40, 3, generator=torch.Generator().manual_seed(1))
+    large = small.repeat_interleave(200, dim=1).repeat_interleave(200, dim=2)
+    assert large.shape == (1, 6000, 8000, 3)
+    started = time.perf_counter()
+    subject = encode(large)
+    assert time.perf_counter() - started < 30
+    like = encode(small.repeat_interleave(20, dim=1).repeat_interleave(20, dim=2))
+    assert torch.allclose(subject.keys_values, like.keys_values, atol=0.3) and subject.pixels.shape == (1, 64, 64, 3)
+
+
+def test_a_wide_picture_is_cropped_about_its_centre_never_squashed(encode):
+    image = torch.zeros(1, 64, 128, 3)
+    image[:, :, 32:96] = torch.linspace(0, 1, 64).view(1, 64, 1, 1)
+    assert torch.allclose(encode(image).pixels, image[:, :, 32:96], atol=1e-6)
+
+
+def test_several_pictures_together_on_average_or_one_each(encode, tools):
+    images = tools.picture(4, n=3)
+    together, average = encode(images), encode(images, several="average")
+    each = encode(images, several="one per picture")
+    one = encode(images[:1])
+    assert together.keys_values.shape[:2] == (1, 48) and together.null_keys_values.shape[:2] == (1, 48)
+    assert average.keys_values.shape[:2] == (1, 16) and each.keys_values.shape[:2] == (3, 16)
+    assert torch.allclose(each.keys_values[:1], one.keys_values, atol=1e-4)
+    assert torch.allclose(together.keys_values[:, :16], one.keys_values, atol=1e-4)
+    assert torch.allclose(average.keys_values, each.keys_values.mean(0, keepdim=True), atol=1e-4)
+
+
+def test_the_number_of_masks_must_fit_the_pictures(encode, tools):
+    encode(tools.picture(4, n=3), mask=torch.ones(1, 96, 96))
+    encode(tools.picture(4, n=3), mask=torch.ones(3, 10, 10))
+    with pytest.raises(ValueError) as error:
+        encode(tools.picture(4, n=3), mask=torch.ones(2, 96, 96))
+    assert "2 masks for 3" in tools.one_sentence(error)
+
+
+def test_a_clip_vision_of_another_width_is_refused(encode, tools, tmp_path):
+    wrong = tools.make_clip_vision(tmp_path, hidden_size=64, intermediate_size=128)
+    with pytest.raises(ValueError) as error:
+        encode(tools.picture(1), clip_vision=wrong)
+    assert "64" in tools.one_sentence(error) and "128" in str(error.value)
+
+
+def test_a_vision_model_that_is_not_clip_is_refused(encode, tools):
+    class SigLip:
+        model_type = "siglip_vision_model"
+
+    with pytest.raises(ValueError) as error:
+        encode(tools.picture(1), clip_vision=SigLip())
+    assert "siglip_vision_model" in tools.one_sentence(error)
+
+
+def test_latents_and_prompt_for_later_nodes_are_made_when_their_sockets_are_connected(encode, mini, tools):
+    class Vae:
+        def encode(self, pixels):
+            assert pixels.shape == (1, 64, 64, 3) and 0 <= pixels.min() and pixels.max() <= 1
+            return torch.zeros(1, 4, 8, 8)
+
+    class Clip:
+        def tokenize(self, text):
+            return text
+
+        def encode_from_tokens_scheduled(self, tokens):
+            return [[tokens, {}]]
+
+    bare = encode(tools.picture(1))
+    assert bare.latents is None and bare.kv_prompt is None
+    full = encode(tools.picture(1), vae=Vae(), clip=Clip())
+    assert full.latents.shape == (1, 4, 8, 8) and full.kv_prompt == [["a photo of a face", {}]]
+    own = mini.text(3)
+    assert encode(tools.picture(1), clip=Clip(), conditioning=own).kv_prompt is own
+
+
+def test_size_is_the_encoders_own_unless_said(mini, tools):
+    def side(metadata, **options):
+        encoder = tools.encoder(mini.encoder, metadata)
+        reference = tools.run("LookaheadEncodeReference", encoder, mini.clip_vision, tools.picture(1), **options)
+        return reference.subjects[0].pixels.shape[1]
+
+    own = {"format": "lcm-lookahead-encoder", "format_version": "1", "size": "128"}
+    assert side(own) == 128 and side({}) == 1024 and side(own, size=64) == 64

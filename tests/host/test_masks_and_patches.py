@@ -1,0 +1,205 @@
+"""Masks, areas, and life beside other nodes that patch the same cross-attentions."""
+
+import pytest
+import torch
+
+LATENT = (1, 4, 16, 16)
+
+
+@pytest.fixture
+def reference(mini, tools):
+    return tools.reference(mini, tools.picture(1))
+
+
+@pytest.fixture
+def draw(mini, tools):
+    """draw(model) -> one denoised prediction for fixed noise and text."""
+    x = torch.randn(2, *LATENT[1:], generator=torch.Generator().manual_seed(9))
+
+    def predict(model, positive=None, negative=None, cfg=3.0):
+        return tools.denoised(model, positive or mini.text(1), negative or mini.text(2), x, 5.0, cfg=cfg)
+
+    return predict
+
+
+def halves(size: int = 64):
+    """Masks over the left and the right half of the picture."""
+    left = torch.zeros(1, size, size)
+    left[..., : size // 2] = 1
+    return left, 1 - left
+
+
+def test_a_mask_of_ones_is_no_mask_and_a_mask_of_zeros_no_image_prompt(mini, tools, reference, draw):
+    plain, full = draw(mini.model), draw(tools.apply(mini.model, reference))
+    ones, zeros = torch.ones(1, 128, 128), torch.zeros(1, 128, 128)
+    assert torch.equal(draw(tools.apply(mini.model, reference, mask=ones)), full)
+    assert torch.equal(draw(tools.apply(mini.model, reference, mask=zeros)), plain)
+    assert not torch.equal(full, plain)
+
+
+def test_two_masks_that_share_the_picture_are_the_whole_prompt(mini, tools, reference, draw):
+    left, right = halves()
+    both = tools.apply(tools.apply(mini.model, reference, mask=left), reference, mask=right)
+    whole = draw(tools.apply(mini.model, reference))
+    assert torch.allclose(draw(both), whole, atol=1e-4 * float(whole.abs().max()))
+
+
+def test_a_mask_of_one_half_is_half_the_weight(mini, tools, reference, draw):
+    half = draw(tools.apply(mini.model, reference, mask=torch.full((1, 32, 32), 0.5)))
+    weight = draw(tools.apply(mini.model, reference, weight=0.5))
+    assert torch.allclose(half, weight, atol=1e-4 * float(weight.abs().max()))
+
+
+def test_masks_go_to_the_pictures_of_a_batch_in_turn(mini, tools, reference, draw):
+    masks = torch.stack([torch.ones(64, 64), torch.zeros(64, 64)])
+    out, plain = draw(tools.apply(mini.model, reference, mask=masks)), draw(mini.model)
+    full = draw(tools.apply(mini.model, reference))
+    assert torch.allclose(out[0], full[0], atol=1e-4) and torch.allclose(out[1], plain[1], atol=1e-4)
+    assert not torch.allclose(out[1], full[1], atol=1e-2)
+
+
+def test_the_mask_holds_on_the_tokens_of_its_part_alone(mini, tools, reference, draw, pack, monkeypatch):
+    """On every grid, what is added is zero on the tokens of the other half and not on those of its own."""
+    patch = pack.module("nodes.image_prompt_patch")
+    attend, grids = patch.PromptRows.attend, set()
+
+    def checked(self, q, key, extra, attention):
+        added = attend(self, q, key, extra, attention)
+        height, width = extra["activations_shape"][-2:]
+        grid = added.unflatten(1, (height, width))
+        assert grid[:, :, width // 2 :].abs().max() == 0 and grid[:, :, : width // 2].abs().min(-1).values.min() > 0
+        grids.add((height, width))
+        return added
+
+    monkeypatch.setattr(patch.PromptRows, "attend", checked)
+    draw(tools.apply(mini.model, reference, mask=halves()[0]))
+    assert grids == {(8, 8), (4, 4)}
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_an_area_sees_its_own_part_of_the_mask(mini, tools, reference, draw, monkeypatch, split):
+    """A condition on the right half: a mask over the right half is all ones there, one over the left half all zeros.
+
+    Left and right areas have one size, so they share a batch: each still gets its own part.
+    """
+    if split:
+        monkeypatch.setattr(mini.model.model, "memory_required", lambda *args, **kwargs: float("inf"))
+    left, right = halves()
+
+    def areas(*columns):
+        positive = []
+        for n, column in enumerate(columns):
+            text = mini.text(20 + n)[0]
+            positive.append([text[0], {**text[1], "area": (16, 8, 0, column)}])
+        return positive
+
+    def close(a, b):
+        return torch.allclose(a, b, atol=1e-5)
+
+    only_right = areas(8)
+    plain, full = (draw(m, only_right, cfg=1.0) for m in (mini.model, tools.apply(mini.model, reference)))
+    assert not close(plain, full)
+    assert close(draw(tools.apply(mini.model, reference, mask=right), only_right, cfg=1.0), full)
+    assert close(draw(tools.apply(mini.model, reference, mask=left), only_right, cfg=1.0), plain)
+
+    both = areas(0, 8)
+    plain, full = (draw(m, both, cfg=1.0) for m in (mini.model, tools.apply(mini.model, reference)))
+    out = draw(tools.apply(mini.model, reference, mask=left), both, cfg=1.0)
+    assert close(out[..., :8], full[..., :8]) and close(out[..., 8:], plain[..., 8:])
+    assert not close(out[..., :8], plain[..., :8])
+
+
+def test_masked_conditions_run(mini, tools, reference, draw):
+    text = mini.text(1)[0]
+    mask = torch.zeros(1, 128, 128)
+    mask[:, 32:96, 32:96] = 1
+    for extra in ({"mask": mask, "mask_strength": 1.0}, {"mask": mask, "set_area_to_bounds": True}):
+        positive = [[text[0], {**text[1], **extra}], mini.text(3)[0]]
+        model = tools.apply(mini.model, reference, mask=halves()[0])
+        assert not torch.equal(draw(model, positive), draw(mini.model, positive))
+
+
+def halved(calls):
+    """Another pack's replacement of a cross-attention: the plain attention at half strength."""
+
+    def replacement(q, k, v, extra):
+        from comfy.ldm.modules.attention import optimized_attention
+
+        calls.append(extra["block"])
+        return optimized_attention(q, k, v, extra["n_heads"]) * 0.5
+
+    return replacement
+
+
+@pytest.mark.parametrize("key", ["triple", "pair"])
+def test_a_replacement_of_another_node_is_wrapped_in_either_order(mini, tools, reference, draw, key):
+    def other(model, calls):
+        model = model.clone()
+        extra = {"transformer_index": 0} if key == "triple" else {}
+        model.set_model_attn2_replace(halved(calls), "output", 3, **extra)
+        return model
+
+    calls = []
+    alone = draw(other(mini.model, calls))
+    count = len(calls)
+    before = draw(tools.apply(other(mini.model, calls), reference))
+    after = draw(other(tools.apply(mini.model, reference), calls))
+    assert count > 0 and len(calls) == 3 * count
+    assert torch.equal(before, after)
+    assert not torch.equal(before, draw(tools.apply(mini.model, reference)))
+    assert not torch.equal(before, alone)
+    # Nothing of ours stands where other packs' code would touch it.
+    model = tools.apply(mini.model, reference)
+    assert "patches_replace" not in model.model_options["transformer_options"]
+
+
+def test_an_attention_override_of_another_node_sees_text_and_image_prompt(mini, tools, reference):
+    lengths = []
+
+    def override(attention, q, k, v, *args, **kwargs):
+        lengths.append(k.shape[1])
+        return attention(q, k, v, *args, **kwargs)
+
+    def draw(model):  # grids of 12x12 and 6x6: no self-attention has as many keys as text or image prompt
+        x = torch.randn(1, 4, 24, 24, generator=torch.Generator().manual_seed(9))
+        return tools.denoised(model, mini.text(1), mini.text(2), x, 5.0)
+
+    model = tools.apply(mini.model, reference)
+    expected = draw(model)
+    model.model_options["transformer_options"]["optimized_attention_override"] = override
+    assert torch.equal(draw(model), expected)
+    assert lengths.count(77) == 17 and lengths.count(16) == 17
+
+
+def test_rows_cut_into_tiles_see_the_image_prompt_of_their_row(mini, tools, pack):
+    """HyperTile and its like hand on more, shorter rows than the batch has."""
+    patch = pack.module("nodes.image_prompt_patch")
+    reference = tools.reference(mini, tools.picture(4, n=2), several="one per picture")
+    subject = reference.subjects[0]
+    layout = {("middle", 0, 0): (0, 64)}
+    prompt = patch.ImagePrompt(subject.keys_values[..., :128], subject.null_keys_values[..., :128], layout, 1.0)
+    x = torch.randn(2, 4, 16, 16)
+    rows = pack.module("nodes.roles").Rows((True,), {}, (16, 16))
+    term = patch.PromptRows(prompt, x, {"cond_or_uncond": [0]}, rows)
+    plain = pack.module("lookahead.attention").softmax_attention
+    q = torch.randn(2, 16, 64)
+    extra = {"n_heads": 2, "activations_shape": [2, 64, 4, 4]}
+    whole = term.attend(q, ("middle", 0, 0), extra, plain)
+    tiles = term.attend(q.reshape(8, 4, 64), ("middle", 0, 0), extra, plain)
+    assert torch.allclose(tiles.reshape(2, 16, 64), whole, atol=1e-5)
+    assert term.attend(torch.randn(3, 16, 64), ("middle", 0, 0), extra, plain) is None
+
+
+def test_attention_asks_the_device_for_nothing(mini, tools, reference, draw, pack, monkeypatch):
+    """No value of a tensor is read on the host inside a pass of the UNet."""
+    patch = pack.module("nodes.image_prompt_patch")
+    attend = patch.PromptRows.attend
+
+    def guarded(self, *args):
+        with monkeypatch.context() as m:
+            for name in ("item", "cpu", "tolist", "__float__", "__bool__", "__int__", "numpy"):
+                m.setattr(torch.Tensor, name, lambda *a, **k: pytest.fail("read a tensor's value inside attention"))
+            return attend(self, *args)
+
+    monkeypatch.setattr(patch.PromptRows, "attend", guarded)
+    draw(tools.apply(mini.model, reference, mask=halves()[0]))
