@@ -47,6 +47,10 @@ def stages(folder: Path, plan: Plan) -> dict[str, Callable[[], None]]:
         pictures = people("train")
         base.train(folder, pictures, latents(pictures), plan)
 
+    def train_decoder() -> None:
+        pictures = people("train")
+        vae.train_decoder(folder, pictures, latents(pictures), plan)
+
     def train_image_prompt() -> None:
         pictures = people("train")
         image_prompt.train(folder, pictures, latents(pictures), plan)
@@ -54,6 +58,7 @@ def stages(folder: Path, plan: Plan) -> dict[str, Callable[[], None]]:
     return {
         "vae": lambda: vae.train(folder, people("train"), plan),
         "base": train_base,
+        "decoder": train_decoder,
         "image_encoder": lambda: image_encoder.train(folder, people("train"), plan),
         "image_prompt": train_image_prompt,
         "recogniser": lambda: evaluators.train_recogniser(folder, people("evaluation"), plan),

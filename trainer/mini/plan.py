@@ -24,6 +24,7 @@ class Plan:
     evaluation_people: int = 1500  # whom only the evaluation networks see
     held_out_people: int = 200  # whom nothing is trained on
     vae_steps: int = 2000
+    decoder_steps: int = 3000
     base_steps: int = 6000
     image_encoder_steps: int = 4000
     image_prompt_steps: int = 5000

@@ -109,11 +109,10 @@ def train(
         if now - saved_at > SAVE_SECONDS:
             _save_state(state_path, step + 1, modules.values(), optimizer, average)
             saved_at = now
-    if ema:
-        for p, a in zip(parameters, average, strict=True):
-            p.data.copy_(a)
-    # The stage writes its result next and only then removes the state; a stop in between costs one step.
-    _save_state(state_path, max(first, steps - 1), modules.values(), optimizer, average)
+    # The stage writes its result next and only then removes this (`finish`): a stop in between costs nothing.
+    _save_state(state_path, steps, modules.values(), optimizer, average)
+    for p, a in zip(parameters, average, strict=bool(ema)):
+        p.data.copy_(a)
 
 
 def finish(name: str, folder: Path) -> None:

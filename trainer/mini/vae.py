@@ -1,5 +1,6 @@
-"""Stage: the autoencoder, in TAESD's layout (f = 8, 4 channels), trained on crops of drawn pictures.
+"""Stages: the autoencoder, in TAESD's layout (f = 8, 4 channels), on crops of drawn pictures; then its decoder alone.
 
+The latents are settled with the first stage, so the second can sharpen the decoder while the base model trains.
 Its raw latents have about zero mean and unit variance, so that SDXL's noise schedule fits them; the checkpoint says
 so to the host by `vae_scale` = SDXL's latent scaling factor (checkpoint.py).
 """
@@ -63,9 +64,39 @@ def train(folder: Path, pictures: Pictures, plan: Plan) -> None:
     stage.finish("vae", folder)
 
 
+def train_decoder(folder: Path, pictures: Pictures, latents: Tensor, plan: Plan) -> None:
+    """Sharpen the decoder on the latents of whole pictures, the encoder staying as it is."""
+    out = folder / "decoder.safetensors"
+    if out.exists():
+        return
+    device = stage.device()
+    vae = load(folder).to(device, memory_format=torch.channels_last)
+    vae.decoder.requires_grad_(True)
+    cells = CROP // 8
+    span = latents.shape[-1] - cells
+
+    def loss(step: int) -> Tensor:
+        numbers = stage.numbers_of_step(plan.seed + 6, step)
+        index = torch.randint(len(pictures), (BATCH,), generator=numbers)
+        top, left = torch.randint(span + 1, (2,), generator=numbers).tolist()
+        z = latents[index][:, :, top : top + cells, left : left + cells].float()
+        z = (z + 0.05 * torch.randn(z.shape, generator=numbers)).to(device, memory_format=torch.channels_last)
+        x = pictures.images(index, device)[:, :, 8 * top : 8 * top + CROP, 8 * left : 8 * left + CROP] * 2 - 1
+        with torch.autocast(device.type, torch.bfloat16):
+            y = vae.decoder(z)
+        return reconstruction_loss(y.float(), x, z)
+
+    stage.train("decoder", folder, {"vae": vae}, loss, steps=plan.decoder_steps, rate=1e-3, decay=1e-3, ema=0.99)
+    stage.write_tensors(out, vae.decoder.state_dict())
+    stage.finish("decoder", folder)
+
+
 def load(folder: Path) -> AutoencoderTiny:
+    """The autoencoder, with the sharpened decoder where that stage is done."""
     vae = build()
     vae.load_state_dict(stage.read_tensors(folder / "vae.safetensors"))
+    if (folder / "decoder.safetensors").exists():
+        vae.decoder.load_state_dict(stage.read_tensors(folder / "decoder.safetensors"))
     return vae.eval().requires_grad_(False)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from . import stage
+from . import stage, vae
 from .checkpoint import sdxl_checkpoint
 from .networks import Recogniser, StyleScorer
 from .plan import WEIGHTS
@@ -25,7 +25,7 @@ def export(folder: Path, to: Path = WEIGHTS) -> None:
     unet, text_l, text_g = (
         {k.removeprefix(p): v for k, v in base.items() if k.startswith(p)} for p in ("unet.", "text.l.", "text.g.")
     )
-    checkpoint = sdxl_checkpoint(unet, text_l, text_g, stage.read_tensors(folder / "vae.safetensors"))
+    checkpoint = sdxl_checkpoint(unet, text_l, text_g, vae.load(folder).state_dict())
     metadata = {"modelspec.title": "LCM-Lookahead mini SDXL (drawn faces, 128 px)", "modelspec.license": "Apache-2.0"}
     stage.write_tensors(to / CHECKPOINT, stage.half(checkpoint), metadata)
     for name, source in {
