@@ -53,7 +53,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     damaged = f"{path.name} is not a complete PyTorch file: it was probably cut short; download it again."
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as f:  # not by its path: torch would go by the name's ending
+            content = torch.load(f, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "truncated" in str(error) or "ran out" in str(error).lower():
             raise EncoderFileError(damaged) from error

@@ -94,9 +94,7 @@ class LookaheadApplyImagePrompt(io.ComfyNode):
         return io.NodeOutput(model)
 
 
-def key_layout(
-    encoder: Encoder, attentions: list[CrossAttention]
-) -> dict[tuple[str, int, int], tuple[int, int]]:
+def key_layout(encoder: Encoder, attentions: list[CrossAttention]) -> dict[tuple[str, int, int], tuple[int, int]]:
     """For each cross-attention of a model where its keys begin in the encoder's packed channels, and their width.
 
     Raises ValueError, one sentence, where the encoder was made for a model of another layout.
