@@ -1,3 +1,3 @@
-"""The trainer is imported before diffusers, so that its cure for torchvision on a CPU torch holds (trainer/compat.py)."""
+"""The trainer is imported before diffusers: its cure for torchvision on a CPU torch must come first."""
 
 import lcm_lookahead.trainer  # noqa: F401
