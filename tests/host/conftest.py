@@ -8,6 +8,7 @@ import asyncio
 import importlib
 import json
 import os
+import runpy
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,9 +35,7 @@ def host_directory() -> Path:
 def pack(tmp_path_factory):
     """The host has loaded the pack: `pack.nodes` by node id, `pack.module("nodes.roles")` for the rest."""
     torch.set_num_threads(1)
-    if torch.version.cuda is None:  # the registry's torchvision is built for CUDA and lacks two schemas without it
-        for name in (n for n in ("nms", "qnms") if not hasattr(torch.ops.torchvision, n)):
-            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    runpy.run_path(str(ROOT / "tools/custom_nodes/cpu_torchvision/prestartup_script.py"))
     sys.path.insert(0, str(host_directory()))
     from comfy.cli_args import args
 

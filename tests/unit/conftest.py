@@ -4,10 +4,9 @@ import pytest
 import torch
 from lcm_lookahead.lookahead.block_names import ip_adapter_key
 from lcm_lookahead.lookahead.image_prompt import Resampler, ResamplerSizes
+from lcm_lookahead.trainer.compat import let_torchvision_import
 
-if torch.version.cuda is None:  # diffusers imports torchvision, whose registry build lacks two schemas without CUDA
-    for _name in (n for n in ("nms", "qnms") if not hasattr(torch.ops.torchvision, n)):
-        torch.library.define(f"torchvision::{_name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+let_torchvision_import()  # diffusers imports it
 
 SIZES = ResamplerSizes(tokens=4, dim=32, depth=4, heads=2, image_width=24, context_width=40, ff_width=64)
 WIDTHS = (16, 16, 32)
