@@ -10,13 +10,14 @@ from .faces import STYLES, Faces, frontal, render, sample_identities, sample_nui
 
 
 def reference_faces(people: int, size: int = 128, first: int = 0) -> Tensor:
-    """Photos [people, 3, size, size] in [0, 1] of held-out people number `first` and on, straight from the front."""
+    """Photos [people, 3, size, size] in [0, 1] of held-out people number `first` and on, straight from the front.
+
+    Each person is drawn alone, so that who is number 7 does not depend on how many are asked for.
+    """
     numbers = torch.Generator().manual_seed(SEEDS["held_out"])
-    # Each person is drawn alone, so that who is number 7 does not depend on how many are asked for.
-    drawn = []
-    for _ in range(first + people):
-        photo = torch.full((1,), STYLES.index("photo"))
-        one = Faces(sample_identities(1, numbers), frontal(sample_nuisance(1, numbers, style=photo)))
-        drawn.append(one)
-    faces = Faces(*({k: torch.cat([f[part][k] for f in drawn[first:]]) for k in drawn[0][part]} for part in (0, 1)))
-    return render(faces, size, seed=first)
+    photo = torch.full((1,), STYLES.index("photo"))
+    everyone = [
+        Faces(sample_identities(1, numbers), frontal(sample_nuisance(1, numbers, style=photo)))
+        for _ in range(first + people)
+    ]
+    return torch.cat([render(one, size, seed=number) for number, one in enumerate(everyone)][first:])
