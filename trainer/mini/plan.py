@@ -25,7 +25,7 @@ class Plan:
     held_out_people: int = 200  # whom nothing is trained on
     vae_steps: int = 2000
     decoder_steps: int = 3000
-    base_steps: int = 6000
+    base_steps: int = 5000
     image_encoder_steps: int = 4000
     image_prompt_steps: int = 4000
     recogniser_steps: int = 2500

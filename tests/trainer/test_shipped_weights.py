@@ -1,0 +1,59 @@
+"""The weights in the repository: whole, small, and good enough for what they are used for (held-out people)."""
+
+import pytest
+import torch
+from lcm_lookahead.lookahead import encoder_file
+from lcm_lookahead.trainer.evaluate import auc
+from lcm_lookahead.trainer.mini import data, weights
+from lcm_lookahead.trainer.mini.faces import STYLES, render
+from lcm_lookahead.trainer.mini.plan import QUICK, SIZES, WEIGHTS
+from lcm_lookahead.trainer.mini.references import reference_faces
+from safetensors import safe_open
+
+
+@pytest.fixture(scope="module")
+def held_out():
+    """60 people whom nothing was trained on, a picture a style: (pictures, style index, person)."""
+    faces = data.group_of_people("held_out", 60, QUICK.styles)
+    per_person = len(QUICK.styles) + 1
+    return render(faces, 128, seed=9), faces.nuisance["style"], torch.arange(len(faces)) // per_person
+
+
+def test_all_files_are_there_in_16_bit_and_under_30_megabytes():
+    total = sum((WEIGHTS / name).stat().st_size for name in weights.FILES)
+    assert total < 30e6
+    for name in weights.FILES:
+        with safe_open(WEIGHTS / name, "pt") as file:
+            kinds = {file.get_tensor(k).dtype for k in file.keys()}
+            assert all(torch.isfinite(file.get_tensor(k)).all() for k in file.keys()), name
+        assert kinds <= {torch.float16, torch.int64}, f"{name} holds {kinds}"
+
+
+def test_the_recogniser_tells_held_out_people_apart_across_styles(held_out):
+    pictures, _, person = held_out
+    recogniser, _ = weights.evaluators()
+    with torch.no_grad():
+        seen = recogniser.embed(pictures)
+    similarity, same = seen @ seen.T, person[:, None] == person[None]
+    pair = torch.triu(torch.ones_like(same), 1)
+    assert auc(similarity[same & pair], similarity[~same & pair]) > 0.95
+
+
+def test_the_style_scorer_knows_drawn_styles(held_out):
+    pictures, style, _ = held_out
+    _, scorer = weights.evaluators()
+    with torch.no_grad():
+        right = scorer(pictures)[0].argmax(1) == style
+    for index in style.unique():
+        assert right[style == index].float().mean() > 0.9, STYLES[index]
+
+
+def test_the_adapter_is_a_stock_ip_adapter_file_that_the_reader_accepts():
+    file = encoder_file.read(WEIGHTS / weights.IMAGE_PROMPT)
+    assert file.kind == encoder_file.STOCK_KIND
+    assert file.sizes.image_width == SIZES["clip_vision"]["hidden_size"]
+    assert len(file.ip_adapter) == 17
+
+
+def test_references_are_the_same_people_however_many_are_asked_for():
+    assert torch.equal(reference_faces(3)[2], reference_faces(1, first=2)[0])
