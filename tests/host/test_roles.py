@@ -137,6 +137,23 @@ def test_a_list_that_the_guider_does_not_hold_goes_by_its_text(watched, texts, t
     assert watched.seen == [(text, "reference" if text == POSITIVE else "null")]
 
 
+def test_a_copy_of_a_list_goes_by_what_is_its_own(watched, mini, texts, tools):
+    """The host appends the areas of other lists to each list: those do not say what a copy of the list is."""
+    import comfy.samplers
+
+    def after(args):
+        watched.seen.clear()
+        copy = [dict(cond) for cond in args["uncond"]]
+        comfy.samplers.calc_cond_batch(args["model"], [copy], args["input"], args["sigma"], args["model_options"])
+        return args["denoised"]
+
+    watched.model.set_model_sampler_post_cfg_function(after)
+    text, options = texts[NEGATIVE][0]
+    area = [[text, {**options, "area": (16, 8, 0, 8)}]]
+    tools.denoised(watched.model, texts[POSITIVE], area, torch.randn(LATENT), 5.0, cfg=3.0)
+    assert watched.seen == [(NEGATIVE, "null")]
+
+
 def test_the_same_text_in_both_sockets_is_told_apart_by_its_list(watched, texts, tools):
     tools.denoised(watched.model, texts[OTHER], texts[OTHER], torch.randn(LATENT), 5.0, cfg=3.0)
     assert sorted(watched.seen) == [(OTHER, "null"), (OTHER, "reference")]

@@ -28,6 +28,7 @@ def test_the_image_prompt_changes_the_picture(mini, texts, reference, tools):
 def test_weight_0_is_bit_equal_to_no_node(mini, texts, reference, tools):
     before = tools.sample(mini.model, *texts, torch.zeros(LATENT))
     model = tools.apply(mini.model, reference, weight=0.0)
+    assert "lookahead" not in model.model_options["transformer_options"]  # nothing is installed at all
     assert torch.equal(tools.sample(model, *texts, torch.zeros(LATENT)), before)
 
 
