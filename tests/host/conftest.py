@@ -19,6 +19,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = json.loads((ROOT / "trainer/mini/sizes.json").read_text())
+runpy.run_path(str(ROOT / "tools/custom_nodes/cpu_torchvision/prestartup_script.py"))  # for diffusers in the tests
 MINI_UNET, VISION = SIZES["unet"], SIZES["clip_vision"]
 
 
@@ -35,7 +36,6 @@ def host_directory() -> Path:
 def pack(tmp_path_factory):
     """The host has loaded the pack: `pack.nodes` by node id, `pack.module("nodes.roles")` for the rest."""
     torch.set_num_threads(1)
-    runpy.run_path(str(ROOT / "tools/custom_nodes/cpu_torchvision/prestartup_script.py"))
     sys.path.insert(0, str(host_directory()))
     from comfy.cli_args import args
 
@@ -173,7 +173,7 @@ def make_clip_vision(folder: Path, **changes):
     import comfy.clip_vision
 
     config = {"model_type": "clip_vision_model", "num_channels": 3, "layer_norm_eps": 1e-5, "attention_dropout": 0.0}
-    config.update(VISION, num_hidden_layers=3, **changes)
+    config.update(VISION, **changes)
     path = folder / "clip_vision.json"
     path.write_text(json.dumps(config))
     clip = comfy.clip_vision.ClipVisionModel(str(path))
@@ -221,6 +221,12 @@ def worlds(pack, tmp_path_factory):
         return built[key]
 
     return world
+
+
+@pytest.fixture(scope="session")
+def sizes() -> dict:
+    """The sizes of the mini world."""
+    return SIZES
 
 
 @pytest.fixture(scope="session")

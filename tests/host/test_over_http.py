@@ -1,0 +1,177 @@
+"""The pack in a ComfyUI server of its own, driven as a browser drives it: stock loaders, our nodes, stock sampler.
+
+The weights are random, in the public files' formats and under the public files' names.
+"""
+
+import os
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderTiny
+from lcm_lookahead.tools.host import Host, PromptRefused
+from lcm_lookahead.trainer.mini import checkpoint
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+ENCODER = "ip-adapter-plus-face_sdxl_vit-h.safetensors"
+CHECKPOINT = "sd_xl_base_1.0.safetensors"
+CLIP_VISION = "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors"
+
+
+def text_encoders(text):
+    """Random text encoders in transformers' classes: CLIP-L's and bigG's, shrunken."""
+    common = {
+        "num_hidden_layers": text["layers"],
+        "num_attention_heads": text["heads"],
+        "vocab_size": text["vocabulary"],
+        "max_position_embeddings": text["positions"],
+    }
+
+    def config(width, activation):
+        sizes = {"hidden_size": width, "intermediate_size": text["mlp_ratio"] * width, "projection_dim": width}
+        return CLIPTextConfig(**common, **sizes, hidden_act=activation)
+
+    return (
+        CLIPTextModel(config(text["width_l"], "quick_gelu")),
+        CLIPTextModelWithProjection(config(text["width_g"], "gelu")),
+    )
+
+
+@pytest.fixture(scope="module")
+def server(mini, sizes, tmp_path_factory):
+    """A running server whose models folder holds random files under the public names."""
+    base = tmp_path_factory.mktemp("server base")  # a space in the path, as many users have
+    models = {name: base / "models" / name for name in ("checkpoints", "clip_vision", "ipadapter", "lookahead")}
+    for folder in (*models.values(), base / "input"):
+        folder.mkdir(parents=True)
+    torch.manual_seed(0)
+    with torch.inference_mode(False):
+        text_l, text_g = text_encoders(sizes["text"])
+        parts = {
+            "model.diffusion_model.": mini.model.model.diffusion_model.state_dict(),
+            "conditioner.embedders.0.transformer.": checkpoint.clip_l(text_l.state_dict()),
+            "conditioner.embedders.1.model.": checkpoint.open_clip(text_g.state_dict()),
+            "first_stage_model.": checkpoint.taesd(AutoencoderTiny().state_dict()),
+        }
+    flat = {prefix + k: v.detach().clone().contiguous() for prefix, part in parts.items() for k, v in part.items()}
+    save_file(flat, models["checkpoints"] / CHECKPOINT)
+    save_file({k: v.clone() for k, v in mini.clip_vision.get_sd().items()}, models["clip_vision"] / CLIP_VISION)
+    save_file(mini.encoder, models["ipadapter"] / ENCODER)
+    damaged = (models["ipadapter"] / ENCODER).read_bytes()[:-1000]
+    (models["lookahead"] / "damaged.safetensors").write_bytes(damaged)
+    face = np.random.default_rng(0).integers(0, 255, (12, 9, 3), dtype=np.uint8)
+    Image.fromarray(face).resize((90, 120)).save(base / "input" / "face.png")
+    Image.fromarray(face[:1, :1]).save(base / "input" / "dot.png")
+    directory = os.environ.get("COMFYUI_DIR")
+    with Host(
+        base=base, weights=None, pack_name="my-lcm-lookahead", announce=False, directory=directory and Path(directory)
+    ) as host:
+        yield host
+
+
+def graph(weight=1.0, encoder=ENCODER, image="face.png", node=True, steps=2):
+    """An API prompt: the checkpoint with or without our nodes, through the stock KSampler."""
+    nodes = {
+        "checkpoint": ("CheckpointLoaderSimple", {"ckpt_name": CHECKPOINT}),
+        "positive": ("CLIPTextEncode", {"clip": ["checkpoint", 1], "text": "a face"}),
+        "negative": ("CLIPTextEncode", {"clip": ["checkpoint", 1], "text": "blurry"}),
+        "latent": ("EmptyLatentImage", {"width": 128, "height": 128, "batch_size": 1}),
+        "encoder": ("LookaheadLoadEncoder", {"encoder_name": encoder}),
+        "vision": ("CLIPVisionLoader", {"clip_name": CLIP_VISION}),
+        "image": ("LoadImage", {"image": image}),
+        "reference": (
+            "LookaheadEncodeReference",
+            {
+                "encoder": ["encoder", 0],
+                "clip_vision": ["vision", 0],
+                "image": ["image", 0],
+                "size": 0,
+                "several": "together",
+            },
+        ),
+        "apply": (
+            "LookaheadApplyImagePrompt",
+            {
+                "model": ["checkpoint", 0],
+                "reference": ["reference", 0],
+                "weight": weight,
+                "start": 0.0,
+                "end": 1.0,
+            },
+        ),
+        "sampler": (
+            "KSampler",
+            {
+                "model": ["apply", 0] if node else ["checkpoint", 0],
+                "positive": ["positive", 0],
+                "negative": ["negative", 0],
+                "latent_image": ["latent", 0],
+                "seed": 1,
+                "steps": steps,
+                "cfg": 3.0,
+                "sampler_name": "euler",
+                "scheduler": "normal",
+                "denoise": 1.0,
+            },
+        ),
+        "decode": ("VAEDecode", {"samples": ["sampler", 0], "vae": ["checkpoint", 2]}),
+        "save": ("SaveImage", {"images": ["decode", 0], "filename_prefix": "out"}),
+    }
+    return {name: {"class_type": kind, "inputs": inputs} for name, (kind, inputs) in nodes.items()}
+
+
+def picture(host, **options):
+    """Run a graph on a host that has forgotten its cached results, and read the picture it saved."""
+    host.free()
+    result = host.run(graph(**options)).check()
+    return np.asarray(Image.open(result.images[0]))
+
+
+def test_a_graph_of_stock_nodes_and_ours_draws_a_picture(server):
+    plain, prompted = picture(server, node=False), picture(server)
+    assert prompted.shape == (128, 128, 3) and np.abs(prompted.astype(int) - plain).mean() > 1
+    assert np.array_equal(picture(server, weight=0.0), plain)
+    assert np.array_equal(picture(server, node=False), plain)
+    assert np.array_equal(picture(server), prompted)
+
+
+def test_an_interrupt_leaves_nothing_behind(server):
+    plain = picture(server, node=False)
+    server.free()
+    result = server.run(graph(steps=100), progress=lambda step: server.interrupt())
+    assert result.status == "interrupted"
+    assert np.array_equal(picture(server, node=False), plain)
+
+
+@pytest.mark.parametrize(
+    ("options", "node", "says"),
+    [
+        ({"encoder": "damaged.safetensors"}, "encoder", "damaged.safetensors"),
+        ({"image": "dot.png"}, "reference", "1x1"),
+    ],
+)
+def test_an_error_is_said_at_the_node_that_it_concerns(server, options, node, says):
+    result = server.run(graph(**options))
+    assert result.status == "error" and result.error["node_id"] == node
+    assert says in result.error["exception_message"]
+
+
+def test_a_missing_file_is_refused_before_anything_runs(server):
+    with pytest.raises(PromptRefused) as error:
+        server.run(graph(encoder="gone.safetensors"))
+    assert set(error.value.node_errors) == {"encoder"} and "models/ipadapter" in str(error.value)
+
+
+def test_help_pages_are_served(server):
+    folder = server.object_info()["LookaheadLoadEncoder"]["python_module"].removeprefix("custom_nodes.")
+    url = f"{server.url}/extensions/{folder}/docs/LookaheadLoadEncoder.md"
+    assert urllib.request.urlopen(url).read().decode().startswith("# Load Lookahead Encoder")
+
+
+def test_the_server_loaded_the_pack_without_complaint(server):
+    about = [line for line in server.log.splitlines() if "my-lcm-lookahead" in line]
+    assert about and not [line for line in about if "warning" in line.lower() or "FAILED" in line]
