@@ -53,7 +53,7 @@ _IP_NAME = re.compile(r"ip_adapter\.(\d+)\.to_([kv])_ip\.weight")
 _KV_NAME = re.compile(r"(kv_encoder\..+\.(to_q|to_k|to_v|to_out\.0)|kv_export\..+\.(to_k|to_v))\.lora_[AB]\.weight")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EncoderFile:
     """A checked encoder file.
 

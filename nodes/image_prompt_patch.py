@@ -195,16 +195,16 @@ class PromptRows:
         """weight * mask * attention to the image prompt, [rows, tokens, channels]; None where rows do not match."""
         offset, width = self.prompt.layout[key]
         k, v = self.keys_values[..., offset : offset + 2 * width].chunk(2, dim=-1)
-        tiles, left = divmod(q.shape[0], self.rows)
-        if left or (tiles != 1 and self.mask is not None):
+        grid = tuple(extra["activations_shape"][-2:])
+        tiles = q.shape[0] // self.rows
+        whole = q.shape[0] == self.rows and (self.mask is None or q.shape[1] == grid[0] * grid[1])
+        tiled = self.mask is None and tiles * self.rows == q.shape[0] and tiles * q.shape[1] == grid[0] * grid[1]
+        if not (whole or tiled):
             return None
-        if tiles != 1:  # each row was cut into tiles (HyperTile): all tiles of a row see the row's image prompt
+        if tiles != 1:  # each row was cut into tiles (as HyperTile does): all tiles of a row see its image prompt
             k, v = k.repeat_interleave(tiles, dim=0), v.repeat_interleave(tiles, dim=0)
         mask = None
         if self.mask is not None:
-            grid = tuple(extra["activations_shape"][-2:])
-            if grid[0] * grid[1] != q.shape[1]:
-                return None
             if grid not in self.grids:
                 self.grids[grid] = mask_on_tokens(self.mask, *grid).to(q.dtype)
             mask = self.grids[grid]

@@ -92,14 +92,9 @@ def seeded(shape, generator, scale=None) -> torch.Tensor:
     return torch.randn(shape, generator=generator) * scale
 
 
-def make_model(world: World, in_channels: int = 4, dtype=torch.float32):
-    """The host's own SDXL model class around a UNet of this layout, as its checkpoint loader would build it."""
-    import comfy.model_base
-    import comfy.model_patcher
-    import comfy.supported_models
-
-    channels = world.channels
-    world.unet_config = {
+def unet_config(channels, depth, middle, context, pooled, heads_of, in_channels=4, dtype=torch.float32) -> dict:
+    """What the host's detection finds in a checkpoint of the SDXL family."""
+    return {
         "use_checkpoint": False,
         "image_size": 32,
         "out_channels": 4,
@@ -107,20 +102,32 @@ def make_model(world: World, in_channels: int = 4, dtype=torch.float32):
         "use_spatial_transformer": True,
         "legacy": False,
         "num_classes": "sequential",
-        "adm_in_channels": world.pooled + 6 * 256,
+        "adm_in_channels": pooled + 6 * 256,
         "model_channels": channels[0],
         "num_res_blocks": [2] * len(channels),
         "channel_mult": [c // channels[0] for c in channels],
-        "transformer_depth": [d for d in world.depth for _ in range(2)],
-        "transformer_depth_output": [d for d in world.depth for _ in range(3)],
-        "transformer_depth_middle": world.middle,
+        "transformer_depth": [d for d in depth for _ in range(2)],
+        "transformer_depth_output": [d for d in depth for _ in range(3)],
+        "transformer_depth_middle": middle,
         "use_linear_in_transformer": True,
-        "context_dim": world.context,
+        "context_dim": context,
         "num_heads": -1,
-        "num_head_channels": world.heads_of,
+        "num_head_channels": heads_of,
         "use_temporal_attention": False,
         "dtype": dtype,
     }
+
+
+def make_model(world: World, in_channels: int = 4, dtype=torch.float32):
+    """The host's own SDXL model class around a UNet of this layout, as its checkpoint loader would build it."""
+    import comfy.model_base
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    w = world
+    world.unet_config = unet_config(
+        w.channels, w.depth, w.middle, w.context, w.pooled, w.heads_of, in_channels=in_channels, dtype=dtype
+    )
     config = comfy.supported_models.SDXL(world.unet_config)
     config.unet_config = dict(world.unet_config)  # without the class's own number of head channels
     model = comfy.model_base.SDXL(config, device="cpu")
@@ -249,6 +256,7 @@ def tools(pack):
         widths=widths_of,
         make_clip_vision=make_clip_vision,
         make_model=make_model,
+        unet_config=unet_config,
     )
 
 

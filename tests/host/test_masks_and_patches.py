@@ -187,7 +187,30 @@ def test_rows_cut_into_tiles_see_the_image_prompt_of_their_row(mini, tools, pack
     whole = term.attend(q, ("middle", 0, 0), extra, plain)
     tiles = term.attend(q.reshape(8, 4, 64), ("middle", 0, 0), extra, plain)
     assert torch.allclose(tiles.reshape(2, 16, 64), whole, atol=1e-5)
-    assert term.attend(torch.randn(3, 16, 64), ("middle", 0, 0), extra, plain) is None
+    for rows in (3, 4):  # neither a multiple of the batch, nor rows that are there twice as if they were tiles
+        assert term.attend(torch.randn(rows, 16, 64), ("middle", 0, 0), extra, plain) is None
+
+
+def test_a_block_that_cannot_be_followed_runs_without_the_image_prompt_and_is_logged_once(
+    mini, tools, reference, draw, caplog
+):
+    def doubled(q, context, value, extra):
+        return torch.cat([q, q]), torch.cat([context, context]), torch.cat([value, value])
+
+    def first_half(n, extra):
+        return n[: len(n) // 2]
+
+    def other(model):
+        model = model.clone()
+        model.set_model_attn2_patch(doubled)
+        model.set_model_patch(first_half, "attn2_output_patch")
+        return model
+
+    plain = draw(mini.model)
+    with caplog.at_level("WARNING"):
+        out = draw(other(tools.apply(mini.model, reference)))
+    assert torch.allclose(out, plain, atol=1e-5)
+    assert len([r for r in caplog.records if "LCM-Lookahead" in r.getMessage()]) == 1
 
 
 def test_attention_asks_the_device_for_nothing(mini, tools, reference, draw, pack, monkeypatch):

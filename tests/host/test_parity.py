@@ -1,5 +1,9 @@
 """The image prompt in the host against diffusers' own IP-Adapter Plus: same weights, latents, text and tokens."""
 
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
 import diffusers
 import pytest
 import torch
@@ -120,6 +124,24 @@ def test_parity_notices_swapped_keys_and_values_and_a_skipped_block(case, world,
     assert difference(mistaken(swapped), expected) > 1e-3
     last = f"ip_adapter.{2 * count - 1}.to_v_ip.weight"  # the last block of the middle
     assert difference(mistaken({**world.encoder, last: torch.zeros_like(world.encoder[last])}), expected) > 1e-3
+
+
+def test_the_public_files_fit_the_real_sdxl(tools, pack):
+    """Full-size shapes on the meta device: the host's SDXL and its CLIP ViT-H against the public Plus files."""
+    import comfy.clip_vision
+    import comfy.model_base
+    import comfy.supported_models
+
+    config = comfy.supported_models.SDXL({**tools.unet_config([320, 640, 1280], [0, 2, 10], 10, 2048, 1280, 64)})
+    model = SimpleNamespace(model=comfy.model_base.SDXL(config, device="meta"))
+    model.get_model_object = lambda name: getattr(model.model, name)
+    found = pack.module("nodes.host_model").cross_attentions(model)
+    assert [a.width for a in found] == [640] * 4 + [1280] * 20 + [1280] * 30 + [640] * 6 + [1280] * 10
+    assert {a.context_width for a in found} == {2048}
+    names = pack.module("lookahead.block_names").block_names()
+    assert [a.key for a in found] == [n.host for n in names]
+    vision = json.loads((Path(comfy.clip_vision.__file__).parent / "clip_vision_config_h.json").read_text())
+    assert vision["hidden_size"] == pack.module("lookahead.image_prompt").ResamplerSizes().image_width
 
 
 def test_every_cross_attention_is_called(world, tools, pack, monkeypatch):
