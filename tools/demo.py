@@ -23,21 +23,16 @@ from .host import Host, Progress
 WORKFLOW = ROOT / "workflows" / "image_prompt.json"
 PROMPTS = ("a photo of a face in the forest", "an oil painting of a face", "a pencil drawing of a face smiling")
 SIZE, STEPS = 128, 20
-SEED_OF_PEOPLE = 4000  # not a seed of any group in trainer/mini/data.py
 
 
-def draw_references(people: int, seed: int = SEED_OF_PEOPLE) -> list[Image.Image]:
+def draw_references(people: int) -> list[Image.Image]:
     """Frontal photos of people whom the mini world has never seen."""
     import torch
 
-    from ..trainer.mini import faces
+    from ..trainer.mini.references import reference_faces
 
     torch.set_num_threads(1)
-    numbers = torch.Generator().manual_seed(seed)
-    identity = faces.sample_identities(people, numbers)
-    photo = torch.full((people,), faces.STYLES.index("photo"))
-    drawn = faces.render(faces.Faces(identity, faces.frontal(faces.sample_nuisance(people, numbers, style=photo))), 256)
-    pixels = (drawn * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    pixels = (reference_faces(people, size=256) * 255).round().byte().permute(0, 2, 3, 1).numpy()
     return [Image.fromarray(picture) for picture in pixels]
 
 

@@ -105,12 +105,14 @@ def explain_pip(output: str, step: str) -> Problem:
         "nameresolutionerror",
         "connecttimeout",
     )
-    if any(word in low for word in unreachable):
-        return Problem(
-            f"{step}: the package index could not be reached; check the network and pip's settings "
-            f"(`pip config list`), then try again."
-        )
     missing = re.search(r"No matching distribution found for (\S+)", output)
+    # Where it is told not to try again, pip hides that there was no connection: then it knows of no version at all.
+    if any(word in low for word in unreachable) or (missing and "(from versions: none)" in low):
+        return Problem(
+            f"{step}: the package index could not be reached"
+            + (f", or has no {missing.group(1)} at all" if missing else "")
+            + "; check the network and pip's settings (`pip config list`), then try again."
+        )
     if missing:
         return Problem(
             f"{step}: the package index has no {missing.group(1)} for Python {platform.python_version()} on "
