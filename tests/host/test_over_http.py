@@ -73,8 +73,11 @@ def server(mini, sizes, tmp_path_factory):
         yield host
 
 
-def graph(weight=1.0, encoder=ENCODER, image="face.png", node=True, steps=2):
-    """An API prompt: the checkpoint with or without our nodes, through the stock KSampler."""
+def graph(weight=1.0, encoder=ENCODER, image="face.png", node=True, steps=2, neighbour=None):
+    """An API prompt: the checkpoint with or without our nodes, through the stock KSampler.
+
+    neighbour: (node id, inputs) of another node that patches the MODEL, put after ours.
+    """
     nodes = {
         "checkpoint": ("CheckpointLoaderSimple", {"ckpt_name": CHECKPOINT}),
         "positive": ("CLIPTextEncode", {"clip": ["checkpoint", 1], "text": "a face"}),
@@ -121,6 +124,10 @@ def graph(weight=1.0, encoder=ENCODER, image="face.png", node=True, steps=2):
         "decode": ("VAEDecode", {"samples": ["sampler", 0], "vae": ["checkpoint", 2]}),
         "save": ("SaveImage", {"images": ["decode", 0], "filename_prefix": "out"}),
     }
+    if neighbour:
+        kind, inputs = neighbour
+        nodes["neighbour"] = (kind, {"model": nodes["sampler"][1]["model"], **inputs})
+        nodes["sampler"][1]["model"] = ["neighbour", 0]
     return {name: {"class_type": kind, "inputs": inputs} for name, (kind, inputs) in nodes.items()}
 
 
@@ -137,6 +144,35 @@ def test_a_graph_of_stock_nodes_and_ours_draws_a_picture(server):
     assert np.array_equal(picture(server, weight=0.0), plain)
     assert np.array_equal(picture(server, node=False), plain)
     assert np.array_equal(picture(server), prompted)
+
+
+NEIGHBOURS = {
+    "SelfAttentionGuidance": {"scale": 0.5, "blur_sigma": 2.0},
+    "PerturbedAttentionGuidance": {"scale": 3.0},
+    "HyperTile": {"tile_size": 64, "swap_size": 2, "max_depth": 1, "scale_depth": False},
+    "TomePatchModel": {"ratio": 0.3},
+    "FreeU_V2": {"b1": 1.3, "b2": 1.4, "s1": 0.9, "s2": 0.2},
+    "PatchModelAddDownscale": {
+        "block_number": 3,
+        "downscale_factor": 2.0,
+        "start_percent": 0.0,
+        "end_percent": 0.35,
+        "downscale_after_skip": True,
+        "downscale_method": "bicubic",
+        "upscale_method": "bicubic",
+    },
+    "PerpNeg": {"empty_conditioning": ["negative", 0], "neg_scale": 1.0},
+    "RescaleCFG": {"multiplier": 0.7},
+}
+
+
+@pytest.mark.parametrize("neighbour", NEIGHBOURS)
+def test_beside_other_nodes_that_patch_the_model(server, neighbour):
+    """The image prompt acts beside the neighbour, and in every block."""
+    node = (neighbour, NEIGHBOURS[neighbour])
+    both, theirs = picture(server, neighbour=node), picture(server, neighbour=node, node=False)
+    assert np.abs(both.astype(int) - theirs).mean() > 0.5
+    assert "run without it" not in server.log
 
 
 def test_an_interrupt_leaves_nothing_behind(server):
