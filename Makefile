@@ -5,41 +5,45 @@ PYTHON ?= python3
 RUN := .venv/bin/python -m lcm_lookahead.tools
 export HOST_VERSION COMFYUI_DIR PORT
 
-.PHONY: help setup host demo test matrix evaluate bench lint clean
+.PHONY: help setup host demo test matrix browser evaluate bench lint clean
 .DEFAULT_GOAL := help
 
 help: ## show this
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
 
 setup: ## make the environment in .venv (about a minute)
-	@$(PYTHON) -m tools.setup $(ARGS)
+	@$(PYTHON) -m tools.start $(ARGS)
 
 host: ## fetch the pinned ComfyUI into .host
-	@$(PYTHON) -m tools.setup
+	@$(PYTHON) -m tools.start
 	@$(RUN).host $(ARGS)
 
 demo: ## draw reference faces under new prompts in a real ComfyUI
-	@$(PYTHON) -m tools.setup
+	@$(PYTHON) -m tools.start
 	@$(RUN).demo $(ARGS)
 
 test: ## lint and all tests that need no GPU, on the newest and the oldest ComfyUI
-	@$(PYTHON) -m tools.setup
+	@$(PYTHON) -m tools.start
 	@$(RUN).testing $(ARGS)
 
 matrix: ## the host tests on every supported ComfyUI
-	@$(PYTHON) -m tools.setup
+	@$(PYTHON) -m tools.start
 	@$(RUN).testing --matrix $(ARGS)
 
+browser: ## the workflows and help pages in ComfyUI's own web page (needs Chromium)
+	@$(PYTHON) -m tools.start
+	@$(RUN).testing --browser $(ARGS)
+
 evaluate: ## measure the image prompt over held-out references
-	@$(PYTHON) -m tools.setup
+	@$(PYTHON) -m tools.start
 	@$(RUN).evaluate $(ARGS)
 
 bench: ## the performance tables
-	@$(PYTHON) -m tools.setup
+	@$(PYTHON) -m tools.start
 	@$(RUN).bench $(ARGS)
 
 lint: ## ruff alone
-	@$(PYTHON) -m tools.setup
+	@$(PYTHON) -m tools.start
 	@.venv/bin/ruff check .
 
 clean: ## remove what the tools have made, but not .venv and .host

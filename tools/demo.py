@@ -119,7 +119,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="make demo", description="Draws reference faces under new prompts.")
     parser.add_argument("--people", type=int, default=3)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--port", type=int, default=int(os.environ.get("PORT") or 0))
+    parser.add_argument("--port", type=int, default=os.environ.get("PORT") or 0)
     parser.add_argument("--out", type=Path, default=ROOT / "output" / "demo")
     parser.add_argument("prompts", nargs="*", help="prompts instead of the usual three")
     chosen = parser.parse_args(arguments)

@@ -82,6 +82,26 @@ def test_the_entry_can_be_read_by_an_old_python():
         ast.parse((ROOT / "tools" / f"{name}.py").read_text(), feature_version=(3, 8))
 
 
+@pytest.mark.parametrize("name", ["__init__", "start"])
+def test_the_first_file_can_be_read_by_any_python(name):
+    """No grammar that came after Python 2.7 and 3.0: no f-strings, no annotations, no underscores in numbers."""
+    import ast
+
+    text = (ROOT / "tools" / f"{name}.py").read_text()
+    nodes = list(ast.walk(ast.parse(text, feature_version=(3, 4))))
+    assert not [n for n in nodes if isinstance(n, ast.JoinedStr | ast.AnnAssign) or getattr(n, "returns", None)]
+    assert "__future__" not in text
+
+
+def test_a_very_old_python_is_told_which_one_is_needed(monkeypatch):
+    import runpy
+
+    monkeypatch.setattr(sys, "version_info", (3, 6, 8))
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(ROOT / "tools" / "start.py"))
+    assert str(caught.value).startswith("error: Python 3.6 is too old: the project needs Python 3.11 or newer")
+
+
 # -- once
 
 
@@ -95,7 +115,7 @@ def test_a_second_call_does_nothing(steps, tmp_path):
 def test_a_second_call_takes_less_than_a_second():
     def once() -> float:
         start = time.monotonic()
-        done = subprocess.run([sys.executable, "-m", "tools.setup"], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-m", "tools.start"], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return time.monotonic() - start
 

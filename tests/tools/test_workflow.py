@@ -138,7 +138,9 @@ def test_a_missing_file_is_named(tmp_path):
         workflow.load(tmp_path / "none.json")
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).resolve().parents[2] / "workflows").glob("*.json")), ids=str)
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).resolve().parents[2] / "workflows").glob("*.json")), ids=lambda p: p.name
+)
 def test_every_workflow_of_ours_has_a_thumbnail_and_whole_links(path):
     graph = json.loads(path.read_text())
     ids = {node["id"] for node in graph["nodes"]}
