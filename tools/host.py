@@ -290,8 +290,8 @@ def check_port(port: int) -> int:
     return port
 
 
-def _die_with_parent() -> None:
-    """Have Linux end the host when its parent is killed, so that no server is ever left behind."""
+def die_with_parent() -> None:
+    """Have Linux end a child process when its parent is killed, so that no server is ever left behind."""
     with contextlib.suppress(Exception):
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
@@ -309,6 +309,7 @@ class Host:
         pack_name: the folder name the pack gets in custom_nodes.
         extensions: further custom node folders to link; default: those of tools/custom_nodes.
         weights: folder of the mini weights to link under the public names; None for no models.
+        front_end: folder of a web page to serve (`page.front_end()` fetches ComfyUI's); default: an empty page.
         arguments: further command-line arguments for main.py.
         environment: further environment variables.
         start_timeout: seconds to wait for the server.
@@ -326,6 +327,7 @@ class Host:
         pack_name: str = "comfyui-lcm-lookahead",
         extensions: Iterable[Path] | None = None,
         weights: Path | None = WEIGHTS,
+        front_end: Path | None = None,
         arguments: Iterable[str] = (),
         environment: Mapping[str, str] | None = None,
         start_timeout: float = 300,
@@ -339,6 +341,7 @@ class Host:
         found = sorted(p for p in EXTENSIONS.iterdir() if p.is_dir() and not p.name.startswith(("_", ".")))
         self.extensions = list(extensions) if extensions is not None else found
         self.weights = weights
+        self.front_end = front_end
         self.arguments = [str(a) for a in arguments]
         self.environment = dict(environment or {})
         self.start_timeout = start_timeout
@@ -395,7 +398,7 @@ class Host:
             "--base-directory",
             str(self.base),
             "--front-end-root",
-            str(self.base / "web"),
+            str(self.front_end or self.base / "web"),
             "--database-url",
             "sqlite:///:memory:",
             "--disable-api-nodes",
@@ -429,7 +432,7 @@ class Host:
                     stdin=subprocess.DEVNULL,
                     env=self._environment(),
                     start_new_session=True,
-                    preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+                    preexec_fn=die_with_parent if sys.platform == "linux" else None,
                 )
             atexit.register(self.stop)
             self._wait_until_ready(watch)

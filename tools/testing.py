@@ -1,7 +1,8 @@
-"""`make test` and `make matrix`: the suite in the processes it needs, and one line that sums them up.
+"""`make test`, `make matrix` and `make browser`: the suite in the processes it needs, and one line that sums them up.
 
     make test                       ruff, all tests but the host's, then the host's on 0.30.0 and 0.16.3
     make matrix                     the host's on all supported versions, and a table
+    make browser                    workflows and help in ComfyUI's web page; with Chromium, a part of `make test`
     make test ARGS="-- -k lora"     what follows -- goes to pytest
 
 Host tests run in processes of their own, one for each host: they have the host in the process and load the pack as
@@ -19,7 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import host
+from . import host, page
 from .common import CACHE, ROOT, Problem, Stopwatch, run_main, say
 
 NO_HOST = ("tests/house", "tests/tools", "tests/unit", "tests/trainer")
@@ -91,6 +92,12 @@ def on_hosts(versions: Iterable[str], extra: Sequence[str]) -> list[Outcome]:
     return outcomes
 
 
+def in_the_page(extra: Sequence[str]) -> Outcome:
+    """The tests in ComfyUI's own web page, which is that of the default host."""
+    page.front_end()
+    return pytest("browser", ["tests/browser"], extra)
+
+
 def table(outcomes: Sequence[Outcome]) -> str:
     """The outcomes, one a line."""
     lines = [f"{'':24}{'passed':>8}{'failed':>8}{'errors':>8}{'skipped':>8}{'seconds':>9}"]
@@ -108,19 +115,27 @@ def closing_line(outcomes: Sequence[Outcome]) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Entry point of `make test` and `make matrix`."""
+    """Entry point of `make test`, `make matrix` and `make browser`."""
     parser = argparse.ArgumentParser(prog="make test", description="Runs the tests.")
     parser.add_argument("--matrix", action="store_true", help="host tests alone, on all supported versions")
+    parser.add_argument("--browser", action="store_true", help="the tests in the web page alone")
     parser.add_argument("extra", nargs="*", help="arguments for pytest, after --")
     chosen = parser.parse_args(arguments)
     version = os.environ.get("HOST_VERSION")
     if version:
         host.check_version(version)
-    if chosen.matrix:
+    if chosen.browser:
+        page.check_browser()
+        outcomes = [in_the_page(chosen.extra)]
+    elif chosen.matrix:
         outcomes = on_hosts(host.VERSIONS, chosen.extra)
     else:
         outcomes = [ruff(), pytest("no-host", NO_HOST, chosen.extra)]
         outcomes += on_hosts([version] if version else TESTED, chosen.extra)
+        if page.browser() is None:
+            say("\n== browser: not run, there is no Chromium on the PATH")
+        elif not version and not os.environ.get("COMFYUI_DIR"):
+            outcomes.append(in_the_page(chosen.extra))
     print(f"\n{table(outcomes)}\n")
     tests = [one for one in outcomes if one.name != "ruff"]
     if not any(one.passed + one.failed + one.errors for one in tests):

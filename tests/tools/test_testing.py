@@ -1,7 +1,7 @@
 """`make test` is green only when every process ran tests and all of them passed."""
 
 import pytest
-from lcm_lookahead.tools import host, testing
+from lcm_lookahead.tools import host, page, testing
 from lcm_lookahead.tools.common import Problem
 from lcm_lookahead.tools.testing import Outcome
 
@@ -21,6 +21,8 @@ def runs(monkeypatch):
     monkeypatch.setattr(testing, "pytest", recorded)
     monkeypatch.setattr(testing, "ruff", lambda: Outcome("ruff", 0, passed=1))
     monkeypatch.setattr(host, "fetch", lambda version=None: recorded.append(("fetch", version)))
+    monkeypatch.setattr(page, "front_end", lambda: None)
+    monkeypatch.setattr(page, "browser", lambda: None)
     for name in ("COMFYUI_DIR", "HOST_VERSION"):
         monkeypatch.delenv(name, raising=False)
     return recorded
@@ -43,6 +45,27 @@ def test_a_chosen_version_is_the_only_one(runs, monkeypatch):
     monkeypatch.setenv("HOST_VERSION", "0.20.1")
     testing.main([])
     assert [run[0] for run in runs if run[0].startswith("host-")] == ["host-0.20.1"]
+
+
+def test_the_page_is_tested_where_there_is_a_chromium_and_no_other_host_is_chosen(runs, monkeypatch):
+    def browser_runs():
+        runs.clear()
+        testing.main([])
+        return [run[1] for run in runs if run[0] == "browser"]
+
+    assert browser_runs() == []
+    monkeypatch.setattr(page, "browser", lambda: "/usr/bin/chromium")
+    assert browser_runs() == [("tests/browser",)]
+    monkeypatch.setenv("HOST_VERSION", "0.20.1")
+    assert browser_runs() == []
+
+
+def test_the_page_alone_needs_a_chromium(runs, monkeypatch):
+    with pytest.raises(Problem, match="no Chromium"):
+        testing.main(["--browser"])
+    monkeypatch.setattr(page, "browser", lambda: "/usr/bin/chromium")
+    assert testing.main(["--browser"]) == 0
+    assert [run[0] for run in runs] == ["browser"]
 
 
 @pytest.mark.parametrize(

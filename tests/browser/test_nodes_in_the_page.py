@@ -1,0 +1,38 @@
+"""ComfyUI's own page says what is missing, and shows the help of our nodes."""
+
+import pytest
+from lcm_lookahead.tools.common import ROOT
+from lcm_lookahead.tools.workflow import load
+
+
+@pytest.fixture
+def page(browser):
+    """The page, loaded anew."""
+    browser.load()
+    return browser
+
+
+def test_a_missing_node_and_a_missing_file_are_seen(page):
+    """What the tests of the workflows rely on."""
+    broken = load(ROOT / "workflows" / "image_prompt.json")
+    encoder = next(node for node in broken["nodes"] if node["type"] == "LookaheadLoadEncoder")
+    encoder["type"] = "NobodyHasThisNode"
+    checkpoint = next(node for node in broken["nodes"] if node["type"] == "CheckpointLoaderSimple")
+    checkpoint["widgets_values"] = ["nobody_has_this.safetensors"]
+    page.open(broken)
+    page.wait_for("document.querySelector('[data-testid=error-overlay]')")
+    complaints = " ".join(page.complaints())
+    assert "NobodyHasThisNode" in complaints and "nobody_has_this.safetensors" in complaints
+
+
+def test_every_node_of_ours_has_a_help_page_and_tooltips(page, host):
+    ours = {name: node for name, node in host.object_info().items() if name.startswith("Lookahead")}
+    assert ours
+    for name, node in ours.items():
+        for group in node["input"].values():
+            assert all(options[0].get("tooltip") for _, *options in group.values()), name
+        assert len(node["output_tooltips"]) == len(node["output"]) and all(node["output_tooltips"]), name
+        title, text = (ROOT / "web" / "docs" / f"{name}.md").read_text().split("\n\n")[:2]
+        shown = " ".join(page.help_of(name).split())
+        assert shown.startswith(node["display_name"]) and title == f"# {node['display_name']}"
+        assert " ".join(text.replace("`", "").split()) in shown
