@@ -112,17 +112,14 @@ def _with(model_options: dict[str, Any], **entries: Any) -> dict[str, Any]:
 
 
 def outer_sample(executor, *args, **kwargs):
-    """Once a run: bring tensors to the device. `guider.model_options` is the run's own copy; it is put back anyway."""
+    """Once a run: bring tensors to the device. `guider.model_options` is the run's own copy, which the host drops."""
     guider = executor.class_obj
     before = guider.model_options
     prompts = before.get("transformer_options", {}).get(KEY, {}).get("image_prompts", ())
     patcher = guider.model_patcher
     device, dtype = patcher.load_device, patcher.model.get_dtype_inference()
     guider.model_options = _with(before, image_prompts=tuple(p.to(device, dtype) for p in prompts), log=RunLog())
-    try:
-        return executor(*args, **kwargs)
-    finally:
-        guider.model_options = before
+    return executor(*args, **kwargs)
 
 
 def predict_noise(executor, x, timestep, model_options, seed=None):
@@ -139,7 +136,7 @@ def calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
     """Each time conditions are evaluated, also by nodes that do so after the guider (SAG, PAG)."""
     call = model_options.get("transformer_options", {}).get(KEY, {}).get("call")
     if call is not None:
-        areas = {c["uuid"]: Area.of(c, x_in) for cond in conds if cond is not None for c in cond if "uuid" in c}
+        areas = {c["uuid"]: Area.of(c) for cond in conds if cond is not None for c in cond if "uuid" in c}
         rows = Rows(conditional_roles(conds, call.conds), areas, tuple(x_in.shape[-2:]))
         model_options = _with(model_options, rows=rows)
     return executor(model, conds, x_in, timestep, model_options)

@@ -49,16 +49,13 @@ class Area:
     left: int
 
     @classmethod
-    def of(cls, cond: dict[str, Any], x: Tensor) -> Area | None:
-        """The area of a condition, clipped to the picture as the host does; None for the whole picture."""
+    def of(cls, cond: dict[str, Any]) -> Area | None:
+        """The area of a condition, None for the whole picture."""
         area = cond.get("area")
-        if area is None or len(area) != 4:
-            return None
-        height, width, top, left = area
-        return cls(min(x.shape[-2] - top, height), min(x.shape[-1] - left, width), top, left)
+        return None if area is None or len(area) != 4 else cls(*area)
 
     def crop(self, picture: Tensor) -> Tensor:
-        """[n, H, W] -> [n, height, width]."""
+        """[n, H, W] -> [n, height, width], less where the area reaches beyond the picture (as the host does)."""
         return picture[:, self.top : self.top + self.height, self.left : self.left + self.width]
 
 

@@ -250,6 +250,7 @@ def tools(pack):
         apply=lambda model, reference, **options: run(pack, "LookaheadApplyImagePrompt", model, reference, **options),
         run=lambda node, *args, **options: run(pack, node, *args, **options),
         one_sentence=one_sentence,
+        guider=guider_of,
         denoised=denoised,
         sample=sample,
         picture=picture,

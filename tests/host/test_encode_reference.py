@@ -103,6 +103,7 @@ def test_several_pictures_together_on_average_or_one_each(encode, tools):
     assert average.keys_values.shape[:2] == (1, 16) and each.keys_values.shape[:2] == (3, 16)
     assert torch.allclose(each.keys_values[:1], one.keys_values, atol=1e-4)
     assert torch.allclose(together.keys_values[:, :16], one.keys_values, atol=1e-4)
+    assert torch.allclose(together.null_keys_values, one.null_keys_values.repeat(1, 3, 1), atol=1e-4)
     assert torch.allclose(average.keys_values, each.keys_values.mean(0, keepdim=True), atol=1e-4)
 
 

@@ -102,6 +102,9 @@ def test_an_area_sees_its_own_part_of_the_mask(mini, tools, reference, draw, mon
     assert close(draw(tools.apply(mini.model, reference, mask=right), only_right, cfg=1.0), full)
     assert close(draw(tools.apply(mini.model, reference, mask=left), only_right, cfg=1.0), plain)
 
+    beyond = [[only_right[0][0], {**only_right[0][1], "area": (16, 20, 0, 8)}]]  # reaches out of the picture
+    assert close(draw(tools.apply(mini.model, reference, mask=right), beyond, cfg=1.0), full)
+
     both = areas(0, 8)
     plain, full = (draw(m, both, cfg=1.0) for m in (mini.model, tools.apply(mini.model, reference)))
     out = draw(tools.apply(mini.model, reference, mask=left), both, cfg=1.0)
