@@ -27,7 +27,7 @@ class Plan:
     decoder_steps: int = 3000
     base_steps: int = 5000
     image_encoder_steps: int = 4000
-    image_prompt_steps: int = 4000
+    image_prompt_steps: int = 3600
     recogniser_steps: int = 2500
     style_steps: int = 600
     seed: int = 1
