@@ -37,8 +37,8 @@ def stages(folder: Path, plan: Plan) -> dict[str, Callable[[], None]]:
     """The stages by name. A stage reads the results of those before it from `folder`."""
 
     def people(group: str) -> data.Pictures:
-        count = {"train": plan.people, "evaluation": plan.evaluation_people}[group]
-        return data.pictures(folder, group, count, plan.styles, IMAGE_SIZE)
+        count = {"train": plan.people, "evaluation": plan.evaluation_people, "portraits": plan.portraits}[group]
+        return data.pictures(folder, group, count, ("photo",) if group == "portraits" else plan.styles, IMAGE_SIZE)
 
     def latents(pictures: data.Pictures) -> torch.Tensor:
         return vae.encode_all(folder, pictures, "train")
@@ -59,7 +59,7 @@ def stages(folder: Path, plan: Plan) -> dict[str, Callable[[], None]]:
         "vae": lambda: vae.train(folder, people("train"), plan),
         "base": train_base,
         "decoder": train_decoder,
-        "image_encoder": lambda: image_encoder.train(folder, people("train"), plan),
+        "image_encoder": lambda: image_encoder.train(folder, [people("train"), people("portraits")], plan),
         "image_prompt": train_image_prompt,
         "recogniser": lambda: evaluators.train_recogniser(folder, people("evaluation"), plan),
         "style_scorer": lambda: evaluators.train_style_scorer(folder, people("evaluation"), plan),

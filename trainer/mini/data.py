@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .faces import STYLES, Faces, captions, identity_vector, render, sample_identities, sample_nuisance, skin_class
 
-SEEDS = {"train": 1000, "evaluation": 2000, "held_out": 3000}  # three groups of people that never meet
+SEEDS = {"train": 1000, "evaluation": 2000, "held_out": 3000, "portraits": 5000}  # groups of people that never meet
 ATTRIBUTES = ("hair_colour", "hair", "glasses", "moustache", "beard", "mole", "iris")
 
 

@@ -37,7 +37,8 @@ def preprocess(picture: Tensor) -> Tensor:
     return (picture - mean) / std
 
 
-def train(folder: Path, pictures: Pictures, plan: Plan) -> None:
+def train(folder: Path, groups: list[Pictures], plan: Plan) -> None:
+    """Every batch is drawn in equal parts from the groups of people."""
     out = folder / "image_encoder.safetensors"
     if out.exists():
         return
@@ -46,18 +47,19 @@ def train(folder: Path, pictures: Pictures, plan: Plan) -> None:
     encoder = build().to(device)
     answers = [IDENTITY_SIZE, len(STYLES), len(PLACES), 2]
     head = nn.Linear(SIZES["clip_vision"]["projection_dim"], sum(answers)).to(device)
-    labels = pictures.labels
+    part = BATCH // len(groups)
 
     def loss(step: int) -> Tensor:
         numbers = stage.numbers_of_step(plan.seed + 4, step)
-        index = torch.randint(len(pictures), (BATCH,), generator=numbers)
-        x = preprocess(disturb(pictures.images(index, device), numbers))
+        rows = [(g, torch.randint(len(g), (part,), generator=numbers)) for g in groups]
+        labels = {k: torch.cat([g.labels[k][i] for g, i in rows]).to(device) for k in groups[0].labels}
+        x = preprocess(disturb(torch.cat([g.images(i, device) for g, i in rows]), numbers))
         with torch.autocast(device.type, torch.bfloat16):
             said = head(encoder(pixel_values=x).image_embeds).float()
         identity, *choices = said.split(answers, 1)
-        value = 3 * F.mse_loss(identity, labels["identity"][index].to(device))
+        value = 3 * F.mse_loss(identity, labels["identity"])
         for y, name in zip(choices, ("style", "place", "smile"), strict=True):
-            value = value + 0.2 * F.cross_entropy(y, labels[name][index].to(device))
+            value = value + 0.2 * F.cross_entropy(y, labels[name])
         return value
 
     models = {"encoder": encoder, "head": head}

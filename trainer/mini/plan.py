@@ -21,12 +21,13 @@ class Plan:
 
     styles: tuple[str, ...] = ("photo", "pencil drawing", "oil painting", "comic", "wanted poster")
     people: int = 3000  # of the training group
+    portraits: int = 8000  # more people, in photos alone, for the image encoder: telling people apart takes many
     evaluation_people: int = 1500  # whom only the evaluation networks see
     held_out_people: int = 200  # whom nothing is trained on
     vae_steps: int = 2000
     decoder_steps: int = 3000
     base_steps: int = 5000
-    image_encoder_steps: int = 4000
+    image_encoder_steps: int = 6000
     image_prompt_steps: int = 3600
     recogniser_steps: int = 2500
     style_steps: int = 600
