@@ -39,7 +39,7 @@ def group_of_people(group: str, people: int, styles: tuple[str, ...]) -> Faces:
     """Who and how: len(styles) + 1 pictures a person, two photos first, then the other styles in random order."""
     numbers = torch.Generator().manual_seed(SEEDS[group])
     identities = sample_identities(people, numbers)
-    others = torch.tensor([STYLES.index(s) for s in styles if s != "photo"])
+    others = torch.tensor([STYLES.index(s) for s in styles if s != "photo"], dtype=torch.long)
     order = torch.rand(people, len(others), generator=numbers).argsort(1)
     style = torch.cat([torch.zeros(people, 2, dtype=torch.long), others[order]], 1)
     per_person = style.shape[1]

@@ -21,7 +21,7 @@ def psnr(a: Tensor, b: Tensor) -> float:
 
 
 @torch.no_grad()
-def report(folder: Path, plan: Plan, samples: int = 20) -> dict[str, float]:
+def report(folder: Path, plan: Plan) -> dict[str, float]:
     """Figures of a finished build; also draws `samples.png` (a column a style) and `reconstructions.png`."""
     held_out = data.pictures(folder, "held_out", plan.held_out_people, plan.styles, IMAGE_SIZE)
     recogniser, scorer = evaluators.load(folder)
@@ -47,7 +47,7 @@ def report(folder: Path, plan: Plan, samples: int = 20) -> dict[str, float]:
     drawn = []
     for s in plan.styles:
         prompt = f"{'an' if s[0] in 'aeiou' else 'a'} {s} of a face"
-        z = sample(unet, text, [prompt] * samples, torch.Generator().manual_seed(plan.seed))
+        z = sample(unet, text, [prompt] * plan.report_samples, torch.Generator().manual_seed(plan.seed))
         x = (autoencoder.decoder(z) / 2 + 0.5).clamp(0, 1)
         figures[f"base style accuracy, {s}"] = (scorer(x)[0].argmax(1) == STYLES.index(s)).float().mean().item()
         drawn.append(x[:6])

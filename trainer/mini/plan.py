@@ -31,6 +31,7 @@ class Plan:
     image_prompt_steps: int = 3600
     recogniser_steps: int = 2500
     style_steps: int = 600
+    report_samples: int = 20  # pictures a style that the report counts
     seed: int = 1
 
 

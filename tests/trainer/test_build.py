@@ -1,0 +1,52 @@
+"""The mini world's build: every stage runs, a second call does nothing again, and the files are the public ones."""
+
+import dataclasses
+
+import pytest
+import torch
+from lcm_lookahead.lookahead import encoder_file
+from lcm_lookahead.trainer import cli
+from lcm_lookahead.trainer.mini import weights
+from lcm_lookahead.trainer.mini.build import build, stages
+from lcm_lookahead.trainer.mini.plan import QUICK
+from PIL import Image
+from safetensors import safe_open
+
+TINY = dataclasses.replace(
+    QUICK,
+    styles=("photo", "comic"),
+    report_samples=1,
+    **{f.name: 2 for f in dataclasses.fields(QUICK) if f.name.endswith("_steps")},
+    **{name: 20 for name in ("people", "portraits", "evaluation_people", "held_out_people")},
+)
+
+
+def test_a_tiny_build_makes_every_file_and_a_second_call_changes_none(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    build(tmp_path, TINY, export_to=tmp_path / "weights")
+    files = {name: (tmp_path / "weights" / name).read_bytes() for name in weights.FILES}
+    assert not list(tmp_path.glob("*.state")) and not list(tmp_path.rglob("*.part"))
+    read = encoder_file.read(tmp_path / "weights" / weights.IMAGE_PROMPT)
+    assert len(read.ip_adapter) == 17
+    with safe_open(tmp_path / "weights" / weights.CHECKPOINT, "pt") as checkpoint:
+        assert checkpoint.get_tensor("first_stage_model.vae_scale").dtype == torch.float16
+    capsys.readouterr()
+    build(tmp_path, TINY, export_to=tmp_path / "weights")
+    assert capsys.readouterr().out.count("done before") == len(stages(tmp_path, TINY))
+    assert files == {name: (tmp_path / "weights" / name).read_bytes() for name in weights.FILES}
+
+
+def test_a_stage_that_does_not_exist_is_named_with_those_that_do(tmp_path):
+    with pytest.raises(SystemExit, match="no stage 'vea'.*vae, base"):
+        build(tmp_path, TINY, only=["vea"])
+
+
+def test_the_command_says_that_only_the_quick_build_exists(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["mini", "build"])
+    assert "add --quick" in capsys.readouterr().err
+
+
+def test_the_sheet_command_draws_a_row_a_person(tmp_path):
+    cli.main(["mini", "sheet", "--people", "2", "--out", str(tmp_path / "sheet.png")])
+    assert Image.open(tmp_path / "sheet.png").size == (8 * 128, 2 * 128)
