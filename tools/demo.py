@@ -21,8 +21,13 @@ from .contact_sheet import Cell, contact_sheet
 from .host import Host, Progress
 
 WORKFLOW = ROOT / "workflows" / "image_prompt.json"
-PROMPTS = ("a photo of a face in the forest", "an oil painting of a face", "a pencil drawing of a face smiling")
-SIZE, STEPS = 128, 20
+PROMPTS = (
+    "a photo of a face on a beach",
+    "an oil painting of a face",
+    "a comic of a face in the snow",
+    "a wanted poster of a face",
+)
+SIZE, STEPS, CFG = 128, 20, 3.0  # what the mini world is at its best with; the workflow has what SDXL is
 
 
 def draw_references(people: int) -> list[Image.Image]:
@@ -57,7 +62,7 @@ def similarity_to(reference: Image.Image) -> Callable[[Image.Image], float]:
 def prompt_for(api: workflow.Api, reference: str, text: str, seed: int, weight: float = 1.0) -> workflow.Api:
     """The demo's run: the workflow with this reference file and text, at the mini world's size."""
     api = workflow.override(api, "EmptyLatentImage", width=SIZE, height=SIZE)
-    api = workflow.override(api, "KSampler", seed=seed, steps=STEPS)
+    api = workflow.override(api, "KSampler", seed=seed, steps=STEPS, cfg=CFG)
     api = workflow.override(api, "Prompt", text=text)
     api = workflow.override(api, "LoadImage", image=reference)
     return workflow.override(api, "LookaheadApplyImagePrompt", weight=weight)
@@ -121,7 +126,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--port", type=int, default=os.environ.get("PORT") or 0)
     parser.add_argument("--out", type=Path, default=ROOT / "output" / "demo")
-    parser.add_argument("prompts", nargs="*", help="prompts instead of the usual three")
+    parser.add_argument("prompts", nargs="*", help="prompts instead of the usual ones")
     chosen = parser.parse_args(arguments)
     if chosen.people < 1:
         raise Problem(f"--people is {chosen.people}: the demo needs at least 1 reference.")

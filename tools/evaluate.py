@@ -16,7 +16,7 @@ from .common import ROOT, Problem, run_main, say
 from .host import Host
 
 STYLES = ("photo", "oil painting", "comic", "wanted poster")
-STEPS, CFG = 20, 4.0
+SAMPLER, SCHEDULER, STEPS, CFG = "dpmpp_2m", "karras", 20, 3.0
 
 
 def prompt_of(style: str) -> str:
@@ -57,8 +57,8 @@ def graph(reference: str, seed: int, weight: float) -> dict[str, Any]:
                 seed=seed + number,
                 steps=STEPS,
                 cfg=CFG,
-                sampler_name="euler",
-                scheduler="normal",
+                sampler_name=SAMPLER,
+                scheduler=SCHEDULER,
                 denoise=1.0,
             )
             pixels = add(f"{style} {which} decode", "VAEDecode", samples=samples, vae=vae)
@@ -124,8 +124,8 @@ def page(figures: dict[str, Any], references: int, weight: float) -> str:
     rows = "\n".join(f"| {name} | {figures['on'][name]} | {figures['off'][name]} |" for name in figures["on"])
     return f"""# What the image prompt does on the mini world
 
-Written by `make evaluate`: {references} held-out people x {len(STYLES)} styles, weight {weight}, {STEPS} Euler steps,
-CFG {CFG}, in the real ComfyUI; 95 % intervals by drawing references. Recogniser and style scorer took part in no other
+Written by `make evaluate`: {references} held-out people x {len(STYLES)} styles, weight {weight}, {STEPS} steps,
+{SAMPLER} {SCHEDULER}, CFG {CFG}, in the real ComfyUI; 95 % intervals by drawing references. Recogniser and style scorer took part in no other
 training, and were trained on other people than those shown.
 
 | | image prompt on | off |
