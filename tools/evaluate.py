@@ -125,8 +125,8 @@ def page(figures: dict[str, Any], references: int, weight: float) -> str:
     return f"""# What the image prompt does on the mini world
 
 Written by `make evaluate`: {references} held-out people x {len(STYLES)} styles, weight {weight}, {STEPS} steps,
-{SAMPLER} {SCHEDULER}, CFG {CFG}, in the real ComfyUI; 95 % intervals by drawing references. Recogniser and style scorer took part in no other
-training, and were trained on other people than those shown.
+{SAMPLER} {SCHEDULER}, CFG {CFG}, in the real ComfyUI; 95 % intervals by drawing references. Recogniser and style scorer
+took part in no other training, and were trained on other people than those shown.
 
 | | image prompt on | off |
 |---|---|---|
