@@ -28,7 +28,7 @@ class Plan:
     decoder_steps: int = 3000
     base_steps: int = 5000
     image_encoder_steps: int = 6000
-    image_prompt_steps: int = 3600
+    image_prompt_steps: int = 4500
     recogniser_steps: int = 2500
     style_steps: int = 600
     report_samples: int = 20  # pictures a style that the report counts
