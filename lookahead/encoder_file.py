@@ -168,6 +168,11 @@ def provenance(file: EncoderFile) -> str:
 
 def _check_values(tensors: Mapping[str, Tensor], name: str) -> None:
     for key, value in tensors.items():
+        if value.layout != torch.strided or value.is_meta:  # a pickle can hold these; most operations refuse them
+            kind = "without values (a meta tensor)" if value.is_meta else f"sparse ({value.layout})"
+            raise EncoderFileError(
+                f"{name}: {key} is stored {kind}, but encoder files hold plain tensors: use the .safetensors version."
+            )
         if value.dtype not in DTYPES:
             raise EncoderFileError(
                 f"{name}: {key} is stored as {value.dtype}, but encoder files hold float32, float16 or bfloat16: use "

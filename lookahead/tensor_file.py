@@ -27,11 +27,13 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
             head = f.read(9)
     except OSError as error:
         raise EncoderFileError(f"{name} cannot be read ({error.strerror}): check that it is there.") from error
+    if not head:
+        raise EncoderFileError(f"{name} is empty: download it again.")
     if head[8:9] == b"{":
         return _read_safetensors(path)
     if head[:4] == b"PK\x03\x04" or head[:1] == b"\x80":
         return _read_pickle(path), {}
-    start = head.decode("ascii", "replace") if head else "nothing"
+    start = head.decode("ascii", "replace")
     raise EncoderFileError(
         f"{name} is neither a safetensors nor a PyTorch file (it starts with {start!r}): the download probably saved "
         "something else; download it again."
@@ -64,18 +66,25 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         ) from error
     except Exception as error:  # torch raises many kinds for damaged archives (RuntimeError, EOFError, KeyError, ...)
         raise EncoderFileError(damaged) from error
+    if not isinstance(content, dict):
+        raise EncoderFileError(
+            f"{path.name} holds a {type(content).__name__} where named tensors were expected: it is not an encoder "
+            "file."
+        )
     tensors: dict[str, Tensor] = {}
     _flatten(content, "", tensors, path.name)
     return tensors
 
 
-def _flatten(content: object, prefix: str, tensors: dict[str, Tensor], name: str) -> None:
-    if not isinstance(content, dict):
-        raise EncoderFileError(
-            f"{name} holds a {type(content).__name__} where named tensors were expected: it is not an encoder file."
-        )
+def _flatten(content: dict, prefix: str, tensors: dict[str, Tensor], name: str) -> None:
+    """Collect the tensors of nested dicts; plain values beside them (an epoch, a note) say nothing to us."""
     for key, value in content.items():
         if isinstance(value, Tensor):
             tensors[f"{prefix}{key}"] = value.detach()
-        else:
+        elif isinstance(value, dict):
             _flatten(value, f"{prefix}{key}.", tensors, name)
+        elif not isinstance(value, int | float | str | bool | None):
+            raise EncoderFileError(
+                f"{name}: {prefix}{key} is of type {type(value).__name__}, and only tensors are expected: use the "
+                ".safetensors version."
+            )

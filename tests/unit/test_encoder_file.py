@@ -127,7 +127,12 @@ def test_a_write_that_is_cut_off_leaves_the_older_file(weights, tmp_path, monkey
 # -- what is refused
 
 
-@pytest.mark.parametrize("keep", [0, 5, 200, -1])
+def test_an_empty_file(tmp_path):
+    (tmp_path / "adapter.safetensors").touch()
+    assert refused(tmp_path / "adapter.safetensors") == "adapter.safetensors is empty: download it again."
+
+
+@pytest.mark.parametrize("keep", [5, 200, -1])
 def test_a_truncated_safetensors_file(stock, keep):
     path = stock()
     path.write_bytes(path.read_bytes()[:keep])
@@ -271,6 +276,28 @@ def test_files_of_other_kinds_are_named(stock, kind):
 def test_a_bin_that_holds_something_else(tmp_path):
     torch.save([torch.zeros(2)], tmp_path / "a.bin")
     assert "list" in refused(tmp_path / "a.bin")
+
+
+def test_plain_values_beside_the_tensors_of_a_bin_are_passed_over(weights, tmp_path):
+    extra = {"epoch": 3, "loss": 0.5, "note": "best", "ema": True, "parent": None}
+    torch.save({**halves(weights), **extra, "state": {"step": 1}}, tmp_path / "adapter.bin")
+    same(encoder_file.read(tmp_path / "adapter.bin"), weights)
+
+
+def test_other_values_beside_the_tensors_of_a_bin_are_named(weights, tmp_path):
+    torch.save({**halves(weights), "state": {"steps": [1, 2]}}, tmp_path / "adapter.bin")
+    text = refused(tmp_path / "adapter.bin")
+    assert "state.steps is of type list" in text and ".safetensors" in text
+
+
+@pytest.mark.parametrize("kind", ["sparse", "meta"])
+def test_tensors_of_a_bin_that_are_not_plain(weights, tmp_path, kind):
+    key = "ip_adapter.3.to_v_ip.weight"
+    value = weights[key]
+    weights[key] = value.to_sparse() if kind == "sparse" else torch.empty_like(value, device="meta")
+    torch.save(halves(weights), tmp_path / "adapter.bin")
+    text = refused(tmp_path / "adapter.bin")
+    assert key in text and kind in text and ".safetensors" in text
 
 
 # -- names
