@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -79,6 +81,10 @@ class LookaheadApplyImagePrompt(io.ComfyNode):
             raise ValueError(f"The start ({start}) is later than the end ({end}): set an end that is not before it.")
         attentions = cross_attentions(model)
         layouts = [key_layout(subject.encoder, attentions) for subject in reference.subjects]
+        if mask is not None and not (mask > 0).any():
+            logging.warning(
+                "[LCM-Lookahead] the mask of an image prompt is empty, so it acts nowhere: leave it open, or invert it."
+            )
         if weight != 0:
             for subject, layout in zip(reference.subjects, layouts, strict=True):
                 prompt = ImagePrompt(

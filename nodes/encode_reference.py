@@ -39,7 +39,8 @@ class LookaheadEncodeReference(io.ComfyNode):
                     "mask",
                     optional=True,
                     tooltip="Which part of the reference counts (white), for example without clothes or background. "
-                    "One mask for all pictures or one for each. Transparency counts as masked out.",
+                    "One mask for all pictures or one for each. Transparency counts as masked out, so the mask of Load "
+                    "Image (white where transparent) is not needed here.",
                 ),
                 io.Vae.Input(
                     "vae",

@@ -10,9 +10,10 @@ SHORTEST_SIDE = 32  # pixels; below that there is nothing to see a face from
 
 
 def split_alpha(image: Tensor) -> tuple[Tensor, Tensor | None]:
-    """IMAGE [n, H, W, 1 to 4] in [0, 1] -> colour [n, H, W, 3] and alpha [n, H, W], None where there is none.
+    """IMAGE [n, H, W, 1 to 4] in [0, 1] -> colour [n, H, W, 3] and alpha [n, H, W] (None without), both in float32.
 
-    One or two channels are grey (with alpha). Raises ValueError, one sentence, for what cannot be a reference.
+    A host may hand on half precision (--fp16-intermediates), which a CPU cannot resize. One or two channels are grey
+    (with alpha). Raises ValueError, one sentence, for what cannot be a reference.
     """
     if image.ndim != 4 or image.shape[0] == 0:
         raise ValueError(f"The reference must be a picture or a batch of pictures, not of shape {list(image.shape)}.")
@@ -27,13 +28,14 @@ def split_alpha(image: Tensor) -> tuple[Tensor, Tensor | None]:
     if not torch.isfinite(image).all():
         raise ValueError("The reference picture holds values that are not finite numbers: check the node before this.")
     colour, alpha = (image, None) if channels in (1, 3) else (image[..., :-1], image[..., -1])
-    return colour.expand(-1, -1, -1, 3), alpha
+    return colour.float().expand(-1, -1, -1, 3), None if alpha is None else alpha.float()
 
 
 def join_masks(image: Tensor, *masks: Tensor | None) -> Tensor | None:
     """Multiply masks [m, h, w] (each resized to the picture's [n, H, W]; m = 1 or n), None where there is none.
 
-    Raises ValueError where the number of masks is neither 1 nor that of the pictures.
+    Raises ValueError where the number of masks is neither 1 nor that of the pictures, and where they leave nothing of a
+    picture: a host gives a mask of zeros with every opaque picture, which would remove the person unnoticed.
     """
     n, height, width, _ = image.shape
     joined = None
@@ -48,13 +50,21 @@ def join_masks(image: Tensor, *masks: Tensor | None) -> Tensor | None:
         if mask.shape[-2:] != (height, width):
             mask = torch.nn.functional.interpolate(mask.unsqueeze(1), (height, width), mode="bilinear").squeeze(1)
         joined = mask if joined is None else joined * mask
-    return None if joined is None else joined.clamp(0, 1).expand(n, -1, -1)
+    if joined is None:
+        return None
+    joined = joined.clamp(0, 1).expand(n, -1, -1)
+    if not (joined > 0).flatten(1).any(dim=1).all():
+        raise ValueError(
+            "The mask leaves nothing of a reference picture: leave it open, or invert it (Load Image gives 1 where a "
+            "picture is transparent)."
+        )
+    return joined
 
 
 def clip_pixels(colour: Tensor, mask: Tensor | None, clip_vision) -> Tensor:
     """Colour [n, H, W, 3] in [0, 1] -> the image encoder's input [n, 3, S, S], by the host's own preprocessing.
 
-    Outside the mask the input is 0, which is what the null tokens are made of: a mask of zeros gives the null tokens.
+    Outside the mask the input is 0, which is what the null tokens are made of.
     """
     size = clip_vision.image_size
     pixels = comfy.clip_model.clip_preprocess(

@@ -41,13 +41,37 @@ def test_null_tokens_are_those_of_an_input_of_zeros_not_of_a_black_picture(encod
     assert not torch.allclose(encode(torch.zeros(1, 64, 64, 3)).keys_values, expected, atol=1e-2)
 
 
-def test_a_reference_mask_of_zeros_gives_the_null_tokens_and_one_of_ones_changes_nothing(encode, tools):
+def test_a_reference_mask_of_ones_changes_nothing_and_outside_a_mask_is_the_null_input(encode, tools):
     image = tools.picture(1, height=80, width=60)
     plain = encode(image)
     assert torch.allclose(encode(image, mask=torch.ones(1, 80, 60)).keys_values, plain.keys_values, atol=1e-5)
-    masked = encode(image, mask=torch.zeros(1, 80, 60))
-    assert torch.allclose(masked.keys_values, masked.null_keys_values, atol=1e-5)
+    faint = encode(image, mask=torch.full((1, 80, 60), 1e-6))
+    assert torch.allclose(faint.keys_values, faint.null_keys_values, atol=1e-4)
     assert not torch.allclose(plain.keys_values, plain.null_keys_values, atol=1e-2)
+
+
+@pytest.mark.parametrize("several", ["together", "average", "one per picture"])
+def test_a_mask_that_leaves_nothing_of_a_picture_is_refused(encode, tools, several):
+    """Load Image gives such a mask (64x64) with every opaque picture."""
+    images = tools.picture(4, n=2)
+    one_empty = torch.stack([torch.ones(64, 64), torch.zeros(64, 64)])
+    for mask in (torch.zeros(1, 64, 64), one_empty):
+        with pytest.raises(ValueError) as error:
+            encode(images, mask=mask, several=several)
+        assert "invert" in tools.one_sentence(error)
+    with pytest.raises(ValueError) as error:
+        encode(torch.cat([images, torch.zeros(2, 96, 96, 1)], dim=-1), several=several)
+    assert "invert" in tools.one_sentence(error)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_pictures_in_half_precision_are_read_like_those_in_full(encode, tools, channels):
+    """As hosts with --fp16-intermediates hand them on, also on a CPU."""
+    image, mask = tools.picture(1, height=80, width=60, channels=channels), tools.picture(2, channels=1)[..., 0]
+    full, half = encode(image, mask=mask), encode(image.half(), mask=mask.half())
+    assert half.pixels.dtype == half.mask.dtype == torch.float32
+    assert torch.allclose(half.pixels, full.pixels, atol=1e-3)
+    assert torch.allclose(half.keys_values, full.keys_values, atol=2e-2)
 
 
 def test_transparency_is_masked_out(encode, tools):

@@ -37,6 +37,14 @@ def test_a_mask_of_ones_is_no_mask_and_a_mask_of_zeros_no_image_prompt(mini, too
     assert not torch.equal(full, plain)
 
 
+def test_an_empty_mask_is_logged(mini, tools, reference, caplog):
+    with caplog.at_level("WARNING"):
+        tools.apply(mini.model, reference, mask=halves()[0])
+        assert "LCM-Lookahead" not in caplog.text
+        tools.apply(mini.model, reference, mask=torch.zeros(1, 64, 64))
+    assert caplog.text.count("LCM-Lookahead") == 1 and "mask" in caplog.text
+
+
 def test_two_masks_that_share_the_picture_are_the_whole_prompt(mini, tools, reference, draw):
     left, right = halves()
     both = tools.apply(tools.apply(mini.model, reference, mask=left), reference, mask=right)
