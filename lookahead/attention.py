@@ -39,7 +39,7 @@ def image_prompt_term(
     out = attention(q, k_ip, v_ip, heads)
     if mask is not None:
         out = out * mask
-    return out * scale
+    return out if scale == 1 else out * scale
 
 
 def decoupled_cross_attention(

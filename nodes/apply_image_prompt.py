@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import torch
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -91,7 +92,7 @@ class LookaheadApplyImagePrompt(io.ComfyNode):
                     keys_values=subject.keys_values,
                     null_keys_values=subject.null_keys_values,
                     layout=layout,
-                    weight=weight,
+                    weight=torch.tensor(weight, dtype=torch.float32),
                     start=start,
                     end=end,
                     mask=None if mask is None else mask.reshape(-1, *mask.shape[-2:]).float().clamp(0, 1),

@@ -7,7 +7,7 @@ another branch of the graph could see, and no object is changed once it is regis
 OUTER_SAMPLE     once a run: the tensors go to the model's device and precision
 PREDICT_NOISE    once a model call: the guider's condition lists, and which image prompts act at this sigma
 CALC_COND_BATCH  the role (conditional or not) of each condition list, and the area of each condition
-APPLY_MODEL      keys and values for each row of this batch, and the replacement of every cross-attention
+APPLY_MODEL      what each row of this batch reads, and the replacement of every cross-attention
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
 KEY = "lookahead"
+COMPILED = "torch.compile"  # the host's key of the wrapper that runs a compiled UNet
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,14 +37,15 @@ class ImagePrompt:
     """One image prompt on a MODEL. Immutable: clones of the MODEL share it.
 
     keys_values, null_keys_values: as in `Subject`; layout: for each cross-attention, by the host's key, the offset of
-    its keys in the packed channels and its width; mask: [masks, H, W] in [0, 1] over the whole picture, or None;
-    start, end: part of the sampling in which it acts, in [0, 1].
+    its keys in the packed channels and its width; weight: a tensor without dimensions, since a compiled model keeps
+    numbers as they were when it was compiled, and reads tensors anew; mask: [masks, H, W] in [0, 1] over the whole
+    picture, or None; start, end: part of the sampling in which it acts, in [0, 1].
     """
 
     keys_values: Tensor
     null_keys_values: Tensor
     layout: dict[tuple[str, int, int], tuple[int, int]]
-    weight: float
+    weight: Tensor
     start: float = 0.0
     end: float = 1.0
     mask: Tensor | None = None
@@ -51,12 +53,14 @@ class ImagePrompt:
     def to(self, device: torch.device, dtype: torch.dtype) -> ImagePrompt:
         """A copy with its tensors on a device and in a precision; itself where they are there already."""
         moved = self.keys_values.to(device, dtype)
-        if moved is self.keys_values and (self.mask is None or self.mask.device == moved.device):
+        others = (self.weight,) if self.mask is None else (self.weight, self.mask)
+        if moved is self.keys_values and all(tensor.device == moved.device for tensor in others):
             return self
         return replace(
             self,
             keys_values=moved,
             null_keys_values=self.null_keys_values.to(device, dtype),
+            weight=self.weight.to(device),
             mask=None if self.mask is None else self.mask.to(device),
         )
 
@@ -137,7 +141,7 @@ def calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
     call = model_options.get("transformer_options", {}).get(KEY, {}).get("call")
     if call is not None:
         areas = {c["uuid"]: Area.of(c) for cond in conds if cond is not None for c in cond if "uuid" in c}
-        rows = Rows(conditional_roles(conds, call.conds), areas, tuple(x_in.shape[-2:]))
+        rows = Rows(conditional_roles(conds, call.conds), areas, tuple(x_in.shape[-2:]), x_in.shape[0])
         model_options = _with(model_options, rows=rows)
     return executor(model, conds, x_in, timestep, model_options)
 
@@ -151,6 +155,16 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
         dtype = executor.class_obj.get_dtype_inference()
         terms = [PromptRows(p.to(x.device, dtype), x, transformer_options, ours.get("rows")) for p in call.prompts]
         log = ours.get("log") or RunLog()
+        for term in terms:
+            if term.problem:
+                log.once(term.problem)
+        terms = [term for term in terms if not term.problem]
+        if COMPILED in transformer_options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {}):
+            log.once(
+                "in a compiled model the image prompt stays as it was when it was compiled: its weight may change, but "
+                "it cannot be switched on or off, ranged (start, end) or masked anew. Keep these settings, or take "
+                "TorchCompileModel out."
+            )
         replaced = transformer_options.get("patches_replace", {})
         attn2 = dict(replaced.get("attn2", {}))
         for key in dict.fromkeys(key for term in terms for key in term.prompt.layout):
@@ -161,43 +175,62 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
 
 
 class PromptRows:
-    """One image prompt laid out for the rows of one UNet pass. Lives as long as the pass."""
+    """One image prompt laid out for the rows of one UNet pass. Lives as long as the pass.
+
+    problem: what to log where the rows are of a kind that it cannot be laid out for, else None. Only an index is kept
+    for each row: keys and values of all layers for every row would be hundreds of megabytes.
+    """
 
     def __init__(self, prompt: ImagePrompt, x: Tensor, options: dict[str, Any], rows: Rows | None):
         self.prompt = prompt
         self.rows = x.shape[0]
+        self.problem: str | None = None
         chunks = len(options.get("cond_or_uncond") or [0])
-        pictures = self.rows // chunks
+        pictures = rows.pictures if rows is not None else max(self.rows // chunks, 1)
+        # Nodes that draw in tiles (MultiDiffusion) pass several tiles at once: all chunks of one tile, then the next.
+        copies, rest = divmod(self.rows, chunks * pictures)
+        if rest or copies == 0:
+            self.problem = "another node puts together a batch that the image prompt cannot follow: it runs without it."
+            return
         # A pass that no known list of the guider asked for counts as unconditional.
         roles = rows.of(options) if rows is not None else (False,) * chunks
-        turn = [row % prompt.keys_values.shape[0] for row in range(pictures)]
-        self.keys_values = torch.cat(
-            [
-                (prompt.keys_values if len(set(turn)) == 1 else prompt.keys_values[turn]).expand(pictures, -1, -1)
-                if conditional
-                else prompt.null_keys_values.expand(pictures, -1, -1)
-                for conditional in roles
-            ]
-        )
+        turn = torch.arange(pictures, device=x.device)  # made on the device, so that nothing waits for a copy
+        null = prompt.keys_values.shape[0]
+        self.index = torch.cat(
+            [turn % null if conditional else torch.full_like(turn, null) for conditional in roles]
+        ).repeat(copies)
         self.mask = None
         if prompt.mask is not None:
             height, width = rows.latent if rows is not None else x.shape[-2:]
             full = mask_on_tokens(prompt.mask, height, width).unflatten(1, (height, width)).squeeze(-1)
-            full = full[[row % full.shape[0] for row in range(pictures)]]
+            full = full[turn % full.shape[0]]
             areas = rows.areas_of(options) if rows is not None else (None,) * chunks
-            self.mask = torch.cat([full if area is None else area.crop(full) for area in areas])
+            parts = [full if area is None else area.crop(full) for area in areas]
+            if copies != 1 or any(part.shape[-2:] != x.shape[-2:] for part in parts):
+                self.problem = (
+                    "another node cuts the picture into tiles, which an image prompt with a mask cannot follow: it "
+                    "runs without it."
+                )
+                return
+            self.mask = torch.cat(parts)
         self.grids: dict[tuple[int, int], Tensor] = {}
+
+    def keys_values(self, channels: slice = slice(None)) -> Tensor:
+        """Keys and values that each row reads, [rows, tokens, channels]: its reference's or the null tokens'."""
+        known = [self.prompt.keys_values[..., channels], self.prompt.null_keys_values[..., channels]]
+        return torch.cat(known).index_select(0, self.index)
 
     def attend(self, q: Tensor, key: tuple[str, int, int], extra: dict[str, Any], attention: Callable) -> Tensor | None:
         """weight * mask * attention to the image prompt, [rows, tokens, channels]; None where rows do not match."""
-        offset, width = self.prompt.layout[key]
-        k, v = self.keys_values[..., offset : offset + 2 * width].chunk(2, dim=-1)
         grid = tuple(extra["activations_shape"][-2:])
         tiles = q.shape[0] // self.rows
         whole = q.shape[0] == self.rows and (self.mask is None or q.shape[1] == grid[0] * grid[1])
         tiled = self.mask is None and tiles * self.rows == q.shape[0] and tiles * q.shape[1] == grid[0] * grid[1]
         if not (whole or tiled):
             return None
+        offset, width = self.prompt.layout[key]
+        k, v = self.keys_values(slice(offset, offset + 2 * width)).to(q.dtype).chunk(2, dim=-1)
+        v = v * self.prompt.weight  # attention is linear in v
         if tiles != 1:  # each row was cut into tiles (as HyperTile does): all tiles of a row see its image prompt
             k, v = k.repeat_interleave(tiles, dim=0), v.repeat_interleave(tiles, dim=0)
         mask = None
@@ -205,7 +238,7 @@ class PromptRows:
             if grid not in self.grids:
                 self.grids[grid] = mask_on_tokens(self.mask, *grid).to(q.dtype)
             mask = self.grids[grid]
-        return image_prompt_term(q, k.to(q.dtype), v.to(q.dtype), extra["n_heads"], self.prompt.weight, mask, attention)
+        return image_prompt_term(q, k, v, extra["n_heads"], mask=mask, attention=attention)
 
 
 def cross_attention(

@@ -61,11 +61,16 @@ class Area:
 
 @dataclass(frozen=True)
 class Rows:
-    """What is known of an evaluation of conditions: roles by list index, areas by condition, the latent's size."""
+    """What is known of an evaluation of conditions.
+
+    roles: by list index; areas: by condition; latent: height and width; pictures: how many the batch holds, which is
+    what each condition has in rows.
+    """
 
     roles: tuple[bool, ...]
     areas: Mapping[Any, Area | None]
     latent: tuple[int, int]
+    pictures: int
 
     def of(self, options: Mapping[str, Any]) -> tuple[bool, ...]:
         """For each chunk of a UNet pass whether it is conditional."""

@@ -188,9 +188,11 @@ def test_rows_cut_into_tiles_see_the_image_prompt_of_their_row(mini, tools, pack
     reference = tools.reference(mini, tools.picture(4, n=2), several="one per picture")
     subject = reference.subjects[0]
     layout = {("middle", 0, 0): (0, 64)}
-    prompt = patch.ImagePrompt(subject.keys_values[..., :128], subject.null_keys_values[..., :128], layout, 1.0)
+    prompt = patch.ImagePrompt(
+        subject.keys_values[..., :128], subject.null_keys_values[..., :128], layout, torch.tensor(1.0)
+    )
     x = torch.randn(2, 4, 16, 16)
-    rows = pack.module("nodes.roles").Rows((True,), {}, (16, 16))
+    rows = pack.module("nodes.roles").Rows((True,), {}, (16, 16), 2)
     term = patch.PromptRows(prompt, x, {"cond_or_uncond": [0]}, rows)
     plain = pack.module("lookahead.attention").softmax_attention
     q = torch.randn(2, 16, 64)
@@ -222,6 +224,59 @@ def test_a_block_that_cannot_be_followed_runs_without_the_image_prompt_and_is_lo
         out = draw(other(tools.apply(mini.model, reference)))
     assert torch.allclose(out, plain, atol=1e-5)
     assert len([r for r in caplog.records if "LCM-Lookahead" in r.getMessage()]) == 1
+
+
+def row_by_row(apply_model, args):
+    """Another pack's model_function_wrapper that runs each row alone, and says of each that it is the whole batch."""
+    c, rows = args["c"], range(len(args["input"]))
+    alone = [{k: v[n : n + 1] if isinstance(v, torch.Tensor) else v for k, v in c.items()} for n in rows]
+    return torch.cat([apply_model(args["input"][n : n + 1], args["timestep"][n : n + 1], **alone[n]) for n in rows])
+
+
+def in_tiles(apply_model, args):
+    """Another pack's model_function_wrapper that runs each half of the picture alone."""
+    return torch.cat([apply_model(t, args["timestep"], **args["c"]) for t in args["input"].chunk(2, dim=-1)], dim=-1)
+
+
+@pytest.mark.parametrize(("wrapper", "masked"), [(row_by_row, False), (in_tiles, True)])
+def test_a_batch_that_cannot_be_followed_runs_without_the_image_prompt_and_is_logged_once(
+    mini, tools, reference, draw, caplog, wrapper, masked
+):
+    def other(model):
+        model = model.clone()
+        model.set_model_unet_function_wrapper(wrapper)
+        return model
+
+    plain = draw(other(mini.model))
+    mask = halves()[0] if masked else None
+    with caplog.at_level("WARNING"):
+        out = draw(other(tools.apply(mini.model, reference, mask=mask)))
+    assert torch.equal(out, plain)
+    assert len([r for r in caplog.records if "LCM-Lookahead" in r.getMessage()]) == 1
+
+
+def test_tiles_that_run_one_after_the_other_see_an_image_prompt_without_a_mask(mini, tools, reference, draw, caplog):
+    def other(model):
+        model = model.clone()
+        model.set_model_unet_function_wrapper(in_tiles)
+        return model
+
+    out = draw(other(tools.apply(mini.model, reference)))
+    assert not torch.allclose(out, draw(other(mini.model)), atol=1e-2)
+    assert "LCM-Lookahead" not in caplog.text
+
+
+def test_a_pass_keeps_no_keys_and_values_of_every_row(mini, tools, reference, pack):
+    """For 16 images and four pictures together those of SDXL would be 680 MB."""
+    patch = pack.module("nodes.image_prompt_patch")
+    model = tools.apply(mini.model, reference)
+    prompt = model.model_options["transformer_options"][patch.KEY]["image_prompts"][0]
+    rows = pack.module("nodes.roles").Rows((True, False), {}, (16, 16), 16)
+    term = patch.PromptRows(prompt, torch.zeros(32, 4, 16, 16), {"cond_or_uncond": [0, 1]}, rows)
+    kept = [v for v in vars(term).values() if isinstance(v, torch.Tensor)]
+    assert sum(t.numel() * t.element_size() for t in kept) == 32 * 8
+    assert torch.equal(term.keys_values()[:16], prompt.keys_values.expand(16, -1, -1))
+    assert torch.equal(term.keys_values()[16:], prompt.null_keys_values.expand(16, -1, -1))
 
 
 def test_attention_asks_the_device_for_nothing(mini, tools, reference, draw, pack, monkeypatch):

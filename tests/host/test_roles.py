@@ -32,7 +32,7 @@ def watched(mini, tools, pack, monkeypatch):
             made.append(self)
 
     def see(executor, x, t, c_concat=None, c_crossattn=None, *args, **kwargs):
-        rows = made.pop().keys_values
+        rows = made.pop().keys_values()
         watched.passes.append(len(rows))
         watched.seen += [(name(c, texts), name(kv, kinds)) for c, kv in zip(c_crossattn, rows, strict=True)]
         return executor(x, t, c_concat, c_crossattn, *args, **kwargs)
@@ -70,6 +70,38 @@ def test_cfg_guider_with_batches_split_by_memory(watched, texts, tools):
 def test_batch_of_pictures(watched, texts, tools):
     tools.denoised(watched.model, texts[POSITIVE], texts[NEGATIVE], torch.randn(3, *LATENT[1:]), 5.0, cfg=3.0)
     assert sorted(watched.seen) == sorted([(POSITIVE, "reference")] * 3 + [(NEGATIVE, "null")] * 3)
+
+
+def in_two_tiles(apply_model, args):
+    """A model_function_wrapper as MultiDiffusion has it: two halves of the picture in one batch, tile after tile."""
+    tiles = torch.cat(args["input"].chunk(2, dim=-1))
+    c = {k: torch.cat([v, v]) if isinstance(v, torch.Tensor) else v for k, v in args["c"].items()}
+    return torch.cat(apply_model(tiles, args["timestep"].repeat(2), **c).chunk(2), dim=-1)
+
+
+@pytest.mark.parametrize("pictures", [1, 3])
+def test_tiles_of_the_picture_in_one_batch_keep_their_roles(watched, texts, tools, pictures):
+    watched.model.set_model_unet_function_wrapper(in_two_tiles)
+    x = torch.randn(pictures, *LATENT[1:])
+    tools.denoised(watched.model, texts[POSITIVE], texts[NEGATIVE], x, 5.0, cfg=3.0)
+    assert watched.passes == [4 * pictures]
+    assert sorted(watched.seen) == sorted([(POSITIVE, "reference"), (NEGATIVE, "null")] * 2 * pictures)
+
+
+def test_tiles_of_a_batch_see_the_reference_of_their_picture(mini, tools):
+    """Two tiles of two pictures in one batch draw what each picture draws in tiles of its own."""
+    reference = tools.reference(mini, tools.picture(4, n=2), several="one per picture")
+    x = torch.randn(2, *LATENT[1:], generator=torch.Generator().manual_seed(9))
+
+    def draw(x, reference):
+        model = tools.apply(mini.model, reference)
+        model.set_model_unet_function_wrapper(in_two_tiles)
+        return tools.denoised(model, mini.text(1), mini.text(2), x, 5.0, cfg=3.0)
+
+    both = draw(x, reference)
+    for n in range(2):
+        alone = draw(x[n : n + 1], tools.reference(mini, tools.picture(4, n=2)[n : n + 1]))
+        assert torch.allclose(both[n : n + 1], alone, atol=1e-4 * float(alone.abs().max()))
 
 
 def test_no_negative_at_cfg_1(watched, texts, tools):
@@ -180,7 +212,7 @@ def test_one_reference_per_picture_of_the_batch(mini, tools, pack, monkeypatch):
     class Recorded(patch.PromptRows):
         def __init__(self, *args):
             super().__init__(*args)
-            made.append(self.keys_values)
+            made.append(self.keys_values())
 
     monkeypatch.setattr(patch, "PromptRows", Recorded)
     model = tools.apply(mini.model, reference)
