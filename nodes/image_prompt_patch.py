@@ -161,9 +161,8 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
         terms = [term for term in terms if not term.problem]
         if COMPILED in transformer_options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {}):
             log.once(
-                "in a compiled model the image prompt stays as it was when it was compiled: its weight may change, but "
-                "it cannot be switched on or off, ranged (start, end) or masked anew. Keep these settings, or take "
-                "TorchCompileModel out."
+                "in a compiled model the image prompt cannot be switched on or off, ranged (start, end) or masked anew "
+                "between runs, and may be wrong: keep these settings, or take TorchCompileModel out."
             )
         replaced = transformer_options.get("patches_replace", {})
         attn2 = dict(replaced.get("attn2", {}))

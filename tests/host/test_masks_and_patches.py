@@ -279,6 +279,31 @@ def test_a_pass_keeps_no_keys_and_values_of_every_row(mini, tools, reference, pa
     assert torch.equal(term.keys_values()[16:], prompt.null_keys_values.expand(16, -1, -1))
 
 
+def test_a_compiled_model_follows_the_weight_and_says_what_it_cannot_follow(mini, tools, reference, draw, caplog):
+    """TorchCompileModel drops dynamo's guards on all that the image prompt travels in; tensors are read anew."""
+    from comfy.ldm.modules.attention import attention_pytorch
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+    from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
+
+    def pytorch(attention, *args, **kwargs):  # the host's own for CPUs cannot be compiled in one piece
+        return attention_pytorch(*args, **kwargs)
+
+    def drawn(model, weight):
+        model = tools.apply(model, reference, weight=weight)
+        model.model_options["transformer_options"]["optimized_attention_override"] = pytorch
+        return draw(model)
+
+    torch._dynamo.reset()
+    compiled = mini.model.clone()
+    set_torch_compile_wrapper(compiled, backend="eager", options={"guard_filter_fn": skip_torch_compile_dict})
+    for weight in (1.0, 0.3):
+        expected = drawn(mini.model, weight)
+        with caplog.at_level("WARNING"):
+            caplog.clear()
+            assert torch.allclose(drawn(compiled, weight), expected, atol=1e-5 * float(expected.abs().max()))
+        assert len([r for r in caplog.records if "in a compiled model" in r.getMessage()]) == 1
+
+
 def test_attention_asks_the_device_for_nothing(mini, tools, reference, draw, pack, monkeypatch):
     """No value of a tensor is read on the host inside a pass of the UNet."""
     patch = pack.module("nodes.image_prompt_patch")
