@@ -46,7 +46,7 @@ class Recogniser(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        widths = (32, 64, 96, 112)
+        widths = (32, 48, 80, 96)
         self.trunk = _trunk(widths, nn.GELU)
         self.parameters_head = nn.Linear(widths[-1] * (VIEW // 16) ** 2, IDENTITY_SIZE)
         self.register_buffer("centre", torch.zeros(IDENTITY_SIZE))  # the mean person of its training group
