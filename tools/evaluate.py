@@ -124,9 +124,9 @@ def page(figures: dict[str, Any], references: int, weight: float) -> str:
     rows = "\n".join(f"| {name} | {figures['on'][name]} | {figures['off'][name]} |" for name in figures["on"])
     return f"""# What the image prompt does on the mini world
 
-Written by `make evaluate`: {references} held-out people x {len(STYLES)} styles, weight {weight}, {STEPS} steps,
-{SAMPLER} {SCHEDULER}, CFG {CFG}, in the real ComfyUI; 95 % intervals by drawing references. Recogniser and style scorer
-took part in no other training, and were trained on other people than those shown.
+Written by `make evaluate`: {references} held-out people x {len(STYLES)} styles, weight {weight}, {STEPS} steps
+({SAMPLER}, {SCHEDULER}), CFG {CFG}, in the real ComfyUI; 95 % intervals by drawing references. Recogniser and style
+scorer took part in no other training, and were trained on other people than those shown.
 
 | | image prompt on | off |
 |---|---|---|
@@ -156,7 +156,7 @@ def histogram(similarities: dict[str, Any], path: Path) -> None:
             counts = torch.histc(values[name].float(), bins, -1, 1)
             share = counts / counts.sum()
             points = [
-                (left + span * (b + 0.5) / bins, 30 + height * (1 - min(1.0, share[b].item() / 0.25)))
+                (left + span * (b + 0.5) / bins, 30 + height * (1 - min(1.0, share[b].item() / 0.14)))
                 for b in range(bins)
             ]
             pen.line(points, fill=colour, width=3)
