@@ -1,0 +1,32 @@
+"""The demo with the shipped weights, in the real host: pictures, a sheet, and people who are recognised again."""
+
+import pytest
+from lcm_lookahead.tools import demo
+from PIL import Image
+
+PEOPLE = 4
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo")
+    references = demo.draw_references(PEOPLE)
+    sheet = demo.show_demo(references, ("a photo of a face",), out, seed=5, port=None)
+    return references, out, sheet
+
+
+def test_people_are_more_alike_with_the_image_prompt_than_without(drawn):
+    references, out, _ = drawn
+    without = Image.open(out / "without_prompt_1.png")
+    gains = []
+    for number, reference in enumerate(references, start=1):
+        likeness = demo.similarity_to(reference)
+        gains.append(likeness(Image.open(out / f"reference_{number}_prompt_1.png")) - likeness(without))
+    assert sum(gains) / PEOPLE > 0.2, gains
+
+
+def test_the_sheet_shows_every_picture(drawn):
+    _, out, sheet = drawn
+    assert len(list(out.glob("*_prompt_*.png"))) == PEOPLE + 1
+    width, height = Image.open(sheet).size
+    assert width > 2 * demo.SIZE and height > (PEOPLE + 1) * demo.SIZE
