@@ -36,9 +36,8 @@ def graph(reference: str, seed: int, weight: float) -> dict[str, Any]:
     encoder = add("encoder", "LookaheadLoadEncoder", encoder_name="ip-adapter-plus-face_sdxl_vit-h.safetensors")
     vision = add("vision", "CLIPVisionLoader", clip_name="CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors")
     image = add("image", "LoadImage", image=reference)
-    encoded = add("reference", "LookaheadEncodeReference", encoder=encoder, clip_vision=vision, image=image, size=0)
-    encoded_inputs = nodes["reference"]["inputs"]
-    encoded_inputs["several"] = "together"
+    read = {"encoder": encoder, "clip_vision": vision, "image": image, "size": 0, "several": "together"}
+    encoded = add("reference", "LookaheadEncodeReference", **read)
     applied = add(
         "apply", "LookaheadApplyImagePrompt", model=model, reference=encoded, weight=weight, start=0.0, end=1.0
     )
@@ -192,7 +191,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--weight", type=float, default=1.0)
     parser.add_argument("--out", type=Path, default=ROOT / "docs")
     chosen = parser.parse_args(arguments)
-    if chosen.references < 2:
+    if chosen.references < 10:  # fewer make no interval, and a draw may hold one person alone
         raise Problem(
             f"--references is {chosen.references}: identities are told apart from 2 people on; give at least 2"
         )

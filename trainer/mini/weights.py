@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors import safe_open
-
 from . import stage, vae
 from .checkpoint import sdxl_checkpoint
 from .networks import Recogniser, StyleScorer
@@ -41,11 +39,7 @@ def evaluators(weights: Path = WEIGHTS) -> tuple[Recogniser, StyleScorer]:
     """The two networks that only measure, from the shipped files."""
     nets = Recogniser(), StyleScorer()
     for net, name in zip(nets, (RECOGNISER, STYLE_SCORER), strict=True):
-        net.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in _read(weights / name).items()})
+        stored = stage.read_tensors(weights / name)
+        net.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in stored.items()})
         net.eval().requires_grad_(False)
     return nets
-
-
-def _read(path: Path) -> dict:
-    with safe_open(path, "pt") as file:
-        return {k: file.get_tensor(k) for k in file.keys()}
