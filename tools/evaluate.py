@@ -192,9 +192,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "docs")
     chosen = parser.parse_args(arguments)
     if chosen.references < 10:  # fewer make no interval, and a draw may hold one person alone
-        raise Problem(
-            f"--references is {chosen.references}: identities are told apart from 2 people on; give at least 2"
-        )
+        raise Problem(f"--references is {chosen.references}, too few for figures with intervals: give at least 10.")
     faces, drawn = draw(chosen.references, chosen.weight)
     figures, similarities = measure(faces, drawn)
     chosen.out.mkdir(parents=True, exist_ok=True)
