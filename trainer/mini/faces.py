@@ -41,18 +41,22 @@ IRIS = torch.tensor([[0.20, 0.12, 0.06], [0.15, 0.45, 0.25], [0.20, 0.45, 0.80],
 CONTINUOUS = {
     "skin": (0.0, 3.99),
     "face_width": (0.36, 0.52),
-    "face_height": (0.52, 0.66),
+    "face_height": (0.48, 0.60),
     "jaw": (0.0, 0.55),
     "outline": (2.0, 3.4),
     "eye_distance": (0.14, 0.24),
-    "eye_size": (0.055, 0.10),
-    "eye_height": (-0.12, 0.02),
-    "brow_thickness": (0.015, 0.05),
+    "eye_size": (0.065, 0.11),
+    "eye_height": (-0.12, 0.0),
+    "eye_opening": (0.55, 0.95),
+    "eye_slant": (-0.30, 0.30),
+    "brow_thickness": (0.018, 0.055),
     "brow_slope": (-0.35, 0.35),
-    "nose_length": (0.10, 0.24),
-    "nose_width": (0.04, 0.10),
-    "mouth_width": (0.10, 0.22),
-    "lip": (0.015, 0.05),
+    "brow_height": (0.045, 0.10),
+    "nose_length": (0.10, 0.22),
+    "nose_width": (0.045, 0.11),
+    "mouth_height": (0.55, 0.68),
+    "mouth_width": (0.10, 0.23),
+    "lip": (0.018, 0.06),
     "ear": (0.05, 0.12),
 }
 DISCRETE = {  # name: probability of each value
@@ -67,10 +71,10 @@ DISCRETE = {  # name: probability of each value
 UNTRACKED = {"hair_tint": (-0.06, 0.06), "mole_x": (-0.3, 0.3), "mole_y": (0.05, 0.4)}  # not in identity_vector
 
 NUISANCE = {
-    "shift_x": (-0.10, 0.10),
-    "shift_y": (-0.04, 0.10),
-    "scale": (0.90, 1.12),
-    "rotation": (-0.15, 0.15),
+    "shift_x": (-0.08, 0.08),
+    "shift_y": (-0.02, 0.10),
+    "scale": (1.10, 1.34),
+    "rotation": (-0.12, 0.12),
     "yaw": (-1.0, 1.0),
     "light_x": (-1.0, 1.0),
     "light_y": (-1.0, 0.3),
@@ -122,7 +126,7 @@ def sample_nuisance(
 def frontal(nuisance: Batch) -> Batch:
     """The same pictures taken straight on: a portrait as one would choose for a reference."""
     still = {k: torch.zeros_like(nuisance[k]) for k in ("shift_x", "rotation", "yaw")}
-    return {**nuisance, **still, "scale": torch.full_like(nuisance["scale"], 1.05)}
+    return {**nuisance, **still, "scale": torch.full_like(nuisance["scale"], 1.22)}
 
 
 def identity_vector(identity: Batch) -> Tensor:
@@ -170,7 +174,7 @@ def landmarks(faces: Faces, size: int) -> Tensor:
     """[n, 5, 2] pixels (x, y): left eye, right eye (as seen), nose tip, mouth corners; insightface's order."""
     a, b = faces
     shift = b["yaw"] * 0.07
-    mouth_y = a["face_height"] * 0.55
+    mouth_y = a["face_height"] * a["mouth_height"]
     corner = mouth_y - b["smile"] * 0.07 * 0.6
     nose = torch.stack([shift * 1.6, a["eye_height"] + 0.06 + a["nose_length"]], 1)
     points = [
@@ -273,8 +277,8 @@ def _draw_face(canvas: _Canvas, x: Tensor, y: Tensor, a: Batch, b: Batch) -> Non
     long_hair = torch.where(y < -0.1, _ellipse(x, y + 0.12, width + 0.13, 0.58), long_hair)
     curls = 0.02 * (x * 40).sin() * (y * 40).sin()
     paint(inside(long_hair) * (hair == 2), hair_colour * 0.85)
-    paint(inside(_ellipse(x, y + 0.28, width + 0.24, 0.56) + curls) * (hair == 3), hair_colour * 0.9)
-    paint(inside(_ellipse(x, y + height + 0.16, 0.20, 0.17)) * (hair == 4), hair_colour * 0.9)
+    paint(inside(_ellipse(x, y + 0.24, width + 0.22, 0.54) + curls) * (hair == 3), hair_colour * 0.9)
+    paint(inside(_ellipse(x, y + height + 0.09, 0.24, 0.15)) * (hair == 4), hair_colour * 0.9)
     paint(inside(torch.maximum(x.abs() - width * 0.5, -y)), shade * 0.95)
     paint(inside(_ellipse(x, y - 1.15, 0.85, 0.45)), b["clothes"])
     ear = _column(a["ear"])
@@ -288,7 +292,7 @@ def _draw_face(canvas: _Canvas, x: Tensor, y: Tensor, a: Batch, b: Batch) -> Non
     face = inside((((x.abs() / jaw) ** power + (y.abs() / height) ** power + 1e-6) ** (1 / power) - 1) * width)
     light = 1 + _column(b["light"]) * (x * _column(b["light_x"]) + y * _column(b["light_y"]) * 0.8)
     paint(face, (skin[:, :, None, None] * light[:, None]).clamp(0, 1))
-    mouth_y = height * 0.55
+    mouth_y = height * _column(a["mouth_height"])
     chin = inside(mouth_y - 0.17 - y + 0.10 * ((xf / 0.2) ** 2).clamp(max=1))
     lips_gap = 1 - inside(_ellipse(xf, y - mouth_y, 0.10, 0.05))
     paint(face * chin * lips_gap * _column(a["beard"]) * 0.92, hair_colour)
@@ -304,41 +308,44 @@ def _draw_face(canvas: _Canvas, x: Tensor, y: Tensor, a: Batch, b: Batch) -> Non
     distance, eye, eye_y = (_column(a[k]) for k in ("eye_distance", "eye_size", "eye_height"))
     gaze = _column(b["yaw"]) * 0.01
     white, black = torch.full_like(skin, 0.97), torch.full_like(skin, 0.02)
+    opening, slant = eye * _column(a["eye_opening"]), _column(a["eye_slant"])
     for side in (-1, 1):
-        ex, ey = xf - side * distance, y - eye_y
-        paint(inside(_ellipse(ex, ey, eye * 1.25, eye * 0.8)), white)
-        paint(inside(_ellipse(ex - gaze, ey, eye * 0.62, eye * 0.62)), IRIS.to(tone.device)[a["iris"]])
-        paint(inside(_ellipse(ex - gaze, ey, eye * 0.28, eye * 0.28)), black)
-        lid = (ey + eye * 0.75 + 0.25 * (ex / eye / 1.3) ** 2 * eye).abs() - 0.006
-        paint(inside(lid) * (ex.abs() < eye * 1.3) * 0.7, shade * 0.5)
-        brow = ey + eye + 0.065 + _column(a["brow_slope"]) * ex * side
+        ex = xf - side * distance
+        ey = y - eye_y + slant * ex * side
+        eyeball = inside(_ellipse(ex, ey, eye * 1.25, opening))
+        paint(eyeball, white)
+        paint(eyeball * inside(_ellipse(ex - gaze, ey, eye * 0.66, eye * 0.66)), IRIS.to(tone.device)[a["iris"]])
+        paint(eyeball * inside(_ellipse(ex - gaze, ey, eye * 0.30, eye * 0.30)), black)
+        lid = (ey + opening - 0.6 * opening * (ex / eye / 1.25) ** 2).abs() - 0.010
+        paint(inside(lid) * (ex.abs() < eye * 1.3) * 0.8, shade * 0.4)
+        brow = y - eye_y + opening + _column(a["brow_height"]) + _column(a["brow_slope"]) * ex * side
         brow = torch.maximum(brow.abs() - _column(a["brow_thickness"]), ex.abs() - eye * 1.45)
         paint(inside(brow), hair_colour * 0.75)
 
     # Nose, mouth, moustache, mole.
     length, nose = _column(a["nose_length"]), _column(a["nose_width"])
     nose_y, nose_x = eye_y + 0.06 + length, xf - yaw * 0.6
-    bridge = torch.maximum((nose_x - 0.25 * nose).abs() - 0.012, (y - nose_y + length * 0.5).abs() - length * 0.5)
+    bridge = torch.maximum((nose_x - 0.25 * nose).abs() - 0.016, (y - nose_y + length * 0.5).abs() - length * 0.5)
     paint(inside(bridge) * 0.55, shade)
     paint(inside(_ellipse(nose_x, y - nose_y, nose, nose * 0.45)) * 0.8, skin * 0.72)
     mouth, lip = _column(a["mouth_width"]), _column(a["lip"])
     curve = y - mouth_y + _column(b["smile"]) * 0.07 * ((xf / mouth) ** 2 - 0.4)
     lips = skin * torch.tensor([0.82, 0.45, 0.45], device=tone.device)
     paint(inside(torch.maximum(curve.abs() - lip, xf.abs() - mouth)), lips)
-    paint(inside(torch.maximum(curve.abs() - 0.007, xf.abs() - mouth)), lips * 0.35)
+    paint(inside(torch.maximum(curve.abs() - 0.010, xf.abs() - mouth)), lips * 0.35)
     moustache = torch.maximum((y - mouth_y + 0.085 - 0.25 * xf.abs()).abs() - 0.033, xf.abs() - mouth * 0.95)
     paint(inside(moustache) * _column(a["moustache"]), hair_colour * 0.8)
-    mole = ((xf - _column(a["mole_x"]) * 0.8) ** 2 + (y - _column(a["mole_y"]) * 0.8) ** 2).sqrt() - 0.028
+    mole = ((xf - _column(a["mole_x"]) * 0.8) ** 2 + (y - _column(a["mole_y"]) * 0.8) ** 2).sqrt() - 0.032
     paint(inside(mole) * _column(a["mole"]), torch.full_like(skin, 0.12))
 
     # Glasses: rims, then the bridge and the arms.
     kind, frame = _column(a["glasses"]), torch.full_like(skin, 0.06)
-    radius = (distance - 0.015).clamp(max=0.16)
+    radius = (distance - 0.015).clamp(max=0.17)
     for side in (-1, 1):
         ex, ey = xf - side * distance, y - eye_y - 0.01
         square = torch.maximum(ex.abs() - radius, ey.abs() - radius * 0.75)
         rim = torch.where(kind == 1, (ex**2 + ey**2 + 1e-6).sqrt() - radius, square)
-        paint(inside(rim.abs() - 0.017) * (kind > 0), frame)
+        paint(inside(rim.abs() - 0.020) * (kind > 0), frame)
     arms = torch.maximum((y - eye_y + 0.02).abs() - 0.014, (xf.abs() - distance).abs() - (width - distance))
     visible = (kind > 0) & ((xf.abs() - distance).abs() > radius) & (xf.abs() < width)
     paint(inside(arms) * visible, frame)

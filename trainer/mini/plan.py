@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from .faces import STYLES
 
 HERE = Path(__file__).parent
 WEIGHTS = HERE / "weights"
@@ -17,22 +19,34 @@ CONTEXT: int = SIZES["text"]["width_l"] + SIZES["text"]["width_g"]
 
 @dataclass(frozen=True)
 class Plan:
-    """Lengths of one build. `quick` is the first generation: under 90 minutes on two cores."""
+    """Lengths of one build: `FULL` made the shipped weights, `QUICK` is for development."""
 
-    styles: tuple[str, ...] = ("photo", "pencil drawing", "oil painting", "comic", "wanted poster")
+    styles: tuple[str, ...] = STYLES
     people: int = 3000  # of the training group
     portraits: int = 8000  # more people, in photos alone, for the image encoder: telling people apart takes many
     evaluation_people: int = 1500  # whom only the evaluation networks see
     held_out_people: int = 200  # whom nothing is trained on
-    vae_steps: int = 2000
-    decoder_steps: int = 3000
-    base_steps: int = 5000
-    image_encoder_steps: int = 6000
-    image_prompt_steps: int = 4500
-    recogniser_steps: int = 2500
-    style_steps: int = 600
-    report_samples: int = 20  # pictures a style that the report counts
+    vae_steps: int = 4000
+    decoder_steps: int = 8000
+    base_steps: int = 16000
+    image_encoder_steps: int = 12000
+    image_prompt_steps: int = 6000
+    recogniser_steps: int = 4000
+    style_steps: int = 1000
+    report_samples: int = 50  # pictures a style that the report counts
     seed: int = 1
 
 
-QUICK = Plan()
+FULL = Plan()
+QUICK = replace(
+    FULL,
+    people=1500,
+    vae_steps=2000,
+    decoder_steps=2000,
+    base_steps=5000,
+    image_encoder_steps=5000,
+    image_prompt_steps=3000,
+    recogniser_steps=2000,
+    style_steps=600,
+    report_samples=20,
+)

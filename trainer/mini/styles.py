@@ -130,22 +130,22 @@ def _photo(s: _Sheet) -> Tensor:
 
 
 def _pencil(s: _Sheet) -> Tensor:
-    hatch = ((s.x + s.y) * 60).sin() * 0.5 + 0.5
-    grey = 1 - 1.1 * s.edges.clamp(0, 0.8) - 0.22 * hatch * (1 - s.luma) + s.noise(1) * 0.015
+    hatch = ((s.x + s.y) * 38).sin() * 0.5 + 0.5
+    grey = 1 - 1.1 * s.edges.clamp(0, 0.8) - 0.26 * hatch * (1 - s.luma) + s.noise(1) * 0.015
     return grey * s.colour(1.0, 0.99, 0.96)
 
 
 def _oil(s: _Sheet) -> Tensor:
-    strokes = torch.stack([s.x, s.y], -1) + s.noise(2, 16).permute(0, 2, 3, 1) * 0.03
+    strokes = torch.stack([s.x, s.y], -1) + s.noise(2, 24).permute(0, 2, 3, 1) * 0.018
     smeared = F.grid_sample(blur(s.photo, 1.2), strokes, align_corners=True, padding_mode="border")
     grey = smeared.mean(1, keepdim=True)
-    return (grey + (smeared - grey) * 1.5) * 1.02 + s.noise(1, 21) * 0.03
+    return (grey + (smeared - grey) * 1.5) * 1.02 + s.noise(1, 24) * 0.03
 
 
 def _comic(s: _Sheet) -> Tensor:
     grey = s.photo.mean(1, keepdim=True)
     flat = ((grey + (s.photo - grey) * 1.9) * 3).round() / 3
-    return flat * (1 - (s.edges * 1.5 - 0.25).clamp(0, 1))
+    return flat * (1 - (s.edges * 1.5 - 0.35).clamp(0, 0.9))
 
 
 def _pixel(s: _Sheet) -> Tensor:
@@ -162,7 +162,7 @@ def _blueprint(s: _Sheet) -> Tensor:
 def _wanted(s: _Sheet) -> Tensor:
     tone = 0.15 + 0.75 * ((s.luma - 0.5) * 1.3 + 0.5).clamp(0, 1)
     border = ((s.x.abs() > 0.88) | (s.y.abs() > 0.88)).float() * 0.9
-    paper = tone * s.colour(1.05, 0.85, 0.58) + s.noise(1) * 0.03
+    paper = tone * s.colour(1.05, 0.85, 0.58) + s.noise(1) * 0.02
     return paper * (1 - border) + border * s.colour(0.36, 0.24, 0.12)
 
 

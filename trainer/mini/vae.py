@@ -19,6 +19,7 @@ from .data import Pictures
 from .plan import Plan
 
 CROP, BATCH = 64, 16
+NOISE = 0.08  # on the latents that the decoder learns from: those of a diffusion model are not exact
 
 
 def build() -> AutoencoderTiny:
@@ -55,8 +56,7 @@ def train(folder: Path, pictures: Pictures, plan: Plan) -> None:
         x = x.contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16):
             z = vae.encoder(x)
-            # A little noise keeps neighbouring latents alike: the diffusion model's own will not be exact.
-            y = vae.decoder(z + 0.05 * torch.randn(z.shape, generator=numbers).to(z))
+            y = vae.decoder(z + NOISE * torch.randn(z.shape, generator=numbers).to(z))
         return reconstruction_loss(y.float(), x, z.float())
 
     stage.train("vae", folder, {"vae": vae}, loss, steps=plan.vae_steps, rate=1e-3, decay=1e-3)
@@ -80,7 +80,7 @@ def train_decoder(folder: Path, pictures: Pictures, latents: Tensor, plan: Plan)
         index = torch.randint(len(pictures), (BATCH,), generator=numbers)
         top, left = torch.randint(span + 1, (2,), generator=numbers).tolist()
         z = latents[index][:, :, top : top + cells, left : left + cells].float()
-        z = (z + 0.05 * torch.randn(z.shape, generator=numbers)).to(device, memory_format=torch.channels_last)
+        z = (z + NOISE * torch.randn(z.shape, generator=numbers)).to(device, memory_format=torch.channels_last)
         x = pictures.images(index, device)[:, :, 8 * top : 8 * top + CROP, 8 * left : 8 * left + CROP] * 2 - 1
         with torch.autocast(device.type, torch.bfloat16):
             y = vae.decoder(z)
