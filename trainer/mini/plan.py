@@ -33,6 +33,8 @@ class Plan:
     image_prompt_steps: int = 6000
     recogniser_steps: int = 4000
     style_steps: int = 1000
+    detector_steps: int = 5000
+    face_recogniser_steps: int = 3000
     report_samples: int = 50  # pictures a style that the report counts
     seed: int = 1
 
@@ -48,5 +50,7 @@ QUICK = replace(
     image_prompt_steps=3000,
     recogniser_steps=2000,
     style_steps=600,
+    detector_steps=1500,
+    face_recogniser_steps=1200,
     report_samples=20,
 )
