@@ -66,10 +66,8 @@ MARK = ".lookahead-host"  # in an unpacked tree: the hash of the archive it came
 EXTENSIONS = ROOT / "tools" / "custom_nodes"
 WEIGHTS = ROOT / "trainer" / "mini" / "weights"
 #: The public file that a shared workflow names -> the mini file that stands in for it in the demo and the tests
-MINI_MODELS = {
-    "checkpoints/sd_xl_base_1.0.safetensors": "mini_sdxl.safetensors",
-    "clip_vision/CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors": "mini_clip_vision.safetensors",
-    "ipadapter/ip-adapter-plus-face_sdxl_vit-h.safetensors": "mini_ip_adapter_plus_face.safetensors",
+MINI_MODELS: dict[str, str] = {
+    entry["model"]: entry["file"] for entry in json.loads((WEIGHTS / "manifest.json").read_text()) if "model" in entry
 }
 
 

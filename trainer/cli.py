@@ -25,6 +25,8 @@ def main(arguments: list[str] | None = None) -> None:
     sheet.add_argument("--seed", type=int, default=0)
     sheet.add_argument("--out", type=Path, default=Path("sheet.png"))
 
+    mini.add_parser("sizes", help="the table of the shipped files: planned and real sizes")
+
     chosen = parser.parse_args(arguments)
     if chosen.task == "build":
         if not chosen.quick:
@@ -34,6 +36,10 @@ def main(arguments: list[str] | None = None) -> None:
 
         keep_memory()
         run(chosen.folder, only=chosen.only.split(",") if chosen.only else None, export_to=chosen.export_to)
+    elif chosen.task == "sizes":
+        from .mini.shipped import size_table
+
+        print(size_table())
     else:
         if chosen.people < 1:
             parser.error(f"--people is {chosen.people}; draw at least 1")

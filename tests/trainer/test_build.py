@@ -7,7 +7,7 @@ import pytest
 import torch
 from lcm_lookahead.lookahead import encoder_file
 from lcm_lookahead.trainer import cli
-from lcm_lookahead.trainer.mini import weights
+from lcm_lookahead.trainer.mini import shipped, weights
 from lcm_lookahead.trainer.mini.build import build, stages
 from lcm_lookahead.trainer.mini.plan import QUICK
 from PIL import Image
@@ -32,7 +32,10 @@ def contents(path):
 def test_a_tiny_build_makes_every_file_and_a_second_call_changes_none(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     build(tmp_path, TINY, export_to=tmp_path / "weights")
-    files = {name: contents(tmp_path / "weights" / name) for name in weights.FILES}
+    listed = [entry["file"] for entry in shipped.manifest(tmp_path / "weights")]
+    names = [name for name in listed if name.endswith(".safetensors")]
+    assert set(names) >= {weights.CHECKPOINT, weights.CLIP_VISION, weights.IMAGE_PROMPT}
+    files = {name: contents(tmp_path / "weights" / name) for name in names}
     assert not list(tmp_path.glob("*.state")) and not list(tmp_path.rglob("*.part"))
     read = encoder_file.read(tmp_path / "weights" / weights.IMAGE_PROMPT)
     assert len(read.ip_adapter) == 17
@@ -41,7 +44,7 @@ def test_a_tiny_build_makes_every_file_and_a_second_call_changes_none(tmp_path, 
     capsys.readouterr()
     build(tmp_path, TINY, export_to=tmp_path / "weights")
     assert capsys.readouterr().out.count("done before") == len(stages(tmp_path, TINY))
-    changed = [name for name in weights.FILES if contents(tmp_path / "weights" / name) != files[name]]
+    changed = [name for name in names if contents(tmp_path / "weights" / name) != files[name]]
     assert not changed
 
 

@@ -1,10 +1,12 @@
 """The weights in the repository: whole, small, and good enough for what they are used for (held-out people)."""
 
+import hashlib
+
 import pytest
 import torch
 from lcm_lookahead.lookahead import encoder_file
 from lcm_lookahead.trainer.evaluate import auc
-from lcm_lookahead.trainer.mini import data, weights
+from lcm_lookahead.trainer.mini import data, shipped, weights
 from lcm_lookahead.trainer.mini.faces import STYLES, render
 from lcm_lookahead.trainer.mini.plan import QUICK, SIZES, WEIGHTS
 from lcm_lookahead.trainer.mini.references import reference_faces
@@ -19,10 +21,29 @@ def held_out():
     return render(faces, 128, seed=9), faces.nuisance["style"], torch.arange(len(faces)) // per_person
 
 
-def test_all_files_are_there_in_16_bit_and_under_30_megabytes():
-    total = sum((WEIGHTS / name).stat().st_size for name in weights.FILES)
-    assert total < 30e6
-    for name in weights.FILES:
+def test_the_manifest_tells_every_file_in_the_folder_by_size_and_hash():
+    entries = {entry["file"]: entry for entry in shipped.manifest()}
+    there = {p.relative_to(WEIGHTS).as_posix() for p in WEIGHTS.rglob("*") if p.is_file()} - {shipped.MANIFEST}
+    assert there == entries.keys()
+    for name, entry in entries.items():
+        content = (WEIGHTS / name).read_bytes()
+        assert entry["bytes"] == len(content), name
+        assert entry["sha256"] == hashlib.sha256(content).hexdigest(), name
+        assert entry["title"] and entry["licence"] == "Apache-2.0", name
+        assert all(steps > 0 for steps in entry["stages"].values()), name
+
+
+def test_planned_files_come_to_less_than_60_megabytes_and_no_file_is_larger_than_planned():
+    table = {line.file: line for line in shipped.table()}
+    assert sum(line.bytes for line in table.values()) < 60e6
+    for entry in shipped.manifest():
+        assert entry["bytes"] <= table[entry["file"]].bytes, entry["file"]
+
+
+def test_weights_are_finite_and_stored_in_16_bit():
+    names = [entry["file"] for entry in shipped.manifest() if entry["file"].endswith(".safetensors")]
+    assert {weights.CHECKPOINT, weights.CLIP_VISION, weights.IMAGE_PROMPT} <= set(names)
+    for name in names:
         with safe_open(WEIGHTS / name, "pt") as file:
             kinds = {file.get_tensor(k).dtype for k in file.keys()}
             assert all(torch.isfinite(file.get_tensor(k)).all() for k in file.keys()), name

@@ -2,37 +2,61 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
+
+from torch import Tensor
 
 from . import stage, vae
 from .checkpoint import sdxl_checkpoint
 from .networks import Recogniser, StyleScorer
 from .plan import WEIGHTS
+from .shipped import LICENCE, File, table, write_manifest
 
 CHECKPOINT = "mini_sdxl.safetensors"
 CLIP_VISION = "mini_clip_vision.safetensors"
 IMAGE_PROMPT = "mini_ip_adapter_plus_face.safetensors"
 RECOGNISER = "mini_evaluation_recogniser.safetensors"
 STYLE_SCORER = "mini_evaluation_style_scorer.safetensors"
-FILES = (CHECKPOINT, CLIP_VISION, IMAGE_PROMPT, RECOGNISER, STYLE_SCORER)
 
 
-def export(folder: Path, to: Path = WEIGHTS) -> None:
-    """Write the shipped files (16 bit, public layouts) from the stages' results in `folder`."""
+def export(folder: Path, to: Path = WEIGHTS) -> list[str]:
+    """Write the shipped files (safetensors in 16 bit, public layouts) from the stages' results in `folder`, and the
+    manifest; returns their names. A file whose stages are not done is left out."""
+    written = []
+    for line in table():
+        source = folder / (line.result or f"{line.stages[0]}.safetensors")
+        needed = {source, *(folder / f"{name}.safetensors" for name in line.stages)}
+        if missing := sorted(path.name for path in needed if not path.exists()):
+            print(f"{line.file}: not written, the build has no {' and no '.join(missing)} yet", flush=True)
+            continue
+        if source.suffix == ".safetensors":
+            make = _TENSORS.get(line.file)
+            tensors = make(folder) if make else stage.read_tensors(source)
+            stage.write_tensors(to / line.file, stage.half(tensors), _metadata(line))
+        else:
+            (to / line.file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, to / line.file)
+        written.append(line.file)
+    write_manifest(folder, to, written)
+    return written
+
+
+def _metadata(line: File) -> dict[str, str]:
+    return {"modelspec.title": f"LCM-Lookahead {line.title} (drawn faces, 128 px)", "modelspec.license": LICENCE}
+
+
+def _checkpoint(folder: Path) -> Mapping[str, Tensor]:
     base = stage.read_tensors(folder / "base.safetensors")
     unet, text_l, text_g = (
         {k.removeprefix(p): v for k, v in base.items() if k.startswith(p)} for p in ("unet.", "text.l.", "text.g.")
     )
-    checkpoint = sdxl_checkpoint(unet, text_l, text_g, vae.load(folder).state_dict())
-    metadata = {"modelspec.title": "LCM-Lookahead mini SDXL (drawn faces, 128 px)", "modelspec.license": "Apache-2.0"}
-    stage.write_tensors(to / CHECKPOINT, stage.half(checkpoint), metadata)
-    for name, source in {
-        CLIP_VISION: "image_encoder",
-        IMAGE_PROMPT: "image_prompt",
-        RECOGNISER: "recogniser",
-        STYLE_SCORER: "style_scorer",
-    }.items():
-        stage.write_tensors(to / name, stage.half(stage.read_tensors(folder / f"{source}.safetensors")))
+    return sdxl_checkpoint(unet, text_l, text_g, vae.load(folder).state_dict())
+
+
+# Files that are not simply the tensors of a stage's result.
+_TENSORS: dict[str, Callable[[Path], Mapping[str, Tensor]]] = {CHECKPOINT: _checkpoint}
 
 
 def evaluators(weights: Path = WEIGHTS) -> tuple[Recogniser, StyleScorer]:
