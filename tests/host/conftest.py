@@ -189,6 +189,32 @@ def make_clip_vision(folder: Path, **changes):
     return clip
 
 
+def diffusers_unet(world: World):
+    """diffusers' UNet with the world's weights."""
+    import comfy.utils
+    import diffusers
+
+    has = [d > 0 for d in world.depth]
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=world.channels,
+        down_block_types=[("CrossAttn" if h else "") + "DownBlock2D" for h in has],
+        up_block_types=[("CrossAttn" if h else "") + "UpBlock2D" for h in reversed(has)],
+        transformer_layers_per_block=[max(d, 1) for d in world.depth],
+        attention_head_dim=[c // world.heads_of for c in world.channels],
+        layers_per_block=2,
+        cross_attention_dim=world.context,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=world.unet_config["adm_in_channels"],
+    )
+    ldm = world.model.model.diffusion_model.state_dict()
+    keys = comfy.utils.unet_to_diffusers(world.unet_config)
+    unet.load_state_dict({k: ldm[keys[k]] for k in unet.state_dict()})
+    return unet.eval().requires_grad_(False)
+
+
 def widths_of(world: World) -> list[int]:
     """Channels of each cross-attention in the order of the public files: down, up, middle. Written out on purpose."""
     down = [c for c, d in zip(world.channels, world.depth, strict=True) for _ in range(2 * d)]
@@ -258,6 +284,7 @@ def tools(pack):
         make_clip_vision=make_clip_vision,
         make_model=make_model,
         unet_config=unet_config,
+        diffusers_unet=diffusers_unet,
     )
 
 

@@ -4,36 +4,10 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
-import diffusers
 import pytest
 import torch
 
 SIGMA_STEP = 601
-
-
-def diffusers_unet(world):
-    """diffusers' UNet with the world's weights."""
-    import comfy.utils
-
-    has = [d > 0 for d in world.depth]
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=16,
-        block_out_channels=world.channels,
-        down_block_types=[("CrossAttn" if h else "") + "DownBlock2D" for h in has],
-        up_block_types=[("CrossAttn" if h else "") + "UpBlock2D" for h in reversed(has)],
-        transformer_layers_per_block=[max(d, 1) for d in world.depth],
-        attention_head_dim=[c // world.heads_of for c in world.channels],
-        layers_per_block=2,
-        cross_attention_dim=world.context,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=world.unet_config["adm_in_channels"],
-    )
-    ldm = world.model.model.diffusion_model.state_dict()
-    keys = comfy.utils.unet_to_diffusers(world.unet_config)
-    unet.load_state_dict({k: ldm[keys[k]] for k in unet.state_dict()})
-    return unet.eval().requires_grad_(False)
 
 
 def load_ip_adapter(unet, weights):
@@ -66,7 +40,7 @@ def case(world, tools):
     def in_diffusers(weights, weight=1.0):
         from comfy.clip_model import clip_preprocess
 
-        unet = diffusers_unet(world)
+        unet = tools.diffusers_unet(world)
         added = {"text_embeds": text[0][1]["pooled_output"].expand(2, -1)}
         added["time_ids"] = torch.tensor([[128.0, 128, 0, 0, 128, 128]]).expand(2, -1)
         if weights is not None:

@@ -1,0 +1,128 @@
+"""LoRA: low-rank branches beside the layers of diffusers' UNet, read and written in the layout of the public files.
+
+The names are those of latent-consistency/lcm-lora-sdxl: for every layer `lora_unet_<diffusers path with _ for .>`
+followed by `.lora_down.weight`, `.lora_up.weight` and `.alpha`; the branch is multiplied by alpha / rank.
+
+Hooks add the branches, so the model itself is never edited: several LoRAs share one UNet, each with a scale of its
+own, a number or one for every sample of the batch, and a scale of 0 leaves the UNet's result untouched, bit for bit.
+peft would serve as well for one LoRA at one strength; but its strength is a number in each of 257 layers, and these
+stages need one for every sample, and three sets of weights (trained, averaged, none) in one training step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
+OUTER = ("proj_in", "proj_out")
+RESNET = ("conv1", "conv2", "conv_shortcut", "time_emb_proj")
+SAMPLERS = ("downsamplers.0.conv", "upsamplers.0.conv")
+EVERYTHING = ATTENTION + FEED_FORWARD + OUTER + RESNET + SAMPLERS  # what lcm-lora-sdxl covers: 788 layers of SDXL's
+TRANSFORMER = ATTENTION + FEED_FORWARD + OUTER
+PREFIX = "lora_unet_"
+
+
+class Branch(nn.Module):
+    """up(down(x)) beside one layer; `up` starts at zero. A 3x3 convolution is followed by one of 1x1."""
+
+    def __init__(self, layer: nn.Module, rank: int, alpha: float):
+        super().__init__()
+        if isinstance(layer, nn.Conv2d):
+            geometry = (layer.kernel_size, layer.stride, layer.padding)
+            self.lora_down: nn.Module = nn.Conv2d(layer.in_channels, rank, *geometry, bias=False)
+            self.lora_up: nn.Module = nn.Conv2d(rank, layer.out_channels, 1, bias=False)
+        elif isinstance(layer, nn.Linear):
+            self.lora_down = nn.Linear(layer.in_features, rank, bias=False)
+            self.lora_up = nn.Linear(rank, layer.out_features, bias=False)
+        else:
+            raise TypeError(f"a LoRA goes beside linear and convolution layers, not beside {type(layer).__name__}")
+        nn.init.zeros_(self.lora_up.weight)
+        self.register_buffer("alpha", torch.tensor(float(alpha)))
+        self.strength = alpha / rank
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lora_up(self.lora_down(x)) * self.strength
+
+
+class LoRA(nn.Module):
+    """Branches for some layers of a UNet. `scale` multiplies all of them: a number, or a tensor [n] for n samples."""
+
+    def __init__(self, unet: nn.Module, ranks: Mapping[str, int], alphas: Mapping[str, float] | None = None):
+        """`ranks` maps paths of layers, as diffusers names them, to ranks; alpha is the rank unless given."""
+        super().__init__()
+        self.paths = tuple(ranks)
+        self.branches = nn.ModuleList(
+            Branch(unet.get_submodule(p), rank, (alphas or ranks)[p]) for p, rank in ranks.items()
+        )
+        self.scale: float | Tensor = 1.0
+
+    def attach(self, unet: nn.Module) -> LoRA:
+        """From now on `unet` computes with the branches, as `scale` says."""
+        for path, branch in zip(self.paths, self.branches, strict=True):
+            unet.get_submodule(path).register_forward_hook(self._hook(branch))
+        return self
+
+    def _hook(self, branch: Branch):
+        def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            scale = self.scale
+            if isinstance(scale, Tensor):
+                return output + branch(inputs[0]) * scale.to(output).view(-1, *[1] * (output.ndim - 1))
+            if scale == 0:
+                return output
+            return output + (branch(inputs[0]) if scale == 1 else branch(inputs[0]) * scale)
+
+        return add
+
+    @contextmanager
+    def at(self, scale: float | Tensor) -> Iterator[None]:
+        """With another scale for a while."""
+        before, self.scale = self.scale, scale
+        try:
+            yield
+        finally:
+            self.scale = before
+
+
+def layers(unet: nn.Module, kinds: tuple[str, ...] = EVERYTHING) -> list[str]:
+    """Paths of the UNet's layers of these kinds, in the model's order."""
+    endings = tuple("." + k for k in kinds)
+    return [p for p, m in unet.named_modules() if p.endswith(endings) and isinstance(m, nn.Linear | nn.Conv2d)]
+
+
+def build(unet: nn.Module, rank: int, kinds: tuple[str, ...] = EVERYTHING, conv_rank: int | None = None) -> LoRA:
+    """A LoRA that changes nothing yet, not attached. 3x3 convolutions may have a rank of their own: they are large."""
+    ranks = {}
+    for path in layers(unet, kinds):
+        weight = unet.get_submodule(path).weight
+        ranks[path] = conv_rank if conv_rank and weight.ndim == 4 and weight.shape[-1] > 1 else rank
+    return LoRA(unet, ranks)
+
+
+def public_tensors(lora: LoRA) -> dict[str, Tensor]:
+    """The LoRA under the names of the public files."""
+    out = {}
+    for path, branch in zip(lora.paths, lora.branches, strict=True):
+        for name, tensor in branch.state_dict().items():
+            out[f"{PREFIX}{path.replace('.', '_')}.{name}"] = tensor
+    return out
+
+
+def load(tensors: Mapping[str, Tensor], unet: nn.Module) -> LoRA:
+    """A LoRA from the tensors of a public file (any ranks and layers), not yet attached, not trainable."""
+    names = {PREFIX + p.replace(".", "_"): p for p in layers(unet)}
+    given = {k.split(".", 1)[0] for k in tensors}
+    if strange := given - names.keys():
+        raise KeyError(f"the UNet has no layer for {sorted(strange)[0]} ({len(strange)} such names)")
+    here = {n: p for n, p in names.items() if n in given}
+    ranks = {p: len(tensors[f"{n}.lora_down.weight"]) for n, p in here.items()}
+    alphas = {p: float(tensors.get(f"{n}.alpha", torch.tensor(float(ranks[p])))) for n, p in here.items()}
+    lora = LoRA(unet, ranks, alphas)
+    for (name, _), branch in zip(here.items(), lora.branches, strict=True):
+        branch.lora_down.weight.data.copy_(tensors[f"{name}.lora_down.weight"])
+        branch.lora_up.weight.data.copy_(tensors[f"{name}.lora_up.weight"])
+    return lora.eval().requires_grad_(False)
