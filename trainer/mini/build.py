@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from . import base, data, evaluators, image_encoder, image_prompt, vae, weights
+from . import base, data, detector, evaluators, face_recogniser, image_encoder, image_prompt, vae, weights
 from .measure import report
 from .plan import IMAGE_SIZE, QUICK, Plan
 
@@ -63,6 +63,8 @@ def stages(folder: Path, plan: Plan) -> dict[str, Callable[[], None]]:
         "image_prompt": train_image_prompt,
         "recogniser": lambda: evaluators.train_recogniser(folder, people("evaluation"), plan),
         "style_scorer": lambda: evaluators.train_style_scorer(folder, people("evaluation"), plan),
+        "detector": lambda: detector.train(folder, people("train"), plan),
+        "face_recogniser": lambda: face_recogniser.train(folder, people("train"), plan),
     }
 
 

@@ -84,7 +84,7 @@ def scenes(s: Source, numbers: torch.Generator) -> Scenes:
     zoom[drawn:faces] = 0.88 + 0.24 * uniform(faces - drawn)
     to[drawn:faces] = _S / 2 + zoom[drawn:faces, None] * (centre[drawn:faces] - _S / 2)
     to[drawn:faces] += 16 * uniform(faces - drawn, 2) - 8
-    pasted, mask = _paste(s.pictures.images(index), centre, zoom, to)
+    pasted, mask = paste(s.pictures.images(index), centre, zoom, to)
     box = box.view(-1, 2, 2).sub(centre[:, None]).mul(zoom[:, None, None]).add(to[:, None]).flatten(1) - 0.5
     points = (points - centre[:, None]) * zoom[:, None, None] + to[:, None] - 0.5
 
@@ -112,7 +112,7 @@ def scenes(s: Source, numbers: torch.Generator) -> Scenes:
     return Scenes(disturb(torch.cat([picture, nobody]), numbers), boxes_of, points_of, there)
 
 
-def _paste(picture: Tensor, centre: Tensor, zoom: Tensor, to: Tensor) -> tuple[Tensor, Tensor]:
+def paste(picture: Tensor, centre: Tensor, zoom: Tensor, to: Tensor) -> tuple[Tensor, Tensor]:
     """Pictures [n, 3, s, s] zoomed [n] about `centre` [n, 2] and moved so that it lies at `to` [n, 2]; and where in
     the result they are [n, 1, s, s]. Outside is the nearest pixel of the rim."""
     axis = (torch.arange(_S) + 0.5).expand(len(zoom), _S)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from . import stage, vae
+from . import insightface_pack, stage, vae
 from .checkpoint import sdxl_checkpoint
+from .face_networks import Detector, FaceRecogniser
 from .networks import Recogniser, StyleScorer
 from .plan import WEIGHTS
 from .shipped import LICENCE, File, table, write_manifest
@@ -19,6 +20,7 @@ CLIP_VISION = "mini_clip_vision.safetensors"
 IMAGE_PROMPT = "mini_ip_adapter_plus_face.safetensors"
 RECOGNISER = "mini_evaluation_recogniser.safetensors"
 STYLE_SCORER = "mini_evaluation_style_scorer.safetensors"
+FACE_RECOGNISER = "mini_face_recogniser.safetensors"
 
 
 def export(folder: Path, to: Path = WEIGHTS) -> list[str]:
@@ -31,7 +33,9 @@ def export(folder: Path, to: Path = WEIGHTS) -> list[str]:
         if missing := sorted(path.name for path in needed if not path.exists()):
             print(f"{line.file}: not written, the build has no {' and no '.join(missing)} yet", flush=True)
             continue
-        if source.suffix == ".safetensors":
+        if line.file in _GRAPHS:
+            _GRAPHS[line.file](folder, to / line.file)
+        elif source.suffix == ".safetensors":
             make = _TENSORS.get(line.file)
             tensors = make(folder) if make else stage.read_tensors(source)
             stage.write_tensors(to / line.file, stage.half(tensors), _metadata(line))
@@ -57,6 +61,24 @@ def _checkpoint(folder: Path) -> Mapping[str, Tensor]:
 
 # Files that are not simply the tensors of a stage's result.
 _TENSORS: dict[str, Callable[[Path], Mapping[str, Tensor]]] = {CHECKPOINT: _checkpoint}
+
+
+def _detector(folder: Path, path: Path) -> None:
+    insightface_pack.write_detector(insightface_pack.rounded(Detector(), folder / "detector.safetensors"), path)
+
+
+def _recogniser(folder: Path, path: Path) -> None:
+    net = insightface_pack.rounded(FaceRecogniser(), folder / "face_recogniser.safetensors")
+    insightface_pack.write_recogniser(net, path)
+
+
+# Files that are no safetensors, written by these from the folder of the stages' results.
+_GRAPHS = {insightface_pack.DETECTOR: _detector, insightface_pack.RECOGNISER: _recogniser}
+
+
+def face_recogniser(weights: Path = WEIGHTS) -> FaceRecogniser:
+    """The identity loss's recogniser in torch, the twin of the one in the insightface pack."""
+    return insightface_pack.rounded(FaceRecogniser(), weights / FACE_RECOGNISER)
 
 
 def evaluators(weights: Path = WEIGHTS) -> tuple[Recogniser, StyleScorer]:

@@ -1,0 +1,123 @@
+"""The face models as insightface's model pack: `<root>/models/mini/` with a detector and a recogniser in ONNX.
+
+insightface tells its models apart by shape alone (nine outputs: SCRFD; one of a square input of 112 pixels: ArcFace)
+and normalises pictures itself, so neither graph does. The detector's input size is fixed at 128: insightface then
+ignores any other `det_size`, at which these weights would find little. There is no manifest.json: insightface would
+take its own licence terms for granted beside one.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import stage
+from .face_networks import CROP, DETECTOR_SIZE, STRIDES, Detector, FaceRecogniser
+from .plan import WEIGHTS
+
+if TYPE_CHECKING:
+    from insightface.app import FaceAnalysis
+    from insightface.app.common import Face
+
+NAME = "mini"
+ROOT = WEIGHTS / "insightface"
+DETECTOR, RECOGNISER = (f"insightface/models/{NAME}/{file}_{NAME}.onnx" for file in ("det", "rec"))  # under weights/
+_OPSET = 17  # what onnx2torch reads
+
+
+def write_detector(net: Detector, path: Path) -> None:
+    """Weights are stored in 16 bit and used in 32; `net` is in evaluation mode."""
+    names = [f"{kind}_{stride}" for kind in ("score", "bbox", "kps") for stride in STRIDES]
+    # Left to itself the exporter melts norms into convolutions, whose weights are then no longer those of 16 bit.
+    _write(net, DETECTOR_SIZE, path, _store_in_16_bit, output_names=names, training=torch.onnx.TrainingMode.PRESERVE)
+
+
+def write_recogniser(net: FaceRecogniser, path: Path) -> None:
+    """In 32 bit, because onnx2torch reads no weights that are converted; `net` is in evaluation mode."""
+    any_number = {"input.1": {0: "n"}, "embedding": {0: "n"}}
+    _write(net, CROP, path, output_names=["embedding"], dynamic_axes=any_number)
+
+
+def _write(
+    net: nn.Module, size: int, path: Path, change: Callable[[Path], None] | None = None, **options: object
+) -> None:
+    """Export through torch's older exporter, which needs no further package; the file is whole or not there."""
+    if net.training:
+        raise ValueError(f"{type(net).__name__} is in training mode: call eval() on it before the export")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    example = torch.zeros(1, 3, size, size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.onnx.export(
+            net, (example,), str(part), input_names=["input.1"], dynamo=False, opset_version=_OPSET, **options
+        )
+    if change:
+        change(part)
+    os.replace(part, path)
+
+
+def _store_in_16_bit(path: Path) -> None:
+    """Every larger weight of an ONNX file as float16, with a cast to float32 before its use."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    model = onnx.load(path)
+    graph = model.graph
+    casts = []
+    for weight in graph.initializer:
+        if weight.data_type == TensorProto.FLOAT and np.prod(weight.dims) > 1:
+            name = weight.name
+            weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight).astype(np.float16), name + ".half"))
+            casts.append(helper.make_node("Cast", [name + ".half"], [name], f"cast {name}", to=TensorProto.FLOAT))
+    nodes = [*casts, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    onnx.checker.check_model(model)
+    onnx.save(model, path)
+
+
+def rounded(net: nn.Module, path: Path) -> nn.Module:
+    """`net` with the weights of a stage's result, rounded to 16 bit as all shipped weights are; ready for use."""
+    tensors = stage.half(stage.read_tensors(path))
+    net.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()})
+    return net.eval().requires_grad_(False)
+
+
+def load(root: Path = ROOT, threads: int = 1) -> FaceAnalysis:
+    """insightface's own FaceAnalysis over the pack, on the CPU, ready to use.
+
+    Raises FileNotFoundError where a file is missing: insightface itself would try to download a missing pack.
+    """
+    folder = root.absolute() / "models" / NAME
+    for file in (DETECTOR, RECOGNISER):
+        if not (folder / Path(file).name).is_file():
+            raise FileNotFoundError(f"no {Path(file).name} in {folder}: the mini world's face models are not there")
+    import onnxruntime
+    from insightface.app import FaceAnalysis
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = threads
+    app = FaceAnalysis(name=str(folder), providers=["CPUExecutionProvider"], sess_options=options)
+    app.prepare(ctx_id=-1, det_size=(DETECTOR_SIZE, DETECTOR_SIZE))
+    return app
+
+
+def as_bgr(picture: Tensor) -> np.ndarray:
+    """[3, h, w] in [0, 1] -> what insightface reads: bytes [h, w, 3], blue first."""
+    rgb = (picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    return np.ascontiguousarray(rgb[:, :, ::-1])
+
+
+def find(app: FaceAnalysis, pictures: Tensor) -> list[list[Face]]:
+    """The faces of each picture [n, 3, h, w] in [0, 1], best first."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # skimage's, about a call of insightface's
+        return [app.get(as_bgr(p)) for p in pictures]
