@@ -12,7 +12,20 @@ from pathlib import Path
 
 import torch
 
-from . import base, data, detector, evaluators, face_recogniser, image_encoder, image_prompt, vae, weights
+from . import (
+    base,
+    collapsed,
+    data,
+    detector,
+    evaluators,
+    face_recogniser,
+    image_encoder,
+    image_prompt,
+    lcm,
+    style_lora,
+    vae,
+    weights,
+)
 from .measure import report
 from .plan import IMAGE_SIZE, QUICK, Plan
 
@@ -55,6 +68,14 @@ def stages(folder: Path, plan: Plan) -> dict[str, Callable[[], None]]:
         pictures = people("train")
         image_prompt.train(folder, pictures, latents(pictures), plan)
 
+    def train_lcm_lora() -> None:
+        pictures = people("train")
+        lcm.train(folder, pictures, latents(pictures), plan)
+
+    def train_style_lora() -> None:
+        pictures = people("train")
+        style_lora.train(folder, pictures, latents(pictures), plan)
+
     return {
         "vae": lambda: vae.train(folder, people("train"), plan),
         "base": train_base,
@@ -65,6 +86,9 @@ def stages(folder: Path, plan: Plan) -> dict[str, Callable[[], None]]:
         "style_scorer": lambda: evaluators.train_style_scorer(folder, people("evaluation"), plan),
         "detector": lambda: detector.train(folder, people("train"), plan),
         "face_recogniser": lambda: face_recogniser.train(folder, people("train"), plan),
+        "lcm_lora": train_lcm_lora,
+        "collapsed": lambda: collapsed.train(folder, people("train"), plan),
+        "style_lora": train_style_lora,
     }
 
 

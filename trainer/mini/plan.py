@@ -35,6 +35,10 @@ class Plan:
     style_steps: int = 1000
     detector_steps: int = 5000
     face_recogniser_steps: int = 3000
+    clip_steps: int = 4000
+    lcm_lora_steps: int = 3000
+    collapsed_steps: int = 800
+    style_lora_steps: int = 400
     report_samples: int = 50  # pictures a style that the report counts
     seed: int = 1
 
@@ -52,5 +56,9 @@ QUICK = replace(
     style_steps=600,
     detector_steps=1500,
     face_recogniser_steps=1200,
+    clip_steps=2000,
+    lcm_lora_steps=1000,
+    collapsed_steps=300,
+    style_lora_steps=200,
     report_samples=20,
 )

@@ -1,0 +1,160 @@
+"""The few-step LoRAs: the arithmetic of a consistency step, what each stage trains, and how spread is measured."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lcm_lookahead.trainer.mini import base, collapsed, lcm, lora, measure_few_step, stage, style_lora, vae
+from lcm_lookahead.trainer.mini.text import TextEncoders
+
+
+def noise(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_a_preview_at_step_0_is_the_latent_itself_and_soon_after_it_is_x0():
+    steps, x, eps = lcm.Steps(), noise(4, 4, 8, 8), noise(4, 4, 8, 8, seed=1)
+    zero, later = torch.zeros(4, dtype=torch.long), torch.tensor([20, 300, 700, 999])
+    assert torch.equal(steps.preview(x, zero, eps), x)
+    assert torch.allclose(steps.preview(x, later, eps), steps.x0(x, later, eps), rtol=1e-4, atol=1e-4)
+
+
+def test_x0_undoes_the_noising():
+    steps, z, eps = lcm.Steps(), noise(3, 4, 8, 8), noise(3, 4, 8, 8, seed=1)
+    t = torch.tensor([1, 500, 999])
+    assert torch.allclose(steps.x0(steps.noised(z, t, eps), t, eps), z, atol=1e-4)
+
+
+def test_the_teachers_step_is_that_of_diffusers_ddim():
+    schedule, steps = base.scheduler(), lcm.Steps()
+    schedule.set_timesteps(50)
+    x, eps, t = noise(1, 4, 8, 8), noise(1, 4, 8, 8, seed=1), torch.tensor([481])
+    ours = steps.noised(steps.x0(x, t, eps), t - lcm.SKIP, eps)
+    assert torch.allclose(ours, schedule.step(eps, 481, x).prev_sample, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def trained_before(tmp_path_factory):
+    """A folder with a base and an autoencoder of random weights."""
+    folder = tmp_path_factory.mktemp("mini")
+    torch.manual_seed(0)
+    models = {"unet": base.build_unet(), "text": TextEncoders()}
+    stage.write_tensors(
+        folder / "base.safetensors", {f"{n}.{k}": v for n, m in models.items() for k, v in m.state_dict().items()}
+    )
+    stage.write_tensors(folder / "vae.safetensors", vae.build().state_dict())
+    return folder
+
+
+@pytest.fixture
+def folder(trained_before, tmp_path, monkeypatch):
+    for file in trained_before.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    monkeypatch.setattr(lcm, "BATCH", 2)
+    monkeypatch.setattr(collapsed, "BATCH", 2)
+    monkeypatch.setattr(style_lora, "BATCH", 4)
+    return tmp_path
+
+
+class Few:
+    """Six captions stand for the pictures; their latents are noise."""
+
+    long = short = ["a photo of a face"] * 6
+    latents = noise(6, 4, 16, 16)
+
+    def __len__(self):
+        return 6
+
+
+PLAN = SimpleNamespace(seed=1, lcm_lora_steps=3, collapsed_steps=1, style_lora_steps=2)
+
+
+def test_the_distillation_goes_on_to_the_same_bits_after_a_stop(folder, monkeypatch):
+    lcm.train(folder, Few(), Few.latents, PLAN)
+    whole = stage.read_tensors(folder / "lcm_lora.safetensors")
+    assert any(v.abs().sum() > 0 for k, v in whole.items() if "lora_up" in k)
+    (folder / "lcm_lora.safetensors").unlink()
+    monkeypatch.setattr(stage, "SAVE_SECONDS", 0.0)
+    real, calls = lcm.guided, []
+
+    def stops(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(lcm, "guided", stops)
+    with pytest.raises(KeyboardInterrupt):
+        lcm.train(folder, Few(), Few.latents, PLAN)
+    monkeypatch.setattr(lcm, "guided", real)
+    lcm.train(folder, Few(), Few.latents, PLAN)
+    resumed = stage.read_tensors(folder / "lcm_lora.safetensors")
+    assert all(torch.equal(resumed[k], v) for k, v in whole.items())
+
+
+def some_lcm_lora(folder):
+    unet, _ = base.load(folder)
+    torch.manual_seed(1)
+    made = lora.build(unet, 2)
+    for branch in made.branches:
+        torch.nn.init.normal_(branch.lora_up.weight, std=0.02)
+    stage.write_tensors(folder / "lcm_lora.safetensors", lora.public_tensors(made))
+
+
+@pytest.mark.parametrize("guidance", [1.0, 6.0])
+def test_score_distillation_stands_still_where_both_scores_agree(folder, monkeypatch, guidance):
+    """Unguided base and a fresh second LoRA are the same network: there is no direction to follow."""
+    some_lcm_lora(folder)
+    monkeypatch.setattr(collapsed, "GUIDANCE", guidance)
+    collapsed.train(folder, Few(), PLAN)
+    before = stage.read_tensors(folder / "lcm_lora.safetensors")
+    after = stage.read_tensors(folder / "collapsed.safetensors")
+    moved = max((after[k] - v).abs().max().item() for k, v in before.items())
+    assert (moved > 1e-8) == (guidance > 1)
+
+
+def test_the_personal_lora_learns_under_its_name_and_fits_its_size(folder):
+    style_lora.train(folder, Few(), Few.latents, PLAN)
+    path = folder / "style_lora.safetensors"
+    stage.write_tensors(folder / "shipped.safetensors", stage.half(stage.read_tensors(path)))
+    assert (folder / "shipped.safetensors").stat().st_size < 700_000
+    pictures, captions = style_lora.shots()
+    assert len(pictures) == len(captions) == 20 and all(f"a {style_lora.NAME} face" in c for c in captions)
+
+
+def test_the_few_step_loras_fit_their_size(folder):
+    unet, _ = base.load(folder)
+    made = lora.build(unet, lcm.RANK, conv_rank=lcm.CONV_RANK)
+    stage.write_tensors(folder / "shipped.safetensors", stage.half(lora.public_tensors(made)))
+    assert (folder / "shipped.safetensors").stat().st_size < 2_800_000
+
+
+def test_spread_tells_a_collapsed_generator_from_a_diverse_one(monkeypatch):
+    """One that draws the same for every seed has cosine 1 and distance 0."""
+
+    def same(prompts, numbers):
+        return torch.ones(len(prompts), 4, 2, 2)
+
+    def diverse(prompts, numbers):
+        return torch.randn(len(prompts), 4, 2, 2, generator=numbers)
+
+    class FakeWorld:
+        held_out = SimpleNamespace(long=["a", "b", "c", "d"], labels={"style": torch.zeros(4, dtype=torch.long)})
+        __len__ = None
+
+        def picture(self, z):
+            return z[:, :3]
+
+        def who(self, x):
+            return torch.nn.functional.normalize(x.flatten(1), dim=1)
+
+        def style(self, x):
+            return torch.zeros(len(x), dtype=torch.long)
+
+    monkeypatch.setattr(measure_few_step, "drawers", lambda world: {"same": same, "diverse": diverse})
+    monkeypatch.setattr(measure_few_step, "_chosen", lambda world, n, seed: torch.arange(n))
+    figures = measure_few_step.spread(FakeWorld(), prompts=4, seeds=5)
+    assert figures["same: identity cosine between seeds"].value == pytest.approx(1)
+    assert figures["same: pixel distance between seeds"].value == pytest.approx(0, abs=1e-3)
+    assert figures["diverse: identity cosine between seeds"].value < 0.5
+    assert figures["diverse: latent distance between seeds"].value > 1
