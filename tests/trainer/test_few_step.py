@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lcm_lookahead.trainer.mini import base, collapsed, lcm, lora, measure_few_step, stage, style_lora, vae
+from lcm_lookahead.trainer.mini.networks import Recogniser, StyleScorer
 from lcm_lookahead.trainer.mini.text import TextEncoders
 
 
@@ -127,6 +128,29 @@ def test_the_few_step_loras_fit_their_size(folder):
     made = lora.build(unet, lcm.RANK, conv_rank=lcm.CONV_RANK)
     stage.write_tensors(folder / "shipped.safetensors", stage.half(lora.public_tensors(made)))
     assert (folder / "shipped.safetensors").stat().st_size < 2_800_000
+
+
+def test_everything_is_measured_and_drawn(folder, monkeypatch):
+    """On random weights: every figure is there with its interval, LoRAs are switched off again, pictures are drawn."""
+    torch.manual_seed(2)
+    some_lcm_lora(folder)
+    for name in ("collapsed", "style_lora"):
+        (folder / f"{name}.safetensors").symlink_to(folder / "lcm_lora.safetensors")
+    stage.write_tensors(folder / "recogniser.safetensors", Recogniser().state_dict())
+    stage.write_tensors(folder / "style_scorer.safetensors", StyleScorer().state_dict())
+    monkeypatch.setattr(measure_few_step, "DDIM_STEPS", 2)
+    monkeypatch.setattr(measure_few_step, "SHARES", (0.0, 0.5))
+    plan = SimpleNamespace(held_out_people=2, styles=("photo", "comic"))
+    figures = measure_few_step.measure(folder, plan, n=2)
+    assert set(figures) == {"previews", "few steps", "spread", "person", "previews of one person"}
+    assert len(figures["previews"]) == 2 * (3 * 2 + 2 * 2)
+    everything = [f for part in figures.values() for f in part.values()]
+    assert all(f.low <= f.value <= f.high for f in everything)
+    assert (folder / "previews.png").exists() and (folder / "previews_of_one_person.png").exists()
+    world = measure_few_step.open_world(folder, plan)
+    run = measure_few_step.run_with_previews(world, ["a photo of a face"], seed=1)
+    assert not torch.equal(run.foreseen["LCM-LoRA"][0], run.foreseen["x0"][0])
+    assert all(each.scale == 0 for each in world.loras.values())
 
 
 def test_spread_tells_a_collapsed_generator_from_a_diverse_one(monkeypatch):
