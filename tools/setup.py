@@ -265,7 +265,7 @@ def install(venv: Path, wanted: str, began: bool) -> None:
     # Compiling all of torch and transformers takes longer than what is ever imported of them.
     quick = ["install", "--no-compile"]
     pip(python, [*quick, "-r", str(ROOT / "tools/pins.txt")], "Installing the pinned packages")
-    pip(python, [*quick, "--no-deps", "-r", str(ROOT / "tools/pins_alone.txt")], "Installing the workflow converter")
+    pip(python, [*quick, "--no-deps", "-r", str(ROOT / "tools/pins_alone.txt")], "Installing two packages alone")
     cure_torchaudio(venv)
     pip(python, [*quick, "--no-deps", "--no-build-isolation", "-e", str(ROOT)], "Installing this package (editable)")
     new = venv / (STAMP + ".new")

@@ -18,7 +18,7 @@ def _conv(inner: int, outer: int, stride: int = 1) -> nn.Sequential:
 
 def _rows(maps: Tensor, width: int) -> Tensor:
     """[n, ANCHORS * width, h, w] -> [n, h * w * ANCHORS, width]: row, then column, then anchor."""
-    return maps.permute(0, 2, 3, 1).reshape(len(maps), -1, width)
+    return maps.permute(0, 2, 3, 1).reshape(maps.shape[0], -1, width)
 
 
 class Detector(nn.Module):

@@ -22,7 +22,7 @@ from .face_networks import FaceRecogniser, embed
 from .faces import landmarks
 from .plan import IMAGE_SIZE, Plan
 
-PEOPLE = 64  # in a batch, two pictures each
+PEOPLE = 48  # in a batch, two pictures each
 MARGIN, SCALE = 0.15, 16.0
 JITTER = 2.0  # pixels: the landmarks that it will be given are a detector's
 

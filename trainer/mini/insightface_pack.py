@@ -36,7 +36,8 @@ def write_detector(net: Detector, path: Path) -> None:
     """Weights are stored in 16 bit and used in 32; `net` is in evaluation mode."""
     names = [f"{kind}_{stride}" for kind in ("score", "bbox", "kps") for stride in STRIDES]
     # Left to itself the exporter melts norms into convolutions, whose weights are then no longer those of 16 bit.
-    _write(net, DETECTOR_SIZE, path, _store_in_16_bit, output_names=names, training=torch.onnx.TrainingMode.PRESERVE)
+    as_is = {"training": torch.onnx.TrainingMode.PRESERVE, "do_constant_folding": False}
+    _write(net, DETECTOR_SIZE, path, _store_in_16_bit, output_names=names, **as_is)
 
 
 def write_recogniser(net: FaceRecogniser, path: Path) -> None:
