@@ -14,7 +14,9 @@ import torch
 
 from . import (
     base,
+    clip,
     collapsed,
+    controlnet,
     data,
     detector,
     evaluators,
@@ -68,6 +70,10 @@ def stages(folder: Path, plan: Plan) -> dict[str, Callable[[], None]]:
         pictures = people("train")
         image_prompt.train(folder, pictures, latents(pictures), plan)
 
+    def train_controlnet() -> None:
+        pictures = people("train")
+        controlnet.train(folder, pictures, latents(pictures), plan)
+
     def train_lcm_lora() -> None:
         pictures = people("train")
         lcm.train(folder, pictures, latents(pictures), plan)
@@ -89,6 +95,8 @@ def stages(folder: Path, plan: Plan) -> dict[str, Callable[[], None]]:
         "lcm_lora": train_lcm_lora,
         "collapsed": lambda: collapsed.train(folder, people("train"), plan),
         "style_lora": train_style_lora,
+        "controlnet": train_controlnet,
+        "clip": lambda: clip.train(folder, people("train"), plan),
     }
 
 

@@ -66,6 +66,23 @@ def ldm_unet(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
+def cldm_controlnet(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """diffusers' ControlNet names (two residual blocks a level) -> cldm's, with the prefix of the original release."""
+    blocks = sum(bool(re.fullmatch(r"controlnet_cond_embedding\.blocks\.\d+\.weight", k)) for k in state)
+
+    def hint(match: re.Match[str]) -> str:
+        order = {"conv_in": 0, "conv_out": blocks + 1}.get(match[1])
+        return f"input_hint_block.{2 * (int(match[2]) + 1 if order is None else order)}"  # an activation between each
+
+    out = {}
+    for name, tensor in state.items():
+        new = re.sub(r"^controlnet_cond_embedding\.(conv_in|conv_out|blocks\.(\d+))", hint, name)
+        new = re.sub(r"^controlnet_down_blocks\.(\d+)", r"zero_convs.\1.0", new)
+        new = new.replace("controlnet_mid_block", "middle_block_out.0")
+        out |= {new: tensor} if new != name else ldm_unet({name: tensor})
+    return {f"control_model.{k}": v for k, v in out.items()}
+
+
 def clip_l(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """transformers' names as they stand in SDXL's file; newer transformers leave "text_model." out."""
     return {"text_model." + k.removeprefix("text_model."): v for k, v in state.items()}

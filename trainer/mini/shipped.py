@@ -76,6 +76,8 @@ def _steps(log: Path) -> int | None:
 
 def parameters(path: Path) -> int:
     """How many numbers a file of weights holds."""
+    if path.suffix == ".json":
+        return 0
     if path.suffix == ".onnx":
         import onnx
 

@@ -48,7 +48,8 @@ def export(folder: Path, to: Path = WEIGHTS) -> list[str]:
 
 
 def _metadata(line: File) -> dict[str, str]:
-    return {"modelspec.title": f"LCM-Lookahead {line.title} (drawn faces, 128 px)", "modelspec.license": LICENCE}
+    title = f"LCM-Lookahead {line.title} (drawn faces, 128 px)"
+    return {"format": "pt", "modelspec.title": title, "modelspec.license": LICENCE}
 
 
 def _checkpoint(folder: Path) -> Mapping[str, Tensor]:

@@ -1,8 +1,9 @@
 """A host extension for tests and the demo: the stock loaders read the mini world's files.
 
 `CheckpointLoaderSimple` learns a tiny SDXL (same UNet class, block layout, key names, two text encoders and
-conditioning; only narrower and shallower), `CLIPVisionLoader` the mini image encoder. Both are known by their shapes,
-so real files are read as before. The sizes are those of `trainer/mini/sizes.json`. There are no nodes here.
+conditioning; only narrower and shallower), `ControlNetLoader` the ControlNet beside it, `CLIPVisionLoader` the mini
+image encoder. All are known by their shapes, so real files are read as before. The sizes are those of
+`trainer/mini/sizes.json`. There are no nodes here.
 """
 
 import inspect
@@ -104,6 +105,18 @@ class MiniSDXL(comfy.supported_models.SDXL):
         return supported_models_base.ClipTarget(MiniTokenizer, MiniClip)
 
 
+class MiniControlNet(MiniSDXL):
+    """The mini ControlNet: the encoder half without transformers. As nothing in such a file tells the text's width,
+    which the host's class insists on, it is told here."""
+
+    unet_config = {
+        "model_channels": UNET["model_channels"],
+        "transformer_depth": [0] * 6,
+        "adm_in_channels": MiniSDXL.unet_config["adm_in_channels"],
+    }
+    unet_extra_config = {**MiniSDXL.unet_extra_config, "context_dim": MiniSDXL.unet_config["context_dim"]}
+
+
 def is_mini_vision(state_dict: dict) -> bool:
     """Whether a state dict is the mini image encoder: width, patch, positions and number of layers are its own."""
     patches = state_dict.get("vision_model.embeddings.patch_embedding.weight")
@@ -147,7 +160,7 @@ def install() -> None:
     """Teach the host, once in a process."""
     if any(model.__name__ == MiniSDXL.__name__ for model in comfy.supported_models.models):
         return
-    comfy.supported_models.models.append(MiniSDXL)
+    comfy.supported_models.models += [MiniSDXL, MiniControlNet]
     stock = comfy.clip_vision.load_clipvision_from_sd
 
     def load_clipvision_from_sd(sd, prefix="", convert_keys=False):
