@@ -28,7 +28,7 @@ class Plan:
     held_out_people: int = 200  # whom nothing is trained on
     vae_steps: int = 4000
     decoder_steps: int = 8000
-    base_steps: int = 16000
+    base_steps: int = 12000
     image_encoder_steps: int = 12000
     image_prompt_steps: int = 6000
     recogniser_steps: int = 4000
