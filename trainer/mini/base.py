@@ -13,7 +13,6 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
-from torch.nn import functional as F
 
 from . import stage
 from .data import Pictures
@@ -69,10 +68,16 @@ def added(pooled: Tensor) -> dict[str, Tensor]:
 
 
 class Noising:
-    """Timesteps, noise and noised latents of one step, from that step's numbers."""
+    """Timesteps, noise and noised latents of one step, from that step's numbers, and the loss that goes with them."""
 
     def __init__(self, device: torch.device):
         self.alphas = scheduler().alphas_cumprod.to(device)
+        snr = self.alphas / (1 - self.alphas)
+        self._weight = snr.clamp(max=MIN_SNR) / snr
+
+    def loss(self, predicted: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Squared error of the predicted noise, weighted by min-SNR."""
+        return (self._weight[t] * (predicted.float() - noise).square().mean((1, 2, 3))).mean()
 
     def __call__(self, latent: Tensor, numbers: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         t = torch.randint(STEPS, (len(latent),), generator=numbers).to(latent.device)
@@ -98,8 +103,6 @@ def train(folder: Path, pictures: Pictures, latents: Tensor, plan: Plan) -> None
     tokens = tokenizer()
     long, short, empty = (tokenize(tokens, t) for t in (pictures.long, pictures.short, [""]))
     noised = Noising(device)
-    snr = noised.alphas / (1 - noised.alphas)
-    weight = snr.clamp(max=MIN_SNR) / snr
 
     def loss(step: int) -> Tensor:
         numbers = stage.numbers_of_step(plan.seed + 1, step)
@@ -111,7 +114,7 @@ def train(folder: Path, pictures: Pictures, latents: Tensor, plan: Plan) -> None
             context, pooled = text(ids.to(device))
             keep = keep.to(device)
             predicted = unet(x, t, context * keep, added_cond_kwargs=added(pooled.float() * keep[:, 0])).sample
-        return (weight[t] * (predicted.float() - noise).square().mean((1, 2, 3))).mean()
+        return noised.loss(predicted, noise, t)
 
     models = {"unet": unet, "text": text}
     stage.train("base", folder, models, loss, steps=plan.base_steps, rate=1e-3, ema=0.999)

@@ -55,8 +55,8 @@ def stages(folder: Path, plan: Plan) -> dict[str, Callable[[], None]]:
         count = {"train": plan.people, "evaluation": plan.evaluation_people, "portraits": plan.portraits}[group]
         return data.pictures(folder, group, count, ("photo",) if group == "portraits" else plan.styles, IMAGE_SIZE)
 
-    def latents(pictures: data.Pictures) -> torch.Tensor:
-        return vae.encode_all(folder, pictures, "train")
+    def latents(pictures: data.Pictures, group: str = "train") -> torch.Tensor:
+        return vae.encode_all(folder, pictures, group)
 
     def train_base() -> None:
         pictures = people("train")
@@ -67,8 +67,8 @@ def stages(folder: Path, plan: Plan) -> dict[str, Callable[[], None]]:
         vae.train_decoder(folder, pictures, latents(pictures), plan)
 
     def train_image_prompt() -> None:
-        pictures = people("train")
-        image_prompt.train(folder, pictures, latents(pictures), plan)
+        groups = [(people(group), group) for group in ("train", "portraits")]
+        image_prompt.train(folder, [(pictures, latents(pictures, group)) for pictures, group in groups], plan)
 
     def train_controlnet() -> None:
         pictures = people("train")

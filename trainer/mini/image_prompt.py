@@ -1,7 +1,9 @@
 """Stage: the image prompt. An IP-Adapter Plus for the mini base, trained with the plain diffusion loss (eq. 2).
 
-The reference is a photo of a person, the target another picture of the same person in any style, the text the short
-caption, which says nothing about the person: who it is can come from the reference alone.
+The reference is a photo of a person, the target another photo of the same person, the text the short caption, which
+says nothing about the person: who it is can come from the reference alone. It is trained on photos alone, long enough
+to overfit to them, as the public IP-Adapters are: strong on identity, and at weight 1 it turns stylised prompts into
+photos. That is the backbone which the paper's encoder starts from, and what it has to make better.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ...lookahead.attention import decoupled_cross_attention
 from ...lookahead.block_names import BlockName, block_names, ip_adapter_key
@@ -85,7 +86,8 @@ class Adapter(nn.Module):
             ip.tokens = tokens
 
 
-def train(folder: Path, pictures: Pictures, latents: Tensor, plan: Plan) -> None:
+def train(folder: Path, groups: list[tuple[Pictures, Tensor]], plan: Plan) -> None:
+    """groups: pictures of people, whose slots 0 and 1 are photos, and the latents of all of them."""
     out = folder / "image_prompt.safetensors"
     if out.exists():
         return
@@ -94,20 +96,22 @@ def train(folder: Path, pictures: Pictures, latents: Tensor, plan: Plan) -> None
     unet, text = (m.to(device) for m in base.load(folder))
     adapter = Adapter(unet).to(device)
     adapter.attach(unet)
-    features, null = _photo_features(folder, pictures, device)
-    tokens = tokenizer()
-    short, empty = tokenize(tokens, pictures.short), tokenize(tokens, [""])
+    features, null = _photo_features(folder, [pictures for pictures, _ in groups], device)
+    photos = [_photo_slots(pictures) for pictures, _ in groups]
+    latents = torch.cat([z[slots] for (_, z), slots in zip(groups, photos, strict=True)])
+    tokens, empty = tokenizer(), tokenize(tokenizer(), [""])
+    short = torch.cat(
+        [tokenize(tokens, p.short)[slots] for (p, _), slots in zip(groups, photos, strict=True)]  # [people, 2, 2, 77]
+    )
     noised = base.Noising(device)
-    per_person = pictures.per_person
 
     def loss(step: int) -> Tensor:
         numbers = stage.numbers_of_step(plan.seed + 5, step)
-        person = torch.randint(len(pictures) // per_person, (BATCH,), generator=numbers)
-        reference = torch.randint(2, (BATCH,), generator=numbers)  # slots 0 and 1 are photos
-        other = torch.randint(1, per_person, (BATCH,), generator=numbers)
-        target = person * per_person + (reference + other) % per_person
-        ids, keep = base.drop_text(short[target], empty, numbers)
-        t, noise, x = noised(latents[target].float().to(device), numbers)
+        person = torch.randint(len(features), (BATCH,), generator=numbers)
+        reference = torch.randint(2, (BATCH,), generator=numbers)
+        target = 1 - reference  # the other photo of the same person
+        ids, keep = base.drop_text(short[person, target], empty, numbers)
+        t, noise, x = noised(latents[person, target].float().to(device), numbers)
         seen = features[person, reference].float().to(device)
         dropped = torch.rand(BATCH, 1, 1, generator=numbers) < DROP_IMAGE
         seen = torch.where(dropped.to(device), null, seen)
@@ -119,7 +123,7 @@ def train(folder: Path, pictures: Pictures, latents: Tensor, plan: Plan) -> None
             condition = base.added(pooled.float() * keep[:, 0])
             predicted = unet(x, t, context * keep, added_cond_kwargs=condition).sample
         adapter.set_tokens(None)
-        return F.mse_loss(predicted.float(), noise)
+        return noised.loss(predicted, noise, t)
 
     stage.train("image_prompt", folder, {"adapter": adapter}, loss, steps=plan.image_prompt_steps, rate=1e-3, ema=0.998)
     stage.write_tensors(out, public_tensors(adapter))
@@ -144,17 +148,23 @@ def load(tensors: Mapping[str, Tensor], unet: UNet2DConditionModel) -> Adapter:
     return adapter.eval().requires_grad_(False)
 
 
+def _photo_slots(pictures: Pictures) -> Tensor:
+    """[people, 2]: the rows of both photos of every person."""
+    first = torch.arange(0, len(pictures), pictures.per_person)
+    return torch.stack([first, first + 1], 1)
+
+
 @torch.no_grad()
-def _photo_features(folder: Path, pictures: Pictures, device: torch.device) -> tuple[Tensor, Tensor]:
+def _photo_features(folder: Path, groups: list[Pictures], device: torch.device) -> tuple[Tensor, Tensor]:
     """Image features of both photos of every person [people, 2, patches + 1, hidden] (16 bit), and those of nothing:
     zeros in the encoder's own, normalised pixel space, not a black picture."""
     encoder = image_encoder.load(folder).to(device)
     size = SIZES["clip_vision"]["image_size"]
     zeros = torch.zeros(1, 3, size, size, device=device)
     null = encoder(pixel_values=zeros, output_hidden_states=True).hidden_states[-2]
-    first = torch.arange(0, len(pictures), pictures.per_person)
     out = []
-    for chunk in torch.stack([first, first + 1], 1).split(32):
-        seen = image_encoder.features(encoder, pictures.images(chunk.flatten(), device))
-        out.append(seen.unflatten(0, (len(chunk), 2)).half().cpu())
+    for pictures in groups:
+        for chunk in _photo_slots(pictures).split(32):
+            seen = image_encoder.features(encoder, pictures.images(chunk.flatten(), device))
+            out.append(seen.unflatten(0, (len(chunk), 2)).half().cpu())
     return torch.cat(out), null
