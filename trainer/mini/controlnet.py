@@ -22,7 +22,7 @@ from .edges import edges
 from .plan import SIZES, Plan
 from .text import tokenize, tokenizer
 
-BATCH = 32
+BATCH = 16
 THRESHOLDS = (0.3, 1.0)  # of strong edges, drawn anew every step: users choose theirs
 
 
