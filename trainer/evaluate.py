@@ -57,8 +57,43 @@ def own_and_other(similarity: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def identity_auc(similarity: Tensor, rounds: int = 200, seed: int = 0) -> Interval:
-    """AUC between similarity to the own and to other references, interval by drawing references."""
-    return bootstrap(lambda index: auc(*own_and_other(similarity, index)), len(similarity), rounds, seed)
+    """AUC between similarity to the own and to other references, interval by drawing references.
+
+    The same as `auc(*own_and_other(similarity, index))` for every draw, but sorted once: a reference that is drawn k
+    times is one of weight k, and a pair weighs the product of its two references' weights.
+    """
+    n, pictures, _ = similarity.shape
+    own_rows = torch.arange(n).repeat_interleave(pictures)
+    own = similarity[torch.arange(n), :, torch.arange(n)].flatten()
+    r, _, s = torch.where((~torch.eye(n, dtype=torch.bool))[:, None].expand_as(similarity))
+    other, order = similarity[(~torch.eye(n, dtype=torch.bool))[:, None].expand_as(similarity)].sort()
+    r, s = r[order], s[order]
+    lower, upper = torch.searchsorted(other, own), torch.searchsorted(other, own, right=True)
+
+    def figure(index: Tensor) -> float:
+        weight = torch.bincount(index, minlength=n).double()
+        below = torch.cat([torch.zeros(1, dtype=torch.double), (weight[r] * weight[s]).cumsum(0)])
+        if below[-1] == 0:
+            raise ValueError("AUC needs at least two different references")
+        above = (below[lower] + below[upper]) / 2  # ties count half
+        mine = weight[own_rows]
+        return ((mine * above).sum() / (mine.sum() * below[-1])).item()
+
+    return bootstrap(figure, n, rounds, seed)
+
+
+def proportion(hits: Tensor) -> Interval:
+    """Share of hits [n] (bool) among independent pictures, with Wilson's score interval.
+
+    Unlike the bootstrap's, it does not shrink to a point where all or none hit.
+    """
+    n, z = len(hits), 1.959964
+    if not n:
+        raise ValueError("a share needs at least one picture")
+    p = hits.double().mean().item()
+    middle, wide = (p + z * z / (2 * n)) / (1 + z * z / n), z * (p * (1 - p) / n + (z / (2 * n)) ** 2) ** 0.5
+    wide /= 1 + z * z / n
+    return Interval(p, max(0.0, min(p, middle - wide)), min(1.0, max(p, middle + wide)))
 
 
 def share(hits: Tensor, rounds: int = 1000, seed: int = 0) -> Interval:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lcm_lookahead.trainer.evaluate import auc, bootstrap, identity_auc, own_and_other, share
+from lcm_lookahead.trainer.evaluate import auc, bootstrap, identity_auc, own_and_other, proportion, share
 
 
 def test_auc_is_the_chance_that_an_own_value_is_higher():
@@ -48,3 +48,17 @@ def test_bootstrap_is_the_same_for_the_same_seed():
     values = torch.arange(30.0)
     first, second = (bootstrap(lambda i: values[i].mean().item(), 30, rounds=50, seed=4) for _ in range(2))
     assert first == second
+
+
+def test_the_quick_way_to_an_identity_auc_is_the_plain_one_draw_for_draw():
+    similarity = torch.rand(12, 3, 12, generator=torch.Generator().manual_seed(3)).mul(20).round()  # with ties
+    similarity[torch.arange(12), :, torch.arange(12)] += 4
+    plain = bootstrap(lambda index: auc(*own_and_other(similarity, index)), 12, rounds=40, seed=5)
+    assert identity_auc(similarity, rounds=40, seed=5) == pytest.approx(plain, abs=1e-12)
+
+
+def test_a_share_of_all_pictures_is_not_certain():
+    few, many = (proportion(torch.ones(n, dtype=torch.bool)) for n in (30, 300))
+    assert few.value == few.high == 1 and 0.88 < few.low < 0.89 < many.low < 1
+    half = proportion(torch.arange(100) < 50)
+    assert half.low == pytest.approx(0.4038, abs=1e-3) and half.high == pytest.approx(0.5962, abs=1e-3)

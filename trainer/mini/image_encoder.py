@@ -78,3 +78,12 @@ def load(folder: Path) -> CLIPVisionModelWithProjection:
 def features(encoder: CLIPVisionModelWithProjection, picture: Tensor) -> Tensor:
     """What the image prompt reads: penultimate hidden states [n, 1 + patches, hidden] of pictures in [0, 1]."""
     return encoder(pixel_values=preprocess(picture), output_hidden_states=True).hidden_states[-2]
+
+
+@torch.no_grad()
+def null_features(encoder: CLIPVisionModelWithProjection) -> Tensor:
+    """The features of no picture, [1, 1 + patches, hidden]: of zeros in the encoder's own, normalised pixel space (not
+    of a black picture), as the public pipelines have it."""
+    size = SIZES["clip_vision"]["image_size"]
+    zeros = torch.zeros(1, 3, size, size, device=encoder.device)
+    return encoder(pixel_values=zeros, output_hidden_states=True).hidden_states[-2]

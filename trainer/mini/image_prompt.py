@@ -41,13 +41,15 @@ def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 
 
 class ImagePromptAttention(nn.Module):
-    """A cross-attention of diffusers' UNet that also reads `tokens` [n, 16, context] of an image prompt, when set."""
+    """A cross-attention of diffusers' UNet that also reads `tokens` [n, 16, context] of an image prompt, when set, at
+    weight `scale`."""
 
     def __init__(self, width: int):
         super().__init__()
         self.to_k_ip = nn.Linear(CONTEXT, width, bias=False)
         self.to_v_ip = nn.Linear(CONTEXT, width, bias=False)
         self.tokens: Tensor | None = None
+        self.scale = 1.0
 
     def __call__(self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: object) -> Tensor:
         q = attn.to_q(hidden_states)
@@ -56,7 +58,7 @@ class ImagePromptAttention(nn.Module):
             out = _softmax_attention(q, k, v, attn.heads)
         else:
             k_ip, v_ip = self.to_k_ip(self.tokens), self.to_v_ip(self.tokens)
-            out = decoupled_cross_attention(q, k, v, k_ip, v_ip, attn.heads, attention=_softmax_attention)
+            out = decoupled_cross_attention(q, k, v, k_ip, v_ip, attn.heads, self.scale, attention=_softmax_attention)
         return attn.to_out[1](attn.to_out[0](out))
 
 
@@ -81,9 +83,9 @@ class Adapter(nn.Module):
         for block, ip in zip(blocks(), self.ip_adapter, strict=True):
             unet.get_submodule(block.diffusers).attn2.set_processor(ip)
 
-    def set_tokens(self, tokens: Tensor | None) -> None:
+    def set_tokens(self, tokens: Tensor | None, scale: float = 1.0) -> None:
         for ip in self.ip_adapter:
-            ip.tokens = tokens
+            ip.tokens, ip.scale = tokens, scale
 
 
 def train(folder: Path, groups: list[tuple[Pictures, Tensor]], plan: Plan) -> None:
@@ -156,12 +158,9 @@ def _photo_slots(pictures: Pictures) -> Tensor:
 
 @torch.no_grad()
 def _photo_features(folder: Path, groups: list[Pictures], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Image features of both photos of every person [people, 2, patches + 1, hidden] (16 bit), and those of nothing:
-    zeros in the encoder's own, normalised pixel space, not a black picture."""
+    """Image features of both photos of every person [people, 2, patches + 1, hidden] (16 bit), and those of nothing."""
     encoder = image_encoder.load(folder).to(device)
-    size = SIZES["clip_vision"]["image_size"]
-    zeros = torch.zeros(1, 3, size, size, device=device)
-    null = encoder(pixel_values=zeros, output_hidden_states=True).hidden_states[-2]
+    null = image_encoder.null_features(encoder)
     out = []
     for pictures in groups:
         for chunk in _photo_slots(pictures).split(32):

@@ -69,14 +69,15 @@ def report(folder: Path, pictures: Pictures, people: int = 32, seed: int = 1) ->
     autoencoder = vae.load(folder)
     _, scorer = evaluators.load(folder)
     style, rows = pictures.labels["style"], []
+    there = style.unique()
     for person in range(people):  # of the pictures of this person, the one in the style whose turn it is
         mine = range(person * pictures.per_person, (person + 1) * pictures.per_person)
-        rows.append(next(i for i in mine if style[i] == person % len(STYLES)))
+        rows.append(next(i for i in mine if style[i] == there[person % len(there)]))
     index = torch.tensor(rows)
     picture = pictures.images(index)
     hint = edges(picture)
     short = [pictures.short[i] for i in rows]
-    following = (style[index] + 1) % len(STYLES)
+    following = there[(torch.searchsorted(there, style[index]) + 1) % len(there)]
     others = [s.replace(STYLES[style[i]], STYLES[k]) for s, i, k in zip(short, rows, following.tolist(), strict=True)]
     drawn = {}
     for name, prompts, with_net in (
