@@ -25,6 +25,11 @@ def main(arguments: list[str] | None = None) -> None:
     sheet.add_argument("--seed", type=int, default=0)
     sheet.add_argument("--out", type=Path, default=Path("sheet.png"))
 
+    report = mini.add_parser("report", help="measure a build again (what has not changed is kept) and write its page")
+    report.add_argument("--quick", action="store_true", help="the build was a quick one")
+    report.add_argument("--folder", type=Path, default=Path(".mini"), help="of the stages' results (%(default)s)")
+    report.add_argument("--weights", type=Path, help="the shipped files (default: the package's own)")
+
     mini.add_parser("sizes", help="the table of the shipped files: planned and real sizes")
 
     chosen = parser.parse_args(arguments)
@@ -36,6 +41,15 @@ def main(arguments: list[str] | None = None) -> None:
 
         keep_memory()
         run(chosen.folder, only=chosen.only.split(",") if chosen.only else None, export_to=chosen.export_to)
+    elif chosen.task == "report":
+        from .mini.build import keep_memory
+        from .mini.plan import FULL, QUICK, WEIGHTS
+        from .mini.report import report as measure
+
+        if not chosen.folder.is_dir():
+            parser.error(f"there is no folder {chosen.folder}: name that of a build with --folder")
+        keep_memory()
+        print(f"Written: {measure(chosen.folder, QUICK if chosen.quick else FULL, chosen.weights or WEIGHTS)}")
     elif chosen.task == "sizes":
         from .mini.shipped import size_table
 

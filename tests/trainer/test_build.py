@@ -2,12 +2,14 @@
 
 import dataclasses
 import hashlib
+import html
+import json
 
 import pytest
 import torch
 from lcm_lookahead.lookahead import encoder_file
 from lcm_lookahead.trainer import cli
-from lcm_lookahead.trainer.mini import shipped, weights
+from lcm_lookahead.trainer.mini import measure_faces, measure_few_step, report, shipped, weights
 from lcm_lookahead.trainer.mini.build import build, stages
 from lcm_lookahead.trainer.mini.plan import QUICK
 from PIL import Image
@@ -16,7 +18,12 @@ from safetensors import safe_open
 TINY = dataclasses.replace(
     QUICK,
     styles=("photo", "comic"),
+    report_people=4,
     report_samples=1,
+    report_photos=2,
+    report_captions=4,
+    report_references=8,
+    report_prompts=2,
     **{f.name: 2 for f in dataclasses.fields(QUICK) if f.name.endswith("_steps")},
     **{name: 20 for name in ("people", "portraits", "evaluation_people", "held_out_people")},
 )
@@ -31,6 +38,8 @@ def contents(path):
 
 def test_a_tiny_build_makes_every_file_and_a_second_call_changes_none(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(measure_faces, "EMPTY", 4)
+    monkeypatch.setattr(measure_few_step, "DDIM_STEPS", 8)
     build(tmp_path, TINY, export_to=tmp_path / "weights")
     listed = [entry["file"] for entry in shipped.manifest(tmp_path / "weights")]
     names = [name for name in listed if name.endswith(".safetensors")]
@@ -41,11 +50,31 @@ def test_a_tiny_build_makes_every_file_and_a_second_call_changes_none(tmp_path, 
     assert len(read.ip_adapter) == 17
     with safe_open(tmp_path / "weights" / weights.CHECKPOINT, "pt") as checkpoint:
         assert checkpoint.get_tensor("first_stage_model.vae_scale").dtype == torch.float16
+    check_report(tmp_path)
     capsys.readouterr()
     build(tmp_path, TINY, export_to=tmp_path / "weights")
-    assert capsys.readouterr().out.count("done before") == len(stages(tmp_path, TINY))
+    again = capsys.readouterr().out
+    assert again.count("done before") == len(stages(tmp_path, TINY))
+    assert "report: " not in again, "something was measured twice"
     changed = [name for name in names if contents(tmp_path / "weights" / name) != files[name]]
     assert not changed
+
+
+def check_report(folder):
+    """Everything was measured, and the page shows each figure, each interval and each shipped file's hash."""
+    made, page = json.loads((folder / "report.json").read_text()), (folder / "report.html").read_text()
+    assert set(made["measures"]) == set(report.MEASURES)
+    for m in made["measures"].values():
+        assert "missing" not in m, m
+        assert f"<h3>{m['title']}</h3>" in page and m["figures"]
+        for name, figure in m["figures"].items():
+            assert html.escape(name) in page
+            if isinstance(figure, dict) and figure["value"] is not None:
+                assert f"[{figure['low']:.3f}, {figure['high']:.3f}]" in page or figure["high"] >= 10
+    listed = shipped.manifest(folder / "weights")
+    assert len(listed) == len(shipped.table()) and all(entry["sha256"] in page for entry in listed)
+    assert set(made["stages"]) == set(stages(folder, TINY))
+    assert "Not drawn yet" not in page and "nothing to draw" not in page
 
 
 def test_a_stage_that_does_not_exist_is_named_with_those_that_do(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import sys
@@ -28,7 +27,6 @@ from . import (
     vae,
     weights,
 )
-from .measure import report
 from .plan import IMAGE_SIZE, QUICK, Plan
 
 # glibc gives large blocks back to the system at once, and every training step pays for fetching them again, page by
@@ -115,9 +113,8 @@ def build(folder: Path, plan: Plan = QUICK, only: list[str] | None = None, expor
         todo[name]()
         print(f"{name}: done in {(time.monotonic() - started) / 60:.1f} min", flush=True)
     if all((folder / f"{name}.safetensors").exists() for name in todo):
-        figures = report(folder, plan)
-        for k, v in figures.items():
-            print(f"{k:40} {v:.3f}")
-        (folder / "report.json").write_text(json.dumps(figures, indent=1))
         weights.export(folder, export_to or weights.WEIGHTS)
-        print(f"Weights are in {export_to or weights.WEIGHTS}, samples in {folder / 'samples.png'}.")
+        from .report import report  # reads more libraries than the stages need
+
+        page = report(folder, plan, export_to or weights.WEIGHTS)
+        print(f"Weights are in {export_to or weights.WEIGHTS}, the report is {page}.")

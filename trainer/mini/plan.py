@@ -40,7 +40,12 @@ class Plan:
     lcm_lora_steps: int = 3000
     collapsed_steps: int = 800
     style_lora_steps: int = 400
-    report_samples: int = 50  # pictures a style that the report counts
+    report_people: int = 100  # whose pictures go through the autoencoder
+    report_samples: int = 30  # of the base, a style
+    report_photos: int = 100  # of the base, for what is found in them
+    report_captions: int = 200  # long ones, half of them of photos
+    report_references: int = 100  # for the image prompt
+    report_prompts: int = 96  # for the few-step LoRAs
     seed: int = 1
 
 
@@ -62,5 +67,10 @@ QUICK = replace(
     lcm_lora_steps=1000,
     collapsed_steps=300,
     style_lora_steps=200,
-    report_samples=20,
+    report_people=40,
+    report_samples=12,
+    report_photos=40,
+    report_captions=80,
+    report_references=40,
+    report_prompts=32,
 )
