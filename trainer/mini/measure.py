@@ -22,6 +22,7 @@ from .references import reference_faces
 from .text import TextEncoders, tokenize, tokenizer
 
 CHUNK = 32
+STEPS, GUIDANCE = 25, 3.0  # of samples
 WEIGHTS_OF_PROMPT = (0.0, 0.25, 0.5, 0.75, 1.0)
 READ = ("hair", "hair_colour", "glasses", "moustache", "beard")  # of long captions, beside skin and smile
 SEEDS = {"base": 21, "captions": 22, "backbone": 23}
@@ -142,8 +143,8 @@ def sample(
     text: TextEncoders,
     prompts: list[str],
     numbers: torch.Generator,
-    steps: int = 25,
-    guidance: float = 3.0,
+    steps: int = STEPS,
+    guidance: float = GUIDANCE,
 ) -> Tensor:
     """DDIM samples in plain diffusers: latents [n, 4, h, w]."""
     steps_of = base.scheduler()
@@ -182,7 +183,7 @@ class Painter:
             if self.adapter and tokens is not None:
                 mine = tokens[:-1][first : first + CHUNK]
                 self.adapter.set_tokens(torch.cat([tokens[-1:].expand_as(mine), mine]), weight)
-            z = sample(self.unet, self.text, some, stage.numbers_of_step(seed, first))
+            z = sample(self.unet, self.text, some, stage.numbers_of_step(seed, first), STEPS, GUIDANCE)
             out.append((self.vae.decoder(z) / 2 + 0.5).clamp(0, 1))
         if self.adapter:
             self.adapter.set_tokens(None)
@@ -218,8 +219,9 @@ def samples(folder: Path, plan: Plan) -> Result:
     by_style = pictures[: len(style)].unflatten(0, (len(index), plan.report_samples))
     rows = min(len(PLACES), plan.report_samples)
     save_grid(by_style[:, :rows].transpose(0, 1).flatten(0, 1), len(index), drawings(folder) / "samples.png")
-    basis = f"{len(style)} samples ({plan.report_samples} a style, places in turn), 25 DDIM steps, guidance 3"
-    return Result(figures, f"{basis}; further {photos} photos for the faces below")
+    basis = f"{len(style)} samples ({plan.report_samples} a style, places in turn)"
+    how = f"{STEPS} DDIM steps, guidance {GUIDANCE:g}"
+    return Result(figures, f"{basis}, {how}; further {photos} photos for the faces below")
 
 
 # Attributes of long captions

@@ -129,7 +129,7 @@ def _two_recognisers(folder: Path, plan: Plan, weights: Path) -> Result:
 
 
 def _controlnet(folder: Path, plan: Plan, weights: Path) -> Result:
-    people = min(32, plan.held_out_people)
+    people = max(2, plan.report_prompts // 3)
     figures = measure_controlnet.report(folder, measure.held_out(folder, plan), people)
     return Result(figures, f"a picture each of {people} held-out people, styles in turn")
 
