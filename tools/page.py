@@ -112,7 +112,7 @@ def page_host(**options: Any) -> Iterator[Host]:
         for path in (base / "input", base / "user" / "default", empty):
             path.mkdir(parents=True)
         for name in MINI_MODELS.values():
-            (empty / name).parent.mkdir(exist_ok=True)
+            (empty / name).parent.mkdir(parents=True, exist_ok=True)
             (empty / name).touch()
         (base / "user" / "default" / "comfy.settings.json").write_text(json.dumps(SETTINGS))
         draw_references(1)[0].save(base / "input" / REFERENCE)

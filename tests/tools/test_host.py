@@ -194,7 +194,7 @@ def test_the_mini_weights_stand_under_the_public_names(tmp_path):
     weights = tmp_path / "weights"
     weights.mkdir()
     for file in host.MINI_MODELS.values():
-        (weights / file).parent.mkdir(exist_ok=True)
+        (weights / file).parent.mkdir(parents=True, exist_ok=True)
         (weights / file).write_text(file)
     for _ in range(2):  # a second call finds its own links
         host.mini_models(tmp_path, weights)
