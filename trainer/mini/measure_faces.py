@@ -1,19 +1,17 @@
 """What insightface finds with the mini face models, on held-out people and on any pictures given.
 
 Everything goes through insightface's own FaceAnalysis: it detects, aligns by the landmarks that it found, and embeds.
-Intervals are those of drawing people. Lengths are shares of the distance between the eyes.
+Intervals are those of drawing people, or Wilson's for shares of pictures. Lengths are shares of the eye distance.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from ..evaluate import Interval, bootstrap, identity_auc, share
+from ..evaluate import Interval, auc, bootstrap, identity_auc, proportion, share
 from . import data
 from .alignment import TEMPLATE, align, similarity
 from .detector import empty_pictures, paste
@@ -27,7 +25,8 @@ if TYPE_CHECKING:
 
 SIZES = (0.25, 0.4, 0.6, 0.9)  # heights of a face, as shares of the picture's
 EMPTY = 800  # pictures without a person
-ROUNDS = 200  # of the bootstrap over AUC and rank correlation
+RESIZED = 50  # people whose pictures are also shown at those sizes
+ROUNDS = 100  # of the bootstrap over AUC and rank correlation
 _EMPTY_SEED = 4000  # far from the seeds of training
 
 
@@ -84,26 +83,31 @@ def report(app: FaceAnalysis, recogniser: FaceRecogniser, held_out: data.Picture
     figures = {}
     for s in plan.styles:
         rows = style == STYLES.index(s)
-        figures[f"detector recall, {s}"] = share(_a_person(found.there, rows))
+        figures[f"detector recall, {s}"] = proportion(found.there[rows.flatten()])
         figures[f"detector landmark error, {s}"] = _mean(_a_person(error, rows))
-    figures["detector recall"] = share(found.there.view(people, -1))
+    figures["detector recall"] = proportion(found.there)
     figures["detector landmark error"] = _mean(error)
-    figures["detector: share of pictures with a second face"] = share((found.faces > 1).view(people, -1))
+    figures["detector: share of pictures with a second face"] = proportion(found.faces > 1)
+    few = slice(RESIZED * per_person)
     box = boxes(faces, IMAGE_SIZE)
     for size in SIZES:
-        there, wrong = _resized(app, pictures, box, true, size)
-        figures[f"detector recall, face of {size:.0%} of the picture"] = share(there.view(people, -1))
-        figures[f"detector landmark error, face of {size:.0%} of the picture"] = _mean(wrong.view(people, -1))
+        there, wrong = _resized(app, pictures[few], box[few], true[few], size)
+        figures[f"detector recall, face of {size:.0%} of the picture"] = proportion(there)
+        figures[f"detector landmark error, face of {size:.0%} of the picture"] = _mean(wrong.view(-1, per_person))
     empty = empty_pictures(EMPTY, _EMPTY_SEED, plan.styles).float() / 255
-    figures["detector: share of empty pictures with a face"] = share(look(app, empty).there[:, None])
+    figures["detector: share of empty pictures with a face"] = proportion(look(app, empty).there)
     with torch.no_grad():
         parts = zip(pictures.split(100), true.split(100), strict=True)
         drawn = torch.cat([embed(recogniser, align(p, k)) for p, k in parts])
+    alike = alike_people(held_out.labels["identity"].view(people, per_person, -1)[:, 0])
     for name, embedding in (("", found.embedding), (", drawn landmarks", drawn)):
         of_person = embedding.view(people, per_person, -1)
         for pairs, slots in _pairs(per_person).items():
             if slots:
                 figures[f"face recogniser AUC, {pairs}{name}"] = identity_auc(_similarity(of_person, slots), ROUNDS)
+        if slots := _pairs(per_person)["photo to styled"]:
+            hard = _auc_of_alike(_similarity(of_person, slots), alike)
+            figures[f"face recogniser AUC, photo to styled, nearest tenth of people{name}"] = hard
         own = (of_person[:, :1] * of_person[:, 1:]).sum(-1)
         figures[f"face recogniser similarity of a person's pictures{name}"] = share(own)
     return figures
@@ -114,7 +118,7 @@ def _pairs(per_person: int) -> dict[str, list[tuple[int, int]]]:
     return {
         "photo to photo": [(0, 1)],
         "photo to styled": [(0, i) for i in range(2, per_person)],
-        "all": [(i, j) for j in range(per_person) for i in range(j)],
+        "any to any": [(i, (i + 1) % per_person) for i in range(per_person)],
     }
 
 
@@ -167,6 +171,27 @@ def report_of_pictures(app: FaceAnalysis, pictures: Tensor, finished: Tensor | N
     return figures
 
 
+def alike_people(identity: Tensor, hardest: float = 0.1) -> Tensor:
+    """bool [people, people]: the pairs of different people that are nearest in the parameters [people, k] that they
+    were drawn with."""
+    distance, other = torch.cdist(identity, identity), ~torch.eye(len(identity), dtype=torch.bool)
+    return other & (distance <= distance[other].quantile(hardest))
+
+
+def _of_alike(similarity: Tensor, alike: Tensor, index: Tensor) -> Tensor:
+    """Of similarity [people, pictures, people], those between alike people among the drawn ones (index)."""
+    return similarity[index][:, :, index].transpose(1, 2)[alike[index][:, index]].flatten()
+
+
+def _auc_of_alike(similarity: Tensor, alike: Tensor) -> Interval:
+    """As identity_auc, but the others are those people alone who look alike."""
+
+    def figure(index: Tensor) -> float:
+        return auc(similarity[index, :, index].flatten(), _of_alike(similarity, alike, index))
+
+    return bootstrap(figure, len(similarity), ROUNDS)
+
+
 def rank_correlation(
     ours: Tensor, judge: Tensor, identity: Tensor, hardest: float = 0.1, rounds: int = ROUNDS
 ) -> dict[str, Interval]:
@@ -177,19 +202,16 @@ def rank_correlation(
     that are nearest in them (which favours neither recogniser), and all pairs of a person's own pictures.
     """
     people, pictures = ours.shape[:2]
-    slots = [(0, i) for i in range(2, pictures)]
+    slots = _pairs(pictures)["photo to styled"]
     a, b = _similarity(ours, slots), _similarity(judge, slots)
-    distance = torch.cdist(identity, identity)
-    same = torch.eye(people, dtype=torch.bool)
-    alike = ~same & (distance <= distance[~same].quantile(hardest))
+    alike = alike_people(identity, hardest)
 
     def over(own: bool, others: bool) -> Interval:
         def figure(index: Tensor) -> float:
             rows = []
             for t in (a, b):
                 parts = [t[index, :, index].flatten()] if own else []
-                if others:
-                    parts.append(t[index][:, :, index].transpose(1, 2)[alike[index][:, index]].flatten())
+                parts += [_of_alike(t, alike, index)] if others else []
                 rows.append(torch.cat(parts))
             return spearman(*rows)
 
@@ -211,16 +233,3 @@ def spearman(a: Tensor, b: Tensor) -> float:
 def _ranks(values: Tensor) -> Tensor:
     _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
     return (counts.cumsum(0).double() - (counts.double() - 1) / 2)[inverse]
-
-
-def compare_with_judge(
-    app: FaceAnalysis, judge: Callable[[Tensor], Tensor], held_out: data.Pictures
-) -> dict[str, Interval]:
-    """`rank_correlation` on the held-out people; judge: pictures [n, 3, h, w] -> unit vectors (Recogniser.embed)."""
-    per_person = held_out.per_person
-    pictures = held_out.images(torch.arange(len(held_out)))
-    ours = look(app, pictures).embedding
-    with torch.no_grad():
-        theirs = torch.cat([F.normalize(judge(x), dim=-1) for x in pictures.split(200)])
-    shape = (len(held_out) // per_person, per_person, -1)
-    return rank_correlation(ours.view(shape), theirs.view(shape), held_out.labels["identity"].view(shape)[:, 0])
