@@ -53,7 +53,7 @@ def test_a_threshold_is_met_not_met_or_not_measured(folder, counted):
     rows = {r["claim"]: r for r in report.collect(folder, QUICK, folder / "weights")["claims"]}
     kept = rows["autoencoder keeps who it is"]
     assert kept["met"] and report_page._verdict(kept) == "met; the interval reaches below"
-    assert not rows["shipped files match this page by hash"]["met"]
+    assert rows["all files under 60 MB"]["met"] is None, "decided without the files"
     assert report_page._verdict(rows["base draws the style"]) == "not measured"
     low = kept | {"met": False}
     assert report_page._verdict(low) == "not met"
@@ -94,6 +94,8 @@ def test_a_file_that_is_not_what_the_manifest_says_is_named(folder, counted):
     assert digest in page
     assert page.count("the file is missing or has another hash") == 1
     made = json.loads((folder / "report.json").read_text())
+    (hashes,) = [r for r in made["claims"] if "by hash" in r["claim"]]
+    assert hashes["met"] is False and hashes["name"].startswith("different: mini_style_lora.safetensors; not there: ")
     assert [f["file"] for f in made["files"] if f["same"]] == ["mini_clip_vision.safetensors"]
 
 

@@ -38,11 +38,6 @@ class Result:
     curves: dict[str, list[list[float]]] = field(default_factory=dict)
 
 
-def psnr(a: Tensor, b: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of pictures in [0, 1]."""
-    return (-10 * (a - b).square().mean().log10()).item()
-
-
 def held_out(folder: Path, plan: Plan) -> data.Pictures:
     return data.pictures(folder, "held_out", plan.held_out_people, plan.styles, IMAGE_SIZE)
 

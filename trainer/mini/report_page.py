@@ -316,6 +316,8 @@ def _losses_chart(report: dict[str, Any]) -> str | None:
     curves = {name: s["losses"] for name, s in report["stages"].items()}
     if not curves:
         return None
+    from matplotlib.ticker import LogLocator
+
     columns = min(4, len(curves))
     rows = -(-len(curves) // columns)
     figure, axes = _figure(rows, columns, 11, 2.1 * rows)
@@ -323,6 +325,7 @@ def _losses_chart(report: dict[str, Any]) -> str | None:
         drawn = [(step, loss) for step, loss in points if loss is not None and loss > 0]
         a.plot(*zip(*drawn, strict=True), linewidth=1, color="#1f5fa8") if drawn else None
         a.set_yscale("log")
+        a.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         a.yaxis.set_major_formatter("{x:.3g}")
         a.yaxis.set_minor_formatter("")
         a.set_title(name, fontsize=9)
