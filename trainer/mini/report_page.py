@@ -22,11 +22,11 @@ body{font:16px/1.5 system-ui,sans-serif;max-width:66rem;margin:2rem auto;padding
 h1,h2,h3{line-height:1.2}h2{margin-top:2.5rem;border-bottom:1px solid #ccc}
 table{border-collapse:collapse;margin:1rem 0;font-size:.9rem}caption{text-align:left;font-weight:600;padding:.3rem 0}
 th,td{border-bottom:1px solid #ddd;padding:.25rem .7rem .25rem 0;text-align:left;vertical-align:top}
-td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}code{font-size:.72rem;word-break:break-all}
+td.n,th.n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}code{font-size:.72rem;word-break:break-all}
 figure{margin:1.5rem 0}figcaption{color:#444}img{max-width:100%;height:auto;display:block}
 .heads{display:grid;font-size:.75rem;text-align:center;max-width:100%}
 .met{color:#05603a}.unmet{color:#a4161a;font-weight:600}.open{color:#555}
-.wide{overflow-x:auto}
+.wide{overflow-x:auto}td span{white-space:nowrap}
 """
 
 
@@ -102,7 +102,7 @@ def markdown(report: dict[str, Any]) -> str:
     """The tables alone, for docs/: what is asked, files, stages, and all figures."""
     parts = [
         "## What is asked, and what was reached\n",
-        _md_table(("point", "what", "figure", "least", ""), _claim_cells(report)),
+        _md_table(("point", "what", "figure", "asked", "outcome"), _claim_cells(report)),
         "## Files\n",
         _md_table(("file", "what", "parameters", "size", "sha256"), _file_cells(report)),
         "## Training\n",
@@ -202,7 +202,7 @@ def _table(caption: str, heads: tuple[str, ...], rows: Iterable[tuple[str, ...]]
 
     def cell(column: int, text: str) -> str:
         shown = f"<code>{escape(text)}</code>" if len(text) == 64 and " " not in text else escape(text)
-        verdict = {"met": "met", "not met": "unmet", "not measured": "open"}.get(text.split(";")[0])
+        verdict = {"met": "met", "not met": "unmet", "not measured": "open", "reported": "open"}.get(text.split(";")[0])
         return f"<td{kind(column)}>" + (f'<span class="{verdict}">{shown}</span>' if verdict else shown) + "</td>"
 
     head = "".join(f'<th scope="col"{kind(i)}>{escape(h)}</th>' for i, h in enumerate(heads))
@@ -217,7 +217,7 @@ def _claims_table(report: dict[str, Any]) -> str:
         "<p>Points are those of the plan for the mini world. Point 7, that the stock loaders of all supported host "
         "versions read the files, is for the host's tests and not measured here.</p>\n"
     )
-    return _table("", ("point", "what", "figure", "asked", ""), _claim_cells(report)) + note
+    return _table("", ("point", "what", "figure", "asked", "outcome"), _claim_cells(report), (3,)) + note
 
 
 def _files_table(report: dict[str, Any]) -> str:
