@@ -77,6 +77,18 @@ def test_a_measure_whose_library_is_missing_is_a_sentence(folder, counted, monke
     assert "Not measured: No module named &#x27;insightface&#x27;." in page
 
 
+def test_a_measure_that_fails_is_named_and_tried_again(folder, counted, monkeypatch, capsys):
+    def run(folder, plan, weights):
+        counted.append("failed")
+        raise ValueError("one reference is too few")
+
+    monkeypatch.setitem(report.MEASURES, "faces", report.Measure("Faces", ("vae",), run))
+    for _ in range(2):
+        page = report.report(folder, QUICK, folder / "weights").read_text()
+    assert "Not measured: it failed with ValueError: one reference is too few." in page
+    assert counted.count("failed") == 2 and "Traceback" in capsys.readouterr().err
+
+
 def test_a_log_of_a_stage_that_was_stopped_counts_the_time_of_both_runs(folder):
     log = report._log(folder / "vae.jsonl")
     assert [step for step, _ in log["losses"]] == [50, 100, 120, 150, 170]

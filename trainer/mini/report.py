@@ -14,6 +14,7 @@ import os
 import platform
 import re
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -254,6 +255,10 @@ def _measured(name: str, folder: Path, plan: Plan, weights: Path) -> dict[str, A
         result = wanted.run(folder, plan, weights)
     except (ImportError, FileNotFoundError) as error:
         return {"title": wanted.title, "missing": f"Not measured: {str(error).splitlines()[0].rstrip('.')}."}
+    except Exception as error:  # hours of training come before: the other measures are still worth having
+        traceback.print_exc()
+        why = f"Not measured: it failed with {type(error).__name__}: {error}"
+        return {"title": wanted.title, "missing": why.rstrip(".") + "."}
     seconds = round(time.monotonic() - started, 1)
     print(f"report: {wanted.title}: done in {seconds / 60:.1f} min", flush=True)
     made = {
