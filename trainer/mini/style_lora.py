@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from . import base, lcm, lora, stage, vae
 from .data import Pictures
@@ -64,7 +63,7 @@ def train(folder: Path, pictures: Pictures, latents: Tensor, plan: Plan) -> None
         with torch.autocast(device.type, torch.bfloat16):
             with torch.no_grad():
                 condition = text(ids)
-            return F.mse_loss(lcm.predict(unet, x, t, *condition), noise)
+            return noised.loss(lcm.predict(unet, x, t, *condition), noise, t)
 
     stage.train("style_lora", folder, {"lora": made}, loss, steps=plan.style_lora_steps, rate=RATE, decay=0.0, ema=0.98)
     stage.write_tensors(out, lora.public_tensors(made))
