@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import uuid
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -299,14 +300,15 @@ def _check_kv(kv: Mapping[str, Tensor], blocks: int, metadata: Mapping[str, str]
                 f"{name}: {layer} has low-rank weights of shapes {list(a.shape)} and {list(b.shape)}, and [rank, in] "
                 "and [out, rank] are needed: the file is damaged."
             )
-    for half, per_block in KV_HALVES.items():
+    for half, per_block in KV_HALVES.items() if layers else ():
         own = [layer for layer in layers if layer.startswith(half + ".")]
+        of_block = Counter(layer.partition(".attn")[0] for layer in own)
         # The last block's attentions cannot change any key or value that is exported, so files leave it out.
-        complete = {blocks * per_block} | ({(blocks - 1) * per_block} if half == "kv_encoder" else set())
-        if own and len(own) not in complete:
+        complete = {blocks} | ({blocks - 1} if half == "kv_encoder" else set())
+        if len(of_block) not in complete or any(count != per_block for count in of_block.values()):
             raise EncoderFileError(
-                f"{name} has {len(own)} layers of {half} where {max(complete)} fit its {blocks} attentions: the file "
-                "is incomplete; download it again."
+                f"{name} has {len(own)} layers of {half} where {blocks * per_block} fit its {blocks} attentions: the "
+                "file is incomplete; download it again."
             )
 
 

@@ -177,16 +177,30 @@ def check_subject(subject: Subject, blocks: list[KVBlock]) -> None:
         raise ValueError(
             f"The reference's latents have {channels} channels, and SDXL has 4: connect the VAE of the SDXL checkpoint."
         )
-    network = None if subject.encoder is None else subject.encoder.kv
-    if network is None:
-        return
-    widths = {block.path: block.width for block in blocks}
-    for name, (_, width_out) in network.model.widths.items():  # q, k, v and out all give the block's width
-        path = name.split(".", 1)[1].partition(".attn")[0]
-        expected = widths.get(path)
-        if width_out != expected:
-            raise ValueError(
-                f"{subject.encoder.name} was made for another base model: its KV encoder has {path} with {width_out} "
-                f"channels, and this MODEL has {'no such block' if expected is None else f'{expected} there'}: use the "
-                "encoder made for this model."
-            )
+    text, values = subject.kv_prompt[0]
+    context_width = blocks[0].context_width
+    if text.shape[-1] != context_width or values.get("pooled_output") is None:
+        raise ValueError(
+            f"The reference's own prompt has text of width {text.shape[-1]}, and this MODEL reads {context_width} with "
+            "a pooled output: connect the CLIP of the SDXL checkpoint at Encode Lookahead Reference."
+        )
+    if subject.encoder is not None and subject.encoder.kv is not None:
+        check_kv_encoder(subject.encoder.name, subject.encoder.kv.model.widths, blocks)
+
+
+def check_kv_encoder(name: str, widths: dict[str, tuple[int, int]], blocks: list[KVBlock]) -> None:
+    """Raise ValueError, one sentence, where a KV encoder's layers, name -> (in, out), are not those of a model."""
+    paths = {layer: layer.split(".", 1)[1].partition(".attn")[0] for layer in widths}
+    known = {block.path: block for block in blocks}
+
+    def fits(layer: str) -> bool:
+        block = known.get(paths[layer])
+        reads_text = layer.endswith(("attn2.to_k", "attn2.to_v"))
+        return block is not None and widths[layer] == (block.context_width if reads_text else block.width, block.width)
+
+    wrong = [layer for layer in widths if not fits(layer)] + sorted(known.keys() - paths.values())
+    if wrong:
+        raise ValueError(
+            f"{name} was made for another base model: its KV encoder does not fit this MODEL, which has {len(blocks)} "
+            f"self-attentions, at {wrong[0]}: use the encoder made for this model."
+        )

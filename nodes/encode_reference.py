@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .compat import schema
 from .encoder import DEFAULT_SIZE, Encoder
-from .reference_image import centre_square, clip_pixels, join_masks, split_alpha
+from .reference_image import centre_square, centre_square_masks, clip_pixels, join_masks, split_alpha
 from .sockets import ENCODER, REFERENCE, Reference, Subject
 
 KV_PROMPT = "a photo of a face"
@@ -121,7 +121,7 @@ class LookaheadEncodeReference(io.ComfyNode):
         subject = Subject(
             encoder=encoder,
             pixels=pixels,
-            mask=None if mask is None else centre_square(mask.unsqueeze(-1), side).squeeze(-1),
+            mask=None if mask is None else centre_square_masks(mask, side),
             keys_values=keys_values,
             null_keys_values=null_keys_values,
             latents=None if vae is None else vae.encode(pixels),

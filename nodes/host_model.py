@@ -53,4 +53,4 @@ def self_attentions(model: ModelPatcher) -> list[KVBlock]:
     order = ("input", "middle", "output")
     found = sorted(cross_attentions(model), key=lambda attention: order.index(attention.key[0]))
     levels = len(model.model.model_config.unet_config["channel_mult"])
-    return [KVBlock(a.key, diffusers_path(a.key), a.width, level_of(a.key, levels)) for a in found]
+    return [KVBlock(a.key, diffusers_path(a.key), a.width, level_of(a.key, levels), a.context_width) for a in found]

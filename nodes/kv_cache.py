@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -27,23 +28,25 @@ class KVCache:
         self.runs.move_to_end(run)
         return self.runs[run].get(at)
 
-    def put(self, run: tuple, at: tuple[float, bool], rows: Rows, bound: int) -> bool:
-        """Keep an entry; False where there is no room. Whole earlier runs make way, oldest first, never this one:
-        a cache that is smaller than a run would otherwise never hit."""
+    def put(self, run: tuple, at: tuple[float, bool], rows: Rows, bound: int, current: Collection[tuple] = ()) -> bool:
+        """Keep an entry; False where there is no room. Whole earlier runs make way, oldest first, never this one or
+        another in `current`, which goes on beside it: a cache that is smaller than a run would otherwise never hit."""
+        keep = {run, *current}
         need = _bytes(rows)
-        own = sum(map(_bytes, self.runs.get(run, {}).values()))
-        if own + need > bound:
+        if need + self.size(keep) > bound:
             return False
-        entries = self.runs.setdefault(run, {})
+        for earlier in [known for known in self.runs if known not in keep]:
+            if need + self.size() <= bound:
+                break
+            del self.runs[earlier]
+        self.runs.setdefault(run, {})[at] = {key: [(k.cpu(), v.cpu()) for k, v in kv] for key, kv in rows.items()}
         self.runs.move_to_end(run)
-        while self.size() + need > bound:
-            self.runs.popitem(last=False)
-        entries[at] = {key: [(k.cpu(), v.cpu()) for k, v in pairs] for key, pairs in rows.items()}
         return True
 
-    def size(self) -> int:
-        """Bytes of all entries."""
-        return sum(_bytes(rows) for entries in self.runs.values() for rows in entries.values())
+    def size(self, runs: Collection[tuple] | None = None) -> int:
+        """Bytes of all entries, or of those of some runs."""
+        known = self.runs if runs is None else self.runs.keys() & runs
+        return sum(_bytes(rows) for run in known for rows in self.runs[run].values())
 
 
 def _bytes(rows: Rows) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -25,12 +25,16 @@ SHARED, FIXED = "shared", "fixed"
 
 
 class KVBlock(NamedTuple):
-    """A self-attention that exports its keys and values. level: how often the latent is halved there."""
+    """A self-attention that exports its keys and values.
+
+    level: how often the latent is halved there; context_width: of the text that the cross-attention beside it reads.
+    """
 
     key: BlockKey
     path: str
     width: int
     level: int
+    context_width: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,11 +63,19 @@ class KVInjection:
     def low_rank(self) -> KVNetwork | None:
         return None if self.network is None else self.network.model
 
+    def to(self, device: torch.device) -> KVInjection:
+        """A copy with its mask on a device."""
+        return self if self.mask is None else replace(self, mask=self.mask.to(device))
+
+    def grid(self, level: int) -> tuple[int, int]:
+        """Height and width of the reference in tokens at a level of the UNet."""
+        height, width = self.subject.latents.shape[-2:]
+        return math.ceil(height / 2**level), math.ceil(width / 2**level)
+
     def numbers_a_row(self) -> int:
         """How many numbers a row of reference KV holds: keys and values of all blocks, of all pictures read at once."""
-        pictures, _, height, width = self.subject.latents.shape
-        tokens = (math.ceil(height / 2**b.level) * math.ceil(width / 2**b.level) * b.width for b in self.blocks)
-        return 2 * (1 if self.subject.one_each else pictures) * sum(tokens)
+        pictures = 1 if self.subject.one_each else len(self.subject.latents)
+        return 2 * pictures * sum(math.prod(self.grid(block.level)) * block.width for block in self.blocks)
 
 
 class EstimatedRows(NamedTuple):

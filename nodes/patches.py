@@ -124,9 +124,8 @@ def outer_sample(executor, noise, *args, **kwargs):
     prompts = tuple(p.to(device, dtype) for p in ours(before).get("image_prompts", ()))
     run = Run()
     seed = kwargs.get("seed", args[6] if len(args) > 6 else None)
-    sigmas = kwargs.get("sigmas", args[2] if len(args) > 2 else ())
     run.passes = tuple(
-        ReferencePass(injection, patcher, noise, int(seed or 0), steps=max(len(sigmas) - 1, 0))
+        ReferencePass(injection.to(device), patcher, noise, int(seed or 0))
         for injection in ours(before).get("kv_injections", ())
     )
     guider.model_options = with_ours(before, image_prompts=prompts, run=run)
@@ -167,7 +166,9 @@ def calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
         roles = conditional_roles(conds, call.conds)
         rows = Rows(roles, areas, tuple(x_in.shape[-2:]), x_in.shape[0])
         evaluated = {role for role, cond in zip(roles, conds, strict=True) if cond is not None}
-        known: list[KeysValues] = [p.keys_values(model, timestep, evaluated) for p in call.passes]
+        run = ours(model_options).get("run") or Run()
+        current = {p.signature(model) for p in run.passes}
+        known: list[KeysValues] = [p.keys_values(model, timestep, evaluated, current) for p in call.passes]
         model_options = with_ours(model_options, rows=rows, kv=tuple(known))
     return executor(model, conds, x_in, timestep, model_options)
 

@@ -8,7 +8,7 @@ picture, no ControlNet, no image prompt. The pass ends in the last block that ex
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
@@ -42,7 +42,7 @@ class ReferencePass:
     run, 0 when all came from the cache.
     """
 
-    def __init__(self, injection: KVInjection, patcher: ModelPatcher, noise: Tensor, seed: int, steps: int = 0):
+    def __init__(self, injection: KVInjection, patcher: ModelPatcher, noise: Tensor, seed: int):
         self.injection, self.evaluations, self._patcher = injection, 0, patcher
         latents = injection.subject.latents
         fits = noise.ndim == 4 and noise.shape[-2:] == latents.shape[-2:] and bool(noise.any())
@@ -51,20 +51,28 @@ class ReferencePass:
         else:
             generator = torch.Generator().manual_seed(seed if injection.noise == SHARED else injection.noise_seed)
             self._noise = torch.randn(1, *latents.shape[1:], generator=generator)
-        self._images = len(noise)
-        self._run: tuple | None = None
+        # How many images read something of their own; the others read the same in turn.
+        self._images = max(len(self._noise), min(len(latents), len(noise)) if injection.subject.one_each else 1)
+        self._signature: tuple | None = None
         self._now: tuple[float, KeysValues] = (-1.0, {})
         self._conds: dict[bool, list[dict[str, Any]]] = {}
-        self.steps, self.kept, self.refused = steps, 0, False
+        self._under_masks: dict[tuple[int, int], list[Tensor]] | None = None
+        self._levels: dict[float, bool] = {}  # by sigma, whether everything is kept or was
 
-    def keys_values(self, model: BaseModel, timestep: Tensor, roles: set[bool]) -> KeysValues:
-        """Keys and values at this noise level for the roles asked for: from this step, the cache, or a pass."""
+    def keys_values(
+        self, model: BaseModel, timestep: Tensor, roles: set[bool], current: Collection[tuple] = ()
+    ) -> KeysValues:
+        """Keys and values at this noise level for the roles asked for: from this step, the cache, or a pass.
+
+        current: signatures of all that goes on in this run, which never make way in the cache.
+        """
         sigma = float(timestep.flatten()[0])
         if self._now[0] != sigma:
             self._now = (sigma, {})
         known = self._now[1]
-        run = self._signature(model)
+        run = self.signature(model)
         cache = self.injection.subject.cache
+        self._levels.setdefault(sigma, True)
         for role in roles - known.keys():
             rows = cache.get(run, (sigma, role))
             if rows is not None:
@@ -74,24 +82,22 @@ class ReferencePass:
             self.evaluations += 1
             for role, rows in zip(missing, self._evaluate(model, timestep[:1], sigma, missing), strict=True):
                 known[role] = rows
-                if cache.put(run, (sigma, role), rows, self.injection.cache_bytes):
-                    self.kept += 1
-                else:
-                    self.refused = True
+                if not cache.put(run, (sigma, role), rows, self.injection.cache_bytes, current):
+                    self._levels[sigma] = False
         return {role: known[role] for role in roles}
 
-    def _signature(self, model: BaseModel) -> tuple:
+    def signature(self, model: BaseModel) -> tuple:
         """All that the exported keys and values depend on, beside what the reference itself holds."""
-        if self._run is None:
+        if self._signature is None:
             sampling, i = model.model_sampling, self.injection
             digest = hashlib.sha256(self._noise.numpy().tobytes())
             digest.update(sampling.sigmas.float().cpu().numpy().tobytes())
-            injected = [id(x) for group in getattr(self._patcher, "injections", {}).values() for x in group]
+            injected = [x for group in getattr(self._patcher, "injections", {}).values() for x in group]
             blocks = tuple(b.key for b in i.blocks)
             precision = model.get_dtype_inference(), str(self._patcher.load_device), type(sampling).__mro__
             base = ref(model), self._patcher.patches_uuid, *injected
-            self._run = (digest.hexdigest(), tuple(self._noise.shape), blocks, precision, base)
-        return self._run
+            self._signature = (digest.hexdigest(), self._images, blocks, precision, base)
+        return self._signature
 
     def _evaluate(self, model: BaseModel, timestep: Tensor, sigma: float, roles: list[bool]) -> list[Rows]:
         subject, device = self.injection.subject, timestep.device
@@ -99,11 +105,11 @@ class ReferencePass:
         noise = self._noise.to(device)
         pictures = len(latents)
         if subject.one_each:  # image i reads picture i
-            turn = torch.arange(len(noise) if len(noise) > 1 else min(pictures, self._images), device=device)
+            turn = torch.arange(self._images, device=device)
             x = latents[turn % pictures] + sigma * noise[turn % len(noise)]
         else:  # every image reads all pictures: these are neighbours among the rows
             x = (latents[None] + sigma * noise[:, None]).flatten(0, 1)
-        export = _Export(self.injection, 1 if subject.one_each else pictures)
+        export = _Export(self.injection, 1 if subject.one_each else pictures, self._tokens_under_masks(device))
         conds = [self._condition(model, role, x, device) for role in roles]
         comfy.samplers.calc_cond_batch(model, conds, x, timestep.expand(len(x)), export.model_options())
         return [export.rows[index] for index in range(len(roles))]
@@ -117,36 +123,52 @@ class ReferencePass:
                 text, pooled = torch.zeros_like(text), None if pooled is None else torch.zeros_like(pooled)
             height, width = (8 * n for n in x.shape[-2:])
             values = {"width": width, "height": height} | ({} if pooled is None else {"pooled_output": pooled})
-            (cond,) = comfy.sampler_helpers.convert_cond([[text, values]])
+            conds = comfy.sampler_helpers.convert_cond([[text, values]])
             kind = "positive" if conditional else "negative"
-            self._conds[conditional] = comfy.samplers.encode_model_conds(model.extra_conds, [cond], x, device, kind)
+            # An inpainting UNet looks for a latent picture, and without a mask takes it for one to be painted anew.
+            self._conds[conditional] = comfy.samplers.encode_model_conds(
+                model.extra_conds, conds, x, device, kind, latent_image=x
+            )
         return self._conds[conditional]
 
+    def _tokens_under_masks(self, device: torch.device) -> dict[tuple[int, int], list[Tensor]]:
+        """By grid, for each picture the numbers of the tokens under its mask (at least the most covered); empty without
+        masks. Found before the pass, since that asks for values of tensors."""
+        masks = self.injection.subject.mask
+        if self._under_masks is None:
+            self._under_masks = {}
+            for level in {block.level for block in self.injection.blocks} if masks is not None else ():
+                grid = self.injection.grid(level)
+                covered = mask_on_tokens(masks.float().cpu(), *grid).squeeze(-1)
+                enough = (covered > 0.5) | (covered == covered.amax(1, keepdim=True))
+                self._under_masks[grid] = [row.nonzero().squeeze(1).to(device) for row in enough]
+        return self._under_masks
+
     def summary(self) -> str | None:
-        """What to tell of the cache after a run: nothing where all of it was kept, or came from it."""
-        if not self.refused:
+        """What to tell of the cache after a run: nothing where all was kept, or came from it, or should not be kept."""
+        held, bound = sum(self._levels.values()), self.injection.cache_bytes
+        if held == len(self._levels) or bound == 0:
             return None
-        held = len({sigma for sigma, _ in self.injection.subject.cache.runs.get(self._run, {})})
         return (
-            f"the reference KV of {held} of {self.steps} steps fits into the cache of "
-            f"{self.injection.cache_bytes / 2**30:.1f} GB: the others are computed again in every run (a larger "
-            "cache_gb or fewer blocks would change that)."
+            f"the reference KV of {held} of {len(self._levels)} noise levels fits into the cache of "
+            f"{bound / 2**30:.3g} GB: the others are computed again in every run (a larger cache_gb or fewer blocks "
+            "would change that)."
         )
 
 
 class _Export:
     """The patches of one reference pass and what they collect, by index of the condition list. Lives as long as it.
 
-    together: how many rows of the pass (pictures of one subject) are read by one image.
+    together: how many rows of the pass (pictures of one subject) are read by one image; under_masks: by grid, for each
+    picture the numbers of the tokens that are exported, empty for all.
     """
 
-    def __init__(self, injection: KVInjection, together: int):
+    def __init__(self, injection: KVInjection, together: int, under_masks: dict[tuple[int, int], list[Tensor]]):
         self.rows: dict[int, Rows] = {}
         self._injection, self._network = injection, injection.low_rank
         self._exported = {block.key for block in injection.blocks}
         self._last = injection.blocks[-1].key
-        self._together = together
-        self._kept: dict[tuple[int, int], list[Tensor]] = {}
+        self._together, self._under_masks = together, under_masks
 
     def model_options(self) -> dict[str, Any]:
         """Fresh model options: nothing of the picture's or of other nodes is in them."""
@@ -223,7 +245,7 @@ class _Export:
 
     def _export(self, key: BlockKey, k: Tensor, v: Tensor, extra: dict[str, Any]) -> None:
         chunks = extra.get("cond_or_uncond") or [0]
-        kept = self._tokens_under_masks(tuple(extra["activations_shape"][-2:]), k.device)
+        kept = self._under_masks[tuple(extra["activations_shape"][-2:])] if self._under_masks else []
         for index, k_part, v_part in zip(chunks, k.chunk(len(chunks)), v.chunk(len(chunks)), strict=True):
             pairs = list(zip(k_part, v_part, strict=True))
             if kept:
@@ -234,17 +256,6 @@ class _Export:
             self.rows.setdefault(index, {})[key] = pairs
         if key == self._last:
             raise _LastExport
-
-    def _tokens_under_masks(self, grid: tuple[int, int], device: torch.device) -> list[Tensor]:
-        """For each picture the numbers of the tokens under its mask (at least the most covered); empty without."""
-        masks = self._injection.subject.mask
-        if masks is None:
-            return []
-        if grid not in self._kept:
-            covered = mask_on_tokens(masks.float().cpu(), *grid).squeeze(-1)
-            enough = (covered > 0.5) | (covered == covered.amax(1, keepdim=True))
-            self._kept[grid] = [row.nonzero().squeeze(1).to(device) for row in enough]
-        return self._kept[grid]
 
 
 def _until_last_export(executor, x, *args, **kwargs):

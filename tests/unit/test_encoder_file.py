@@ -90,12 +90,21 @@ def kv_weights(blocks, width=8, rank=4):
     return out
 
 
+def dead_layers_of_the_last_block(kv):
+    """Half of them, in place of half of the first block's: as many layers as a whole file has."""
+    some = [k for k in kv if k.startswith("kv_encoder") and "blocks.0.attn2" in k]
+    return {k.replace("blocks.0", "blocks.2"): kv.pop(k) for k in some}
+
+
 @pytest.mark.parametrize(
     ("harm", "said"),
     [
         (lambda kv: kv.pop(next(k for k in kv if k.startswith("kv_encoder"))), "lora_A.weight is missing"),
         (lambda kv: [kv.pop(k) for k in list(kv) if "kv_encoder" in k and "blocks.0.attn2" in k], "incomplete"),
         (lambda kv: [kv.pop(k) for k in list(kv) if "kv_export" in k and "blocks.1." in k], "incomplete"),
+        (lambda kv: [kv.pop(k) for k in list(kv) if "kv_export" in k], "0 layers of kv_export"),
+        (lambda kv: [kv.pop(k) for k in list(kv) if "kv_encoder" in k], "0 layers of kv_encoder"),
+        (lambda kv: kv.update(dead_layers_of_the_last_block(kv)), "incomplete"),
         (lambda kv: kv.update({next(iter(kv)): torch.ones(3, 8)}), "[rank, in]"),
     ],
 )
