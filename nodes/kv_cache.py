@@ -28,18 +28,21 @@ class KVCache:
         self.runs.move_to_end(run)
         return self.runs[run].get(at)
 
-    def put(self, run: tuple, at: tuple[float, bool], rows: Rows, bound: int, current: Collection[tuple] = ()) -> bool:
-        """Keep an entry; False where there is no room. Whole earlier runs make way, oldest first, never this one or
-        another in `current`, which goes on beside it: a cache that is smaller than a run would otherwise never hit."""
+    def put(self, run: tuple, sigma: float, known: KeysValues, bound: int, current: Collection[tuple] = ()) -> bool:
+        """Keep what one evaluation gave, all of it or nothing (so that the next is the same to the bit); False where
+        there is no room. Whole earlier runs make way, oldest first, never this one or another in `current`, which goes
+        on beside it: a cache that is smaller than a run would otherwise never hit."""
         keep = {run, *current}
-        need = _bytes(rows)
+        need = sum(map(_bytes, known.values()))
         if need + self.size(keep) > bound:
             return False
-        for earlier in [known for known in self.runs if known not in keep]:
+        for earlier in [other for other in self.runs if other not in keep]:
             if need + self.size() <= bound:
                 break
             del self.runs[earlier]
-        self.runs.setdefault(run, {})[at] = {key: [(k.cpu(), v.cpu()) for k, v in kv] for key, kv in rows.items()}
+        entries = self.runs.setdefault(run, {})
+        for role, rows in known.items():
+            entries[sigma, role] = {key: [(k.cpu(), v.cpu()) for k, v in pairs] for key, pairs in rows.items()}
         self.runs.move_to_end(run)
         return True
 

@@ -80,10 +80,10 @@ class ReferencePass:
         missing = sorted(roles - known.keys(), reverse=True)
         if missing:
             self.evaluations += 1
-            for role, rows in zip(missing, self._evaluate(model, timestep[:1], sigma, missing), strict=True):
-                known[role] = rows
-                if not cache.put(run, (sigma, role), rows, self.injection.cache_bytes, current):
-                    self._levels[sigma] = False
+            found = dict(zip(missing, self._evaluate(model, timestep[:1], sigma, missing), strict=True))
+            known.update(found)
+            if not cache.put(run, sigma, found, self.injection.cache_bytes, current):
+                self._levels[sigma] = False
         return {role: known[role] for role in roles}
 
     def signature(self, model: BaseModel) -> tuple:

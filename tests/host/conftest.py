@@ -256,6 +256,8 @@ def tools(pack):
         inject=lambda model, reference, **options: run(pack, "LookaheadApplyKVInjection", model, reference, **options),
         three_scales=lambda *args, **options: run(pack, "LookaheadGuider", *args, **options),
         watch=UNetPasses,
+        with_lora=with_lora,
+        host_node=host_node,
         run=lambda node, *args, **options: run(pack, node, *args, **options),
         one_sentence=one_sentence,
         guider=guider_of,
@@ -289,6 +291,30 @@ def make_pack_encoder(pack, weights, metadata=None):
 def make_reference(pack, world: World, image, **options):
     encoder = make_pack_encoder(pack, world.encoder)
     return run(pack, "LookaheadEncodeReference", encoder, world.clip_vision, image, **{"size": 64, **options})
+
+
+def with_lora(model, seed: int = 8, hook: bool = False):
+    """A model with a LoRA on its self- and cross-attentions by the host's own loader; hook: the same as a hook."""
+    import comfy.hooks
+    import comfy.lora
+    import comfy.sd
+
+    names = comfy.lora.model_lora_keys_unet(model.model, {})
+    weights, g, lora = model.model.state_dict(), torch.Generator().manual_seed(seed), {}
+    for name in (n for n in names if "lora_unet" in n and ("attn1_to_v" in n or "attn2_to_q" in n)):
+        out, width = weights[names[name]].shape
+        lora[f"{name}.lora_down.weight"] = torch.randn(4, width, generator=g) * 0.3
+        lora[f"{name}.lora_up.weight"] = torch.randn(out, 4, generator=g) * 0.3
+    if hook:
+        return comfy.hooks.create_hook_lora(lora, 1.0, 0.0)
+    return comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)[0]
+
+
+def host_node(module: str, name: str, *args):
+    """First output of a node of the host, whichever schema it has."""
+    node = getattr(importlib.import_module(f"comfy_extras.{module}"), name)
+    out = node.execute(*args) if hasattr(node, "execute") else getattr(node(), node.FUNCTION)(*args)
+    return (out.result if hasattr(out, "result") else out)[0]
 
 
 OWN_FORMAT = {"format": "lcm-lookahead-encoder", "format_version": "1"}
@@ -419,12 +445,15 @@ def guider_of(model, positive, negative, cfg):
     return guider
 
 
-def sample(model, positive, negative, latent, cfg=3.0, steps=3, sampler="euler", guider=None, seed=1, **options):
+def sample(
+    model, positive, negative, latent, cfg=3.0, steps=3, sampler="euler", guider=None, seed=1, sigmas=None, **options
+):
     """Sample with the host's own guider and sampler."""
     import comfy.samplers
 
     guider = guider or guider_of(model, positive, negative, cfg)
-    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", steps)
+    if sigmas is None:
+        sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", steps)
     noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(seed))
     sampler = comfy.samplers.sampler_object(sampler) if isinstance(sampler, str) else sampler
     return guider.sample(noise, latent, sampler, sigmas, disable_pbar=True, seed=seed, **options)
