@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -32,8 +33,8 @@ def sdxl_kv_bytes(side: int = 1024, itemsize: int = 2) -> int:
     return sum(2 * (side // 8 // 2**level) ** 2 * width[level] for level in levels) * itemsize
 
 
-def measure() -> dict[str, Any]:
-    """Run the benchmark in a process of its own, inside the host's tree."""
+def measure(side: int = 0) -> dict[str, Any]:
+    """Run the benchmark in a process of its own, inside the host's tree; with a side, for SDXL at full size."""
     host = fetch()
     CACHE.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="bench-", dir=CACHE) as folder:
@@ -43,6 +44,7 @@ def measure() -> dict[str, Any]:
         mini_models(base)
         script = ROOT / "tools" / "bench_in_host.py"
         command = [str(environment_python()), str(script), str(host), folder, str(ROOT), str(EXTENSIONS)]
+        command += [str(side)] if side else []
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         environment.setdefault("OMP_NUM_THREADS", "1")
         done = subprocess.run(command, cwd=host, env=environment, capture_output=True, text=True, check=False)
@@ -61,13 +63,13 @@ def table(report: dict[str, Any]) -> str:
     ]
     return "\n".join(
         [
-            f"One model call on {report['device']}, mini world, 128x128 (medians; all arms in turn, in one run):",
+            f"One model call on {report['device']}, {report['model']} (medians; all arms in turn, in one run):",
             "",
             "| | time | over plain CFG | FLOP ratio of SDXL at 1024x1024 |",
             "|---|---|---|---|",
             *rows,
             "",
-            f"UNets in the process: {report['unets']}. Reference KV of one role and step: "
+            f"UNets in the process: {report['unets']}; peak memory {report['peak_memory'] / 1e9:.1f} GB. Reference KV of one role and step: "
             f"{report['kv_bytes'][0] / 1e6:.3f} MB kept, {report['kv_bytes_from_shapes'] / 1e6:.3f} MB counted from "
             f"shapes; SDXL at 1024x1024 in 16 bit, counted the same way: {sdxl_kv_bytes() / 1e9:.2f} GB.",
         ]
@@ -76,8 +78,21 @@ def table(report: dict[str, Any]) -> str:
 
 def main(arguments: list[str]) -> int:
     """Entry point of `make bench`."""
-    say("Measuring in a real ComfyUI (about a minute) ...")
-    print(table(measure()))
+    parser = argparse.ArgumentParser(prog="make bench", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--full-size",
+        type=int,
+        nargs="?",
+        const=256,
+        default=0,
+        metavar="SIDE",
+        help="SDXL with random weights in bfloat16 at SIDE x SIDE pixels (256; takes 14 GB and some minutes on a CPU)",
+    )
+    chosen = parser.parse_args(arguments)
+    if chosen.full_size % 64 or chosen.full_size < 0:
+        raise Problem(f"--full-size is {chosen.full_size}: give a multiple of 64, for example 256 or 1024.")
+    say("Measuring in a real ComfyUI (about a minute for the mini world) ...")
+    print(table(measure(chosen.full_size)))
     return 0
 
 

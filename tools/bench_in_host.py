@@ -1,6 +1,8 @@
 """Run by `make bench` inside a ComfyUI tree: times model calls of one run beside each other and prints JSON.
 
-python bench_in_host.py HOST_DIRECTORY BASE_DIRECTORY PACK_DIRECTORY EXTENSION_DIRECTORY
+python bench_in_host.py HOST_DIRECTORY BASE_DIRECTORY PACK_DIRECTORY EXTENSIONS_DIRECTORY [SIDE]
+
+With SIDE it measures SDXL at full size with random weights in bfloat16, at SIDE x SIDE pixels, else the mini world.
 """
 
 from __future__ import annotations
@@ -14,12 +16,33 @@ import time
 from typing import Any
 
 STEPS, ROUNDS = 6, 5
+FULL_STEPS, FULL_ROUNDS = 2, 2
+SDXL = {
+    "use_checkpoint": False,
+    "image_size": 32,
+    "out_channels": 4,
+    "in_channels": 4,
+    "use_spatial_transformer": True,
+    "legacy": False,
+    "num_classes": "sequential",
+    "adm_in_channels": 2816,
+    "model_channels": 320,
+    "num_res_blocks": [2, 2, 2],
+    "channel_mult": [1, 2, 4],
+    "transformer_depth": [0, 0, 2, 2, 10, 10],
+    "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
+    "transformer_depth_middle": 10,
+    "use_linear_in_transformer": True,
+    "context_dim": 2048,
+    "num_heads": -1,
+    "num_head_channels": 64,
+    "use_temporal_attention": False,
+}
 
 
-def main(host: str, base: str, pack: str, extensions: str) -> None:
-    """Load the pack as the host does, then time every arm in turn, ROUNDS times."""
+def main(host: str, base: str, pack: str, extensions: str, side: str = "") -> None:
+    """Load the pack as the host does, then time every arm in turn."""
     sys.path.insert(0, host)
-    sys.argv = sys.argv[:1]
     runpy.run_path(f"{extensions}/cpu_torchvision/prestartup_script.py")
     import torch
     from comfy.cli_args import args
@@ -42,12 +65,20 @@ def main(host: str, base: str, pack: str, extensions: str) -> None:
         return nodes.NODE_CLASS_MAPPINGS[node].execute(*arguments, **options).result[0]
 
     with torch.inference_mode():
-        model, clip, vae = nodes.CheckpointLoaderSimple().load_checkpoint("sd_xl_base_1.0.safetensors")[:3]
-        positive, negative = (nodes.CLIPTextEncode().encode(clip, text)[0] for text in ("a photo of a face", ""))
-        face = torch.rand(1, 128, 128, 3, generator=torch.Generator().manual_seed(1))
+        pixels = int(side or 128)
+        steps, rounds = (FULL_STEPS, FULL_ROUNDS) if side else (STEPS, ROUNDS)
+        face = torch.rand(1, pixels, pixels, 3, generator=torch.Generator().manual_seed(1))
+        if side:
+            model = _random_sdxl()
+            positive, negative = (_random_text(seed) for seed in (1, 2))
+            read = {"vae": _NoVAE(), "conditioning": _random_text(3)}
+        else:
+            model, clip, vae = nodes.CheckpointLoaderSimple().load_checkpoint("sd_xl_base_1.0.safetensors")[:3]
+            positive, negative = (nodes.CLIPTextEncode().encode(clip, text)[0] for text in ("a photo of a face", ""))
+            read = {"vae": vae, "clip": clip}
 
         def reference() -> Any:
-            return run("LookaheadEncodeReference", image=face, vae=vae, clip=clip, size=128)
+            return run("LookaheadEncodeReference", image=face, size=pixels, **read)
 
         def with_kv(reference: Any, cache_gb: float) -> Any:
             return run("LookaheadApplyKVInjection", model, reference, cache_gb=cache_gb)
@@ -72,9 +103,9 @@ def main(host: str, base: str, pack: str, extensions: str) -> None:
             "guider, kv = 0, replayed": three(replayed, 0.0),
         }
         times: dict[str, list[float]] = {name: [] for name in arms}
-        for turn in range(ROUNDS + 1):
+        for turn in range(rounds + 1):
             for name, guider in arms.items():
-                seconds = _step_times(guider, model)
+                seconds = _step_times(guider, model, pixels // 8, steps)
                 if turn:  # the first round warms up, and fills the cache
                     times[name] += seconds
         subject = kept.subjects[0]
@@ -89,13 +120,62 @@ def main(host: str, base: str, pack: str, extensions: str) -> None:
             "kv_bytes": sorted(sizes),
             "kv_bytes_from_shapes": counted,
             "unets": _unets(type(model.model.diffusion_model)),
+            "model": f"SDXL with random weights, {pixels}x{pixels}" if side else "mini world, 128x128",
+            "peak_memory": _peak_memory(),
             "device": gpu or f"{torch.get_num_threads()} CPU thread(s)",
         }
     print("BENCH " + json.dumps(report))
 
 
-def _step_times(guider: Any, model: Any) -> list[float]:
-    """Seconds of each model call in one run of STEPS calls."""
+def _random_sdxl() -> Any:
+    """The host's own SDXL around a UNet of full size; random weights in bfloat16, without a file."""
+    import comfy.model_base
+    import comfy.model_management
+    import comfy.model_patcher
+    import comfy.supported_models
+    import torch
+
+    device = comfy.model_management.get_torch_device()
+    config = comfy.supported_models.SDXL({**SDXL, "dtype": torch.bfloat16})
+    model = comfy.model_base.SDXL(config, device=device)
+    numbers = torch.Generator(device).manual_seed(1)
+    for parameter in model.diffusion_model.parameters():
+        fan = parameter[0].numel() if parameter.ndim > 1 else 1
+        parameter.data.normal_(0, fan**-0.5 if fan > 1 else 0.1, generator=numbers)
+    model.eval().requires_grad_(False)
+    return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=device)
+
+
+def _random_text(seed: int) -> list:
+    import torch
+
+    numbers = torch.Generator().manual_seed(seed)
+    return [[torch.randn(1, 77, 2048, generator=numbers), {"pooled_output": torch.randn(1, 1280, generator=numbers)}]]
+
+
+class _NoVAE:
+    """Latents for timing: what they show does not matter."""
+
+    @staticmethod
+    def encode(pixels: Any) -> Any:
+        import torch
+
+        return torch.randn(len(pixels), 4, pixels.shape[1] // 8, pixels.shape[2] // 8)
+
+
+def _peak_memory() -> int:
+    """Bytes: of the GPU where there is one, else the process's own."""
+    import resource
+
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _step_times(guider: Any, model: Any, latent: int, steps: int) -> list[float]:
+    """Seconds of each model call in one run of so many calls."""
     import comfy.samplers
     import torch
 
@@ -110,8 +190,8 @@ def _step_times(guider: Any, model: Any) -> list[float]:
             seconds.append(time.perf_counter() - start)
         return x
 
-    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", STEPS)
-    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(2))
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", steps)
+    noise = torch.randn(1, 4, latent, latent, generator=torch.Generator().manual_seed(2))
     guider.sample(noise, torch.zeros_like(noise), comfy.samplers.KSAMPLER(sampler), sigmas, disable_pbar=True, seed=2)
     return seconds
 
@@ -131,4 +211,5 @@ def _unets(kind: type) -> int:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:5])
+    arguments, sys.argv = sys.argv, sys.argv[:1]  # the host reads the command line when it is imported
+    main(*arguments[1:6])
