@@ -405,8 +405,11 @@ class UNetPasses:
         names = [self._name(row) for row in kwargs["context"]]
         images = len(names) // len(options["cond_or_uncond"])
         rows = [(name, n % images, ()) for n, name in enumerate(names)]
-        self.now = SimpleNamespace(x=x, t=float(t[0]), names=names, rows=rows, options=options, keys=None)
-        (self.references if set(names) <= {"face", "zeros"} else self.passes).append(self.now)
+        of_reference = set(names) <= {"face", "zeros"}
+        self.now = SimpleNamespace(
+            x=x, t=float(t[0]), names=names, rows=rows, options=options, keys=None, of_reference=of_reference
+        )
+        (self.references if of_reference else self.passes).append(self.now)
 
     def _projects(self, _, args, out):
         self.now.keys = out
