@@ -59,15 +59,13 @@ class ThreeScaleGuider(comfy.samplers.CFGGuider):
         alone = math.isclose(total, 1.0) and not options.get("disable_cfg1_optimization", False)
         unconditional = None if alone else apart["negative"]
         text = apart["positive"] if self.text else None
-        e_nt = e_nu = None
+        e_nt = e_nu = torch.zeros_like(x)  # as the host has it for what is not evaluated
         if text is not None or unconditional is not None:
             e_nt, e_nu = self._evaluate([text, unconditional], x, timestep, without_kv(options, apart))
         conds = [positive if self.full else None, negative if self.kv else None]
         e_ft, e_fu = self._evaluate(conds, x, timestep, options)
-        e_nu = torch.zeros_like(x) if e_nu is None else e_nu
-        out = [e_ft if self.full else e_nt, e_nu]
-        if out[0] is None:  # neither text nor full: only the reference guides
-            out[0] = e_nu
+        cond = e_ft if self.full else e_nt if self.text else e_nu  # the last: only the reference guides
+        out = [cond, e_nu]
         shown = [positive, None if alone else negative]
         common = {"timestep": timestep, "input": x, "sigma": timestep, "model": self.inner_model}
         for function in options.get("sampler_pre_cfg_function", []):
