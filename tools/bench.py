@@ -69,9 +69,10 @@ def table(report: dict[str, Any]) -> str:
             "|---|---|---|---|",
             *rows,
             "",
-            f"UNets in the process: {report['unets']}; peak memory {report['peak_memory'] / 1e9:.1f} GB. "
-            f"Reference KV of one role and step: {report['kv_bytes'][0] / 1e6:.3f} MB kept, {report['kv_bytes_from_shapes'] / 1e6:.3f} MB counted from "
-            f"shapes; SDXL at 1024x1024 in 16 bit, counted the same way: {sdxl_kv_bytes() / 1e9:.2f} GB.",
+            f"UNets in the process: {report['unets']}; peak memory {report['peak_memory'] / 1e9:.1f} GB.",
+            f"Reference KV of one role and step: {report['kv_bytes'][0] / 1e6:.3f} MB kept, "
+            f"{report['kv_bytes_from_shapes'] / 1e6:.3f} MB counted from shapes;",
+            f"SDXL at 1024x1024 in 16 bit, counted the same way: {sdxl_kv_bytes() / 1e9:.2f} GB.",
         ]
     )
 
