@@ -140,10 +140,9 @@ def test_two_nodes_with_one_reference_share_what_is_kept(mini, tools, reference,
 def test_an_interrupted_run_leaves_what_is_right(mini, tools, reference, draw):
     import comfy.model_management
 
-    def interrupt(step, *_):
-        if step == 1:
-            comfy.model_management.interrupt_current_processing()
-            comfy.model_management.throw_exception_if_processing_interrupted()
+    def interrupt(*_):
+        comfy.model_management.interrupt_current_processing()
+        comfy.model_management.throw_exception_if_processing_interrupted()
 
     model = tools.inject(mini.model, reference)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
