@@ -62,17 +62,24 @@ def similarity_to(reference: Image.Image) -> Callable[[Image.Image], float]:
     return lambda picture: float((wanted * embed(picture)).sum())
 
 
+def at_mini_size(api: workflow.Api, reference: str, seed: int) -> workflow.Api:
+    """A shared workflow for the mini world: its picture and reference sizes, this reference file and seed."""
+    sizes = {"EmptyLatentImage": {"width": SIZE, "height": SIZE}, "LookaheadEncodeReference": {"size": SIZE}}
+    seeds = {"RandomNoise": {"noise_seed": seed}, "KSampler": {"seed": seed}}
+    for node, inputs in {**sizes, **seeds, "LoadImage": {"image": reference}}.items():
+        if workflow.find(api, node):
+            api = workflow.override(api, node, **inputs)
+    return api
+
+
 def prompt_for(
     api: workflow.Api, reference: str, text: str, seed: int, image_prompt: float = 1.0, kv: float = 1.0
 ) -> workflow.Api:
-    """The demo's run: the workflow with this reference file and text, at the mini world's size."""
-    api = workflow.override(api, "EmptyLatentImage", width=SIZE, height=SIZE)
-    api = workflow.override(api, "LookaheadEncodeReference", size=SIZE)
-    api = workflow.override(api, "RandomNoise", noise_seed=seed)
+    """The demo's run: the workflow with this reference file and text, as the mini world is at its best."""
+    api = at_mini_size(api, reference, seed)
     api = workflow.override(api, "BasicScheduler", steps=STEPS)
     api = workflow.override(api, "LookaheadGuider", **SCALES)
     api = workflow.override(api, "Prompt", text=text)
-    api = workflow.override(api, "LoadImage", image=reference)
     api = workflow.override(api, "LookaheadApplyKVInjection", weight=kv)
     return workflow.override(api, "LookaheadApplyImagePrompt", weight=image_prompt)
 
