@@ -7,9 +7,10 @@ on. `attention` is any function (q, k, v, heads) -> [batch, tokens, channels]; t
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Attention = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
@@ -59,6 +60,55 @@ def decoupled_cross_attention(
     q [B, N, C]; k, v [B, M, C]; k_ip, v_ip [B, T, C]; mask [B, N, 1] or None. The output projection comes after.
     """
     return attention(q, k, v, heads) + image_prompt_term(q, k_ip, v_ip, heads, scale, mask, attention)
+
+
+def extended_self_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_ext: Tensor,
+    v_ext: Tensor,
+    heads: int,
+    absent: Tensor | None = None,
+    attention: Attention = softmax_attention,
+) -> Tensor:
+    """Self-attention that also reads keys and values from elsewhere: own and external tokens under one softmax.
+
+    LCM-Lookahead (arXiv 2404.03620), section 4.3: K = K_self (.) K_ext, V = V_self (.) V_ext, concatenated along the
+    tokens, own ones first. q [B, N, C]; k, v [B, M, C]; k_ext, v_ext [B, T, C]; T = 0 is plain self-attention.
+    absent: bool [B], rows without a reference: these read their own keys twice, which leaves every softmax average as
+    it is, so they are plain self-attention without a mask and in a static shape; it takes T = M.
+    Raises ValueError where the batch sizes differ, or where `absent` meets T != M.
+    """
+    if k_ext.shape[0] != k.shape[0] or v_ext.shape != k_ext.shape:
+        raise ValueError(f"external keys {tuple(k_ext.shape)} do not fit own keys {tuple(k.shape)}, row for row")
+    if absent is not None:
+        if k_ext.shape != k.shape:
+            raise ValueError(
+                f"rows without a reference need as many external tokens as own ones, not {k_ext.shape[1]} for "
+                f"{k.shape[1]}"
+            )
+        row = absent.view(-1, 1, 1)
+        k_ext, v_ext = torch.where(row, k, k_ext), torch.where(row, v, v_ext)
+    return attention(q, torch.cat([k, k_ext], dim=1), torch.cat([v, v_ext], dim=1), heads)
+
+
+class LowRank(nn.Module):
+    """A low-rank change of a projection, kept apart from it: x [..., in] -> scale * B A x [..., out].
+
+    LoRA (arXiv 2106.09685); A is [rank, in], B is [out, rank]. `operations` gives the linear layers (the host passes
+    its own, which cast as they go).
+    """
+
+    def __init__(self, width_in: int, width_out: int, rank: int, scale: float = 1.0, operations: ModuleType = nn):
+        super().__init__()
+        self.lora_A = operations.Linear(width_in, rank, bias=False)
+        self.lora_B = operations.Linear(rank, width_out, bias=False)
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.lora_B(self.lora_A(x))
+        return out if self.scale == 1 else out * self.scale
 
 
 def mask_on_tokens(mask: Tensor, height: int, width: int) -> Tensor:

@@ -50,6 +50,26 @@ def block_names(
     return names
 
 
+def diffusers_path(key: tuple[str, int, int], res_blocks: int = RES_BLOCKS) -> str:
+    """diffusers' module path of the transformer block that the host calls `key`; the inverse of `block_names`."""
+    group, block, index = key
+    if group == "middle":
+        return f"mid_block.attentions.0.transformer_blocks.{index}"
+    if group == "input":
+        level, i = divmod(block - 1, res_blocks + 1)
+        return f"down_blocks.{level}.attentions.{i}.transformer_blocks.{index}"
+    level, i = divmod(block, res_blocks + 1)
+    return f"up_blocks.{level}.attentions.{i}.transformer_blocks.{index}"
+
+
+def level_of(key: tuple[str, int, int], levels: int = len(SDXL_DEPTH), res_blocks: int = RES_BLOCKS) -> int:
+    """How often the latent is halved where the block works: 0 at its own size, 2 in the deepest level of SDXL."""
+    group, block, _ = key
+    if group == "middle":
+        return levels - 1
+    return (block - 1) // (res_blocks + 1) if group == "input" else levels - 1 - block // (res_blocks + 1)
+
+
 def ip_adapter_key(ordinal: int, which: str) -> str:
     """Name of a weight in the public files: ordinal counts the cross-attentions from 0, which is "k" or "v"."""
     return f"ip_adapter.{2 * ordinal + 1}.to_{which}_ip.weight"

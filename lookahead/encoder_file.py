@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import uuid
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,7 +51,12 @@ METADATA_FIELDS = {
 PROVENANCE_UNKNOWN = "no provenance in the file"
 
 _IP_NAME = re.compile(r"ip_adapter\.(\d+)\.to_([kv])_ip\.weight")
-_KV_NAME = re.compile(r"(kv_encoder\..+\.(to_q|to_k|to_v|to_out\.0)|kv_export\..+\.(to_k|to_v))\.lora_[AB]\.weight")
+_BLOCK = r"(?:(?:down|up)_blocks\.\d+|mid_block)\.attentions\.\d+\.transformer_blocks\.\d+"
+_KV_NAME = re.compile(
+    rf"(?P<layer>(?:kv_encoder\.{_BLOCK}\.attn[12]\.(?:to_q|to_k|to_v|to_out\.0)|"
+    rf"kv_export\.{_BLOCK}\.attn1\.(?:to_k|to_v)))\.lora_(?P<half>[AB])\.weight"
+)
+KV_HALVES = {"kv_encoder": 8, "kv_export": 2}  # layers a block: q, k, v, out of both attentions; k, v of the first
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +75,18 @@ class EncoderFile:
     ip_adapter: list[tuple[Tensor, Tensor]]
     kv: dict[str, Tensor] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def kv_layers(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """The KV encoder's low-rank weights (A [rank, in], B [out, rank]) by layer, such as
+        "kv_encoder.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"; empty where the file has none."""
+        layers = dict.fromkeys(m["layer"] for m in map(_KV_NAME.fullmatch, self.kv) if m)
+        return {k: (self.kv[f"{k}.lora_A.weight"], self.kv[f"{k}.lora_B.weight"]) for k in layers}
+
+    def kv_scale(self, rank: int) -> float:
+        """What a low-rank product of this rank is multiplied by: alpha / rank where the file gives an alpha, else 1."""
+        alpha = self.metadata.get("kv_alpha")
+        return float(alpha) / rank if alpha else 1.0
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -103,6 +121,7 @@ def from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], nam
     _check_values(tensors, name)
     sizes = _check_resampler(image_proj, name)
     ip_adapter = _check_projections(tensors, sizes, name)
+    _check_kv(kv, len(ip_adapter), metadata, name)
     known = len(image_proj) + 2 * len(ip_adapter) + len(kv)
     if known != len(tensors):
         surplus = [k for k in tensors if not k.startswith("image_proj.") and not _IP_NAME.fullmatch(k) and k not in kv]
@@ -252,6 +271,45 @@ def _check_projections(tensors: Mapping[str, Tensor], sizes: ResamplerSizes, nam
             "ip-adapter-plus-face_sdxl_vit-h.safetensors."
         )
     return pairs
+
+
+def _check_kv(kv: Mapping[str, Tensor], blocks: int, metadata: Mapping[str, str], name: str) -> None:
+    """The KV encoder is whole or absent: a layer that is missing would change pictures unnoticed."""
+    alpha = metadata.get("kv_alpha")
+    if alpha:
+        try:
+            float(alpha)
+        except ValueError as error:
+            raise EncoderFileError(
+                f"{name}: the metadata field kv_alpha is {alpha!r}, which is not a number: write the file anew."
+            ) from error
+    layers: dict[str, dict[str, Tensor]] = {}
+    for key, value in kv.items():
+        match = _KV_NAME.fullmatch(key)
+        layers.setdefault(match["layer"], {})[match["half"]] = value
+    for layer, halves in layers.items():
+        if halves.keys() != {"A", "B"}:
+            missing = ({"A", "B"} - halves.keys()).pop()
+            raise EncoderFileError(
+                f"{name}: the weight {layer}.lora_{missing}.weight is missing: the file is incomplete; download it "
+                "again."
+            )
+        a, b = halves["A"], halves["B"]
+        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+            raise EncoderFileError(
+                f"{name}: {layer} has low-rank weights of shapes {list(a.shape)} and {list(b.shape)}, and [rank, in] "
+                "and [out, rank] are needed: the file is damaged."
+            )
+    for half, per_block in KV_HALVES.items() if layers else ():
+        own = [layer for layer in layers if layer.startswith(half + ".")]
+        of_block = Counter(layer.partition(".attn")[0] for layer in own)
+        # The last block's attentions cannot change any key or value that is exported, so files leave it out.
+        complete = {blocks} | ({blocks - 1} if half == "kv_encoder" else set())
+        if len(of_block) not in complete or any(count != per_block for count in of_block.values()):
+            raise EncoderFileError(
+                f"{name} has {len(own)} layers of {half} where {blocks * per_block} fit its {blocks} attentions: the "
+                "file is incomplete; download it again."
+            )
 
 
 _USE = "use IP-Adapter Plus (Face) for SDXL or an LCM-Lookahead encoder."

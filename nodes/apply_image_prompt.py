@@ -11,7 +11,9 @@ from torch import Tensor
 from .compat import schema
 from .encoder import Encoder
 from .host_model import CrossAttention, cross_attentions
-from .image_prompt_patch import ImagePrompt, add_image_prompt
+from .image_prompt_patch import ImagePrompt
+from .patches import add_image_prompt
+from .roles import When
 from .sockets import REFERENCE, Reference
 
 
@@ -81,6 +83,11 @@ class LookaheadApplyImagePrompt(io.ComfyNode):
         if start > end:
             raise ValueError(f"The start ({start}) is later than the end ({end}): set an end that is not before it.")
         attentions = cross_attentions(model)
+        if any(subject.keys_values is None for subject in reference.subjects):
+            raise ValueError(
+                "The reference was read without an encoder, which the image prompt needs: connect encoder and "
+                "clip_vision at Encode Lookahead Reference."
+            )
         layouts = [key_layout(subject.encoder, attentions) for subject in reference.subjects]
         if mask is not None and not (mask > 0).any():
             logging.warning(
@@ -93,8 +100,7 @@ class LookaheadApplyImagePrompt(io.ComfyNode):
                     null_keys_values=subject.null_keys_values,
                     layout=layout,
                     weight=torch.tensor(weight, dtype=torch.float32),
-                    start=start,
-                    end=end,
+                    when=When(start, end),
                     mask=None if mask is None else mask.reshape(-1, *mask.shape[-2:]).float().clamp(0, 1),
                 )
                 model = add_image_prompt(model, prompt)

@@ -8,8 +8,8 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from .compat import schema
-from .encoder import Encoder
-from .reference_image import centre_square, clip_pixels, join_masks, split_alpha
+from .encoder import DEFAULT_SIZE, Encoder
+from .reference_image import centre_square, centre_square_masks, clip_pixels, join_masks, split_alpha
 from .sockets import ENCODER, REFERENCE, Reference, Subject
 
 KV_PROMPT = "a photo of a face"
@@ -29,10 +29,16 @@ class LookaheadEncodeReference(io.ComfyNode):
             "a picture that is not square is cropped about its centre.",
             search_aliases=["ip-adapter encode", "reference image", "face", "image prompt", "identity"],
             inputs=[
-                ENCODER.Input("encoder", tooltip="From Load Lookahead Encoder."),
+                ENCODER.Input(
+                    "encoder",
+                    optional=True,
+                    tooltip="From Load Lookahead Encoder. Only KV injection without training works without it.",
+                ),
                 io.ClipVision.Input(
                     "clip_vision",
-                    tooltip="The image encoder that the encoder was trained with; CLIP ViT-H/14 for the public files.",
+                    optional=True,
+                    tooltip="The image encoder that the encoder was trained with; CLIP ViT-H/14 for the public files. "
+                    "Needed for the image prompt.",
                 ),
                 io.Image.Input("image", tooltip="The reference: one picture, or several of one person as a batch."),
                 io.Mask.Input(
@@ -71,8 +77,9 @@ class LookaheadEncodeReference(io.ComfyNode):
                     "several",
                     options=[TOGETHER, AVERAGE, ONE_EACH],
                     default=TOGETHER,
-                    tooltip="What to do with several pictures: let all of them speak together, average them, or give "
-                    "the first picture to the first image of the batch, the second to the second, and so on.",
+                    tooltip="What to do with several pictures: let all of them speak together, average them (KV "
+                    "injection reads them together), or give the first picture to the first image of the batch, the "
+                    "second to the second, and so on.",
                 ),
             ],
             outputs=[
@@ -85,9 +92,9 @@ class LookaheadEncodeReference(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        encoder: Encoder,
-        clip_vision,
-        image: Tensor,
+        encoder: Encoder | None = None,
+        clip_vision=None,
+        image: Tensor | None = None,
         size: int = 0,
         several: str = TOGETHER,
         mask: Tensor | None = None,
@@ -99,19 +106,27 @@ class LookaheadEncodeReference(io.ComfyNode):
             raise ValueError(f"size is {size}, and a reference needs at least 64 pixels: use 0 for the encoder's own.")
         colour, alpha = split_alpha(image)
         mask = join_masks(colour, mask, alpha)
-        check_clip_vision(encoder, clip_vision)
-        seen = clip_pixels(colour, mask, clip_vision)
-        keys_values, null_keys_values = image_prompt(encoder, clip_vision, seen, several)
-        side = size or encoder.size
+        keys_values = null_keys_values = None
+        if encoder is not None and clip_vision is not None:
+            check_clip_vision(encoder, clip_vision)
+            seen = clip_pixels(colour, mask, clip_vision)
+            keys_values, null_keys_values = image_prompt(encoder, clip_vision, seen, several)
+        elif vae is None:
+            raise ValueError(
+                "Nothing says how to read the reference: connect encoder and clip_vision for an image prompt, or vae "
+                "and clip for KV injection."
+            )
+        side = size or (DEFAULT_SIZE if encoder is None else encoder.size)
         pixels = centre_square(colour, side)
         subject = Subject(
             encoder=encoder,
             pixels=pixels,
-            mask=None if mask is None else centre_square(mask.unsqueeze(-1), side).squeeze(-1),
+            mask=None if mask is None else centre_square_masks(mask, side),
             keys_values=keys_values,
             null_keys_values=null_keys_values,
             latents=None if vae is None else vae.encode(pixels),
             kv_prompt=conditioning if clip is None or conditioning is not None else encode_prompt(clip, encoder),
+            one_each=several == ONE_EACH,
         )
         return io.NodeOutput(Reference((subject,)))
 
@@ -153,6 +168,7 @@ def image_prompt(encoder: Encoder, clip_vision, pixels: Tensor, several: str) ->
     return encoder.keys_values(tokens).to(device), encoder.keys_values(null).to(device)
 
 
-def encode_prompt(clip, encoder: Encoder):
+def encode_prompt(clip, encoder: Encoder | None):
     """Conditioning of the prompt that the KV encoder was trained with (from the file, else "a photo of a face")."""
-    return clip.encode_from_tokens_scheduled(clip.tokenize(encoder.metadata.get("kv_prompt") or KV_PROMPT))
+    prompt = (encoder.metadata.get("kv_prompt") if encoder else None) or KV_PROMPT
+    return clip.encode_from_tokens_scheduled(clip.tokenize(prompt))

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from ..lookahead.encoder_file import EncoderFile
 from ..lookahead.image_prompt import Resampler
+from .kv_network import kv_patcher
+
+DEFAULT_SIZE = 1024  # side of the reference in pixels: SDXL's own
 
 
 class EncoderNetwork(nn.Module):
@@ -44,6 +47,7 @@ class Encoder:
         self.widths = file.widths
         self.metadata = file.metadata
         self.network = EncoderNetwork(file)
+        self.kv = kv_patcher(file)
         self.patcher = comfy.model_patcher.ModelPatcher(
             self.network,
             load_device=comfy.model_management.text_encoder_device(),
@@ -54,7 +58,7 @@ class Encoder:
     def size(self) -> int:
         """Side in pixels of the square that the VAE sees of a reference: from the file, else 1024 (SDXL)."""
         text = self.metadata.get("size", "")
-        return int(text) if text.isdecimal() and int(text) >= 64 else 1024
+        return int(text) if text.isdecimal() and int(text) >= 64 else DEFAULT_SIZE
 
     def load(self) -> torch.device:
         """Have the host bring the networks to their device, and return it."""

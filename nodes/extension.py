@@ -5,7 +5,9 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .apply_image_prompt import LookaheadApplyImagePrompt
+from .apply_kv_injection import LookaheadApplyKVInjection
 from .encode_reference import LookaheadEncodeReference
+from .guider import LookaheadGuider
 from .load_encoder import LookaheadLoadEncoder, register_folders
 
 
@@ -14,4 +16,10 @@ class LookaheadExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         register_folders()  # here, since the oldest supported hosts do not call on_load
-        return [LookaheadLoadEncoder, LookaheadEncodeReference, LookaheadApplyImagePrompt]
+        return [
+            LookaheadLoadEncoder,
+            LookaheadEncodeReference,
+            LookaheadApplyImagePrompt,
+            LookaheadApplyKVInjection,
+            LookaheadGuider,
+        ]

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 
 import comfy.model_base
 
+from ..lookahead.block_names import diffusers_path, level_of
+from .kv_patch import KVBlock
+
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
@@ -31,7 +34,7 @@ def cross_attentions(model: ModelPatcher) -> list[CrossAttention]:
     blocks = getattr(unet, "input_blocks", None), getattr(unet, "output_blocks", None)
     if not isinstance(base, comfy.model_base.SDXL) or None in blocks:
         found = type(getattr(base, "model_config", base)).__name__
-        raise ValueError(f"This MODEL is {found}, but the image prompt works with SDXL only: load an SDXL checkpoint.")
+        raise ValueError(f"This MODEL is {found}, but a reference works with SDXL only: load an SDXL checkpoint.")
     found = []
     for group, modules in (("input", blocks[0]), ("output", blocks[1]), ("middle", [unet.middle_block])):
         for i, block in enumerate(modules):
@@ -40,3 +43,14 @@ def cross_attentions(model: ModelPatcher) -> list[CrossAttention]:
                     to_k = transformer.attn2.to_k
                     found.append(CrossAttention((group, i, t), to_k.out_features, to_k.in_features))
     return found
+
+
+def self_attentions(model: ModelPatcher) -> list[KVBlock]:
+    """All self-attentions of an SDXL model, in the order in which the host runs them (input, middle, output).
+
+    Raises ValueError as `cross_attentions`.
+    """
+    order = ("input", "middle", "output")
+    found = sorted(cross_attentions(model), key=lambda attention: order.index(attention.key[0]))
+    levels = len(model.model.model_config.unet_config["channel_mult"])
+    return [KVBlock(a.key, diffusers_path(a.key), a.width, level_of(a.key, levels), a.context_width) for a in found]

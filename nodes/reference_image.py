@@ -53,12 +53,16 @@ def join_masks(image: Tensor, *masks: Tensor | None) -> Tensor | None:
     if joined is None:
         return None
     joined = joined.clamp(0, 1).expand(n, -1, -1)
-    if not (joined > 0).flatten(1).any(dim=1).all():
+    if not _leaves_something(joined):
         raise ValueError(
             "The mask leaves nothing of a reference picture: leave it open, or invert it (Load Image gives 1 where a "
             "picture is transparent)."
         )
     return joined
+
+
+def _leaves_something(masks: Tensor) -> bool:
+    return bool((masks > 0).flatten(1).any(dim=1).all())
 
 
 def clip_pixels(colour: Tensor, mask: Tensor | None, clip_vision) -> Tensor:
@@ -86,3 +90,17 @@ def centre_square(image: Tensor, size: int) -> Tensor:
     if side != size:
         square = torch.nn.functional.interpolate(square, (size, size), mode="bicubic", antialias=True)
     return square.movedim(1, -1).clamp(0, 1)
+
+
+def centre_square_masks(masks: Tensor, size: int) -> Tensor:
+    """Masks [n, H, W] in [0, 1] -> [n, size, size], cut as `centre_square` cuts their pictures.
+
+    Raises ValueError, one sentence, where nothing of a picture is left in the square.
+    """
+    square = centre_square(masks.unsqueeze(-1), size).squeeze(-1)
+    if not _leaves_something(square):
+        raise ValueError(
+            "The mask leaves nothing of a reference picture, which is cropped to the square about its centre: crop the "
+            "picture to the face first."
+        )
+    return square

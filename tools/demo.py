@@ -20,7 +20,7 @@ from .common import ROOT, Problem, Stopwatch, run_main, say
 from .contact_sheet import Cell, contact_sheet
 from .host import Host, Progress
 
-WORKFLOW = ROOT / "workflows" / "image_prompt.json"
+WORKFLOW = ROOT / "workflows" / "image_prompt_and_kv.json"
 PROMPTS = (
     "a photo of a face on a beach",
     "an oil painting of a face",
@@ -28,7 +28,9 @@ PROMPTS = (
     "a wanted poster of a face",
     "a pencil drawing of a face",
 )
-SIZE, STEPS, CFG = 128, 20, 3.0  # what the mini world is at its best with; the workflow has what SDXL is
+ARMS = {"image prompt": (1.0, 0.0), "KV injection": (0.0, 1.0), "both": (1.0, 1.0)}  # weights of either node
+# What the mini world is at its best with; the workflow has what SDXL is (where 3, 2, 2 make a guidance of 5, not 3).
+SIZE, STEPS, SCALES = 128, 20, {"text": 1.8, "full": 1.2, "kv": 1.2}
 
 
 def draw_references(people: int) -> list[Image.Image]:
@@ -60,13 +62,26 @@ def similarity_to(reference: Image.Image) -> Callable[[Image.Image], float]:
     return lambda picture: float((wanted * embed(picture)).sum())
 
 
-def prompt_for(api: workflow.Api, reference: str, text: str, seed: int, weight: float = 1.0) -> workflow.Api:
-    """The demo's run: the workflow with this reference file and text, at the mini world's size."""
-    api = workflow.override(api, "EmptyLatentImage", width=SIZE, height=SIZE)
-    api = workflow.override(api, "KSampler", seed=seed, steps=STEPS, cfg=CFG)
+def at_mini_size(api: workflow.Api, reference: str, seed: int) -> workflow.Api:
+    """A shared workflow for the mini world: its picture and reference sizes, this reference file and seed."""
+    sizes = {"EmptyLatentImage": {"width": SIZE, "height": SIZE}, "LookaheadEncodeReference": {"size": SIZE}}
+    seeds = {"RandomNoise": {"noise_seed": seed}, "KSampler": {"seed": seed}}
+    for node, inputs in {**sizes, **seeds, "LoadImage": {"image": reference}}.items():
+        if workflow.find(api, node):
+            api = workflow.override(api, node, **inputs)
+    return api
+
+
+def prompt_for(
+    api: workflow.Api, reference: str, text: str, seed: int, image_prompt: float = 1.0, kv: float = 1.0
+) -> workflow.Api:
+    """The demo's run: the workflow with this reference file and text, as the mini world is at its best."""
+    api = at_mini_size(api, reference, seed)
+    api = workflow.override(api, "BasicScheduler", steps=STEPS)
+    api = workflow.override(api, "LookaheadGuider", **SCALES)
     api = workflow.override(api, "Prompt", text=text)
-    api = workflow.override(api, "LoadImage", image=reference)
-    return workflow.override(api, "LookaheadApplyImagePrompt", weight=weight)
+    api = workflow.override(api, "LookaheadApplyKVInjection", weight=kv)
+    return workflow.override(api, "LookaheadApplyImagePrompt", weight=image_prompt)
 
 
 def bar(done: int, total: int, watch: Stopwatch) -> Callable[[Progress], None]:
@@ -83,7 +98,8 @@ def bar(done: int, total: int, watch: Stopwatch) -> Callable[[Progress], None]:
 def show_demo(references: list[Image.Image], prompts: tuple[str, ...], out: Path, seed: int, port: int | None) -> Path:
     """Make the pictures and the contact sheet in `out`; returns the sheet's path."""
     out.mkdir(parents=True, exist_ok=True)
-    total = (len(references) + 1) * len(prompts)
+    runs = [(n, arm) for n in range(len(references)) for arm in ARMS]
+    total = (len(runs) + 1) * len(prompts)
     rows: list[list[Cell]] = []
     with Host(port=port) as host:
         api = workflow.convert(WORKFLOW, host.object_info())
@@ -92,15 +108,16 @@ def show_demo(references: list[Image.Image], prompts: tuple[str, ...], out: Path
             shutil.copy(host.folder("input") / f"reference_{number + 1}.png", out)
         watch, done = Stopwatch(), 0
         say(f"Drawing {total} pictures ...")
-        for number, reference in [(None, None), *enumerate(references)]:
-            name = "without" if number is None else f"reference_{number + 1}"
-            row = [Cell(Image.new("RGB", (SIZE, SIZE), (225, 225, 222)), "image prompt off")]
+        for number, arm in [*runs, (None, "off")]:
+            name = "without" if number is None else f"reference_{number + 1}_{arm.replace(' ', '_')}"
+            row = [Cell(Image.new("RGB", (SIZE, SIZE), (225, 225, 222)), "no reference")]
             likeness = None
-            if reference is not None:
-                likeness = similarity_to(reference)
-                row = [Cell(reference, f"reference {number + 1}")]
+            if number is not None:
+                likeness = similarity_to(references[number])
+                row = [Cell(references[number], f"reference {number + 1}: {arm}")]
+            weights = ARMS.get(arm, (0.0, 0.0))
             for column, text in enumerate(prompts):
-                run = prompt_for(api, f"reference_{(number or 0) + 1}.png", text, seed, float(number is not None))
+                run = prompt_for(api, f"reference_{(number or 0) + 1}.png", text, seed, *weights)
                 result = host.run(run, bar(done, total, watch)).check()
                 if not result.images:
                     raise Problem(f"{WORKFLOW.name} ran but saved no picture: does it still end in a SaveImage node?")
@@ -114,16 +131,15 @@ def show_demo(references: list[Image.Image], prompts: tuple[str, ...], out: Path
             rows.append(row)
         say(f"{total} pictures in {watch.seconds:.0f} s")
     path = out / "contact_sheet.png"
-    contact_sheet(
-        ["reference", *(f"“{p}”" for p in prompts)], [*rows[1:], rows[0]], "LCM-Lookahead: image prompt"
-    ).save(path)
+    title = "LCM-Lookahead: image prompt, KV injection (without training), and both"
+    contact_sheet(["reference", *(f"“{p}”" for p in prompts)], rows, title).save(path)
     return path
 
 
 def main(arguments: list[str]) -> int:
     """Entry point of `make demo`."""
     parser = argparse.ArgumentParser(prog="make demo", description="Draws reference faces under new prompts.")
-    parser.add_argument("--people", type=int, default=3)
+    parser.add_argument("--people", type=int, default=2)
     parser.add_argument("--seed", type=int, default=5)
     parser.add_argument("--port", type=int, default=os.environ.get("PORT") or 0)
     parser.add_argument("--out", type=Path, default=ROOT / "output" / "demo")

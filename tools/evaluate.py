@@ -1,92 +1,162 @@
-"""How well does the image prompt keep who somebody is? Measured in the real host, over held-out drawn people.
+"""How well does each part keep who somebody is, and what does it cost the style? Measured in the real host.
 
-For every reference and style the host draws two pictures from the same noise, with the image prompt and without. An
-evaluation recogniser, which took part in no training, compares each picture with all references; a style scorer says
-which style it shows. Writes docs/image_prompt.md, docs/image_prompt.png (distributions) and docs/image_prompt.json.
+`make evaluate` compares arms (nothing, image prompt, KV injection, both) over held-out drawn people; with
+`ARGS="--knobs"` it turns one knob at a time. An evaluation recogniser, which took part in no training, compares each
+picture with all references; a style scorer says which style it shows. Writes into docs/: evaluation.md, .json and
+.png, or knobs.md, .json and two plots.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .common import ROOT, Problem, run_main, say
+from .common import ROOT, Problem, Stopwatch, run_main, say
 from .host import Host
 
-STYLES = ("photo", "oil painting", "comic", "wanted poster")
 SAMPLER, SCHEDULER, STEPS, CFG = "dpmpp_2m", "karras", 20, 3.0
+SIZE = 128  # of references and pictures: the mini world's
+BATCH = 10  # references drawn at once, one a picture
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to draw. image_prompt, kv: weights, 0 is off; the scales are those of the Lookahead Guider."""
+
+    image_prompt: float = 0.0
+    kv: float = 0.0
+    text: float = CFG
+    full: float = 0.0
+    kv_scale: float = 0.0
+    start: float = 0.0
+    end: float = 1.0
+    blocks: str = "all"
+
+
+# The paper's scales are 3, 2, 2 where SDXL's guidance is 5 (text + full); the mini world's is 3.
+_KV = Arm(kv=1.0, text=0.6 * CFG, full=0.4 * CFG, kv_scale=0.4 * CFG)
+_BOTH = replace(_KV, image_prompt=1.0)
+ARMS = {
+    "nothing": Arm(),
+    "image prompt": Arm(image_prompt=1.0),
+    "KV": _KV,
+    "image prompt + KV": _BOTH,
+}
+KNOBS: dict[str, dict[float, Arm]] = {
+    "image prompt weight": {w: replace(_BOTH, image_prompt=w) for w in (0.0, 0.25, 0.5, 0.75, 1.0)},
+    "KV weight": {w: replace(_BOTH, kv=w) for w in (0.0, 0.25, 0.5, 0.75, 1.0)},
+    "KV start": {s: replace(_BOTH, start=s) for s in (0.0, 0.2, 0.4, 0.6, 0.8)},
+    "KV end": {e: replace(_BOTH, end=e) for e in (0.2, 0.4, 0.6, 0.8, 1.0)},
+    "text": {s: replace(_BOTH, text=s) for s in (0.0, 1.0, 1.8, 3.0, 5.0)},
+    "full": {s: replace(_BOTH, full=s) for s in (0.0, 0.6, 1.2, 2.4, 4.0)},
+    "kv": {s: replace(_BOTH, kv_scale=s) for s in (0.0, 0.6, 1.2, 2.4, 4.0)},
+}
+STYLES = ("photo", "oil painting", "comic", "wanted poster")
+KNOB_STYLES = ("photo", "comic")
 
 
 def prompt_of(style: str) -> str:
     return f"{'an' if style[0] in 'aeiou' else 'a'} {style} of a face"
 
 
-def graph(reference: str, seed: int, weight: float) -> dict[str, Any]:
-    """One reference, every style, with and without the image prompt (API format, SaveImage nodes "<style> on|off")."""
+def graph(references: list[str], seed: int, arms: dict[str, Arm], styles: tuple[str, ...]) -> dict[str, Any]:
+    """Every arm in every style, a picture a reference, all from the same noise (API format).
+
+    SaveImage nodes are called "<arm> | <style>".
+    """
     nodes: dict[str, Any] = {}
 
     def add(name: str, class_type: str, **inputs: Any) -> list[Any]:
         nodes[name] = {"class_type": class_type, "inputs": inputs}
         return [name, 0]
 
-    model = add("base", "CheckpointLoaderSimple", ckpt_name="sd_xl_base_1.0.safetensors")
+    base = add("base", "CheckpointLoaderSimple", ckpt_name="sd_xl_base_1.0.safetensors")
     clip, vae = ["base", 1], ["base", 2]
     encoder = add("encoder", "LookaheadLoadEncoder", encoder_name="ip-adapter-plus-face_sdxl_vit-h.safetensors")
     vision = add("vision", "CLIPVisionLoader", clip_name="CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors")
-    image = add("image", "LoadImage", image=reference)
-    read = {"encoder": encoder, "clip_vision": vision, "image": image, "size": 0, "several": "together"}
-    encoded = add("reference", "LookaheadEncodeReference", **read)
-    applied = add(
-        "apply", "LookaheadApplyImagePrompt", model=model, reference=encoded, weight=weight, start=0.0, end=1.0
-    )
-    latent = add("latent", "EmptyLatentImage", width=128, height=128, batch_size=1)
+    images = [add(f"image {name}", "LoadImage", image=name) for name in references]
+    faces = images[0]
+    for number, image in enumerate(images[1:]):
+        faces = add(f"faces {number}", "ImageBatch", image1=faces, image2=image)
+    read = {"encoder": encoder, "clip_vision": vision, "image": faces, "vae": vae, "clip": clip}
+    reference = add("reference", "LookaheadEncodeReference", **read, size=SIZE, several="one per picture")
+    latent = add("latent", "EmptyLatentImage", width=SIZE, height=SIZE, batch_size=len(references))
     negative = add("negative", "CLIPTextEncode", clip=clip, text="")
-    for number, style in enumerate(STYLES):
-        positive = add(f"{style} text", "CLIPTextEncode", clip=clip, text=prompt_of(style))
-        for which, source in (("on", applied), ("off", model)):
-            samples = add(
-                f"{style} {which} sampler",
-                "KSampler",
-                model=source,
+    sampler = add("sampler", "KSamplerSelect", sampler_name=SAMPLER)
+    sigmas = add("sigmas", "BasicScheduler", model=base, scheduler=SCHEDULER, steps=STEPS, denoise=1.0)
+    for name, arm in arms.items():
+        model = base
+        window = {"start": arm.start, "end": arm.end}
+        if arm.image_prompt:
+            model = add(
+                f"{name} image prompt",
+                "LookaheadApplyImagePrompt",
+                model=model,
+                reference=reference,
+                weight=arm.image_prompt,
+                start=0.0,
+                end=1.0,
+            )
+        if arm.kv:
+            settings = {"weight": arm.kv, "blocks": arm.blocks, "noise": "shared", "noise_seed": 0, "cache_gb": 2.0}
+            model = add(
+                f"{name} KV", "LookaheadApplyKVInjection", model=model, reference=reference, **settings, **window
+            )
+        for number, style in enumerate(styles):
+            positive = add(f"{style} text", "CLIPTextEncode", clip=clip, text=prompt_of(style))
+            noise = add(f"{style} noise", "RandomNoise", noise_seed=seed + number)
+            scales = {"text": arm.text, "full": arm.full, "kv": arm.kv_scale}
+            guider = add(
+                f"{name} | {style} guider",
+                "LookaheadGuider",
+                model=model,
                 positive=positive,
                 negative=negative,
-                latent_image=latent,
-                seed=seed + number,
-                steps=STEPS,
-                cfg=CFG,
-                sampler_name=SAMPLER,
-                scheduler=SCHEDULER,
-                denoise=1.0,
+                **scales,
             )
-            pixels = add(f"{style} {which} decode", "VAEDecode", samples=samples, vae=vae)
-            add(f"{style} {which}", "SaveImage", images=pixels, filename_prefix=f"evaluate/{style}-{which}")
+            drawn = add(
+                f"{name} | {style} samples",
+                "SamplerCustomAdvanced",
+                noise=noise,
+                guider=guider,
+                sampler=sampler,
+                sigmas=sigmas,
+                latent_image=latent,
+            )
+            pixels = add(f"{name} | {style} decode", "VAEDecode", samples=drawn, vae=vae)
+            add(f"{name} | {style}", "SaveImage", images=pixels, filename_prefix="evaluate/picture")
     return nodes
 
 
-def draw(references: int, weight: float) -> tuple[Any, dict[str, Any]]:
-    """References [n, 3, 128, 128] and what the host drew, by "on" and "off": [n, styles, 3, 128, 128]."""
+def draw(references: int, arms: dict[str, Arm], styles: tuple[str, ...]) -> tuple[Any, dict[str, Any]]:
+    """References [n, 3, 128, 128] and what the host drew, by arm: [n, styles, 3, 128, 128]."""
     import torch
 
     from ..trainer.mini.references import reference_faces
 
     faces = reference_faces(references)
-    drawn: dict[str, list[Any]] = {"on": [], "off": []}
+    drawn: dict[str, list[Any]] = {name: [] for name in arms}
+    watch = Stopwatch()
     with Host() as host:
-        for r in range(references):
-            _save(faces[r], host.folder("input") / f"face-{r}.png")
-            result = host.run(graph(f"face-{r}.png", seed=1000 * r, weight=weight)).check()
-            for which, pictures in drawn.items():
-                files = [_image_of(host, result, f"{style} {which}") for style in STYLES]
-                pictures.append(torch.stack([_load(path) for path in files]))
-            if (r + 1) % 10 == 0:
-                say(f"{r + 1} of {references} references drawn")
-    return faces, {which: torch.stack(pictures) for which, pictures in drawn.items()}
+        for first in range(0, references, BATCH):
+            names = []
+            for number in range(first, min(first + BATCH, references)):
+                names.append(f"face-{number}.png")
+                _save(faces[number], host.folder("input") / names[-1])
+            result = host.run(graph(names, seed=1000 * first, arms=arms, styles=styles)).check()
+            for name, pictures in drawn.items():
+                of_style = [torch.stack(_pictures(host, result, f"{name} | {style}")) for style in styles]
+                pictures.append(torch.stack(of_style, 1))
+            done = min(first + BATCH, references)
+            say(f"{done} of {references} references drawn in {watch.seconds:.0f} s")
+    return faces, {name: torch.cat(pictures) for name, pictures in drawn.items()}
 
 
-def measure(faces: Any, drawn: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Figures (text, with 95 % intervals over references) and the similarities they come from."""
+def measure(faces: Any, drawn: dict[str, Any], styles: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """By arm, figures (`Interval`s over references) and the similarities (own, other) that they come from."""
     import torch
 
     from ..trainer.evaluate import identity_auc, own_and_other, share
@@ -94,75 +164,123 @@ def measure(faces: Any, drawn: dict[str, Any]) -> tuple[dict[str, Any], dict[str
     from ..trainer.mini.weights import evaluators
 
     recogniser, scorer = evaluators()
+    figures, similarities = {}, {}
+    asked = torch.tensor([ALL_STYLES.index(s) for s in styles])
+    everyone = torch.arange(len(faces))
     with torch.no_grad():
         known = recogniser.embed(faces)
-        figures, similarities = {}, {}
-        asked = torch.tensor([ALL_STYLES.index(s) for s in STYLES])
-        for which, pictures in drawn.items():
+        for arm, pictures in drawn.items():
             flat = pictures.flatten(0, 1)
             similarity = (recogniser.embed(flat) @ known.T).unflatten(0, pictures.shape[:2])
             hits = (scorer(flat)[0].argmax(1).unflatten(0, pictures.shape[:2]) == asked).float()
-            everyone = torch.arange(len(faces))
             own, other = own_and_other(similarity, everyone)
-            photo, styled = similarity[:, :1], similarity[:, 1:]
-            figures[which] = {
-                "similarity to the own reference": str(share(similarity[everyone, :, everyone])),
-                "similarity to other references": f"{other.mean().item():.3f}",
-                "identity AUC, all styles": str(identity_auc(similarity)),
-                "identity AUC, photo": str(identity_auc(photo)),
-                "identity AUC, other styles": str(identity_auc(styled)),
-                "style accuracy": str(share(hits)),
-                **{f"style accuracy, {s}": str(share(hits[:, i])) for i, s in enumerate(STYLES)},
+            figures[arm] = {
+                "similarity to the own reference": share(similarity[everyone, :, everyone]),
+                "identity AUC": identity_auc(similarity),
+                "identity AUC, photo": identity_auc(similarity[:, :1]),
+                "identity AUC, other styles": identity_auc(similarity[:, 1:]),
+                "style accuracy": share(hits),
+                **{f"style accuracy, {s}": share(hits[:, i]) for i, s in enumerate(styles)},
             }
-            similarities[which] = {"own": own, "other": other}
+            similarities[arm] = {"own": own, "other": other}
     return figures, similarities
 
 
-def page(figures: dict[str, Any], references: int, weight: float) -> str:
-    """docs/image_prompt.md."""
-    rows = "\n".join(f"| {name} | {figures['on'][name]} | {figures['off'][name]} |" for name in figures["on"])
-    return f"""# What the image prompt does on the mini world
+def _how(references: int, styles: tuple[str, ...]) -> str:
+    return (
+        f"{references} held-out people x {len(styles)} styles, {STEPS} steps ({SAMPLER}, {SCHEDULER}), in the real\n"
+        "ComfyUI; 95 % intervals by drawing references. Recogniser and style scorer took part in no other training,\n"
+        "and were trained on other people than those shown. Every arm starts from the same noise."
+    )
 
-Written by `make evaluate`: {references} held-out people x {len(STYLES)} styles, weight {weight}, {STEPS} steps
-({SAMPLER}, {SCHEDULER}), CFG {CFG}, in the real ComfyUI; 95 % intervals by drawing references. Recogniser and style
-scorer took part in no other training, and were trained on other people than those shown.
 
-| | image prompt on | off |
-|---|---|---|
-{rows}
+def page(figures: dict[str, Any], references: int) -> str:
+    """docs/evaluation.md."""
+    arms = list(figures)
+    lines = [f"| {name} | " + " | ".join(str(figures[a][name]) for a in arms) + " |" for name in figures[arms[0]]]
+    both = ARMS["image prompt + KV"]
+    return f"""# What image prompt and KV injection do on the mini world
 
-Without the image prompt nothing ties a picture to its reference, so the AUC there must be one half.
+Written by `make evaluate`: {_how(references, STYLES)}
 
-![Similarity to the own and to other references](image_prompt.png)
+| | {" | ".join(arms)} |
+|---|{"---|" * len(arms)}
+{chr(10).join(lines)}
+
+Weights are 1. Without KV the guidance is the usual one at {CFG:g}; with it the Lookahead Guider's scales are
+{both.text:g}, {both.full:g}, {both.kv_scale:g}: the paper's 3, 2, 2 brought to this guidance. KV is without training
+here (no KV encoder): what the model sees in the reference joins the picture as it is. Without both nothing ties a
+picture to its reference, so the AUC there must be one half.
+
+![Similarity to the own and to other references](evaluation.png)
 """
 
 
-def histogram(similarities: dict[str, Any], path: Path) -> None:
-    """Two panels, on and off: how similarity to the own (green) and to other references (grey) is distributed."""
-    import torch
-    from PIL import Image, ImageDraw
+def knobs_page(figures: dict[str, Any], references: int) -> str:
+    """docs/knobs.md."""
+    rows = []
+    for knob, settings in KNOBS.items():
+        for value in settings:
+            f = figures[f"{knob} {value:g}"]
+            rows.append(f"| {knob} | {value:g} | {f['similarity to the own reference']} | {f['style accuracy']} |")
+    others = asdict(_BOTH).items()
+    start = ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in others)
+    return f"""# Which knob does what
 
-    width, height, bins = 460, 240, 40
-    sheet = Image.new("RGB", (2 * width, height + 50), "white")
-    pen = ImageDraw.Draw(sheet)
-    for panel, (which, values) in enumerate(similarities.items()):
-        left = panel * width + 20
-        span = width - 40
-        pen.text(
-            (left, 6), f"image prompt {which}: similarity to own (green) and other (grey) references", fill="black"
-        )
-        for name, colour in (("other", (170, 170, 170)), ("own", (30, 140, 70))):
-            counts = torch.histc(values[name].float(), bins, -1, 1)
-            share = counts / counts.sum()
-            points = [
-                (left + span * (b + 0.5) / bins, 30 + height * (1 - min(1.0, share[b].item() / 0.14)))
-                for b in range(bins)
-            ]
-            pen.line(points, fill=colour, width=3)
-        pen.line([(left, height + 30), (left + span, height + 30)], fill="black")
-        for tick in (-1, -0.5, 0, 0.5, 1):
-            pen.text((left + span * (tick + 1) / 2 - 8, height + 34), str(tick), fill="black")
-    sheet.save(path)
+Written by `make evaluate ARGS=--knobs`: one knob is turned at a time, the others stay at {start}.
+{_how(references, KNOB_STYLES)}
+
+![Weights and windows](knobs_weights.png)
+
+![The three scales of the guider](knobs_scales.png)
+
+| knob | value | similarity to the own reference | style accuracy |
+|---|---|---|---|
+{chr(10).join(rows)}
+"""
+
+
+def histograms(similarities: dict[str, Any], path: Path) -> None:
+    """How similarity to the own and to other references is distributed, a panel an arm."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, len(similarities), figsize=(3.4 * len(similarities), 2.6), sharey=True)
+    for axis, (arm, values) in zip(axes, similarities.items(), strict=True):
+        for name, colour in (("other", "0.6"), ("own", "tab:green")):
+            axis.hist(values[name].numpy(), bins=40, range=(-1, 1), density=True, histtype="step", color=colour)
+        axis.set(title=arm, xlabel="similarity", xlim=(-1, 1))
+    axes[0].legend(["other references", "own reference"], loc="upper left", fontsize=7)
+    axes[0].set_yticks([])
+    _save_figure(figure, path)
+
+
+def curves(figures: dict[str, Any], knobs: tuple[str, ...], path: Path) -> None:
+    """Similarity to the own reference and style accuracy over the values of each knob, with 95 % intervals."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, len(knobs), figsize=(2.9 * len(knobs), 2.8), sharey=True)
+    for axis, knob in zip(axes, knobs, strict=True):
+        values = list(KNOBS[knob])
+        for name, colour in (("similarity to the own reference", "tab:green"), ("style accuracy", "tab:blue")):
+            points = [figures[f"{knob} {v:g}"][name] for v in values]
+            axis.plot(values, [p.value for p in points], color=colour, marker="o", markersize=3, label=name)
+            axis.fill_between(values, [p.low for p in points], [p.high for p in points], color=colour, alpha=0.2)
+        axis.set(xlabel=knob, ylim=(-0.05, 1.05), xticks=values)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=7, loc="lower left")
+    _save_figure(figure, path)
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save_figure(figure: Any, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
 
 
 def _save(picture: Any, path: Path) -> None:
@@ -171,35 +289,46 @@ def _save(picture: Any, path: Path) -> None:
     Image.fromarray((picture.permute(1, 2, 0) * 255).round().byte().numpy()).save(path)
 
 
-def _load(path: Path) -> Any:
+def _pictures(host: Host, result: Any, node: str) -> list[Any]:
     import numpy as np
     import torch
     from PIL import Image
 
-    return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1).float() / 255
+    def load(path: Path) -> Any:
+        return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1).float() / 255
 
-
-def _image_of(host: Host, result: Any, node: str) -> Path:
-    image = result.outputs[node]["images"][0]
-    return host.folder("output") / image["subfolder"] / image["filename"]
+    images = result.outputs[node]["images"]
+    return [load(host.folder("output") / image["subfolder"] / image["filename"]) for image in images]
 
 
 def main(arguments: list[str]) -> int:
     """Entry point of `make evaluate`."""
     parser = argparse.ArgumentParser(prog="evaluate", description=__doc__.splitlines()[0])
-    parser.add_argument("--references", type=int, default=60)
-    parser.add_argument("--weight", type=float, default=1.0)
+    parser.add_argument("--references", type=int, help="people (100; with --knobs 40)")
+    parser.add_argument("--knobs", action="store_true", help="turn one knob at a time")
     parser.add_argument("--out", type=Path, default=ROOT / "docs")
     chosen = parser.parse_args(arguments)
-    if chosen.references < 10:  # fewer make no interval, and a draw may hold one person alone
-        raise Problem(f"--references is {chosen.references}, too few for figures with intervals: give at least 10.")
-    faces, drawn = draw(chosen.references, chosen.weight)
-    figures, similarities = measure(faces, drawn)
+    references = chosen.references or (40 if chosen.knobs else 100)
+    if references < 10:  # fewer make no interval, and a draw may hold one person alone
+        raise Problem(f"--references is {references}, too few for figures with intervals: give at least 10.")
+    arms, styles = ARMS, STYLES
+    if chosen.knobs:
+        arms = {f"{knob} {value:g}": arm for knob, settings in KNOBS.items() for value, arm in settings.items()}
+        styles = KNOB_STYLES
+    faces, drawn = draw(references, arms, styles)
+    figures, similarities = measure(faces, drawn, styles)
     chosen.out.mkdir(parents=True, exist_ok=True)
-    histogram(similarities, chosen.out / "image_prompt.png")
-    (chosen.out / "image_prompt.json").write_text(json.dumps(figures, indent=1) + "\n")
-    text = page(figures, chosen.references, chosen.weight)
-    (chosen.out / "image_prompt.md").write_text(text)
+    if chosen.knobs:
+        curves(figures, ("image prompt weight", "KV weight", "KV start", "KV end"), chosen.out / "knobs_weights.png")
+        curves(figures, ("text", "full", "kv"), chosen.out / "knobs_scales.png")
+        text = knobs_page(figures, references)
+    else:
+        histograms(similarities, chosen.out / "evaluation.png")
+        text = page(figures, references)
+    name = "knobs" if chosen.knobs else "evaluation"
+    plain = {arm: {k: list(v) for k, v in f.items()} for arm, f in figures.items()}
+    (chosen.out / f"{name}.json").write_text(json.dumps(plain, indent=1) + "\n")
+    (chosen.out / f"{name}.md").write_text(text)
     print(text)
     return 0
 

@@ -274,6 +274,16 @@ def tools(pack):
         encoder=lambda weights, metadata=None: make_pack_encoder(pack, weights, metadata),
         reference=lambda world, image, **options: make_reference(pack, world, image, **options),
         apply=lambda model, reference, **options: run(pack, "LookaheadApplyImagePrompt", model, reference, **options),
+        kv_weights=lambda world, **options: make_kv_weights(pack, world, **options),
+        kv_encoder=lambda world, **options: make_pack_encoder(
+            pack, world.encoder | make_kv_weights(pack, world, **options), OWN_FORMAT
+        ),
+        kv_reference=lambda world, image, **options: make_kv_reference(pack, world, image, **options),
+        inject=lambda model, reference, **options: run(pack, "LookaheadApplyKVInjection", model, reference, **options),
+        three_scales=lambda *args, **options: run(pack, "LookaheadGuider", *args, **options),
+        watch=UNetPasses,
+        with_lora=with_lora,
+        host_node=host_node,
         run=lambda node, *args, **options: run(pack, node, *args, **options),
         one_sentence=one_sentence,
         guider=guider_of,
@@ -310,6 +320,146 @@ def make_reference(pack, world: World, image, **options):
     return run(pack, "LookaheadEncodeReference", encoder, world.clip_vision, image, **{"size": 64, **options})
 
 
+def with_lora(model, seed: int = 8, hook: bool = False):
+    """A model with a LoRA on its self- and cross-attentions by the host's own loader; hook: the same as a hook."""
+    import comfy.hooks
+    import comfy.lora
+    import comfy.sd
+
+    names = comfy.lora.model_lora_keys_unet(model.model, {})
+    weights, g, lora = model.model.state_dict(), torch.Generator().manual_seed(seed), {}
+    for name in (n for n in names if "lora_unet" in n and ("attn1_to_v" in n or "attn2_to_q" in n)):
+        out, width = weights[names[name]].shape
+        lora[f"{name}.lora_down.weight"] = torch.randn(4, width, generator=g) * 0.3
+        lora[f"{name}.lora_up.weight"] = torch.randn(out, 4, generator=g) * 0.3
+    if hook:
+        return comfy.hooks.create_hook_lora(lora, 1.0, 0.0)
+    return comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)[0]
+
+
+def host_node(module: str, name: str, *args):
+    """First output of a node of the host, whichever schema it has."""
+    node = getattr(importlib.import_module(f"comfy_extras.{module}"), name)
+    out = node.execute(*args) if hasattr(node, "execute") else getattr(node(), node.FUNCTION)(*args)
+    return (out.result if hasattr(out, "result") else out)[0]
+
+
+OWN_FORMAT = {"format": "lcm-lookahead-encoder", "format_version": "1"}
+
+
+def make_kv_weights(pack, world: World, rank: int = 2, seed: int = 8) -> dict[str, torch.Tensor]:
+    """A KV encoder's low-rank weights for this world, under their names in an encoder file."""
+    names = pack.module("lookahead.block_names").block_names(world.depth, world.middle)
+    last = max(name.diffusers for name in names if name.diffusers.startswith("up_blocks"))
+    g, out = torch.Generator().manual_seed(seed), {}
+    for name, width in zip(names, widths_of(world), strict=True):
+        layers = {f"kv_export.{name.diffusers}.attn1.to_{x}": width for x in "kv"}
+        if name.diffusers != last:
+            for x in ("to_q", "to_k", "to_v", "to_out.0"):
+                layers[f"kv_encoder.{name.diffusers}.attn1.{x}"] = width
+                from_text = x in ("to_k", "to_v")
+                layers[f"kv_encoder.{name.diffusers}.attn2.{x}"] = world.context if from_text else width
+        for layer, width_in in layers.items():
+            out[f"{layer}.lora_A.weight"] = seeded((rank, width_in), g)
+            out[f"{layer}.lora_B.weight"] = seeded((width, rank), g, 0.5)
+    return out
+
+
+class MeanColours:
+    """A VAE whose latents are known: the mean colour of each 8x8 pixels, and the mean of these."""
+
+    def encode(self, pixels):
+        small = torch.nn.functional.avg_pool2d(pixels.movedim(-1, 1), 8)
+        return 12 * (torch.cat([small, small.mean(1, keepdim=True)], dim=1) - 0.5)
+
+
+KV_PROMPT = 7  # seed of the text of references
+
+
+def make_kv_reference(pack, world: World, image, encoder=None, **options):
+    """A reference for KV injection. With an encoder it is an image prompt as well."""
+    options = {"size": 64, "vae": MeanColours(), "conditioning": world.text(KV_PROMPT), **options}
+    return run(pack, "LookaheadEncodeReference", encoder, encoder and world.clip_vision, image, **options)
+
+
+class UNetPasses:
+    """What was asked of the UNet, seen by hooks on its modules, which know nothing of our nodes.
+
+    rows: for each row of each pass of the picture (text, number of the image, what the middle's first self-attention
+    read beside the row itself), for example ("positive", 0, ("face 0",)): "face" is the reference's own prompt, "zeros"
+    are zero embeddings, and the number is that of the row in the reference pass at the same noise level.
+    """
+
+    def __init__(self, world: World, **texts):
+        self.texts = {"face": world.text(KV_PROMPT), **texts}
+        self.unet = world.model.model.diffusion_model
+        self.passes, self.references = [], []
+        middle = self.unet.middle_block[1].transformer_blocks[0].attn1.to_k
+        self._hooks = [
+            self.unet.register_forward_pre_hook(self._begins, with_kwargs=True),
+            middle.register_forward_hook(self._projects),
+        ]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for hook in self._hooks:
+            hook.remove()
+
+    def model(self, model):
+        """A clone of a model whose attention is watched."""
+        model = model.clone()
+        model.model_options["transformer_options"]["optimized_attention_override"] = self._attends
+        return model
+
+    def clear(self):
+        self.passes.clear()
+        self.references.clear()
+
+    @property
+    def rows(self) -> list[tuple]:
+        return [row for one in self.passes for row in one.rows]
+
+    def _name(self, context) -> str:
+        if not context.any():
+            return "zeros"
+        return next(name for name, text in self.texts.items() if torch.equal(context, text[0][0][0].to(context)))
+
+    def _begins(self, _, args, kwargs):
+        x, t = args[:2]
+        options = kwargs["transformer_options"]
+        names = [self._name(row) for row in kwargs["context"]]
+        images = len(names) // len(options["cond_or_uncond"])
+        rows = [(name, n % images, ()) for n, name in enumerate(names)]
+        of_reference = set(names) <= {"face", "zeros"}
+        self.now = SimpleNamespace(
+            x=x, t=float(t[0]), names=names, rows=rows, options=options, keys=None, of_reference=of_reference
+        )
+        (self.references if of_reference else self.passes).append(self.now)
+
+    def _projects(self, _, args, out):
+        self.now.keys = out
+
+    def _attends(self, attention, q, k, v, *args, **kwargs):
+        own = self.now.keys
+        if own is not None and k.shape[-1] == own.shape[-1] and torch.equal(k[:, : own.shape[1]], own):
+            for n, keys in enumerate(k[:, own.shape[1] :]):
+                found = self._labels(keys)
+                if found:  # an attention that is blended with a plain one is called twice
+                    self.now.rows[n] = (*self.now.rows[n][:2], found)
+        return attention(q, k, v, *args, **kwargs)
+
+    def _labels(self, keys) -> tuple[str, ...]:
+        known = {}
+        for one in self.references:
+            for name in ("face", "zeros") if one.t == self.now.t else ():
+                rows = [keys for keys, own in zip(one.keys, one.names, strict=True) if own == name]
+                known |= {f"{name} {n}": row for n, row in enumerate(rows)}
+        parts = keys.split(len(next(iter(known.values())))) if len(keys) else ()
+        return tuple(next(name for name, row in known.items() if torch.equal(row, part)) for part in parts)
+
+
 def picture(seed: int, n: int = 1, height: int = 96, width: int = 96, channels: int = 3) -> torch.Tensor:
     """A random smooth picture [n, H, W, C] in [0, 1]."""
     small = torch.rand(n, channels, 6, 6, generator=torch.Generator().manual_seed(seed))
@@ -325,12 +475,15 @@ def guider_of(model, positive, negative, cfg):
     return guider
 
 
-def sample(model, positive, negative, latent, cfg=3.0, steps=3, sampler="euler", guider=None, seed=1, **options):
+def sample(
+    model, positive, negative, latent, cfg=3.0, steps=3, sampler="euler", guider=None, seed=1, sigmas=None, **options
+):
     """Sample with the host's own guider and sampler."""
     import comfy.samplers
 
     guider = guider or guider_of(model, positive, negative, cfg)
-    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", steps)
+    if sigmas is None:
+        sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", steps)
     noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(seed))
     sampler = comfy.samplers.sampler_object(sampler) if isinstance(sampler, str) else sampler
     return guider.sample(noise, latent, sampler, sigmas, disable_pbar=True, seed=seed, **options)

@@ -6,7 +6,13 @@ import logging
 import pytest
 import torch
 
-IDS = {"LookaheadLoadEncoder", "LookaheadEncodeReference", "LookaheadApplyImagePrompt"}
+IDS = {
+    "LookaheadLoadEncoder",
+    "LookaheadEncodeReference",
+    "LookaheadApplyImagePrompt",
+    "LookaheadApplyKVInjection",
+    "LookaheadGuider",
+}
 
 
 def test_models_that_are_not_sdxl_are_refused(mini, tools):

@@ -192,8 +192,9 @@ def test_rows_cut_into_tiles_see_the_image_prompt_of_their_row(mini, tools, pack
         subject.keys_values[..., :128], subject.null_keys_values[..., :128], layout, torch.tensor(1.0)
     )
     x = torch.randn(2, 4, 16, 16)
-    rows = pack.module("nodes.roles").Rows((True,), {}, (16, 16), 2)
-    term = patch.PromptRows(prompt, x, {"cond_or_uncond": [0]}, rows)
+    roles = pack.module("nodes.roles")
+    layout = roles.RowLayout(x, {"cond_or_uncond": [0]}, roles.Rows((True,), {}, (16, 16), 2))
+    term = patch.PromptRows(prompt, layout)
     plain = pack.module("lookahead.attention").softmax_attention
     q = torch.randn(2, 16, 64)
     extra = {"n_heads": 2, "activations_shape": [2, 64, 4, 4]}
@@ -270,9 +271,11 @@ def test_a_pass_keeps_no_keys_and_values_of_every_row(mini, tools, reference, pa
     """For 16 images and four pictures together those of SDXL would be 680 MB."""
     patch = pack.module("nodes.image_prompt_patch")
     model = tools.apply(mini.model, reference)
-    prompt = model.model_options["transformer_options"][patch.KEY]["image_prompts"][0]
-    rows = pack.module("nodes.roles").Rows((True, False), {}, (16, 16), 16)
-    term = patch.PromptRows(prompt, torch.zeros(32, 4, 16, 16), {"cond_or_uncond": [0, 1]}, rows)
+    prompt = model.model_options["transformer_options"]["lookahead"]["image_prompts"][0]
+    roles = pack.module("nodes.roles")
+    rows = roles.Rows((True, False), {}, (16, 16), 16)
+    layout = roles.RowLayout(torch.zeros(32, 4, 16, 16), {"cond_or_uncond": [0, 1]}, rows)
+    term = patch.PromptRows(prompt, layout)
     kept = [v for v in vars(term).values() if isinstance(v, torch.Tensor)]
     assert sum(t.numel() * t.element_size() for t in kept) == 32 * 8
     assert torch.equal(term.keys_values()[:16], prompt.keys_values.expand(16, -1, -1))

@@ -110,15 +110,15 @@ def test_520_x_392_pixels(worlds, tools, kind):
 
 
 def test_start_and_end_hold_in_parts_of_the_sampling(mini, texts, reference, tools, pack, monkeypatch):
-    patch = pack.module("nodes.image_prompt_patch")
+    patch = pack.module("nodes.patches")
     sigmas = []
 
-    class Recorded(patch.PromptRows):
-        def __init__(self, prompt, x, options, rows):
+    class Recorded(patch.RowLayout):
+        def __init__(self, x, options, rows):
             sigmas.append(float(options["sigmas"][0]))
-            super().__init__(prompt, x, options, rows)
+            super().__init__(x, options, rows)
 
-    monkeypatch.setattr(patch, "PromptRows", Recorded)
+    monkeypatch.setattr(patch, "RowLayout", Recorded)
     sampling = mini.model.get_model_object("model_sampling")
 
     def run(**window):

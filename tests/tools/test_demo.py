@@ -15,18 +15,19 @@ def drawn(tmp_path_factory):
     return references, out, sheet
 
 
-def test_people_are_more_alike_with_the_image_prompt_than_without(drawn):
+@pytest.mark.parametrize(("arm", "least"), [("image_prompt", 0.2), ("KV_injection", 0.03), ("both", 0.2)])
+def test_people_are_more_alike_with_a_reference_than_without(drawn, arm, least):
     references, out, _ = drawn
     without = Image.open(out / "without_prompt_1.png")
     gains = []
     for number, reference in enumerate(references, start=1):
         likeness = demo.similarity_to(reference)
-        gains.append(likeness(Image.open(out / f"reference_{number}_prompt_1.png")) - likeness(without))
-    assert sum(gains) / PEOPLE > 0.2, gains
+        gains.append(likeness(Image.open(out / f"reference_{number}_{arm}_prompt_1.png")) - likeness(without))
+    assert sum(gains) / PEOPLE > least, gains
 
 
 def test_the_sheet_shows_every_picture(drawn):
     _, out, sheet = drawn
-    assert len(list(out.glob("*_prompt_*.png"))) == PEOPLE + 1
+    assert len(list(out.glob("*_prompt_?.png"))) == PEOPLE * len(demo.ARMS) + 1
     width, height = Image.open(sheet).size
-    assert width > 2 * demo.SIZE and height > (PEOPLE + 1) * demo.SIZE
+    assert width > 2 * demo.SIZE and height > (PEOPLE * len(demo.ARMS) + 1) * demo.SIZE

@@ -74,6 +74,53 @@ def test_the_kind_does_not_depend_on_the_name(stock, weights, tmp_path):
     same(encoder_file.read(stock(name="ip-adapter_sd15.bin")), weights)
 
 
+def kv_weights(blocks, width=8, rank=4):
+    """A KV encoder's weights for so many blocks; the last is not tuned, since nothing reads what it puts out."""
+    out = {}
+    for n in range(blocks):
+        path = f"mid_block.attentions.0.transformer_blocks.{n}"
+        layers = [f"kv_export.{path}.attn1.to_{x}" for x in "kv"]
+        if n < blocks - 1:
+            layers += [f"kv_encoder.{path}.attn{a}.{x}" for a in (1, 2) for x in ("to_q", "to_k", "to_v", "to_out.0")]
+        for layer in layers:
+            out |= {
+                f"{layer}.lora_A.weight": torch.ones(rank, width),
+                f"{layer}.lora_B.weight": torch.ones(width, rank),
+            }
+    return out
+
+
+def dead_layers_of_the_last_block(kv):
+    """Half of them, in place of half of the first block's: as many layers as a whole file has."""
+    some = [k for k in kv if k.startswith("kv_encoder") and "blocks.0.attn2" in k]
+    return {k.replace("blocks.0", "blocks.2"): kv.pop(k) for k in some}
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda kv: kv.pop(next(k for k in kv if k.startswith("kv_encoder"))), "lora_A.weight is missing"),
+        (lambda kv: [kv.pop(k) for k in list(kv) if "kv_encoder" in k and "blocks.0.attn2" in k], "incomplete"),
+        (lambda kv: [kv.pop(k) for k in list(kv) if "kv_export" in k and "blocks.1." in k], "incomplete"),
+        (lambda kv: [kv.pop(k) for k in list(kv) if "kv_export" in k], "0 layers of kv_export"),
+        (lambda kv: [kv.pop(k) for k in list(kv) if "kv_encoder" in k], "0 layers of kv_encoder"),
+        (lambda kv: kv.update(dead_layers_of_the_last_block(kv)), "incomplete"),
+        (lambda kv: kv.update({next(iter(kv)): torch.ones(3, 8)}), "[rank, in]"),
+    ],
+)
+def test_a_kv_encoder_that_is_not_whole_is_refused(weights, tmp_path, harm, said):
+    nested = halves(weights)
+    pairs = [
+        tuple(nested["ip_adapter"][f"{2 * n + 1}.to_{w}_ip.weight"] for w in "kv")
+        for n in range(len(nested["ip_adapter"]) // 2)
+    ]
+    kv = kv_weights(len(pairs))
+    harm(kv)
+    with pytest.raises(encoder_file.EncoderFileError, match=re.escape(said)):
+        encoder_file.write(tmp_path / "mine.safetensors", nested["image_proj"], pairs, {}, kv)
+    assert os.listdir(tmp_path) == []
+
+
 def test_an_encoder_file_comes_back_as_it_was_written(weights, tmp_path):
     path = tmp_path / "mine.safetensors"
     nested = halves(weights)
@@ -81,10 +128,7 @@ def test_an_encoder_file_comes_back_as_it_was_written(weights, tmp_path):
         tuple(nested["ip_adapter"][f"{2 * n + 1}.to_{w}_ip.weight"] for w in "kv")
         for n in range(len(nested["ip_adapter"]) // 2)
     ]
-    kv = {
-        "kv_encoder.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight": torch.ones(4, 8),
-        "kv_export.mid_block.attentions.0.transformer_blocks.0.to_k.lora_B.weight": torch.ones(8, 4),
-    }
+    kv = kv_weights(len(pairs))
     said = {"base_model": "mini", "steps": "10", "modelspec.title": "test"}
     encoder_file.write(path, nested["image_proj"], pairs, said, kv)
     file = encoder_file.read(path)

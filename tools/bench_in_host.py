@@ -1,0 +1,215 @@
+"""Run by `make bench` inside a ComfyUI tree: times model calls of one run beside each other and prints JSON.
+
+python bench_in_host.py HOST_DIRECTORY BASE_DIRECTORY PACK_DIRECTORY EXTENSIONS_DIRECTORY [SIDE]
+
+With SIDE it measures SDXL at full size with random weights in bfloat16, at SIDE x SIDE pixels, else the mini world.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import runpy
+import statistics
+import sys
+import time
+from typing import Any
+
+STEPS, ROUNDS = 6, 5
+FULL_STEPS, FULL_ROUNDS = 2, 2
+SDXL = {
+    "use_checkpoint": False,
+    "image_size": 32,
+    "out_channels": 4,
+    "in_channels": 4,
+    "use_spatial_transformer": True,
+    "legacy": False,
+    "num_classes": "sequential",
+    "adm_in_channels": 2816,
+    "model_channels": 320,
+    "num_res_blocks": [2, 2, 2],
+    "channel_mult": [1, 2, 4],
+    "transformer_depth": [0, 0, 2, 2, 10, 10],
+    "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
+    "transformer_depth_middle": 10,
+    "use_linear_in_transformer": True,
+    "context_dim": 2048,
+    "num_heads": -1,
+    "num_head_channels": 64,
+    "use_temporal_attention": False,
+}
+
+
+def main(host: str, base: str, pack: str, extensions: str, side: str = "") -> None:
+    """Load the pack as the host does, then time every arm in turn."""
+    sys.path.insert(0, host)
+    runpy.run_path(f"{extensions}/cpu_torchvision/prestartup_script.py")
+    import torch
+    from comfy.cli_args import args
+
+    args.cpu = not torch.cuda.is_available()
+    args.base_directory = base
+    import comfy.samplers
+    import folder_paths
+
+    import nodes
+
+    folder_paths.set_output_directory(f"{base}/output")
+    for name in ("checkpoints", "clip_vision", "ipadapter", "lookahead"):
+        folder_paths.add_model_folder_path(name, f"{base}/models/{name}", is_default=True)
+    for folder in (f"{extensions}/mini_world", pack):
+        if not asyncio.run(nodes.load_custom_node(folder, module_parent="custom_nodes")):
+            raise SystemExit(f"{folder} could not be loaded as a custom node")
+
+    def run(node: str, *arguments: Any, **options: Any) -> Any:
+        return nodes.NODE_CLASS_MAPPINGS[node].execute(*arguments, **options).result[0]
+
+    with torch.inference_mode():
+        pixels = int(side or 128)
+        steps, rounds = (FULL_STEPS, FULL_ROUNDS) if side else (STEPS, ROUNDS)
+        face = torch.rand(1, pixels, pixels, 3, generator=torch.Generator().manual_seed(1))
+        if side:
+            model = _random_sdxl()
+            positive, negative = (_random_text(seed) for seed in (1, 2))
+            read = {"vae": _NoVAE(), "conditioning": _random_text(3)}
+        else:
+            model, clip, vae = nodes.CheckpointLoaderSimple().load_checkpoint("sd_xl_base_1.0.safetensors")[:3]
+            positive, negative = (nodes.CLIPTextEncode().encode(clip, text)[0] for text in ("a photo of a face", ""))
+            read = {"vae": vae, "clip": clip}
+
+        def reference() -> Any:
+            return run("LookaheadEncodeReference", image=face, size=pixels, **read)
+
+        def with_kv(reference: Any, cache_gb: float) -> Any:
+            return run("LookaheadApplyKVInjection", model, reference, cache_gb=cache_gb)
+
+        def cfg(model: Any) -> Any:
+            guider = comfy.samplers.CFGGuider(model)
+            guider.set_conds(positive, negative)
+            guider.set_cfg(3.0)
+            return guider
+
+        def three(model: Any, kv: float = 2.0) -> Any:
+            return run("LookaheadGuider", model, positive, negative, 3.0, 2.0, kv)
+
+        kept = reference()
+        replayed, cold = with_kv(kept, 2.0), with_kv(reference(), 0.0)
+        arms = {
+            "plain CFG": cfg(model),
+            "CFG with KV, cold": cfg(cold),
+            "CFG with KV, replayed": cfg(replayed),
+            "guider, cold": three(cold),
+            "guider, replayed": three(replayed),
+            "guider, kv = 0, replayed": three(replayed, 0.0),
+        }
+        times: dict[str, list[float]] = {name: [] for name in arms}
+        for turn in range(rounds + 1):
+            for name, guider in arms.items():
+                seconds = _step_times(guider, model, pixels // 8, steps)
+                if turn:  # the first round warms up, and fills the cache
+                    times[name] += seconds
+        subject = kept.subjects[0]
+        entries = [rows for run_ in subject.cache.runs.values() for rows in run_.values()]
+        sizes = {sum(t.nbytes for pairs in rows.values() for pair in pairs for t in pair) for rows in entries}
+        injection = replayed.model_options["transformer_options"]["lookahead"]["kv_injections"][0]
+        counted = injection.numbers_a_row() * model.model.get_dtype_inference().itemsize
+        gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+        report = {
+            "seconds": {name: statistics.median(values) for name, values in times.items()},
+            "spread": {name: [min(values), max(values)] for name, values in times.items()},
+            "kv_bytes": sorted(sizes),
+            "kv_bytes_from_shapes": counted,
+            "unets": _unets(type(model.model.diffusion_model)),
+            "model": f"SDXL with random weights, {pixels}x{pixels}" if side else "mini world, 128x128",
+            "peak_memory": _peak_memory(),
+            "device": gpu or f"{torch.get_num_threads()} CPU thread(s)",
+        }
+    print("BENCH " + json.dumps(report))
+
+
+def _random_sdxl() -> Any:
+    """The host's own SDXL around a UNet of full size; random weights in bfloat16, without a file."""
+    import comfy.model_base
+    import comfy.model_management
+    import comfy.model_patcher
+    import comfy.supported_models
+    import torch
+
+    device = comfy.model_management.get_torch_device()
+    config = comfy.supported_models.SDXL({**SDXL, "dtype": torch.bfloat16})
+    model = comfy.model_base.SDXL(config, device=device)
+    numbers = torch.Generator(device).manual_seed(1)
+    for parameter in model.diffusion_model.parameters():
+        fan = parameter[0].numel() if parameter.ndim > 1 else 1
+        parameter.data.normal_(0, fan**-0.5 if fan > 1 else 0.1, generator=numbers)
+    model.eval().requires_grad_(False)
+    return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=device)
+
+
+def _random_text(seed: int) -> list:
+    import torch
+
+    numbers = torch.Generator().manual_seed(seed)
+    return [[torch.randn(1, 77, 2048, generator=numbers), {"pooled_output": torch.randn(1, 1280, generator=numbers)}]]
+
+
+class _NoVAE:
+    """Latents for timing: what they show does not matter."""
+
+    @staticmethod
+    def encode(pixels: Any) -> Any:
+        import torch
+
+        return torch.randn(len(pixels), 4, pixels.shape[1] // 8, pixels.shape[2] // 8)
+
+
+def _peak_memory() -> int:
+    """Bytes: of the GPU where there is one, else the process's own."""
+    import resource
+
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _step_times(guider: Any, model: Any, latent: int, steps: int) -> list[float]:
+    """Seconds of each model call in one run of so many calls."""
+    import comfy.samplers
+    import torch
+
+    seconds: list[float] = []
+
+    def sampler(model_call, x, sigmas, extra_args=None, callback=None, disable=None):
+        for sigma in sigmas[:-1]:
+            _wait()
+            start = time.perf_counter()
+            model_call(x, sigma.expand(len(x)), **extra_args)
+            _wait()
+            seconds.append(time.perf_counter() - start)
+        return x
+
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", steps)
+    noise = torch.randn(1, 4, latent, latent, generator=torch.Generator().manual_seed(2))
+    guider.sample(noise, torch.zeros_like(noise), comfy.samplers.KSAMPLER(sampler), sigmas, disable_pbar=True, seed=2)
+    return seconds
+
+
+def _wait() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _unets(kind: type) -> int:
+    """How many UNets there are in this process."""
+    import gc
+
+    return sum(type(thing) is kind for thing in gc.get_objects())
+
+
+if __name__ == "__main__":
+    arguments, sys.argv = sys.argv, sys.argv[:1]  # the host reads the command line when it is imported
+    main(*arguments[1:6])
