@@ -233,6 +233,7 @@ class Page:
     def load(self) -> None:
         """Load the page anew, with no workflow and nothing said against one."""
         self.call("Page.navigate", url="about:blank")
+        self.wait_for("location.href === 'about:blank'")  # a navigation that overtakes another is never answered
         self.errors.clear()
         # Else the page would open again what it showed before.
         self.call("Storage.clearDataForOrigin", origin=self.url, storageTypes="all")
