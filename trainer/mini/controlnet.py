@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import Tensor
-from torch.nn import functional as F
 
 from . import base, stage
 from .checkpoint import cldm_controlnet
@@ -92,7 +91,7 @@ def train(folder: Path, pictures: Pictures, latents: Tensor, plan: Plan) -> None
             context, pooled = text(ids.to(device))
         with torch.autocast(device.type, torch.bfloat16):
             predicted = predict(unet, net, x, t, context * keep, base.added(pooled.float() * keep[:, 0]), hint)
-        return F.mse_loss(predicted.float(), noise)
+        return noised.loss(predicted, noise, t)  # weighted to the steps in which a picture takes shape, as edges do
 
     stage.train("controlnet", folder, {"net": net}, loss, steps=plan.controlnet_steps, rate=1e-3, ema=0.995)
     stage.write_tensors(out, cldm_controlnet(net.state_dict()))

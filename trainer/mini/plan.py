@@ -27,7 +27,7 @@ class Plan:
     evaluation_people: int = 1500  # whom only the evaluation networks see
     held_out_people: int = 200  # whom nothing is trained on
     vae_steps: int = 4000
-    decoder_steps: int = 8000
+    decoder_steps: int = 4000
     base_steps: int = 12000
     image_encoder_steps: int = 12000
     image_prompt_steps: int = 6000
@@ -36,7 +36,7 @@ class Plan:
     detector_steps: int = 5000
     face_recogniser_steps: int = 1200
     clip_steps: int = 4000
-    controlnet_steps: int = 3000
+    controlnet_steps: int = 1500
     lcm_lora_steps: int = 3000
     collapsed_steps: int = 800
     style_lora_steps: int = 400
