@@ -86,6 +86,7 @@ def graph(references: list[str], seed: int, arms: dict[str, Arm], styles: tuple[
     latent = add("latent", "EmptyLatentImage", width=SIZE, height=SIZE, batch_size=len(references))
     negative = add("negative", "CLIPTextEncode", clip=clip, text="")
     sampler = add("sampler", "KSamplerSelect", sampler_name=SAMPLER)
+    noise = add("noise", "RandomNoise", noise_seed=seed)  # one for all, so that a reference's KV comes from the cache
     sigmas = add("sigmas", "BasicScheduler", model=base, scheduler=SCHEDULER, steps=STEPS, denoise=1.0)
     for name, arm in arms.items():
         model = base
@@ -105,9 +106,8 @@ def graph(references: list[str], seed: int, arms: dict[str, Arm], styles: tuple[
             model = add(
                 f"{name} KV", "LookaheadApplyKVInjection", model=model, reference=reference, **settings, **window
             )
-        for number, style in enumerate(styles):
+        for style in styles:
             positive = add(f"{style} text", "CLIPTextEncode", clip=clip, text=prompt_of(style))
-            noise = add(f"{style} noise", "RandomNoise", noise_seed=seed + number)
             scales = {"text": arm.text, "full": arm.full, "kv": arm.kv_scale}
             guider = add(
                 f"{name} | {style} guider",
@@ -138,7 +138,8 @@ def draw(references: int, arms: dict[str, Arm], styles: tuple[str, ...]) -> tupl
     from ..trainer.mini.references import reference_faces
 
     faces = reference_faces(references)
-    drawn: dict[str, list[Any]] = {name: [] for name in arms}
+    distinct = {arm: name for name, arm in reversed(arms.items())}  # a knob's usual value is that of every other knob
+    drawn: dict[str, list[Any]] = {name: [] for name in distinct.values()}
     watch = Stopwatch()
     with Host() as host:
         for first in range(0, references, BATCH):
@@ -146,13 +147,14 @@ def draw(references: int, arms: dict[str, Arm], styles: tuple[str, ...]) -> tupl
             for number in range(first, min(first + BATCH, references)):
                 names.append(f"face-{number}.png")
                 _save(faces[number], host.folder("input") / names[-1])
-            result = host.run(graph(names, seed=1000 * first, arms=arms, styles=styles)).check()
+            chosen = {name: arms[name] for name in drawn}
+            result = host.run(graph(names, seed=1000 * first, arms=chosen, styles=styles)).check()
             for name, pictures in drawn.items():
                 of_style = [torch.stack(_pictures(host, result, f"{name} | {style}")) for style in styles]
                 pictures.append(torch.stack(of_style, 1))
             done = min(first + BATCH, references)
             say(f"{done} of {references} references drawn in {watch.seconds:.0f} s")
-    return faces, {name: torch.cat(pictures) for name, pictures in drawn.items()}
+    return faces, {name: torch.cat(drawn[distinct[arm]]) for name, arm in arms.items()}
 
 
 def measure(faces: Any, drawn: dict[str, Any], styles: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -304,11 +306,11 @@ def _pictures(host: Host, result: Any, node: str) -> list[Any]:
 def main(arguments: list[str]) -> int:
     """Entry point of `make evaluate`."""
     parser = argparse.ArgumentParser(prog="evaluate", description=__doc__.splitlines()[0])
-    parser.add_argument("--references", type=int, help="people (100; with --knobs 40)")
+    parser.add_argument("--references", type=int, help="people (100; with --knobs 20)")
     parser.add_argument("--knobs", action="store_true", help="turn one knob at a time")
     parser.add_argument("--out", type=Path, default=ROOT / "docs")
     chosen = parser.parse_args(arguments)
-    references = chosen.references or (40 if chosen.knobs else 100)
+    references = chosen.references or (20 if chosen.knobs else 100)
     if references < 10:  # fewer make no interval, and a draw may hold one person alone
         raise Problem(f"--references is {references}, too few for figures with intervals: give at least 10.")
     arms, styles = ARMS, STYLES

@@ -215,7 +215,7 @@ def mini_models(base: Path, weights: Path = WEIGHTS) -> None:
         if not source.is_file():
             raise Problem(
                 f"{source} is missing: it is part of the repository; restore it with `git checkout -- "
-                f"trainer/mini/weights`, or make it anew with `lookahead mini build --quick`."
+                f"trainer/mini/weights`, or make it anew with `lookahead mini build`."
             )
         link(source, base / "models" / name)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+_FOLDERS = ".mini, with --quick .mini-quick"  # apart: a stage of one plan must not go on from the other's
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point; `arguments` default to the command line's."""
@@ -15,10 +17,10 @@ def main(arguments: list[str] | None = None) -> None:
     )
 
     build = mini.add_parser("build", help="train the mini world from nothing (resumes where it was stopped)")
-    build.add_argument("--quick", action="store_true", help="the first generation: at most 90 minutes on two cores")
-    build.add_argument("--folder", type=Path, default=Path(".mini"), help="for the stages' results (%(default)s)")
+    build.add_argument("--quick", action="store_true", help="for development: shorter, and not as good")
+    build.add_argument("--folder", type=Path, help=f"for the stages' results ({_FOLDERS})")
     build.add_argument("--only", help="stages to run, separated by commas; a second process can take others")
-    build.add_argument("--export-to", type=Path, help="where the weights go (default: the package's own)")
+    build.add_argument("--export-to", type=Path, help="where the weights go (default: FOLDER/weights)")
 
     sheet = mini.add_parser("sheet", help="draw a picture sheet: a row a person, a column a style")
     sheet.add_argument("--people", type=int, default=8)
@@ -27,29 +29,32 @@ def main(arguments: list[str] | None = None) -> None:
 
     report = mini.add_parser("report", help="measure a build again (what has not changed is kept) and write its page")
     report.add_argument("--quick", action="store_true", help="the build was a quick one")
-    report.add_argument("--folder", type=Path, default=Path(".mini"), help="of the stages' results (%(default)s)")
-    report.add_argument("--weights", type=Path, help="the shipped files (default: the package's own)")
+    report.add_argument("--folder", type=Path, help=f"of the stages' results ({_FOLDERS})")
+    report.add_argument("--weights", type=Path, help="the shipped files (default: FOLDER/weights)")
 
     mini.add_parser("sizes", help="the table of the shipped files: planned and real sizes")
 
     chosen = parser.parse_args(arguments)
+    if "folder" in chosen and chosen.folder is None:
+        chosen.folder = Path(".mini-quick" if chosen.quick else ".mini")
     if chosen.task == "build":
-        if not chosen.quick:
-            parser.error("only the quick build exists in this version: add --quick")
         from .mini.build import build as run
         from .mini.build import keep_memory
+        from .mini.plan import FULL, QUICK
 
         keep_memory()
-        run(chosen.folder, only=chosen.only.split(",") if chosen.only else None, export_to=chosen.export_to)
+        only = chosen.only.split(",") if chosen.only else None
+        run(chosen.folder, QUICK if chosen.quick else FULL, only, chosen.export_to)
     elif chosen.task == "report":
         from .mini.build import keep_memory
-        from .mini.plan import FULL, QUICK, WEIGHTS
+        from .mini.plan import FULL, QUICK
         from .mini.report import report as measure
 
         if not chosen.folder.is_dir():
             parser.error(f"there is no folder {chosen.folder}: name that of a build with --folder")
         keep_memory()
-        print(f"Written: {measure(chosen.folder, QUICK if chosen.quick else FULL, chosen.weights or WEIGHTS)}")
+        plan = QUICK if chosen.quick else FULL
+        print(f"Written: {measure(chosen.folder, plan, chosen.weights or chosen.folder / 'weights')}")
     elif chosen.task == "sizes":
         from .mini.shipped import size_table
 

@@ -99,7 +99,10 @@ def stages(folder: Path, plan: Plan) -> dict[str, Callable[[], None]]:
 
 
 def build(folder: Path, plan: Plan = QUICK, only: list[str] | None = None, export_to: Path | None = None) -> None:
-    """Run the stages (all, or those named); when all are done, report and write the shipped files."""
+    """Run the stages (all, or those named); when all are done, write the files to ship and the report.
+
+    The files go to `export_to`, by default to <folder>/weights: the package's own are frozen.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
     todo = stages(folder, plan)
@@ -113,8 +116,9 @@ def build(folder: Path, plan: Plan = QUICK, only: list[str] | None = None, expor
         todo[name]()
         print(f"{name}: done in {(time.monotonic() - started) / 60:.1f} min", flush=True)
     if all((folder / f"{name}.safetensors").exists() for name in todo):
-        weights.export(folder, export_to or weights.WEIGHTS)
+        to = export_to or folder / "weights"
+        weights.export(folder, to)
         from .report import report  # reads more libraries than the stages need
 
-        page = report(folder, plan, export_to or weights.WEIGHTS)
-        print(f"Weights are in {export_to or weights.WEIGHTS}, the report is {page}.")
+        page = report(folder, plan, to)
+        print(f"Weights are in {to}, the report is {page}.")

@@ -23,7 +23,7 @@ STYLE_SCORER = "mini_evaluation_style_scorer.safetensors"
 FACE_RECOGNISER = "mini_face_recogniser.safetensors"
 
 
-def export(folder: Path, to: Path = WEIGHTS) -> list[str]:
+def export(folder: Path, to: Path) -> list[str]:
     """Write the shipped files (safetensors in 16 bit, public layouts) from the stages' results in `folder`, and the
     manifest; returns their names. A file whose stages are not done is left out."""
     written = []
