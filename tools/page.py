@@ -61,7 +61,7 @@ SETTINGS = {
 }
 READY = "window.app?.extensionManager && window.app.graph?.nodes.length"  # its default workflow comes last
 TITLE = 30  # height of a node's title, which lies above its position
-REFERENCE = "reference.png"
+INPUTS = ("reference.png", "pose.png")  # the pictures that the shared workflows name
 
 
 def front_end() -> Path:
@@ -115,7 +115,8 @@ def page_host(**options: Any) -> Iterator[Host]:
             (empty / name).parent.mkdir(parents=True, exist_ok=True)
             (empty / name).touch()
         (base / "user" / "default" / "comfy.settings.json").write_text(json.dumps(SETTINGS))
-        draw_references(1)[0].save(base / "input" / REFERENCE)
+        for name, picture in zip(INPUTS, draw_references(len(INPUTS)), strict=True):
+            picture.save(base / "input" / name)
         with Host(base=base, weights=empty, front_end=front_end(), **options) as host:
             yield host
 
