@@ -1,6 +1,7 @@
 """The weights in the repository: whole, small, and good enough for what they are used for (held-out people)."""
 
 import hashlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from lcm_lookahead.trainer.mini.faces import STYLES, render
 from lcm_lookahead.trainer.mini.plan import QUICK, SIZES, WEIGHTS
 from lcm_lookahead.trainer.mini.references import reference_faces
 from safetensors import safe_open
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +34,12 @@ def test_the_manifest_tells_every_file_in_the_folder_by_size_and_hash():
         assert entry["sha256"] == hashlib.sha256(content).hexdigest(), name
         assert entry["title"] and entry["licence"] == "Apache-2.0", name
         assert all(steps > 0 for steps in entry["stages"].values()), name
+
+
+def test_the_figures_in_the_docs_were_measured_on_the_shipped_files():
+    figures = (ROOT / "docs" / "mini_figures.md").read_text()
+    for entry in shipped.manifest():
+        assert entry["sha256"] in figures, entry["file"]
 
 
 def test_planned_files_come_to_less_than_60_megabytes_and_no_file_is_larger_than_planned():
