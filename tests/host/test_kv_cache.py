@@ -1,14 +1,18 @@
 """What is kept of reference passes: when a run makes none, what changes bring them back, and the bound."""
 
 import gc
+import json
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
 
 LATENT = (1, 4, 8, 8)
 STEPS = 2
-A_LEVEL = 4 * 2 * 2 * (5 * 16 * 128 + 12 * 4 * 64)  # bytes: keys and values of both roles in float32
+UNET = json.loads((Path(__file__).resolve().parents[2] / "trainer/mini/sizes.json").read_text())["unet"]
+_, MIDDLE, DEEP = (UNET["model_channels"] * m for m in UNET["channel_mult"])
+A_LEVEL = 4 * 2 * 2 * (5 * 16 * MIDDLE + 12 * 4 * DEEP)  # bytes: keys and values of both roles in float32
 
 
 @pytest.fixture
