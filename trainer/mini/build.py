@@ -64,6 +64,10 @@ def stages(folder: Path, plan: Plan) -> dict[str, Callable[[], None]]:
         pictures = people("train")
         vae.train_decoder(folder, pictures, latents(pictures), plan)
 
+    def train_likeness() -> None:
+        pictures = people("train")
+        vae.train_likeness(folder, pictures, latents(pictures), plan)
+
     def train_image_prompt() -> None:
         groups = [(people(group), group) for group in ("train", "portraits")]
         image_prompt.train(folder, [(pictures, latents(pictures, group)) for pictures, group in groups], plan)
@@ -90,6 +94,7 @@ def stages(folder: Path, plan: Plan) -> dict[str, Callable[[], None]]:
         "style_scorer": lambda: evaluators.train_style_scorer(folder, people("evaluation"), plan),
         "detector": lambda: detector.train(folder, people("train"), plan),
         "face_recogniser": lambda: face_recogniser.train(folder, people("train"), plan),
+        "likeness": train_likeness,
         "lcm_lora": train_lcm_lora,
         "collapsed": lambda: collapsed.train(folder, people("train"), plan),
         "style_lora": train_style_lora,
