@@ -68,9 +68,9 @@ def stages(folder: Path, plan: Plan) -> dict[str, Callable[[], None]]:
         pictures = people("train")
         vae.train_likeness(folder, pictures, latents(pictures), plan)
 
-    def train_image_prompt() -> None:
+    def photo_groups() -> image_prompt.Groups:
         groups = [(people(group), group) for group in ("train", "portraits")]
-        image_prompt.train(folder, [(pictures, latents(pictures, group)) for pictures, group in groups], plan)
+        return [(pictures, latents(pictures, group)) for pictures, group in groups]
 
     def train_controlnet() -> None:
         pictures = people("train")
@@ -89,7 +89,8 @@ def stages(folder: Path, plan: Plan) -> dict[str, Callable[[], None]]:
         "base": train_base,
         "decoder": train_decoder,
         "image_encoder": lambda: image_encoder.train(folder, [people("train"), people("portraits")], plan),
-        "image_prompt": train_image_prompt,
+        "image_prompt": lambda: image_prompt.train(folder, photo_groups(), plan),
+        "overfit": lambda: image_prompt.overfit(folder, photo_groups(), plan),
         "recogniser": lambda: evaluators.train_recogniser(folder, people("evaluation"), plan),
         "style_scorer": lambda: evaluators.train_style_scorer(folder, people("evaluation"), plan),
         "detector": lambda: detector.train(folder, people("train"), plan),

@@ -1,9 +1,10 @@
-"""Stage: the image prompt. An IP-Adapter Plus for the mini base, trained with the plain diffusion loss (eq. 2).
+"""Stages: the image prompt. An IP-Adapter Plus for the mini base, trained with the plain diffusion loss (eq. 2).
 
 The reference is a photo of a person, the target another photo of the same person, the text the short caption, which
-says nothing about the person: who it is can come from the reference alone. It is trained on photos alone, long enough
-to overfit to them, as the public IP-Adapters are: strong on identity, and at weight 1 it turns stylised prompts into
-photos. That is the backbone which the paper's encoder starts from, and what it has to make better.
+says nothing about the person: who it is can come from the reference alone. It is trained on photos alone, and in a
+second stage mostly without their captions, so that it overfits to them, as the public IP-Adapters do: strong on
+identity, and at weight 1 it pulls stylised prompts towards photos. That is the backbone which the paper's encoder
+starts from, and what it has to make better.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from .text import tokenize, tokenizer
 
 BATCH = 32
 DROP_IMAGE = 0.1
+DROP_TEXT = 0.8  # in the second stage: what the text does not say, the adapter has to, and it is always "a photo"
 _S = SIZES["image_prompt"]
 
 
@@ -88,16 +90,30 @@ class Adapter(nn.Module):
             ip.tokens, ip.scale = tokens, scale
 
 
-def train(folder: Path, groups: list[tuple[Pictures, Tensor]], plan: Plan) -> None:
-    """groups: pictures of people, whose slots 0 and 1 are photos, and the latents of all of them."""
-    out = folder / "image_prompt.safetensors"
+Groups = list[tuple[Pictures, Tensor]]  # pictures of people, whose slots 0 and 1 are photos, and all their latents
+
+
+def train(folder: Path, groups: Groups, plan: Plan) -> None:
+    """The first stage: with captions, of which a tenth is dropped as for the base."""
+    _train("image_prompt", folder, groups, plan.seed + 5, plan.image_prompt_steps, base.DROP)
+
+
+def overfit(folder: Path, groups: Groups, plan: Plan) -> None:
+    """The second stage goes on from the first, with few captions."""
+    _train("overfit", folder, groups, plan.seed + 9, plan.overfit_steps, DROP_TEXT)
+
+
+def _train(name: str, folder: Path, groups: Groups, seed: int, steps: int, drop_text: float) -> None:
+    out = folder / f"{name}.safetensors"
     if out.exists():
         return
-    torch.manual_seed(plan.seed + 5)
+    torch.manual_seed(seed)
     device = stage.device()
     unet, text = (m.to(device) for m in base.load(folder))
-    adapter = Adapter(unet).to(device)
-    adapter.attach(unet)
+    adapter = Adapter(unet)
+    if name != "image_prompt":
+        adapter = load(stage.read_tensors(folder / "image_prompt.safetensors"), unet).train().requires_grad_(True)
+    adapter.to(device).attach(unet)
     features, null = _photo_features(folder, [pictures for pictures, _ in groups], device)
     photos = [_photo_slots(pictures) for pictures, _ in groups]
     latents = torch.cat([z[slots] for (_, z), slots in zip(groups, photos, strict=True)])
@@ -108,11 +124,11 @@ def train(folder: Path, groups: list[tuple[Pictures, Tensor]], plan: Plan) -> No
     noised = base.Noising(device)
 
     def loss(step: int) -> Tensor:
-        numbers = stage.numbers_of_step(plan.seed + 5, step)
+        numbers = stage.numbers_of_step(seed, step)
         person = torch.randint(len(features), (BATCH,), generator=numbers)
         reference = torch.randint(2, (BATCH,), generator=numbers)
         target = 1 - reference  # the other photo of the same person
-        ids, keep = base.drop_text(short[person, target], empty, numbers)
+        ids, keep = base.drop_text(short[person, target], empty, numbers, drop_text)
         t, noise, x = noised(latents[person, target].float().to(device), numbers)
         seen = features[person, reference].float().to(device)
         dropped = torch.rand(BATCH, 1, 1, generator=numbers) < DROP_IMAGE
@@ -127,9 +143,9 @@ def train(folder: Path, groups: list[tuple[Pictures, Tensor]], plan: Plan) -> No
         adapter.set_tokens(None)
         return noised.loss(predicted, noise, t)
 
-    stage.train("image_prompt", folder, {"adapter": adapter}, loss, steps=plan.image_prompt_steps, rate=1e-3, ema=0.998)
+    stage.train(name, folder, {"adapter": adapter}, loss, steps=steps, rate=1e-3, ema=0.998)
     stage.write_tensors(out, public_tensors(adapter))
-    stage.finish("image_prompt", folder)
+    stage.finish(name, folder)
 
 
 def public_tensors(adapter: Adapter) -> dict[str, Tensor]:

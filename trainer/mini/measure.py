@@ -164,7 +164,7 @@ class Painter:
 
     def read(self, folder: Path, references: Tensor) -> Tensor:
         """Attach the image prompt; its tokens of references [n, 3, h, w], and of none as the last: [n + 1, 16, c]."""
-        self.adapter = image_prompt.load(stage.read_tensors(folder / "image_prompt.safetensors"), self.unet)
+        self.adapter = image_prompt.load(stage.read_tensors(folder / "overfit.safetensors"), self.unet)
         self.adapter.attach(self.unet)
         encoder = image_encoder.load(folder)
         seen = torch.cat([image_encoder.features(encoder, x) for x in references.split(CHUNK)])

@@ -32,6 +32,7 @@ class Plan:
     base_steps: int = 12000
     image_encoder_steps: int = 12000
     image_prompt_steps: int = 6000
+    overfit_steps: int = 1000
     recogniser_steps: int = 4000
     style_steps: int = 1000
     detector_steps: int = 5000
@@ -60,6 +61,7 @@ QUICK = replace(
     base_steps=5000,
     image_encoder_steps=5000,
     image_prompt_steps=3000,
+    overfit_steps=500,
     recogniser_steps=2000,
     style_steps=600,
     detector_steps=1500,

@@ -161,9 +161,7 @@ MEASURES = {
     "person": Measure("Personal LoRA", (*_FEW, "style_lora"), _person),
     "faces": Measure("Detector and face recogniser through insightface", _PACK, _faces),
     "two_recognisers": Measure("The two recognisers", (*_PACK, *_JUDGES), _two_recognisers),
-    "backbone": Measure(
-        "Image prompt (the backbone)", (*_PICTURE, *_JUDGES, "image_encoder", "image_prompt"), _backbone
-    ),
+    "backbone": Measure("Image prompt (the backbone)", (*_PICTURE, *_JUDGES, "image_encoder", "overfit"), _backbone),
     "controlnet": Measure("ControlNet", (*_PICTURE, *_JUDGES, "controlnet"), _controlnet),
     "clip": Measure("Image-text model", ("clip",), _clip),
 }
