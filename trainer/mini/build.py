@@ -64,9 +64,9 @@ def stages(folder: Path, plan: Plan) -> dict[str, Callable[[], None]]:
         pictures = people("train")
         vae.train_decoder(folder, pictures, latents(pictures), plan)
 
-    def train_likeness() -> None:
+    def sharpen() -> None:
         pictures = people("train")
-        vae.train_likeness(folder, pictures, latents(pictures), plan)
+        vae.sharpen(folder, pictures, latents(pictures), plan)
 
     def photo_groups() -> image_prompt.Groups:
         groups = [(people(group), group) for group in ("train", "portraits")]
@@ -88,6 +88,7 @@ def stages(folder: Path, plan: Plan) -> dict[str, Callable[[], None]]:
         "vae": lambda: vae.train(folder, people("train"), plan),
         "base": train_base,
         "decoder": train_decoder,
+        "sharpen": sharpen,
         "image_encoder": lambda: image_encoder.train(folder, [people("train"), people("portraits")], plan),
         "image_prompt": lambda: image_prompt.train(folder, photo_groups(), plan),
         "overfit": lambda: image_prompt.overfit(folder, photo_groups(), plan),
@@ -95,7 +96,6 @@ def stages(folder: Path, plan: Plan) -> dict[str, Callable[[], None]]:
         "style_scorer": lambda: evaluators.train_style_scorer(folder, people("evaluation"), plan),
         "detector": lambda: detector.train(folder, people("train"), plan),
         "face_recogniser": lambda: face_recogniser.train(folder, people("train"), plan),
-        "likeness": train_likeness,
         "lcm_lora": train_lcm_lora,
         "collapsed": lambda: collapsed.train(folder, people("train"), plan),
         "style_lora": train_style_lora,

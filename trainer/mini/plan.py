@@ -28,7 +28,7 @@ class Plan:
     held_out_people: int = 200  # whom nothing is trained on
     vae_steps: int = 4000
     decoder_steps: int = 4000
-    likeness_steps: int = 4000
+    sharpen_steps: int = 4000
     base_steps: int = 12000
     image_encoder_steps: int = 12000
     image_prompt_steps: int = 6000
@@ -57,7 +57,7 @@ QUICK = replace(
     people=1500,
     vae_steps=2000,
     decoder_steps=2000,
-    likeness_steps=1000,
+    sharpen_steps=1000,
     base_steps=5000,
     image_encoder_steps=5000,
     image_prompt_steps=3000,

@@ -140,14 +140,14 @@ def _clip(folder: Path, plan: Plan, weights: Path) -> Result:
     return Result(clip.measure(clip.load(folder), pictures), f"{len(pictures)} drawn pictures of held-out people")
 
 
-_PICTURE = ("base", "vae", "likeness")
+_PICTURE = ("base", "vae", "sharpen")
 _JUDGES = ("recogniser", "style_scorer")
 _PACK = ("detector", "face_recogniser")
 _FEW = (*_PICTURE, *_JUDGES, "lcm_lora")
 _KEPT = (f"report/{measure.SAMPLES}",)
 
 MEASURES = {
-    "vae": Measure("Autoencoder", ("vae", "likeness", *_JUDGES), _vae),
+    "vae": Measure("Autoencoder", ("vae", "sharpen", *_JUDGES), _vae),
     "judges": Measure("Evaluation networks", _JUDGES, _judges),
     "base": Measure("Base: samples on short prompts", (*_PICTURE, *_JUDGES), _base),
     "in_samples": Measure(

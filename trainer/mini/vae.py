@@ -1,5 +1,5 @@
 """Stages: the autoencoder, in TAESD's layout (f = 8, 4 channels), on crops of drawn pictures; then its decoder alone,
-on crops and at last on whole pictures, in which a recogniser compares the faces.
+twice.
 
 The latents are settled with the first stage, so the others can sharpen the decoder while the base model trains.
 Its raw latents have about zero mean and unit variance, so that SDXL's noise schedule fits them; the checkpoint says
@@ -15,17 +15,13 @@ from diffusers import AutoencoderTiny
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import face_recogniser, stage
-from .alignment import align
-from .data import Pictures, group_of_people
-from .face_networks import embed
-from .faces import landmarks
-from .plan import IMAGE_SIZE, Plan
+from . import stage
+from .data import Pictures
+from .plan import Plan
 
 CROP, BATCH = 64, 16
-WHOLE_BATCH = 4  # whole pictures of the last stage: as many pixels as BATCH crops
-LIKENESS = 3.0  # weight of 1 - cosine, which begins at about 0.04, beside a reconstruction loss of about 0.2
 NOISE = 0.08  # on the latents that the decoder learns from: those of a diffusion model are not exact
+LAST_NOISE = 0.03  # in the last stage: enough of it is learnt by then, and noise blurs
 
 
 def build() -> AutoencoderTiny:
@@ -72,7 +68,18 @@ def train(folder: Path, pictures: Pictures, plan: Plan) -> None:
 
 def train_decoder(folder: Path, pictures: Pictures, latents: Tensor, plan: Plan) -> None:
     """Sharpen the decoder on the latents of whole pictures, the encoder staying as it is."""
-    out = folder / "decoder.safetensors"
+    _train_decoder("decoder", folder, pictures, latents, plan.seed + 6, plan.decoder_steps, NOISE)
+
+
+def sharpen(folder: Path, pictures: Pictures, latents: Tensor, plan: Plan) -> None:
+    """The same once more, from the start of the schedule and with less noise."""
+    _train_decoder("sharpen", folder, pictures, latents, plan.seed + 7, plan.sharpen_steps, LAST_NOISE)
+
+
+def _train_decoder(
+    name: str, folder: Path, pictures: Pictures, latents: Tensor, seed: int, steps: int, noise: float
+) -> None:
+    out = folder / f"{name}.safetensors"
     if out.exists():
         return
     device = stage.device()
@@ -82,59 +89,26 @@ def train_decoder(folder: Path, pictures: Pictures, latents: Tensor, plan: Plan)
     span = latents.shape[-1] - cells
 
     def loss(step: int) -> Tensor:
-        numbers = stage.numbers_of_step(plan.seed + 6, step)
+        numbers = stage.numbers_of_step(seed, step)
         index = torch.randint(len(pictures), (BATCH,), generator=numbers)
         top, left = torch.randint(span + 1, (2,), generator=numbers).tolist()
         z = latents[index][:, :, top : top + cells, left : left + cells].float()
-        z = (z + NOISE * torch.randn(z.shape, generator=numbers)).to(device, memory_format=torch.channels_last)
+        z = (z + noise * torch.randn(z.shape, generator=numbers)).to(device, memory_format=torch.channels_last)
         x = pictures.images(index, device)[:, :, 8 * top : 8 * top + CROP, 8 * left : 8 * left + CROP] * 2 - 1
         with torch.autocast(device.type, torch.bfloat16):
             y = vae.decoder(z)
         return reconstruction_loss(y.float(), x, z)
 
-    stage.train("decoder", folder, {"vae": vae}, loss, steps=plan.decoder_steps, rate=1e-3, decay=1e-3, ema=0.99)
+    stage.train(name, folder, {"vae": vae}, loss, steps=steps, rate=1e-3, decay=1e-3, ema=0.99)
     stage.write_tensors(out, vae.decoder.state_dict())
-    stage.finish("decoder", folder)
-
-
-def train_likeness(folder: Path, pictures: Pictures, latents: Tensor, plan: Plan) -> None:
-    """The decoder again, on whole pictures, with 1 - cosine of the identity loss's recogniser beside the rest.
-
-    Few pixels say who somebody is; the other terms alone would leave them soft. The networks that judge are others.
-    """
-    out = folder / "likeness.safetensors"
-    if out.exists():
-        return
-    device = stage.device()
-    vae = load(folder).to(device, memory_format=torch.channels_last)
-    vae.decoder.requires_grad_(True)
-    recogniser = face_recogniser.load(folder).to(device, memory_format=torch.channels_last)
-    points = landmarks(group_of_people("train", plan.people, plan.styles), IMAGE_SIZE) - 0.5
-
-    def loss(step: int) -> Tensor:
-        numbers = stage.numbers_of_step(plan.seed + 7, step)
-        index = torch.randint(len(pictures), (WHOLE_BATCH,), generator=numbers)
-        z = latents[index].float()
-        z = (z + NOISE * torch.randn(z.shape, generator=numbers)).to(device, memory_format=torch.channels_last)
-        x = pictures.images(index, device) * 2 - 1
-        with torch.autocast(device.type, torch.bfloat16):
-            y = vae.decoder(z)
-        faces = align(torch.cat([x, y.float()]) / 2 + 0.5, points[index].to(device).repeat(2, 1, 1))
-        with torch.autocast(device.type, torch.bfloat16):
-            wanted, seen = embed(recogniser, faces.contiguous(memory_format=torch.channels_last)).float().chunk(2)
-        likeness = F.cosine_similarity(wanted.detach(), seen).mean()
-        return reconstruction_loss(y.float(), x, z) + LIKENESS * (1 - likeness)
-
-    stage.train("likeness", folder, {"vae": vae}, loss, steps=plan.likeness_steps, rate=5e-4, decay=1e-3, ema=0.99)
-    stage.write_tensors(out, vae.decoder.state_dict())
-    stage.finish("likeness", folder)
+    stage.finish(name, folder)
 
 
 def load(folder: Path) -> AutoencoderTiny:
     """The autoencoder, with the decoder of the last stage that is done."""
     vae = build()
     vae.load_state_dict(stage.read_tensors(folder / "vae.safetensors"))
-    for name in ("likeness", "decoder"):
+    for name in ("sharpen", "decoder"):
         if (folder / f"{name}.safetensors").exists():
             vae.decoder.load_state_dict(stage.read_tensors(folder / f"{name}.safetensors"))
             break
