@@ -86,12 +86,11 @@ class Noising:
         return t, noise, a.sqrt() * latent + (1 - a).sqrt() * noise
 
 
-def drop_text(ids: Tensor, empty: Tensor, numbers: torch.Generator, share: float = DROP) -> tuple[Tensor, Tensor]:
-    """ids with half of a share replaced by the empty prompt, and keep [n, 1, 1]: 0 for the other half, whose
-    embeddings become zero."""
+def drop_text(ids: Tensor, empty: Tensor, numbers: torch.Generator) -> tuple[Tensor, Tensor]:
+    """ids with a share replaced by the empty prompt, and keep [n, 1, 1]: 0 where embeddings become zero."""
     chance = torch.rand(len(ids), generator=numbers)
-    ids = torch.where((chance < share / 2).view(-1, 1, 1), empty, ids)
-    return ids, (chance < 1 - share / 2).float().view(-1, 1, 1)
+    ids = torch.where((chance < DROP / 2).view(-1, 1, 1), empty, ids)
+    return ids, (chance < 1 - DROP / 2).float().view(-1, 1, 1)
 
 
 def train(folder: Path, pictures: Pictures, latents: Tensor, plan: Plan) -> None:
