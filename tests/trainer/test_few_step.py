@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lcm_lookahead.trainer.mini import base, collapsed, lcm, lora, measure_few_step, stage, style_lora, vae
+from lcm_lookahead.trainer import lora
+from lcm_lookahead.trainer.mini import base, collapsed, lcm, measure_few_step, stage, style_lora, vae
 from lcm_lookahead.trainer.mini.networks import Recogniser, StyleScorer
 from lcm_lookahead.trainer.mini.text import TextEncoders
 

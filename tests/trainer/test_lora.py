@@ -1,8 +1,9 @@
-"""LoRAs of the mini world: what a branch computes, its scale, and the public layout."""
+"""LoRAs in the public layout: what a branch computes, its scale, and the public layout."""
 
 import pytest
 import torch
-from lcm_lookahead.trainer.mini import base, lora
+from lcm_lookahead.trainer import lora
+from lcm_lookahead.trainer.mini import base
 from lcm_lookahead.trainer.mini.plan import CONTEXT, SIZES
 
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import base, lcm, lora, stage
+from .. import lora
+from . import base, lcm, stage
 from .data import Pictures
 from .plan import LATENT_SIZE, Plan
 from .text import tokenize, tokenizer

@@ -15,7 +15,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from . import base, lora, stage
+from .. import lora
+from . import base, stage
 from .data import Pictures
 from .plan import LATENT_SIZE, Plan
 from .text import TextEncoders, tokenize, tokenizer

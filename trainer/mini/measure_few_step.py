@@ -14,8 +14,9 @@ import torch
 from diffusers import AutoencoderTiny, UNet2DConditionModel
 from torch import Tensor
 
+from .. import lora
 from ..evaluate import Interval, share
-from . import base, data, evaluators, lcm, lora, style_lora, vae
+from . import base, data, evaluators, lcm, style_lora, vae
 from .faces import STYLES, Faces, render, sample_identities, sample_nuisance
 from .measure import sample
 from .networks import Recogniser, StyleScorer

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import base, lcm, lora, stage, vae
+from .. import lora
+from . import base, lcm, stage, vae
 from .data import Pictures
 from .faces import STYLES, Faces, captions, render, sample_identities, sample_nuisance
 from .plan import IMAGE_SIZE, Plan

@@ -5,8 +5,8 @@ followed by `.lora_down.weight`, `.lora_up.weight` and `.alpha`; the branch is m
 
 Hooks add the branches, so the model itself is never edited: several LoRAs share one UNet, each with a scale of its
 own, a number or one for every sample of the batch, and a scale of 0 leaves the UNet's result untouched, bit for bit.
-peft would serve as well for one LoRA at one strength; but its strength is a number in each of 257 layers, and these
-stages need one for every sample, and three sets of weights (trained, averaged, none) in one training step.
+peft would serve as well for one LoRA at one strength; but its strength is a number in each of up to 788 layers, and
+training needs one for every sample and several sets of weights (trained, averaged, none) in one step.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
@@ -60,12 +61,19 @@ class LoRA(nn.Module):
             Branch(unet.get_submodule(p), rank, (alphas or ranks)[p]) for p, rank in ranks.items()
         )
         self.scale: float | Tensor = 1.0
+        self._hooks: list[RemovableHandle] = []
 
     def attach(self, unet: nn.Module) -> LoRA:
         """From now on `unet` computes with the branches, as `scale` says."""
         for path, branch in zip(self.paths, self.branches, strict=True):
-            unet.get_submodule(path).register_forward_hook(self._hook(branch))
+            self._hooks.append(unet.get_submodule(path).register_forward_hook(self._hook(branch)))
         return self
+
+    def detach(self) -> None:
+        """Undo `attach`: the UNet is as it was."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
 
     def _hook(self, branch: Branch):
         def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
