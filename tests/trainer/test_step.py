@@ -1,0 +1,258 @@
+"""The training step: what its losses are, what their gradients reach, and what chance decides."""
+
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from lcm_lookahead.lookahead.faces import TEMPLATE, Face
+from lcm_lookahead.lookahead.identity import NONE, IdentityLoss, People
+from lcm_lookahead.lookahead.image_prompt import ResamplerSizes
+from lcm_lookahead.lookahead.recognisers import Recogniser
+from lcm_lookahead.trainer import config, lora
+from lcm_lookahead.trainer.draws import density, draw, order, timestep
+from lcm_lookahead.trainer.encoder import Encoder
+from lcm_lookahead.trainer.mini import base, vae, weights
+from lcm_lookahead.trainer.mini.plan import CONTEXT, SIZES
+from lcm_lookahead.trainer.roles import Condition
+from lcm_lookahead.trainer.step import Batch, Step, gradients
+
+RESAMPLER = ResamplerSizes(4, 64, 1, 1, 32, CONTEXT, 64)
+FILES = {"base": "mini", "start": "a", "shortcut": "b", "vae": "c", "recogniser": "d"}
+N = 3
+
+
+def settings(**values):
+    values = {"batch": N, "precision": "fp32", "checkpointing": "none"} | values
+    model = FILES | values.pop("model", {})
+    return config.from_values({"model": model, "data": {"source": "mini"}} | values)
+
+
+@pytest.fixture(scope="module")
+def unet():
+    torch.manual_seed(0)
+    return base.build_unet()
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    torch.manual_seed(4)
+    return vae.build().eval().requires_grad_(False)
+
+
+@pytest.fixture
+def make_step(unet, decoder):
+    """Steps over one UNet; each is taken out of it again."""
+    made = []
+
+    def make(**values):
+        c = settings(**values)
+        torch.manual_seed(1)
+        encoder = Encoder(unet, RESAMPLER, *((2, 3) if c.model.kv else (0, 0)))
+        # A new KV encoder has zeros, behind which half of its weights would get no gradient.
+        encoder.load_kv({k: torch.randn_like(v) * 0.05 for k, v in encoder.kv_tensors().items()})
+        shortcut = lora.build(unet, 3, conv_rank=2).requires_grad_(False)
+        for branch in shortcut.branches:
+            branch.lora_up.weight.normal_(std=0.05)
+        null = torch.randn(1, 5, 32)
+        step = Step(c, unet, encoder, null, shortcut, lambda z: decoder.decode(z).sample)
+        made.append(step)
+        return step
+
+    yield make
+    for step in made:
+        step.roles.eject()
+
+
+def detect(pictures):
+    """A face in every picture, except in those that are dark all over."""
+    face = Face(torch.tensor([20.0, 20, 108, 108]), TEMPLATE + 8, 1.0)
+    return [[face] if picture.std() > 0 else [] for picture in pictures]
+
+
+@pytest.fixture(scope="module")
+def batch():
+    g = torch.Generator().manual_seed(3)
+
+    def text():
+        time_ids = torch.tensor([128.0, 128, 0, 0, 128, 128]).expand(N, 6)
+        pooled = torch.randn(N, SIZES["text"]["width_g"], generator=g)
+        return Condition(torch.randn(N, 77, CONTEXT, generator=g), pooled, time_ids)
+
+    recogniser = Recogniser(weights.face_recogniser(), "mini")
+    width = len(recogniser(torch.rand(1, 3, 112, 112, generator=g))[0])
+    embeddings = torch.nn.functional.normalize(torch.randn(N, width, generator=g), dim=-1)
+    people = People(embeddings, TEMPLATE.expand(N, 5, 2), torch.full((N, 2), 128))
+    target, reference = torch.randn(2, N, 4, 16, 16, generator=g)
+    features = torch.randn(N, 5, 32, generator=g)
+    loss = IdentityLoss(recogniser, detect, people, NONE)
+    return Batch([f"sample {n}" for n in range(N)], target, reference, text(), text(), features, loss)
+
+
+@pytest.fixture
+def draws():
+    """Nothing dropped, mid-way time steps: gradients of a random UNet vanish nowhere."""
+    drawn = draw(settings(), range(N), (4, 16, 16))
+    none = torch.zeros(N, dtype=torch.bool)
+    t = torch.tensor([200, 500, 700])
+    return replace(drawn, no_text=none, no_image_prompt=none, no_kv=none, t=t, t_lookahead=t + 50)
+
+
+def run(step, batch, draws, **options):
+    step.encoder.zero_grad(set_to_none=True)
+    trained = list(step.encoder.parameters())
+    return gradients(step, batch, draws, trained, **{"lookahead": True} | options)
+
+
+def test_each_loss_reaches_every_trained_tensor_and_nothing_else(make_step, batch, draws):
+    step = make_step()
+    for part in ("diffusion", "lookahead"):
+        step.encoder.zero_grad(set_to_none=True)
+        outcome = step(part, batch, draws)
+        assert outcome.counts.all()
+        outcome.loss.backward()
+        silent = [n for n, p in step.encoder.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+        assert not silent, part
+        assert all(p.grad is None for m in (step.unet, step.shortcut) for p in m.parameters())
+
+
+def test_the_diffusion_loss_is_the_squared_error_of_the_noise(make_step, batch, draws):
+    step = make_step()
+    outcome = step("diffusion", batch, draws)
+    assert torch.allclose(outcome.loss, outcome.values.mean()) and outcome.values.shape == (N,)
+    predicted, _ = step._predict(batch, draws, draws.t)
+    assert torch.allclose(outcome.loss, torch.nn.functional.mse_loss(predicted, draws.noise))
+
+
+def test_checkpointing_changes_no_bit_of_the_gradients(make_step, batch, draws):
+    found = []
+    for mode in ("none", "all"):
+        step = make_step(checkpointing=mode)
+        outcomes, _ = run(step, batch, draws)
+        found.append([outcomes["lookahead"].loss, *(p.grad for p in step.encoder.parameters())])
+        step.roles.eject()
+        step.roles.inject(mode)  # for the fixture, which ejects
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_the_two_graphs_never_stand_in_memory_together(make_step, batch, draws):
+    step, seen = make_step(), []
+    export = step.roles.export
+
+    def watched(*inputs):
+        assert not [tensor for tensor in (ref() for ref in seen) if tensor is not None]
+        kv = export(*inputs)
+        seen.extend(weakref.ref(tensor) for pair in kv.values() for tensor in pair)
+        return kv
+
+    step.roles.export = watched
+    run(step, batch, draws)
+    assert len(seen) == 2 * 2 * len(step.encoder.paths)
+
+
+def test_the_norms_are_those_of_each_loss_alone_and_measuring_changes_no_gradient(make_step, batch, draws):
+    step = make_step()
+    alone = {}
+    for part in ("diffusion", "lookahead"):
+        step.encoder.zero_grad(set_to_none=True)
+        step(part, batch, draws).loss.backward()
+        alone[part] = torch.nn.utils.get_total_norm([p.grad for p in step.encoder.parameters()])
+    run(step, batch, draws)
+    expected = [p.grad.clone() for p in step.encoder.parameters()]
+    _, norms = run(step, batch, draws, measure=True)
+    assert norms.keys() == alone.keys()
+    assert all(torch.allclose(norms[k], alone[k], rtol=1e-3) for k in alone)
+    assert all(torch.equal(a, p.grad) for a, p in zip(expected, step.encoder.parameters(), strict=True))
+
+
+def test_samples_without_a_face_or_without_any_reference_do_not_count(make_step, batch, draws):
+    step = make_step(lookahead={"weight": 1.0})
+    everyone = step("lookahead", batch, draws)
+    blind = replace(
+        draws,
+        no_image_prompt=torch.tensor([False, True, True]),
+        no_kv=torch.tensor([False, True, False]),
+    )
+    outcome = step("lookahead", batch, blind)
+    assert outcome.counts.tolist() == [True, False, True]
+    assert torch.allclose(outcome.loss, outcome.values[[0, 2]].sum() / N)
+    decode = step.decode
+
+    def faceless(z):  # the first picture is a blank
+        pictures = decode(z)
+        return torch.cat([torch.zeros_like(pictures[:1]), pictures[1:]])
+
+    step.decode = faceless
+    outcome = step("lookahead", batch, draws)
+    assert outcome.counts.tolist() == [False, True, True]
+    assert torch.allclose(outcome.loss, everyone.values[1:].sum() / N, atol=1e-5)
+
+
+def test_the_arms_differ_as_they_should(make_step, batch, draws):
+    at_0 = replace(draws, strength=torch.zeros(N))
+    shortcut, x0 = make_step(), None
+    fast, base_like = shortcut("lookahead", batch, draws), shortcut("lookahead", batch, at_0)
+    shortcut.roles.eject()
+    x0 = make_step(lookahead={"arm": "x0"})
+    plain = x0("lookahead", batch, draws)
+    assert torch.allclose(plain.values, base_like.values, atol=1e-4)  # a shortcut at strength 0 is the base
+    assert not torch.allclose(plain.values, fast.values, atol=1e-3)
+    x0.roles.eject()
+    without = make_step(model={"kv": False})
+    assert not without.encoder.kv and without.encoder.groups().keys() == {"adapter"}
+    other = replace(batch, reference=batch.reference + 1)
+    assert torch.equal(without("diffusion", batch, draws).loss, without("diffusion", other, draws).loss)
+    outcomes, _ = run(without, batch, draws, lookahead=False)
+    assert outcomes.keys() == {"diffusion"}
+    shortcut.roles.inject(), x0.roles.inject()
+
+
+def test_weighing_by_strength_is_an_option(make_step, batch, draws):
+    weighed = make_step(lookahead={"weigh_by_strength": True, "weight": 2.0})("lookahead", batch, draws)
+    assert torch.allclose(weighed.loss, 2 * (weighed.values * draws.strength).mean())
+
+
+def test_what_is_dropped_is_dropped_for_that_sample_alone(make_step, batch, draws):
+    step = make_step()
+    full = step("diffusion", batch, draws).values
+    second = torch.tensor([False, True, False])
+    for name in ("no_text", "no_image_prompt", "no_kv"):
+        values = step("diffusion", batch, replace(draws, **{name: second})).values
+        assert (values != full).tolist() == [False, True, False] or (
+            (values - full).abs()[[0, 2]].max() < 1e-5 < (values - full).abs()[1]
+        )
+    # Without text, neither decoder nor KV encoder sees any of it.
+    blank = Condition(batch.text.context * 0, batch.text.pooled * 0, batch.text.time_ids)
+    silent = replace(draws, no_text=torch.ones(N, dtype=torch.bool))
+    expected = step("diffusion", replace(batch, text=blank, reference_text=blank), draws).values
+    assert torch.allclose(step("diffusion", batch, silent).values, expected, atol=1e-6)
+
+
+def test_draws_have_the_shares_that_the_configuration_says():
+    c = settings(drop={"text": 0.1, "image_prompt": 0.2, "both": 0.15, "kv": 0.3})
+    d = draw(c, range(4000), (1, 1, 1))
+    text, image, both = d.no_text & ~d.no_image_prompt, d.no_image_prompt & ~d.no_text, d.no_text & d.no_image_prompt
+    shares = [x.float().mean().item() for x in (text, image, both, d.no_kv, both & d.no_kv, d.strength == 1)]
+    assert shares == pytest.approx([0.1, 0.2, 0.15, 0.3, 0.045, 0.5], abs=0.03)
+    rest = d.strength[d.strength < 1]
+    assert 0.1 <= rest.min() < 0.12 and rest.mean().item() == pytest.approx(0.55, abs=0.02)
+
+
+@pytest.mark.parametrize(("importance", "mean", "late"), [(0.2, 540, 0.564), (0.5, 601, 0.659), (0.0, 499.5, 0.5)])
+def test_time_steps_follow_the_paper_s_density(importance, mean, late):
+    p = density(importance)
+    t = torch.arange(1000)
+    assert (p * t).sum().item() == pytest.approx(mean, abs=1) and p[500:].sum().item() == pytest.approx(late, abs=1e-3)
+    u = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    drawn = timestep(u, importance)
+    assert drawn.min() == 0 and drawn.max() == 999 and drawn.float().mean().item() == pytest.approx(mean, abs=1)
+
+
+def test_draws_and_order_belong_to_the_sample_not_to_the_batch():
+    whole, part = (draw(settings(), numbers, (4, 2, 2)) for numbers in (range(8), [5, 2]))
+    assert all(torch.equal(getattr(whole, k)[[5, 2]], getattr(part, k)) for k in vars(part))
+    assert len(set(whole.noise.flatten().tolist())) > 100
+    everyone = order(7, 0, range(21))
+    assert [sorted(everyone[i : i + 7]) for i in (0, 7, 14)] == [list(range(7))] * 3
+    assert everyone[:7] != everyone[7:14] and order(7, 0, [9, 3]) == [everyone[9], everyone[3]]
+    assert order(7, 1, range(7)) != everyone[:7]

@@ -1,0 +1,198 @@
+"""What a training run is: one YAML file, with dotted overrides from the command line ("optimiser.kv_rate=1e-5").
+
+Every value is checked before anything is loaded. An unknown key is an error that names the key that was meant.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+CONFIGS = Path(__file__).parent / "configs"
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class ConfigError(ValueError):
+    """A sentence for each thing that is wrong with a configuration."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class Model(_Section):
+    """Files of the frozen models, and where training starts."""
+
+    base: str = Field(description="the base model: a diffusers folder of an SDXL, or `mini` for the mini world's")
+    start: str = Field(description="encoder to start from: a stock IP-Adapter Plus or an encoder file")
+    shortcut: str | None = Field(None, description="few-step LoRA of the previews, in the public layout")
+    vae: str | None = Field(None, description="tiny autoencoder that decodes the previews")
+    recogniser: str | None = Field(None, description="face recogniser of the identity loss")
+    kv: bool = Field(True, description="train a KV encoder; false is the paper's arm without")
+    kv_rank: Count = 4
+    export_rank: Count = 4
+
+
+class Data(_Section):
+    """What is trained on."""
+
+    source: str = Field(description="a folder with a folder a person, or `mini` for drawn people")
+    people: Count = Field(3000, description="of the mini world, how many are drawn")
+    kv_prompt: str = Field("a photo of a face", description="the KV encoder's text outside of training")
+
+
+class Drop(_Section):
+    """How often a sample of training goes without. So the four conditions of the guidance equation are all seen:
+    with and without text and image prompt (`both` drops them together), each with and without reference KV."""
+
+    text: Share = 0.05
+    image_prompt: Share = 0.05
+    both: Share = 0.05
+    kv: Share = 0.1
+
+    @model_validator(mode="after")
+    def _fits(self) -> Drop:
+        if self.text + self.image_prompt + self.both > 1:
+            raise ValueError("text, image_prompt and both exclude each other: their sum must be at most 1")
+        return self
+
+
+class Lookahead(_Section):
+    """The second loss (equations 3 and 4)."""
+
+    arm: Literal["none", "x0", "shortcut"] = Field(
+        "shortcut", description="previews by the shortcut model, by the base's own x0, or no second loss"
+    )
+    weight: Annotated[float, Field(ge=0)] = Field(0.1, description="of the second loss beside the first")
+    importance: Share = Field(0.2, description="alpha of the time steps' distribution")
+    full_strength: Share = Field(0.5, description="share of samples with the few-step LoRA at strength 1")
+    least_strength: Share = Field(0.1, description="others: uniform from here to 1")
+    weigh_by_strength: bool = Field(False, description="multiply a sample's loss by its strength (the paper's code)")
+
+
+class Optimiser(_Section):
+    adapter_rate: Positive = Field(1e-5, description="of Resampler and projections")
+    kv_rate: Positive = Field(5e-6, description="of the KV encoder")
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    clip: Positive = Field(1.0, description="largest norm of the gradient of both losses")
+    warmup: Annotated[int, Field(ge=0)] = 0
+    schedule: Literal["constant", "cosine"] = "constant"
+
+    def factor(self, step: int, steps: int) -> float:
+        """What the rates are multiplied by in a step, counted from 0: a function of the step alone."""
+        from math import cos, pi
+
+        rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        return rise * (0.5 * (1 + cos(pi * step / steps)) if self.schedule == "cosine" else 1.0)
+
+
+class Config(_Section):
+    """One training run."""
+
+    name: str = Field("encoder", description="of the encoder file")
+    out: str = Field("training", description="folder for all that the run writes")
+    model: Model
+    data: Data
+    steps: Count = 5000
+    batch: Count = Field(8, description="samples a step, over all processes")
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    checkpointing: Literal["none", "blocks", "all"] = "blocks"
+    importance: Share = Field(0.5, description="alpha of the time steps' distribution of the diffusion loss")
+    drop: Drop = Drop()
+    lookahead: Lookahead = Lookahead()
+    optimiser: Optimiser = Optimiser()
+    save_every: Count = 500
+    keep: Count = Field(2, description="checkpoints that are kept")
+    log_every: Count = 10
+    norms_every: Count = Field(100, description="how often the gradient's norm of each loss is measured")
+    nonfinite_in_a_row: Count = Field(5, description="skipped steps in a row after which the run stops")
+
+    @model_validator(mode="after")
+    def _complete(self) -> Config:
+        needed = {"none": (), "x0": ("vae", "recogniser"), "shortcut": ("vae", "recogniser", "shortcut")}
+        arm = self.lookahead.arm
+        missing = [f"model.{k}" for k in needed[arm] if getattr(self.model, k) is None]
+        if missing:
+            raise ValueError(f"lookahead.arm {arm!r} needs {' and '.join(missing)}: name the files, or choose 'none'")
+        return self
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """A configuration from a YAML file. overrides: "section.key=value", the value read as YAML.
+
+    Raises ConfigError, which lists all that is wrong.
+    """
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"There is no file {path}: name a YAML file such as {CONFIGS / 'mini.yaml'}.") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is no YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds no keys with values: begin with that of trainer/configs/mini.yaml.")
+    for override in overrides:
+        _set(values, override)
+    return from_values(values)
+
+
+def from_values(values: dict[str, Any]) -> Config:
+    """A configuration from nested values; errors as in `load`."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_sentence(e) for e in error.errors())) from None
+
+
+def _set(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"The override {override!r} is not understood: write section.key=value.")
+    *sections, last = key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"The override {override!r} goes into {section}, which is a value and no section.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"The value of the override {override!r} is no YAML: {error}") from None
+    if isinstance(value, str):  # YAML takes 1e-5 for text, as it has no point
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    values[last] = value
+
+
+def _sentence(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"]) or "the configuration"
+    if error["type"] == "extra_forbidden":
+        section = _section(error["loc"][:-1])
+        known = list(section.model_fields) if section else []
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, 1, 0.5)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}."
+        return f"{where} is no key of a configuration: {hint}"
+    if error["type"] == "missing":
+        return f"{where} is missing: it must be given."
+    return f"{where} is {error['input']!r}: {error['msg'].removeprefix('Value error, ')}."
+
+
+def _section(location: Sequence[Any]) -> type[BaseModel] | None:
+    model: Any = Config
+    for part in location:
+        annotation = model.model_fields[part].annotation
+        model = next((a for a in (annotation, *get_args(annotation)) if isinstance(a, type)), None)
+        if model is None or not issubclass(model, BaseModel):
+            return None
+    return model
