@@ -1,0 +1,51 @@
+"""Configurations: what is wrong is said in a sentence that helps, before anything is loaded."""
+
+import pytest
+from lcm_lookahead.trainer.config import CONFIGS, ConfigError, from_values, load
+
+SMALL = {"model": {"base": "b", "start": "s"}, "data": {"source": "d"}, "lookahead": {"arm": "none"}}
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_shipped_configuration_is_valid(path):
+    assert load(path).steps > 0
+
+
+def test_the_paper_s_configuration_has_the_paper_s_figures():
+    c = load(CONFIGS / "sdxl_paper.yaml")
+    assert (c.steps, c.batch, c.model.kv_rank, c.model.export_rank) == (5000, 8, 4, 4)
+    assert (c.optimiser.adapter_rate, c.optimiser.kv_rate, c.lookahead.importance) == (1e-5, 5e-6, 0.2)
+    assert (c.lookahead.arm, c.lookahead.full_strength, c.lookahead.least_strength) == ("shortcut", 0.5, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"stepz": 5}, "stepz is no key of a configuration: did you mean steps"),
+        ({"optimiser": {"kv_rat": 1}}, r"optimiser.kv_rat .* did you mean kv_rate"),
+        ({"lookahead": {"arm": "none", "wieght": 1}}, r"lookahead.wieght .* did you mean weight"),
+        ({"steps": 0}, "steps is 0: .*greater than or equal to 1"),
+        ({"drop": {"text": 0.6, "both": 0.5}}, "their sum must be at most 1"),
+        ({"lookahead": {"arm": "shortcut"}}, "needs model.vae and model.recogniser and model.shortcut"),
+        ({"precision": "fp8"}, "precision is 'fp8'"),
+        ({"data": {}}, "data.source is missing"),
+    ],
+)
+def test_a_mistake_is_named_with_its_cure(change, said):
+    with pytest.raises(ConfigError, match=said):
+        from_values(SMALL | change)
+
+
+def test_overrides_reach_into_sections():
+    c = load(CONFIGS / "mini.yaml", ["optimiser.kv_rate=1e-4", "steps=7", "lookahead.arm=none", "model.kv=false"])
+    assert (c.optimiser.kv_rate, c.steps, c.lookahead.arm, c.model.kv) == (1e-4, 7, "none", False)
+    for override, said in (("steps", "write section.key=value"), ("steps.x=1", "a value and no section")):
+        with pytest.raises(ConfigError, match=said):
+            load(CONFIGS / "mini.yaml", [override])
+
+
+def test_the_rate_is_a_function_of_the_step_alone():
+    o = from_values(SMALL | {"optimiser": {"warmup": 10, "schedule": "cosine"}}).optimiser
+    assert [o.factor(n, 100) for n in (0, 9)] == pytest.approx([0.1, 0.98], abs=1e-2) and o.factor(100, 100) < 1e-9
+    constant = from_values(SMALL).optimiser
+    assert {constant.factor(n, 100) for n in range(100)} == {1.0}

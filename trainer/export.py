@@ -1,0 +1,35 @@
+"""Trained weights -> the encoder file that the nodes load as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..lookahead import encoder_file
+from .config import Config
+from .encoder import Encoder
+
+
+def export(path: Path, encoder: Encoder, config: Config, steps: int, about: Mapping[str, str] | None = None) -> Path:
+    """Write the encoder file, in 32 bit, with where it comes from.
+
+    steps: that it was trained for. about: more fields of its metadata (`encoder_file.METADATA_FIELDS`), such as the
+    licence of the recogniser. Raises EncoderFileError where the nodes would refuse the result.
+    """
+    metadata = {
+        "base_model": config.model.base,
+        "kv_prompt": config.data.kv_prompt,
+        "recogniser": config.model.recogniser or "none",
+        "data": config.data.source,
+        "config": config.model_dump_json(),
+        "steps": str(steps),
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.title": config.name,
+        "modelspec.architecture": "stable-diffusion-xl-v1-base/ip-adapter",
+    }
+    if config.model.kv:
+        metadata |= {"kv_rank": str(config.model.kv_rank)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pairs = [(p.to_k_ip.weight, p.to_v_ip.weight) for p in encoder.ip_adapter]
+    encoder_file.write(path, encoder.image_proj.state_dict(), pairs, metadata | dict(about or {}), encoder.kv_tensors())
+    return path
