@@ -12,6 +12,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point; `arguments` default to the command line's."""
     parser = argparse.ArgumentParser(prog="lookahead", description="Companion tools of LCM-Lookahead for ComfyUI.")
     commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", help="train an encoder (the same command again goes on where it stopped)")
+    train.add_argument("config", type=Path, help="a YAML file, such as trainer/configs/mini.yaml")
+    train.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that take the file's place")
+    train.add_argument("--dry-run", action="store_true", help="check the configuration and show it, train nothing")
     mini = commands.add_parser("mini", help="the mini world: a tiny SDXL on drawn faces").add_subparsers(
         dest="task", required=True
     )
@@ -35,6 +39,9 @@ def main(arguments: list[str] | None = None) -> None:
     mini.add_parser("sizes", help="the table of the shipped files: planned and real sizes")
 
     chosen = parser.parse_args(arguments)
+    if chosen.command == "train":
+        _train(chosen.config, chosen.overrides, chosen.dry_run)
+        return
     if "folder" in chosen and chosen.folder is None:
         chosen.folder = Path(".mini-quick" if chosen.quick else ".mini")
     if chosen.task == "build":
@@ -66,6 +73,31 @@ def main(arguments: list[str] | None = None) -> None:
 
         draw_sheet(chosen.out, chosen.people, chosen.seed)
         print(f"Drawn: {chosen.out}")
+
+
+def _train(path: Path, overrides: list[str], dry_run: bool) -> None:
+    from .config import ConfigError, load
+
+    try:
+        config = load(path, overrides)
+        if dry_run:
+            print(config.model_dump_json(indent=2))
+            return
+        if config.data.source != "mini":
+            raise ConfigError(
+                f"data.source is {config.data.source!r}: for now the trainer reads the mini world alone, so use `mini`."
+            )
+        from .mini.world import assemble
+        from .train import TrainingError, train
+
+        try:
+            written = train(config, *assemble(config))
+        except TrainingError as error:
+            raise SystemExit(str(error)) from None
+    except (ConfigError, FileNotFoundError) as error:
+        raise SystemExit(str(error)) from None
+    if written is not None:
+        print(f"Written: {written}")
 
 
 if __name__ == "__main__":

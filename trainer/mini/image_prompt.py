@@ -37,7 +37,7 @@ def blocks() -> list[BlockName]:
     return block_names(depth, depth[-1])
 
 
-def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """Attention written out: its backward is faster than SDPA's in bf16 on a CPU."""
     q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
     weight = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
@@ -59,10 +59,10 @@ class ImagePromptAttention(nn.Module):
         q = attn.to_q(hidden_states)
         k, v = attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
         if self.tokens is None:
-            out = _softmax_attention(q, k, v, attn.heads)
+            out = softmax_attention(q, k, v, attn.heads)
         else:
             k_ip, v_ip = self.to_k_ip(self.tokens), self.to_v_ip(self.tokens)
-            out = decoupled_cross_attention(q, k, v, k_ip, v_ip, attn.heads, self.scale, attention=_softmax_attention)
+            out = decoupled_cross_attention(q, k, v, k_ip, v_ip, attn.heads, self.scale, attention=softmax_attention)
         return attn.to_out[1](attn.to_out[0](out))
 
 

@@ -1,0 +1,82 @@
+"""The mini world as training data: the shipped models read back, and pictures that are functions of their number."""
+
+import json
+
+import pytest
+import torch
+from lcm_lookahead.trainer import cli, config, lora
+from lcm_lookahead.trainer.config import CONFIGS
+from lcm_lookahead.trainer.mini import base, checkpoint, models, stage, world
+from lcm_lookahead.trainer.mini.plan import WEIGHTS
+
+
+@pytest.fixture(scope="module")
+def mini():
+    return models.load()
+
+
+@pytest.fixture(scope="module")
+def shortcut(tmp_path_factory):
+    path = tmp_path_factory.mktemp("lora") / "few_step.safetensors"
+    stage.write_tensors(path, lora.public_tensors(lora.build(base.build_unet(), 2)))
+    return path
+
+
+def test_the_shipped_checkpoint_reads_back_to_itself(mini):
+    stored = stage.read_tensors(WEIGHTS / "mini_sdxl.safetensors")
+    parts = mini.unet, mini.text.l, mini.text.g, mini.vae
+    again = checkpoint.sdxl_checkpoint(*(m.state_dict() for m in parts))
+    assert again.keys() == stored.keys()
+    assert all(
+        torch.equal(again[k], v.float()) for k, v in stored.items() if "logit_scale" not in k and "vae_s" not in k
+    )
+
+
+def test_a_reference_is_a_photo_of_the_same_person_and_never_the_target():
+    for number, target in enumerate(range(3 * world.PER_PERSON)):
+        reference = world.reference_of(target, number)
+        assert reference != target and reference // world.PER_PERSON == target // world.PER_PERSON
+        assert reference % world.PER_PERSON < 2
+    assert {world.reference_of(5, number) for number in range(20)} == {0, 1}
+
+
+@pytest.fixture(scope="module")
+def assembled(shortcut):
+    overrides = [f"model.shortcut={shortcut}", "data.people=3", "batch=2"]
+    return world.assemble(config.load(CONFIGS / "mini.yaml", overrides))
+
+
+def test_a_sample_does_not_depend_on_its_batch(assembled):
+    _, source, _ = assembled
+    cpu = torch.device("cpu")
+    both, one = source.batch([4, 11], [0, 1], cpu), source.batch([11], [1], cpu)
+    for name in ("target", "reference", "features"):
+        assert torch.allclose(getattr(both, name)[1:], getattr(one, name), atol=1e-4), name
+    assert torch.allclose(both.text.context[1:], one.text.context, atol=1e-5)
+    assert both.names == ["picture 4 of person 0", "picture 2 of person 1"]
+
+
+def test_the_identity_loss_of_a_preview_is_low_for_the_person_and_high_for_another(assembled):
+    step, source, _ = assembled
+    batch = source.batch([0, world.PER_PERSON], [0, 1], torch.device("cpu"))
+    pictures = step.decode(batch.reference)
+    values, counts = batch.loss(pictures)
+    swapped, _ = batch.loss(pictures.flip(0))
+    assert counts.all() and (values < swapped - 0.2).all()
+
+
+def test_the_command_trains_and_writes_an_encoder_file(shortcut, tmp_path, capsys):
+    arguments = [f"out={tmp_path}", f"model.shortcut={shortcut}", "data.people=3", "batch=2", "steps=2"]
+    cli.main(["train", str(CONFIGS / "mini.yaml"), *arguments])
+    assert (tmp_path / "mini_encoder.safetensors").exists() and "Written" in capsys.readouterr().out
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert lines[0]["norm_diffusion"] > 0 and "counted" in lines[0]
+
+
+def test_a_dry_run_shows_the_configuration_and_a_mistake_is_a_sentence(capsys):
+    cli.main(["train", str(CONFIGS / "sdxl_paper.yaml"), "steps=9", "--dry-run"])
+    assert json.loads(capsys.readouterr().out)["steps"] == 9
+    with pytest.raises(SystemExit, match="did you mean steps"):
+        cli.main(["train", str(CONFIGS / "mini.yaml"), "step=9"])
+    with pytest.raises(SystemExit, match="reads the mini world alone"):
+        cli.main(["train", str(CONFIGS / "sdxl_paper.yaml")])

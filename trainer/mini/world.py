@@ -1,0 +1,134 @@
+"""The mini world as something to train on: drawn people, and all that a training step needs, from the shipped files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...lookahead import encoder_file
+from ...lookahead.face_models import FaceModels
+from ...lookahead.faces import Detector, Face
+from ...lookahead.identity import NONE, IdentityLoss, People, embed
+from ...lookahead.recognisers import Recogniser
+from .. import lora
+from ..config import Config
+from ..draws import generator
+from ..encoder import Encoder
+from ..roles import Condition
+from ..step import Batch, Step
+from . import base, data, image_encoder, image_prompt, insightface_pack, models, stage
+from .faces import STYLES, captions, landmarks, render
+from .plan import IMAGE_SIZE, LATENT_SIZE, WEIGHTS
+from .text import tokenize, tokenizer
+from .weights import face_recogniser
+
+SEED = 6000  # of textures and references; that of the people is their group's
+PER_PERSON = len(STYLES) + 1  # two photos, then each other style once
+
+
+class DrawnPeople:
+    """Pictures of drawn people (`source.Source`), made when they are asked for: each is a function of its number.
+
+    The reference is always a photo, and never the target itself. Captions say nothing about the person.
+    """
+
+    latent_shape = (4, LATENT_SIZE, LATENT_SIZE)
+
+    def __init__(
+        self,
+        people: int,
+        mini: models.Models,
+        vision: torch.nn.Module,
+        recogniser: Recogniser | None,
+        detector: Detector | None,
+    ):
+        self.faces = data.group_of_people("train", people, STYLES)
+        self.captions = captions(self.faces, False)
+        self.mini, self.vision, self.recogniser, self.detector = mini, vision, recogniser, detector
+        self._tokens, self._texts = tokenizer(), {}
+
+    def __len__(self) -> int:
+        return len(self.faces)
+
+    @torch.no_grad()
+    def batch(self, targets: Sequence[int], numbers: Sequence[int], device: torch.device) -> Batch:
+        for module in (*self.mini, self.vision, self.recogniser):
+            if module is not None:
+                module.to(device)
+        references = [reference_of(t, n) for t, n in zip(targets, numbers, strict=True)]
+        pictures, photos = (self._draw(rows).to(device) for rows in (targets, references))
+        z_r, z_c = (self.mini.vae.encoder(p * 2 - 1) for p in (pictures, photos))
+        features = image_encoder.features(self.vision, photos)
+        loss = None
+        if self.recogniser is not None:
+            points = landmarks(self.faces.rows(torch.tensor(references)), IMAGE_SIZE)
+            people = embed(self.recogniser, photos, points).cpu()
+            sizes = torch.full((len(points), 2), IMAGE_SIZE)
+            loss = IdentityLoss(self.recogniser, self.detector, People(people, points, sizes), NONE)
+        names = [f"picture {t % PER_PERSON} of person {t // PER_PERSON}" for t in targets]
+        text, own = (self._text(rows, device) for rows in (targets, references))
+        return Batch(names, z_r, z_c, text, own, features, loss)
+
+    def _draw(self, rows: Sequence[int]) -> Tensor:
+        """One by one: a texture drawn for several at once would depend on who else is in the batch."""
+        return torch.cat([render(self.faces.rows(slice(r, r + 1)), IMAGE_SIZE, seed=SEED + r) for r in rows])
+
+    def _text(self, rows: Sequence[int], device: torch.device) -> Condition:
+        for caption in {self.captions[r] for r in rows} - self._texts.keys():
+            self._texts[caption] = self.mini.text(tokenize(self._tokens, [caption]).to(device))
+        parts = [self._texts[self.captions[r]] for r in rows]
+        context, pooled = (torch.cat(part).to(device) for part in zip(*parts, strict=True))
+        return Condition(context, pooled, base.added(pooled)["time_ids"])
+
+
+def reference_of(target: int, number: int) -> int:
+    """The row of the reference: one of the two photos of the person, and the other one where the target is a photo."""
+    person, slot = divmod(target, PER_PERSON)
+    if slot < 2:
+        return person * PER_PERSON + 1 - slot
+    return person * PER_PERSON + int(torch.randint(2, (1,), generator=generator(SEED, number)))
+
+
+def assemble(config: Config) -> tuple[Step, DrawnPeople, Mapping[str, str]]:
+    """Step, source, and what the encoder file says about the models. Files are looked for beside the shipped ones.
+
+    model.base is "mini", or a folder of such files. Raises FileNotFoundError, one sentence, for one that is missing.
+    """
+    weights = WEIGHTS if config.model.base == "mini" else Path(config.model.base)
+    mini, vision = models.load(weights), models.load_image_encoder(weights)
+    start = encoder_file.read(_found(config.model.start, weights))
+    torch.manual_seed(config.seed)  # of the KV encoder's first weights
+    ranks = (config.model.kv_rank, config.model.export_rank) if config.model.kv else (0, 0)
+    encoder = Encoder.start_from(start, mini.unet, *ranks)
+    shortcut = recogniser = detector = None
+    if config.lookahead.arm == "shortcut":
+        shortcut = lora.load(stage.read_tensors(_found(config.model.shortcut, weights)), mini.unet)
+    if config.lookahead.arm != "none":
+        recogniser = Recogniser(face_recogniser(weights), "mini")
+        pack = FaceModels(weights / insightface_pack.DETECTOR.rpartition("/")[0], threads=1)
+
+        def detector(pictures: Tensor) -> list[list[Face]]:
+            return pack.find(pictures, (IMAGE_SIZE,))  # a drawn face is never larger or smaller than this needs
+
+    null = image_encoder.null_features(vision)
+    step = Step(
+        config,
+        mini.unet,
+        encoder,
+        null,
+        shortcut,
+        lambda z: mini.vae.decode(z).sample,
+        image_prompt.softmax_attention,  # faster than SDPA's on a CPU, at these sizes
+    )
+    about = {"image_encoder": "mini", "size": str(IMAGE_SIZE), "recogniser_licence": "as this repository"}
+    return step, DrawnPeople(config.data.people, mini, vision, recogniser, detector), about
+
+
+def _found(name: str | None, weights: Path) -> Path:
+    for path in (Path(name or ""), weights / (name or "")):
+        if path.is_file():
+            return path
+    raise FileNotFoundError(f"There is no file {name}, neither here nor in {weights}: name another.")
