@@ -166,7 +166,7 @@ def cases(worlds, tools, tmp_path_factory):
         if kind not in built:
             with torch.inference_mode():
                 world = load_world(kind, worlds, tools, tmp_path_factory.mktemp(kind))
-                unet = image_prompt_parity.diffusers_unet(world)
+                unet = tools.diffusers_unet(world)
                 image = tools.picture(1)
                 tokens, null_tokens = image_tokens(unet, world, image)
                 lora = oracle.random_lora(unet, seed=31)
