@@ -28,7 +28,7 @@ PROMPTS = (
     "a wanted poster of a face",
     "a pencil drawing of a face",
 )
-ARMS = {"image prompt": (1.0, 0.0), "KV injection": (0.0, 1.0), "both": (1.0, 1.0)}  # weights of either node
+ARMS = {"image prompt": (0.6, 0.0), "KV injection": (0.0, 1.0), "both": (0.6, 1.0)}  # weights of either node
 # What the mini world is at its best with; the workflow has what SDXL is (where 3, 2, 2 make a guidance of 5, not 3).
 SIZE, STEPS, SCALES = 128, 20, {"text": 1.8, "full": 1.2, "kv": 1.2}
 

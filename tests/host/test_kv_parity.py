@@ -4,6 +4,7 @@ Both sides get the same weights, latents, noise, text and image prompt, in float
 reference, which is, has another size.
 """
 
+import copy
 import dataclasses
 import functools
 import importlib.util
@@ -166,7 +167,7 @@ def cases(worlds, tools, tmp_path_factory):
         if kind not in built:
             with torch.inference_mode():
                 world = load_world(kind, worlds, tools, tmp_path_factory.mktemp(kind))
-                unet = image_prompt_parity.diffusers_unet(world)
+                unet = tools.diffusers_unet(world)
                 image = tools.picture(1)
                 tokens, null_tokens = image_tokens(unet, world, image)
                 lora = oracle.random_lora(unet, seed=31)
@@ -205,26 +206,24 @@ def test_the_oracle_without_reference_is_plain_diffusers(case):
 
 
 def test_the_oracle_exports_the_bases_own_projections_without_lora(case):
-    """And with all deltas zero; and the picture as its own reference changes nothing."""
-    question = case.asked_of_picture(0, case.positive)
+    """And with all deltas zero; and the picture as its own reference changes nothing. In float64, since the oracle and
+    diffusers round differently, and trained weights amplify that."""
+    unet = copy.deepcopy(case.unet).double()
+    question = [v.double() for v in case.asked_of_picture(0, case.positive)]
     seen = {}
-    hooks = [
-        getattr(block.attn1, f"to_{which}").register_forward_hook(
-            lambda _, __, out, at=(name, which): seen.__setitem__(".".join(at), out)
-        )
-        for name, block in oracle.blocks(case.unet).items()
-        for which in "kv"
-    ]
+    for name, block in oracle.blocks(unet).items():
+        for which in "kv":
+            getattr(block.attn1, f"to_{which}").register_forward_hook(
+                lambda _, __, out, at=(name, which): seen.setdefault(".".join(at), out)
+            )
     x, t, context, pooled, time_ids = question
     added = {"text_embeds": pooled, "time_ids": time_ids}
-    plain = case.unet(x, t, encoder_hidden_states=context, added_cond_kwargs=added).sample
-    for hook in hooks:
-        hook.remove()
-    own = {name: (seen[f"{name}.k"], seen[f"{name}.v"]) for name in oracle.blocks(case.unet)}
-    zero = {k: torch.zeros_like(v) if "lora_B" in k else v for k, v in case.lora.items()}
+    plain = unet(x, t, encoder_hidden_states=context, added_cond_kwargs=added).sample
+    own = {name: (seen[f"{name}.k"], seen[f"{name}.v"]) for name in oracle.blocks(unet)}
+    zero = {k: (torch.zeros_like(v) if "lora_B" in k else v).double() for k, v in case.lora.items()}
     for lora in ({}, zero):
-        assert worst(flat(oracle.export(case.unet, *question, lora)), flat(own)) < 1e-4
-    assert difference(case.predict(0, True, own, prompt=False), plain) < 1e-4
+        assert worst(flat(oracle.export(unet, *question, lora)), flat(own)) < 1e-9
+    assert difference(oracle.predict(unet, *question, kv=own), plain) < 1e-9
 
 
 def test_the_oracles_lora_has_the_names_of_the_encoder_file_and_all_of_them_act(case):

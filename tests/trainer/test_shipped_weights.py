@@ -74,8 +74,9 @@ def test_the_style_scorer_knows_drawn_styles(held_out):
     _, scorer = weights.evaluators()
     with torch.no_grad():
         right = scorer(pictures)[0].argmax(1) == style
+    assert right.float().mean() > 0.95
     for index in style.unique():
-        assert right[style == index].float().mean() > 0.9, STYLES[index]
+        assert right[style == index].float().mean() > 0.8, STYLES[index]
 
 
 def test_the_adapter_is_a_stock_ip_adapter_file_that_the_reader_accepts():
