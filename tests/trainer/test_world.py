@@ -4,22 +4,15 @@ import json
 
 import pytest
 import torch
-from lcm_lookahead.trainer import cli, config, lora
+from lcm_lookahead.trainer import cli, config
 from lcm_lookahead.trainer.config import CONFIGS
-from lcm_lookahead.trainer.mini import base, checkpoint, models, stage, world
+from lcm_lookahead.trainer.mini import checkpoint, models, stage, world
 from lcm_lookahead.trainer.mini.plan import WEIGHTS
 
 
 @pytest.fixture(scope="module")
 def mini():
     return models.load()
-
-
-@pytest.fixture(scope="module")
-def shortcut(tmp_path_factory):
-    path = tmp_path_factory.mktemp("lora") / "few_step.safetensors"
-    stage.write_tensors(path, lora.public_tensors(lora.build(base.build_unet(), 2)))
-    return path
 
 
 def test_the_shipped_checkpoint_reads_back_to_itself(mini):
@@ -41,8 +34,8 @@ def test_a_reference_is_a_photo_of_the_same_person_and_never_the_target():
 
 
 @pytest.fixture(scope="module")
-def assembled(shortcut):
-    overrides = [f"model.shortcut={shortcut}", "data.people=3", "batch=2"]
+def assembled():
+    overrides = ["data.people=3", "batch=2"]
     return world.assemble(config.load(CONFIGS / "mini.yaml", overrides))
 
 
@@ -65,8 +58,8 @@ def test_the_identity_loss_of_a_preview_is_low_for_the_person_and_high_for_anoth
     assert counts.all() and (values < swapped - 0.2).all()
 
 
-def test_the_command_trains_and_writes_an_encoder_file(shortcut, tmp_path, capsys):
-    arguments = [f"out={tmp_path}", f"model.shortcut={shortcut}", "data.people=3", "batch=2", "steps=2"]
+def test_the_command_trains_and_writes_an_encoder_file(tmp_path, capsys):
+    arguments = [f"out={tmp_path}", "data.people=3", "batch=2", "steps=2"]
     cli.main(["train", str(CONFIGS / "mini.yaml"), *arguments])
     assert (tmp_path / "mini_encoder.safetensors").exists() and "Written" in capsys.readouterr().out
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
