@@ -3,6 +3,9 @@
 import json
 import os
 import signal
+import socket
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -184,3 +187,37 @@ def test_samples_that_are_not_finite_are_left_out_and_named(tmp_path):
     c = settings(tmp_path / "broken", nonfinite_in_a_row=2)
     with pytest.raises(TrainingError, match="2 steps in a row had no finite gradient"):
         train(c, make_step(c), Broken())
+
+
+_ONE_OF_TWO = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("loop", sys.argv[1])
+loop = importlib.util.module_from_spec(spec)
+sys.modules["loop"] = loop
+spec.loader.exec_module(loop)
+import lcm_lookahead.trainer
+loop.run(sys.argv[2], steps=2, norms_every=1)
+"""
+
+
+def test_two_processes_have_the_gradients_of_one(tmp_path):
+    run(tmp_path / "one", steps=2, norms_every=1)
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    processes = []
+    for rank in ("0", "1"):
+        env = os.environ | common | {"RANK": rank, "LOCAL_RANK": rank, "ACCELERATE_USE_CPU": "true"}
+        command = [sys.executable, "-c", _ONE_OF_TWO, __file__, str(tmp_path / "two")]
+        processes.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+    for process in processes:
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output.decode()
+    logs = [(tmp_path / which / "log.jsonl").read_text().splitlines() for which in ("one", "two")]
+    for one, two in zip(*(map(json.loads, log) for log in logs), strict=True):
+        for figure in ("norm", "norm_diffusion", "norm_lookahead"):
+            assert two[figure] == pytest.approx(one[figure], rel=1e-4), figure
+
+
+def _free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
