@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from .config import Config
 from .draws import draw, order
@@ -74,9 +73,11 @@ def train(config: Config, step: Step, source: Source, about: Mapping[str, str] |
             optimiser.zero_grad(set_to_none=True)
 
             done, leave = number + 1, stop.asked(accelerator)
-            if main and (done % config.log_every == 0 or done == config.steps or measure):
+            if done % config.log_every == 0 or done == config.steps or measure:
                 pace = (time.monotonic() - started) / (done - first)
-                _log(folder, config, done, outcomes, {f"norm_{k}": v for k, v in norms.items()} | {"norm": norm}, pace)
+                figures = _figures(accelerator, outcomes) | {f"norm_{k}": float(v) for k, v in norms.items()}
+                if main:
+                    _log(folder, config, done, figures | {"norm": float(norm)}, pace)
             if main and (done % config.save_every == 0 or done == config.steps or leave):
                 _save(folder, config, done, bad, encoder, optimiser, about)
             if leave:
@@ -87,19 +88,21 @@ def train(config: Config, step: Step, source: Source, about: Mapping[str, str] |
     return export(result, encoder, config, config.steps, about) if main else result
 
 
-def _log(
-    folder: Path, config: Config, step: int, outcomes: Mapping[str, Outcome], norms: Mapping[str, Tensor], pace: float
-) -> None:
+def _figures(accelerator: Accelerator, outcomes: Mapping[str, Outcome]) -> dict[str, float]:
+    """What the losses came to, over all processes: losses, share of samples that count, their mean distance."""
+    figures = {part: outcome.loss for part, outcome in outcomes.items()}
+    if ahead := outcomes.get("lookahead"):
+        figures["counted"] = ahead.counts.float().mean()
+        figures["distance"] = torch.where(ahead.counts, ahead.values, 0.0).mean()
+    figures = {k: float(accelerator.reduce(v, "mean")) for k, v in figures.items()}
+    if ahead:
+        figures["distance"] = figures["distance"] / figures["counted"] if figures["counted"] else float("nan")
+    return figures
+
+
+def _log(folder: Path, config: Config, step: int, figures: dict[str, float], pace: float) -> None:
     """One line for people, the same figures as JSON."""
-    figures: dict[str, float] = {"step": step, "diffusion": float(outcomes["diffusion"].loss)}
-    if "lookahead" in outcomes:
-        ahead = outcomes["lookahead"]
-        counted = int(ahead.counts.sum())
-        figures["lookahead"] = float(ahead.loss)
-        figures["counted"] = counted / len(ahead.counts)
-        figures["distance"] = float(ahead.values[ahead.counts].mean()) if counted else float("nan")
-    figures |= {k: float(v) for k, v in norms.items()}
-    figures |= {"pictures_per_second": config.batch / pace}
+    figures = {"step": step} | figures | {"pictures_per_second": config.batch / pace}
     if torch.cuda.is_available():
         figures["peak_gigabytes"] = torch.cuda.max_memory_allocated() / 1e9
     left = int(pace * (config.steps - step))
