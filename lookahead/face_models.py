@@ -162,8 +162,8 @@ class FaceModels:
         wrong = [size for size in sizes if size < 32 or size % 32]
         if wrong or not sizes:
             raise ValueError(
-                f"The detection sizes are {list(sizes)}, and each must be a multiple of 32 from 32 on: write for example "
-                "640, 320, 128."
+                f"The detection sizes are {list(sizes)}, and each must be a multiple of 32 from 32 on: write for "
+                "example 640, 320, 128."
             )
         pairs = [(size, size) for size in dict.fromkeys(sizes)]
         out = []

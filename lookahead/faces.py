@@ -46,8 +46,8 @@ class Detector(Protocol):
 def template(size: int = CROP, margin: float = 0.0) -> Tensor:
     """Where the landmarks lie in a square crop of `size` pixels: float32 [5, 2].
 
-    margin: how much more is seen on each side, as a share of what the crop of 112 shows. Without margin, sizes of whole
-    112s are the template times that, and sizes of whole 128s have 8 more columns on each side, as insightface cuts them.
+    margin: how much more is seen on each side, as a share of what the crop of 112 shows. Without it, a size of whole
+    128s shows 8 more columns on each side than one of 112s, as insightface cuts them.
     """
     if not margin and size % CROP and size % 128 == 0:
         return (TEMPLATE + torch.tensor([8.0, 0.0])) * (size / 128)

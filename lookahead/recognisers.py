@@ -36,7 +36,12 @@ class Recogniser(nn.Module):
     """
 
     def __init__(
-        self, network: nn.Module, name: str, size: int = CROP, scale: tuple[float, float] = BYTES, one_by_one: bool = False
+        self,
+        network: nn.Module,
+        name: str,
+        size: int = CROP,
+        scale: tuple[float, float] = BYTES,
+        one_by_one: bool = False,
     ):
         super().__init__()
         self.network = network.eval().requires_grad_(False)
@@ -127,15 +132,15 @@ def from_onnx(path: Path, scale: tuple[float, float] | None = None) -> Recognise
         network = convert(model)
     except NotImplementedError as error:
         raise RecogniserError(
-            f"{name} uses an operation that onnx2torch does not know ({_short(error)}): use the same recogniser in torch "
-            "(.pth or .safetensors), or export it with opset 17 by torch's older exporter (dynamo=False)."
+            f"{name} uses an operation that onnx2torch does not know ({_short(error)}): use the same recogniser in "
+            "torch (.pth or .safetensors), or export it with opset 17 by torch's older exporter (dynamo=False)."
         ) from error
     except Exception as error:  # a KeyError, an AssertionError ...: whatever it stumbles over
         raise RecogniserError(
             f"onnx2torch cannot convert {name} ({type(error).__name__}: {_short(error)}): use the same recogniser in "
             "torch (.pth or .safetensors)."
         ) from error
-    network.float()
+    network.float().eval()
     one_by_one = _check(network, model, path, size)
     return Recogniser(network, name, size, scale or _scale(model.graph), one_by_one)
 
@@ -166,14 +171,14 @@ def _input_size(model: Any, name: str) -> int:
     size = sizes[0][2] if ok else 0
     if not ok or len(model.graph.output) != 1 or (size % CROP and size % 128) or not size:
         raise RecogniserError(
-            f"{name} is no ArcFace recogniser: one has one input of 3 x {CROP} x {CROP} and one output, and this has inputs "
-            f"{sizes} and {len(model.graph.output)} outputs."
+            f"{name} is no ArcFace recogniser: one has one input of 3 x {CROP} x {CROP} and one output, and this has "
+            f"inputs {sizes} and {len(model.graph.output)} outputs."
         )
     return size
 
 
 def _scale(graph: Any) -> tuple[float, float]:
-    """Does the graph normalise by itself? insightface asks the nodes' names, which torch's exporters write otherwise."""
+    """Does the graph normalise by itself? (insightface asks its nodes' names, which torch writes otherwise.)"""
     before = set()
     for node in graph.node[:8]:
         if node.op_type == "Conv":
@@ -196,7 +201,9 @@ def _check(network: nn.Module, model: Any, path: Path, size: int) -> bool:
         except RuntimeError:  # a reshape to a batch of one
             one_by_one = True
     if single.ndim != 2 or not single.isfinite().all():
-        raise RecogniserError(f"{path.name} gives {list(single.shape)} instead of a vector a crop: it is no recogniser.")
+        raise RecogniserError(
+            f"{path.name} gives {list(single.shape)} instead of a vector a crop: it is no recogniser."
+        )
     if importlib.util.find_spec("onnxruntime") is not None:
         import onnxruntime
 
@@ -205,8 +212,8 @@ def _check(network: nn.Module, model: Any, path: Path, size: int) -> bool:
         theirs = torch.cat([torch.from_numpy(session.run(None, {asked: row.numpy()})[0]) for row in x.split(1)])
         if _far(single, theirs):
             raise RecogniserError(
-                f"{path.name} gives something else in torch than in onnxruntime: onnx2torch misreads it, so use the same "
-                "recogniser in torch (.pth or .safetensors)."
+                f"{path.name} gives something else in torch than in onnxruntime: onnx2torch misreads it, so use the "
+                "same recogniser in torch (.pth or .safetensors)."
             )
     return one_by_one
 
@@ -270,16 +277,18 @@ class IR(nn.Module):
     """IR-50, IR-100, IR-152 and, squeezed, IR-SE50 in the layout of `model_ir_se50.pth` (InsightFace_Pytorch), which
     face.evoLVe and CurricularFace share: crops [n, 3, 112, 112] of (bytes - 127.5) / 127.5 -> [n, 512]."""
 
-    def __init__(self, blocks: list[int], squeezed: bool):
+    def __init__(self, blocks: list[int], squeezed: bool, widths: tuple[int, ...] = _WIDTHS):
         super().__init__()
-        width = _WIDTHS[0]
-        self.input_layer = nn.Sequential(nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.PReLU(width))
+        width = widths[0]
+        self.input_layer = nn.Sequential(
+            nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.PReLU(width)
+        )
         units, inner = [], width
-        for outer, count in zip(_WIDTHS, blocks, strict=True):
+        for outer, count in zip(widths, blocks, strict=True):
             units += [_IRUnit(inner if i == 0 else outer, outer, 2 if i == 0 else 1, squeezed) for i in range(count)]
             inner = outer
         self.body = nn.Sequential(*units)
-        last = _WIDTHS[-1]
+        last = widths[-1]
         self.output_layer = nn.Sequential(
             nn.BatchNorm2d(last),
             nn.Dropout(0.0),
@@ -315,14 +324,14 @@ class IResNet(nn.Module):
     """iresnet18 to iresnet152 in the layout of insightface's own torch files (arcface_torch's `backbone.pth`): crops
     [n, 3, 112, 112] of (bytes - 127.5) / 127.5 -> [n, 512]."""
 
-    def __init__(self, blocks: list[int]):
+    def __init__(self, blocks: list[int], widths: tuple[int, ...] = _WIDTHS):
         super().__init__()
-        width = _WIDTHS[0]
+        width = widths[0]
         self.conv1 = nn.Conv2d(3, width, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.prelu = nn.PReLU(width)
         inner = width
-        for number, (outer, count) in enumerate(zip(_WIDTHS, blocks, strict=True), 1):
+        for number, (outer, count) in enumerate(zip(widths, blocks, strict=True), 1):
             units = [_IResNetUnit(inner if i == 0 else outer, outer, 2 if i == 0 else 1) for i in range(count)]
             setattr(self, f"layer{number}", nn.Sequential(*units))
             inner = outer

@@ -101,16 +101,21 @@ def test_a_margin_shows_more_around_the_same_face():
     assert torch.allclose(wide, TEMPLATE + CROP)
     picture = torch.rand(1, 3, 400, 400, generator=torch.Generator().manual_seed(2))
     points = (TEMPLATE + 144)[None]
-    assert torch.allclose(align(picture, points, wide, 336)[..., CROP:-CROP, CROP:-CROP], align(picture, points), atol=1e-4)
+    assert torch.allclose(
+        align(picture, points, wide, 336)[..., CROP:-CROP, CROP:-CROP], align(picture, points), atol=1e-4
+    )
 
 
 def test_gradients_of_picture_and_landmarks_are_those_of_finite_differences():
     g = torch.Generator().manual_seed(3)
     picture = torch.rand(2, 1, 9, 11, generator=g, dtype=torch.float64, requires_grad=True)
-    points = (turned(TEMPLATE, 0.1, 0.07, (1.0, 0.5)).double() + torch.rand(2, 5, 2, generator=g).double()).requires_grad_()
+    points = (
+        turned(TEMPLATE, 0.1, 0.07, (1.0, 0.5)).double() + torch.rand(2, 5, 2, generator=g).double()
+    ).requires_grad_()
     for samples in (1, 2):
         assert torch.autograd.gradcheck(
-            lambda a, b, samples=samples: align(a, b, size=7, samples=samples).square().sum((1, 2, 3)), (picture, points)
+            lambda a, b, samples=samples: align(a, b, size=7, samples=samples).square().sum((1, 2, 3)),
+            (picture, points),
         )
 
 
