@@ -1,7 +1,7 @@
 """Lookahead losses: how far a preview is from what is wanted, with gradients (arXiv 2404.03620, eq. 4 and section 5.1).
 
 One interface for the sampler and the trainer, `Loss`. A loss knows its references; a preview is compared with the one
-that its row names. Losses are never changed: what varies from run to run is drawn from the generator of a run (`started`).
+that its row names. A loss never changes: what varies from run to run is drawn from a run's own generator (`started`).
 The identity loss is in `identity.py`, the networks come from `clip.py` and `perceptual.py`.
 """
 
@@ -107,7 +107,7 @@ class EmbeddingLoss:
 
 @torch.no_grad()
 def embed(encoder: PictureEncoder, pictures: Tensor) -> Tensor:
-    """Unit vectors [n, channels] of reference pictures [n, 3, h, w] in [-1, 1], read as `EmbeddingLoss` reads previews."""
+    """Unit vectors [n, channels] of references [n, 3, h, w] in [-1, 1], read as `EmbeddingLoss` reads previews."""
     squares = resized((checked(pictures) + 1) / 2, encoder.size, encoder.size).clamp(0, 1)
     return F.normalize(encoder(squares), dim=-1)
 

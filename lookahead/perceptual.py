@@ -1,4 +1,4 @@
-"""Perceptual distances by their own packages, `lpips` and `dreamsim`, with weights from the user's folder. No downloads."""
+"""Perceptual distances by their own packages, `lpips` and `dreamsim`; weights come from the user's folder alone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BACKBONES = {
 
 
 def lpips_network(backbone: str, path: str | os.PathLike[str] | None = None, seed: int = 0) -> nn.Module:
-    """The LPIPS network of the `lpips` package: a, b [n, 3, h, w] in [-1, 1] -> distances [n, 1, 1, 1]; float32, frozen.
+    """The network of the `lpips` package: a, b [n, 3, h, w] in [-1, 1] -> distances [n, 1, 1, 1]; float32, frozen.
 
     backbone: one of BACKBONES. path: torchvision's weights for it. None: random weights from `seed`, for tests and the
     mini world: a distance of random features, which is not the published measure. The package brings the weights of its
@@ -86,8 +86,8 @@ class DreamSimPictures(nn.Module):
     """DreamSim (Fu et al. 2023, arXiv 2306.09344) for `losses.EmbeddingLoss`: pictures -> what its distance compares.
 
     folder: what the package unpacked there when it was once called with `cache_dir` (for "ensemble" with torch.hub's
-    files of DINO, which that call fetches too). Raises ImportError or FileNotFoundError, one sentence, where the package
-    or a file is missing; nothing is downloaded.
+    files of DINO, which that call fetches too). Raises ImportError or FileNotFoundError, one sentence, where the
+    package or a file is missing; nothing is downloaded.
     """
 
     size = 224

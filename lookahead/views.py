@@ -49,7 +49,7 @@ class Views:
     def of(self, size: int, generator: torch.Generator, *pictures: Tensor) -> list[Tensor]:
         """Each [n, 3, h, w] in [0, 1] -> [count * n, 3, size, size] in [0, 1], view after view.
 
-        All are cut and changed alike: row i of one and row i of another keep fitting together. They must agree in shape.
+        All are cut and changed alike: row i of one and row i of another still belong together. Shapes must agree.
         The numbers are drawn on the generator's device, six for each row, and read on the host: use a CPU generator.
         """
         n, _, h, w = pictures[0].shape
