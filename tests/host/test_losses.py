@@ -103,10 +103,8 @@ def test_the_text_loss_is_that_of_transformers_own_tokens_and_embeddings(pack, c
         return torch.nn.functional.normalize(clip_file[1].text_projection(pooled), dim=-1)
 
     text, neutral = own("an oil painting of a man"), own("a photo of a face")
-    plain, directed = (
-        clip(text=" an oil painting of a man\n"),
-        clip(text="an oil painting of a man", neutral="a photo of a face"),
-    )
+    plain = clip(text=" an oil painting of a man\n")
+    directed = clip(text="an oil painting of a man", neutral="a photo of a face")
     assert torch.allclose(plain.loss.targets, text, atol=1e-5)
     way = torch.nn.functional.normalize(text - neutral, dim=-1)
     assert torch.allclose(directed.loss.targets, way, atol=1e-4)
@@ -158,9 +156,9 @@ def test_a_network_is_moved_outside_of_inference_mode_and_whole_whoever_asks(pac
     assert patcher.loaded_size() == patcher.model_size()
     assert loaded.model_unload(memory_to_free=1), "asked for a part, all of it goes"
     assert patcher.loaded_size() == 0 and seen and not any(seen)
+    comfy.model_management.current_loaded_models.remove(loaded)  # as the host does after unloading
     patcher.load(patcher.load_device, lowvram_model_memory=1)  # as with little memory
     assert patcher.loaded_size() == patcher.model_size()
-    patcher.detach()
 
 
 def test_networks_are_known_to_the_hosts_memory_management(clip, tools):

@@ -367,9 +367,8 @@ def part(values, counts):
 
 
 def test_combined_is_the_weighed_mean_and_a_sample_counts_when_any_part_does():
-    loss = Combined(
-        ((3.0, part([0.2, 0.4, 0.6], [True, True, False])), (1.0, part([0.8, 0.0, 0.5], [True, False, False])))
-    )
+    first, second = part([0.2, 0.4, 0.6], [True, True, False]), part([0.8, 0.0, 0.5], [True, False, False])
+    loss = Combined(((3.0, first), (1.0, second)))
     values, counts = loss(torch.zeros(3, 3, 4, 4))
     assert torch.allclose(values, torch.tensor([0.35, 0.3 + UNLIKE / 4, UNLIKE]))
     assert counts.tolist() == [True, True, False]
