@@ -6,9 +6,13 @@ from comfy_api.latest import ComfyExtension, io
 
 from .apply_image_prompt import LookaheadApplyImagePrompt
 from .apply_kv_injection import LookaheadApplyKVInjection
+from .clip_loss import LookaheadCLIPLoss
+from .combine_losses import LookaheadCombineLosses
 from .encode_reference import LookaheadEncodeReference
 from .guider import LookaheadGuider
 from .load_encoder import LookaheadLoadEncoder, register_folders
+from .loss_network import register_folder
+from .lpips_loss import LookaheadLPIPSLoss
 
 
 class LookaheadExtension(ComfyExtension):
@@ -16,10 +20,14 @@ class LookaheadExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         register_folders()  # here, since the oldest supported hosts do not call on_load
+        register_folder()
         return [
             LookaheadLoadEncoder,
             LookaheadEncodeReference,
             LookaheadApplyImagePrompt,
             LookaheadApplyKVInjection,
             LookaheadGuider,
+            LookaheadCLIPLoss,
+            LookaheadLPIPSLoss,
+            LookaheadCombineLosses,
         ]
