@@ -1,17 +1,21 @@
-"""The identity loss: is the person in a preview the one of the reference? (Section 4.2 of the paper, L_ID.)"""
+"""The identity loss: is the person in a preview the one of the reference? (arXiv 2404.03620, section 4.2 and 5.1.)"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .faces import Detector, Face, align, area, elsewhere, nearest, samples_for, usable
+from .losses import checked, of_rows
 from .recognisers import Recogniser
 
-# Where the face of a preview is taken to be when the detector finds none in it.
+# Where the face of a preview is taken to be when none is found in it: where it was last in this image, else where the
+# reference has it; where it was last alone; nowhere.
 REFERENCE, LAST, NONE = "reference", "last", "none"
 FALLBACKS = (REFERENCE, LAST, NONE)
 
@@ -34,118 +38,110 @@ def embed(recogniser: Recogniser, pictures: Tensor, points: Tensor) -> Tensor:
     return recogniser(align(pictures, points, size=size, samples=samples_for(points, size)))
 
 
-class Landmarks:
-    """Where the face is in each picture of a batch, from call to call; remembers where it was last.
+@dataclass(frozen=True, eq=False)
+class People:
+    """The references of an identity loss."""
 
-    Anew by the detector; where it finds none, the last place in this picture, else the reference's, as `fallback`
-    allows. Of several faces it is that nearest to the last place, at first the largest. What is remembered belongs to a
-    position in the batch: `forget` it before another run, and it is forgotten when batch or size change.
+    embeddings: Tensor  # [m, d], of unit length
+    points: Tensor  # [m, 5, 2], where the face was
+    sizes: Tensor  # int64 [m, 2], height and width of the picture that it was in
+
+
+def read_people(recogniser: Recogniser, detector: Detector, pictures: Sequence[Tensor], together: bool) -> People:
+    """The people in pictures [3, h, w] in [0, 1] of any sizes, on the recogniser's device; the largest face of each.
+
+    together: all show one person, whose embedding is the mean; pictures without a face are then left out. Else each is
+    a reference of its own. Raises NoFaceError where no face is left.
     """
-
-    def __init__(self, detector: Detector, fallback: str):
-        if fallback not in FALLBACKS:
-            raise ValueError(f"The fallback is {fallback!r}, and known are {', '.join(FALLBACKS)}.")
-        self.detector, self.fallback = detector, fallback
-        self.forget()
-
-    def forget(self) -> None:
-        """Begin a run."""
-        self._shape: tuple[int, ...] = ()
-        self._last: list[Tensor | None] = []
-
-    def __call__(self, pictures: Tensor, reference: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures [n, 3, h, w] in [0, 1] -> landmarks [n, 5, 2] and bool [n], whether they are any; both on the CPU.
-
-        reference: [n, 5, 2], landmarks in each picture's reference, whose (height, width) are size [n, 2].
-        Where there is no face, the landmarks are the reference's all the same: usable, and not to be counted.
-        """
-        if self._shape != pictures.shape:
-            self._shape, self._last = tuple(pictures.shape), [None] * len(pictures)
-        points, there = [], []
-        for i, faces in enumerate(self.detector(pictures.detach())):
-            faces, last = [face for face in faces if bool(usable(face.points[None]))], self._last[i]
-            borrowed = elsewhere(reference[i], tuple(size[i].tolist()), tuple(pictures.shape[-2:]))
-            if faces:
-                face = largest(faces) if last is None else nearest(faces, last)
-                self._last[i] = face.points
-            known = self._last[i] if faces or self.fallback != NONE else None
-            there.append(known is not None or self.fallback == REFERENCE)
-            points.append(borrowed if known is None else known)
-        return torch.stack(points), torch.tensor(there)
+    faces = [largest(detector(picture[None])[0]) for picture in pictures]
+    without = [i for i, face in enumerate(faces) if face is None]
+    if len(without) == len(faces) or (without and not together):
+        which = "the reference" if len(faces) == 1 else f"reference picture {without[0] + 1} of {len(faces)}"
+        raise NoFaceError(
+            f"No face was found in {which}: use a picture that shows one clearly, with some room around the head."
+        )
+    if without:
+        logging.warning(
+            "[LCM-Lookahead] no face was found in %d of %d reference pictures, which are left out.",
+            len(without),
+            len(faces),
+        )
+    seen = [(picture, face) for picture, face in zip(pictures, faces, strict=True) if face is not None]
+    with torch.no_grad():
+        embeddings = torch.cat([embed(recogniser, picture[None], face.points[None]) for picture, face in seen]).cpu()
+    points = torch.stack([face.points for _, face in seen])
+    sizes = torch.tensor([picture.shape[-2:] for picture, _ in seen])
+    if together:
+        return People(F.normalize(embeddings.mean(0, keepdim=True), dim=-1), points[:1], sizes[:1])
+    return People(embeddings, points, sizes)
 
 
+@dataclass(eq=False)
+class Memory:
+    """What one run remembers of its previews."""
+
+    places: dict[int, Tensor] = field(default_factory=dict)  # the last landmarks [5, 2] by number of the image
+    size: tuple[int, ...] = ()  # of the previews that they are in
+    told: bool = False  # that some have no face
+
+
+@dataclass(frozen=True, eq=False)
 class IdentityLoss:
-    """1 - cosine of the preview's embedding and its reference's: 0 (the same) to 2.
+    """1 - cosine of the face embeddings of preview and reference, from 0 (the same) to 2; 1 is unlike.
 
-    The preview's face is found without gradient, cut out by a similarity without reflection, and recognised; the
-    gradient goes through crop and recogniser to the preview's pixels. `recogniser` is a module: whoever calls has it on
-    the previews' device.
+    The preview's face is found without gradient (of several, the nearest to where it was last, at first the largest),
+    cut out by a similarity without reflection, and recognised; the gradient goes through recogniser and cut to the
+    pixels. Whoever calls has the recogniser, a module, on the previews' device. Only a loss that was started remembers
+    where a face was last, and that in its `memory`.
     """
 
-    unit = "1 - cosine of face embeddings"
+    recogniser: Recogniser
+    detector: Detector
+    people: People
+    fallback: str = REFERENCE
+    memory: Memory | None = None
 
-    def __init__(
-        self,
-        recogniser: Recogniser,
-        detector: Detector,
-        pictures: Sequence[Tensor],
-        together: bool = True,
-        fallback: str = REFERENCE,
-    ):
-        """pictures: references [3, h, w] in [0, 1], on the recogniser's device, of any sizes. together: they all show
-        one person, whose embedding is their mean; else each is a reference of its own (see `rows` of the call).
+    def __post_init__(self) -> None:
+        if self.fallback not in FALLBACKS:
+            raise ValueError(f"The fallback is {self.fallback!r}: use one of {', '.join(FALLBACKS)}.")
 
-        Raises NoFaceError where a reference has no face; of several pictures of one person, some may have none.
-        """
-        self.recogniser, self.landmarks = recogniser, Landmarks(detector, fallback)
-        faces = [largest(detector(picture[None])[0]) for picture in pictures]
-        without = [i for i, face in enumerate(faces) if face is None]
-        if len(without) == len(faces) or (without and not together):
-            which = "the reference" if len(faces) == 1 else f"picture {without[0]} (of 0 to {len(faces) - 1})"
-            raise NoFaceError(
-                f"No face was found in {which}: use a picture that shows one clearly, with some room around the head."
-            )
-        if without:
-            logging.warning(
-                "[LCM-Lookahead] no face was found in %d of %d reference pictures, which are left out.",
-                len(without),
-                len(faces),
-            )
-        seen = [(picture, face) for picture, face in zip(pictures, faces, strict=True) if face is not None]
-        with torch.no_grad():
-            embeddings = torch.cat([embed(recogniser, picture[None], face.points[None]) for picture, face in seen])
-        points = torch.stack([face.points for _, face in seen])
-        size = torch.tensor([picture.shape[-2:] for picture, _ in seen])
-        if together:
-            embeddings = torch.nn.functional.normalize(embeddings.mean(0, keepdim=True), dim=-1)
-            points, size = points[:1], size[:1]
-        self.references = embeddings  # [references, d]
-        self._points, self._size = points, size
-        self._told = False
-
-    def begin(self) -> None:
-        """Forget the run before: where its faces were, and that missing ones were spoken of."""
-        self.landmarks.forget()
-        self._told = False
+    def started(self, generator: torch.Generator | None = None) -> IdentityLoss:
+        """The loss for one run (`losses.started`); it draws nothing."""
+        return replace(self, memory=Memory())
 
     def __call__(self, preview: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Preview [n, 3, h, w] in [-1, 1] -> values [n] (`unit`, lower is better) and bool [n], which of them count.
-
-        rows: int64 [n], which reference each preview belongs to; without it the first goes to the first, and so on in
-        turn. A value that does not count is 0 and has no gradient.
-        """
-        count = len(self.references)
-        rows = torch.arange(len(preview)) % count if rows is None else rows.cpu()
-        pictures = (preview.to(torch.promote_types(preview.dtype, torch.float32)) + 1) / 2
-        points, there = self.landmarks(pictures, self._points[rows], self._size[rows])
-        if not there.all() and not self._told:
-            self._told = True
+        """As `losses.Loss`. A preview without a face (`fallback`) does not count: it is 0, without a gradient."""
+        pictures = (checked(preview.to(torch.promote_types(preview.dtype, torch.float32))) + 1) / 2
+        memory = self.memory or Memory()
+        rows = torch.arange(len(pictures)) if rows is None else rows.cpu()
+        points, there = self._find(pictures.detach(), rows.tolist(), memory)
+        if not there.all() and not memory.told:
+            memory.told = True
             logging.warning(
                 "[LCM-Lookahead] no face was found in %d of %d previews, which do not count for the identity loss.",
                 int((~there).sum()),
                 len(there),
             )
         found = embed(self.recogniser, pictures, points)
-        values = 1 - (found * self.references.to(found)[rows.to(found.device)]).sum(-1)
+        values = 1 - (found * of_rows(self.people.embeddings, found, rows)).sum(-1)
         counts = there.to(values.device)
         return torch.where(counts, values, 0.0), counts
+
+    def _find(self, pictures: Tensor, rows: list[int], memory: Memory) -> tuple[Tensor, Tensor]:
+        """Landmarks [n, 5, 2] and whether they count [n], on the CPU. Those that do not are usable all the same."""
+        size, people = tuple(pictures.shape[-2:]), self.people
+        if memory.size != size:
+            memory.size, memory.places = size, {}
+        points, there = [], []
+        for row, faces in zip(rows, self.detector(pictures), strict=True):
+            faces = [face for face in faces if bool(usable(face.points[None]))]
+            last = memory.places.get(row)
+            if faces:
+                last = (largest(faces) if last is None else nearest(faces, last)).points
+                memory.places[row] = last
+            there.append(bool(faces) or self.fallback == REFERENCE or (self.fallback == LAST and last is not None))
+            if last is None:
+                which = row % len(people.points)
+                last = elsewhere(people.points[which], tuple(people.sizes[which].tolist()), size)
+            points.append(last)
+        return torch.stack(points), torch.tensor(there)
