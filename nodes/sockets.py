@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 ENCODER = io.Custom("LOOKAHEAD_ENCODER")
 REFERENCE = io.Custom("LOOKAHEAD_REFERENCE")
 LOSS = io.Custom("LOOKAHEAD_LOSS")
+FACE_ANALYSIS = io.Custom("LOOKAHEAD_FACE_ANALYSIS")  # carries `lookahead.face_models.FaceModels`
 
 
 @dataclass(frozen=True, eq=False)
