@@ -44,11 +44,11 @@ def people(pack):
 
 @pytest.fixture(scope="module")
 def group(people):
-    """A picture of three people, [1, 256, 256, 3], and the middle's x of each: the last in the list stands below."""
-    picture, middles = torch.full((1, 3, 256, 256), 0.45), []
-    for n, (x, y, side) in enumerate(((0, 0, 120), (132, 4, 124), (70, 146, 84))):
+    """A picture of three people, [1, 512, 512, 3], and the middle's x of each: the last in the list stands below."""
+    picture, middles = torch.full((1, 3, 512, 512), 0.45), []
+    for n, (x, y, side) in enumerate(((0, 0, 240), (264, 8, 248), (140, 292, 168))):
         face = people[0][(0, 2, 1)[n], 0].movedim(-1, 0)[None]
-        picture[:, :, y : y + side, x : x + side] = F.interpolate(face, (side, side), mode="area")
+        picture[:, :, y : y + side, x : x + side] = F.interpolate(face, (side, side), mode="bilinear")
         middles.append(x + side / 2)
     return picture.movedim(1, -1), middles
 
@@ -87,7 +87,7 @@ def test_the_licence_and_the_recogniser_are_shown_on_the_node(pack, models):
     out = pack.nodes["LookaheadLoadFaceAnalysis"].execute("mini")
     text = out.result[1]
     assert "licence unknown" in text and "recogniser: rec_mini.onnx" in text and "128 pixels" in text
-    assert text in str(out.ui.as_dict())
+    assert tuple(out.ui.as_dict()["text"]) == (text,)
 
 
 def test_a_pack_that_is_not_there_is_named_with_the_folder_searched(pack, models, tools):
@@ -120,24 +120,6 @@ def test_without_a_package_the_pack_s_other_nodes_work_and_this_says_what_to_ins
     tools.reference(mini, tools.picture(1))
 
 
-def test_the_pack_imports_neither_insightface_nor_onnxruntime_by_itself(pack):
-    """In a process of its own, since the tests have imported them here. The host may import cv2 itself."""
-    import os
-    import subprocess
-
-    code = (
-        "import asyncio, runpy, sys; runpy.run_path(sys.argv[1] + '/prestartup_script.py')\n"
-        "from comfy.cli_args import args; args.cpu = True\n"
-        "import nodes; before = set(sys.modules)\n"
-        "assert asyncio.run(nodes.load_custom_node(sys.argv[2], module_parent='custom_nodes'))\n"
-        "print(sorted({'insightface', 'onnxruntime', 'onnx', 'onnx2torch', 'cv2', 'lpips'} & set(sys.modules) - before))"
-    )
-    cure = ROOT / "tools/custom_nodes/cpu_torchvision"
-    host = os.environ.get("COMFYUI_DIR") or ROOT / ".host" / os.environ.get("HOST_VERSION", "0.30.0")
-    done = subprocess.run([sys.executable, "-c", code, str(cure), str(ROOT)], cwd=host, capture_output=True, text=True)
-    assert done.stdout.strip().endswith("[]"), done.stdout + done.stderr
-
-
 def middle_of(crop, whole):
     """Where in a picture [1, H, W, 3] a crop [1, s, s, 3], not resized, was cut: its middle's x."""
     last = crop.shape[1] - 1
@@ -165,13 +147,13 @@ def test_the_face_that_is_asked_for_is_cut_out(crop, group, order, face, who):
     picture, middles = group
     cut, preview = crop(picture, order=order, face=face, margin=0.0)
     assert cut.shape[1] == cut.shape[2] and preview.shape == picture.shape
-    assert abs(middle_of(cut, picture) - middles[who]) < 14
+    assert abs(middle_of(cut, picture) - middles[who]) < 28
 
 
 def test_the_margin_widens_the_square_and_keeps_it_inside_the_picture(crop, group):
     picture, _ = group
     sides = [crop(picture, margin=margin)[0].shape[1] for margin in (0.0, 0.2, 3.0)]
-    assert abs(sides[1] - sides[0] * 1.4) <= 1 and sides[2] == 256
+    assert abs(sides[1] - sides[0] * 1.4) <= 1 and sides[2] == 512
     at_the_edge, _ = crop(picture, order="left to right", face=0, margin=0.5)
     middle_of(at_the_edge, picture)  # a part of it, though the square would reach over the edge
 
@@ -193,8 +175,10 @@ def test_an_upright_crop_brings_the_landmarks_to_the_template(pack, crop, analys
     cut, _ = crop(pictures, alignment="upright", margin=0.5, size=224)
     wanted, own = faces.template(224, 0.5), faces.align(pictures.movedim(-1, 1), points, faces.template(224, 0.5), 224)
     assert cut.shape == (4, 224, 224, 3)
-    for found in analysis.find(cut.movedim(-1, 1)):
-        assert (found[0].points - wanted).norm(dim=-1).mean() < 6  # of 224; a face differs from the template itself
+    found = torch.stack([one[0].points for one in analysis.find(cut.movedim(-1, 1))])
+    left_to_do = faces.similarity(found, wanted)  # a face is not the template, but it is neither turned nor elsewhere
+    assert (left_to_do[:, :, :2] - torch.eye(2)).abs().max() < 0.1
+    assert (found.mean(1) - wanted.mean(0)).abs().max() < 6
     assert (cut.movedim(-1, 1) - own).abs().mean() < 0.06
     natural, _ = crop(pictures[:1], alignment="upright", margin=0.5)
     per_pixel = faces.pixels_per_sample(points[:1]).item()
@@ -238,7 +222,8 @@ def test_the_preview_marks_every_face_and_the_taken_one_in_green(crop, group):
         changed = (preview - picture).abs().amax(-1)[0] > 0.02
         green = (preview[0] - torch.tensor([80, 220, 100]) / 255).abs().amax(-1) < 0.01
         near = [
-            (slice(max(0, y - 50), y + 50), slice(max(0, x - 50), x + 50)) for x, y in ((60, 60), (194, 66), (112, 188))
+            (slice(max(0, y - 100), y + 100), slice(max(0, x - 100), x + 100))
+            for x, y in ((120, 120), (388, 132), (224, 376))
         ]
         assert all(changed[place].sum() > 50 for place in near)
         assert [bool(green[place].sum() > 50) for place in near] == [taken == 0, taken == 2, False]
@@ -344,6 +329,6 @@ def test_the_identity_loss_combines_with_others(pack, identity, people):
     layout = (
         pack.nodes["LookaheadLPIPSLoss"].execute(references, backbone="squeeze", weights="random", size=32).result[0]
     )
-    both = pack.nodes["LookaheadCombineLosses"].execute(loss_1=identity(references), loss_2=layout).result[0]
+    both = pack.nodes["LookaheadCombineLosses"].execute(loss_a=identity(references), loss_b=layout).result[0]
     values, slope = gradient(pack, both, as_preview(people[0][:2, 1]))
     assert len(both.patchers) == 2 and values[0] < values[1] and slope.isfinite().all()
