@@ -22,7 +22,14 @@ from .tensor_file import read_tensors
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of all public CLIP models
 TRANSFORMERS_NAMES = ("model", "pytorch_model")  # beside these lies the config.json that belongs to them
-GELU_FROM = 1280  # width of the picture half
+# Heads and activation of the public picture halves by their width: OpenAI's B and L, OpenCLIP's H, g and bigG.
+PUBLIC = {
+    768: (12, "quick_gelu"),
+    1024: (16, "quick_gelu"),
+    1280: (16, "gelu"),
+    1408: (16, "gelu"),
+    1664: (16, "gelu"),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +39,12 @@ class CLIPFile:
     name: str
     tensors: Mapping[str, Tensor]
     configuration: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def configuration_name(self) -> str:
+        """The file beside it that says what shapes do not tell."""
+        stem = Path(self.name).stem
+        return "config.json" if stem in TRANSFORMERS_NAMES else f"{stem}_config.json"
 
     @property
     def has_text(self) -> bool:
@@ -56,17 +69,16 @@ def read(path: str | os.PathLike[str]) -> CLIPFile:
             f"{path.name} is not a CLIP in the transformers layout (it has no visual_projection.weight): use the "
             "model.safetensors of a CLIP, such as openai/clip-vit-large-patch14."
         )
-    beside = path.with_name("config.json" if path.stem in TRANSFORMERS_NAMES else f"{path.stem}_config.json")
-    configuration: dict[str, dict[str, Any]] = {}
+    file = CLIPFile(path.name, tensors, {})
+    beside = path.with_name(file.configuration_name)
     if beside.is_file():
         try:
             said = json.loads(beside.read_text(encoding="utf-8"))
-            configuration = {half: said.get(f"{half}_config", {}) for half in ("vision", "text")}
+            vision = said.get("vision_config", said)  # itself that of the picture half, where that is all there is
+            file = CLIPFile(path.name, tensors, {"vision": vision, "text": said.get("text_config", {})})
         except (ValueError, AttributeError) as error:
             raise ValueError(f"{beside.name} beside {path.name} is not a configuration: download it again.") from error
-        if "vision_config" not in said:  # of the picture half alone
-            configuration["vision"] = said
-    return CLIPFile(path.name, tensors, configuration)
+    return file
 
 
 def picture_config(file: CLIPFile) -> Any:
@@ -82,9 +94,7 @@ def picture_config(file: CLIPFile) -> Any:
         "image_size": patch * math.isqrt(positions - 1),
         "projection_dim": shape(file, "visual_projection.weight", 2)[0],
     }
-    heads = width // 64 if width <= 1024 else 16
-    public = {"hidden_act": activation(file), "num_attention_heads": heads}
-    return CLIPVisionConfig(**{**(file.configuration.get("vision") or public), **sizes})
+    return CLIPVisionConfig(**{**(file.configuration.get("vision") or public_settings(file)), **sizes})
 
 
 def text_config(file: CLIPFile) -> Any:
@@ -99,14 +109,23 @@ def text_config(file: CLIPFile) -> Any:
         "max_position_embeddings": shape(file, "text_model.embeddings.position_embedding.weight", 2)[0],
         "projection_dim": shape(file, "text_projection.weight", 2)[0],
     }
-    public = {"hidden_act": activation(file), "num_attention_heads": width // 64}
-    return CLIPTextConfig(**{**(file.configuration.get("text") or public), **sizes})
+    given = file.configuration.get("text") or {**public_settings(file), "num_attention_heads": width // 64}
+    return CLIPTextConfig(**{**given, **sizes})
 
 
-def activation(file: CLIPFile) -> str:
-    """That of both halves in the public models: OpenCLIP's H, g and bigG have GELU, OpenAI's B and L quick GELU."""
+def public_settings(file: CLIPFile) -> dict[str, Any]:
+    """Activation (of both halves) and heads (of the picture half) where no configuration says them.
+
+    Raises ValueError, one sentence, for a size that no public model has.
+    """
     width = shape(file, "vision_model.embeddings.patch_embedding.weight", 4)[0]
-    return "gelu" if width >= GELU_FROM else "quick_gelu"
+    if width not in PUBLIC:
+        raise ValueError(
+            f"{file.name} is no public CLIP by its size (its picture half is {width} wide), so nothing says how it is "
+            f"built: put its configuration beside it, as {file.configuration_name}."
+        )
+    heads, activation = PUBLIC[width]
+    return {"hidden_act": activation, "num_attention_heads": heads}
 
 
 class CLIPPictures(nn.Module):

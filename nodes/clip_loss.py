@@ -102,10 +102,10 @@ class LookaheadCLIPLoss(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, clip_name: str, text: str, neutral: str, several: str, views: int, **_) -> str:
+    def fingerprint_inputs(cls, clip_name: str, **settings) -> str:
         """Load again when the file was replaced."""
         try:
-            return fingerprint(clip_path(clip_name), text=text, neutral=neutral, several=several, views=views)
+            return fingerprint(clip_path(clip_name))
         except OSError:
             return clip_name
 

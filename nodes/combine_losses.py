@@ -49,5 +49,6 @@ class LookaheadCombineLosses(io.ComfyNode):
         combined = Combined(tuple((weight, part.loss) for weight, part in parts))
         counting = [(weight, part) for weight, part in parts if weight]
         patchers = dict.fromkeys(patcher for _, part in counting for patcher in part.patchers)
-        name = " + ".join(f"{weight:g} {part.name}" for weight, part in counting)
+        names = [f"({part.name})" if isinstance(part.loss, Combined) else part.name for _, part in counting]
+        name = " + ".join(f"{weight:g} {name}" for (weight, _), name in zip(counting, names, strict=True))
         return io.NodeOutput(LookaheadLoss(combined, tuple(patchers), name))

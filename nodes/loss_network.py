@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
@@ -80,7 +79,7 @@ def find_file(folder: str, names: tuple[str, ...], wanted: str) -> str:
     raise FileNotFoundError(f"{wanted} and put it into {' or '.join(folder_paths.get_folder_paths(folder))}.")
 
 
-def fingerprint(path: str, **settings: Any) -> str:
+def fingerprint(path: str) -> str:
     """What tells the host that a file was replaced."""
     stat = os.stat(path)
-    return f"{path} {stat.st_size} {stat.st_mtime_ns} {settings}"
+    return f"{path} {stat.st_size} {stat.st_mtime_ns}"

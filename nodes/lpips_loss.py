@@ -80,7 +80,7 @@ class LookaheadLPIPSLoss(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, backbone: str, weights: str) -> bool | str:
+    def validate_inputs(cls, backbone: str = "vgg", weights: str = FILE) -> bool | str:
         """Say before the run that a file is missing."""
         try:
             if weights == FILE:
@@ -90,11 +90,10 @@ class LookaheadLPIPSLoss(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, backbone: str, size: int, views: int, weights: str, **_) -> str:
+    def fingerprint_inputs(cls, backbone: str = "vgg", weights: str = FILE, **settings) -> str:
         """Load again when the file was replaced."""
-        settings = {"backbone": backbone, "size": size, "views": views}
         try:
-            return fingerprint(backbone_path(backbone), **settings) if weights == FILE else str(settings)
+            return fingerprint(backbone_path(backbone)) if weights == FILE else weights
         except OSError:
             return backbone
 

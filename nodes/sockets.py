@@ -65,6 +65,6 @@ class LookaheadLoss:
     name: in a word or two, for logs and plots.
     """
 
-    loss: Loss
-    patchers: tuple[ModelPatcher, ...] = ()
+    loss: Loss = field(repr=False)
+    patchers: tuple[ModelPatcher, ...] = field(default=(), repr=False)
     name: str = "loss"

@@ -136,6 +136,12 @@ def test_public_models_are_known_without_a_configuration(width, text_width, acti
     assert (text.vocab_size, text.max_position_embeddings, text.projection_dim) == (49408, 77, 8)
 
 
+def test_an_unknown_size_without_a_configuration_is_not_guessed(clip_model, tmp_path):
+    file = clip.read(write(clip_model, tmp_path / "unknown", "tiny.safetensors", configuration=None))
+    with pytest.raises(ValueError, match="24 wide.*tiny_config.json"):
+        clip.CLIPPictures(file)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
