@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..lookahead.losses import Loss
 from .encoder import Encoder
 from .kv_cache import KVCache
 
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+
 ENCODER = io.Custom("LOOKAHEAD_ENCODER")
 REFERENCE = io.Custom("LOOKAHEAD_REFERENCE")
+LOSS = io.Custom("LOOKAHEAD_LOSS")
+FACE_ANALYSIS = io.Custom("LOOKAHEAD_FACE_ANALYSIS")  # carries `lookahead.face_models.FaceModels`
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,3 +53,18 @@ class Reference:
     """What travels as LOOKAHEAD_REFERENCE: one subject or several. Never changed once made."""
 
     subjects: tuple[Subject, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class LookaheadLoss:
+    """What travels as LOOKAHEAD_LOSS.
+
+    loss: how far previews are from what is wanted, `lookahead.losses.Loss`; a run calls `started(loss, generator)`
+        first, so that its random views repeat.
+    patchers: the networks that it reads with, to be loaded together with the UNet and the VAE.
+    name: in a word or two, for logs and plots.
+    """
+
+    loss: Loss = field(repr=False)
+    patchers: tuple[ModelPatcher, ...] = field(default=(), repr=False)
+    name: str = "loss"

@@ -1,0 +1,151 @@
+"""Where a face is and how it is cut out: five landmarks -> ArcFace's crop, differentiably; which face is meant.
+
+Lengths are pixels, x to the right and y downwards, and the centre of a picture's first pixel is 0 (as insightface
+counts). The five landmarks are the eye on the left of the picture, that on the right, the tip of the nose, and the
+corners of the mouth, left and right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+CROP = 112  # pixels a side of what recognisers of ArcFace's family see
+
+# Where the landmarks come to lie in that crop (arcface_dst of insightface).
+TEMPLATE = torch.tensor(
+    [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]
+)
+
+MOST_SAMPLES = 8  # a pixel of a crop and a direction; finer ones of a larger picture are not worth their time
+
+
+class Face(NamedTuple):
+    """A face that was found in a picture."""
+
+    box: Tensor  # float32 [4]: x0, y0, x1, y1
+    points: Tensor  # float32 [5, 2]
+    score: float  # how sure the detector is, 0 to 1
+
+
+class Detector(Protocol):
+    """Finds faces; runs without gradient."""
+
+    def __call__(self, pictures: Tensor) -> list[list[Face]]:
+        """Pictures [n, 3, h, w], RGB in [0, 1] -> the faces of each on the CPU, surest first, none where there is none.
+
+        Values out of the range are clamped.
+        """
+        ...
+
+
+def template(size: int = CROP, margin: float = 0.0) -> Tensor:
+    """Where the landmarks lie in a square crop of `size` pixels: float32 [5, 2].
+
+    margin: how much more is seen on each side, as a share of what the crop of 112 shows. Without it, a size of whole
+    128s shows 8 more columns on each side than one of 112s, as insightface cuts them.
+    """
+    if not margin and size % CROP and size % 128 == 0:
+        return (TEMPLATE + torch.tensor([8.0, 0.0])) * (size / 128)
+    zoom = size / (CROP * (1 + 2 * margin))
+    return (TEMPLATE + CROP * margin) * zoom
+
+
+def similarity(points: Tensor, to: Tensor | None = None) -> Tensor:
+    """[n, 5, 2] -> [n, 2, 3]: rotation, scale and shift that bring the points nearest to `to` (default: TEMPLATE).
+
+    Least squares without reflection (Umeyama), which for points of a plane is a complex regression. Differentiable.
+    Five equal points, which have no scale, give the matrix of zeros and a shift: see `usable`.
+    """
+    to = (TEMPLATE if to is None else to).to(points)
+    middle, goal = points.mean(1), to.mean(0)
+    p, q = points - middle[:, None], to - goal
+    power = p.square().sum((1, 2)).clamp_min(torch.finfo(p.dtype).tiny)
+    a = (p * q).sum((1, 2)) / power
+    b = (p[..., 0] * q[:, 1] - p[..., 1] * q[:, 0]).sum(1) / power
+    turn = torch.stack([torch.stack([a, -b], -1), torch.stack([b, a], -1)], -2)
+    return torch.cat([turn, (goal - (turn @ middle[..., None])[..., 0])[..., None]], -1)
+
+
+def misfit(points: Tensor) -> Tensor:
+    """[n, 5, 2] -> [n]: mean distance of the aligned landmarks from the template's, in pixels of the crop of 112.
+
+    Some 2 to 8 for faces. Landmarks that form no face, or are named the wrong way round, lie far off, because a
+    similarity does not mirror.
+    """
+    matrix = similarity(points)
+    aligned = points @ matrix[:, :, :2].transpose(1, 2) + matrix[:, None, :, 2]
+    return (aligned - TEMPLATE.to(points)).norm(dim=-1).mean(1)
+
+
+def usable(points: Tensor) -> Tensor:
+    """[n, 5, 2] -> bool [n]: numbers that are finite, and not all in one place."""
+    spread = (points - points.mean(1, keepdim=True)).norm(dim=-1).mean(1)
+    return points.isfinite().all(-1).all(-1) & (spread > 0.5)
+
+
+def pixels_per_sample(points: Tensor, size: int = CROP) -> Tensor:
+    """[n, 5, 2] -> [n]: how many pixels of the picture one of the crop is wide."""
+    return 1 / similarity(points, template(size))[:, :, 0].norm(dim=1)
+
+
+def align(pictures: Tensor, points: Tensor, to: Tensor | None = None, size: int = CROP, samples: int = 1) -> Tensor:
+    """Square crops [n, 3, size, size] of pictures [n, 3, h, w], in which the landmarks [n, 5, 2] lie as in `to`.
+
+    `to`: [5, 2], by default `template(size)`. Zero (black) where there is no picture. Computed in float32 at least, and
+    differentiable in pictures and points. samples: each pixel of the crop is the mean of so many squared bilinear
+    samples; one is what insightface does, more keep a crop of a large face from seeing few of its pixels, and its
+    gradient from reaching few of them.
+    """
+    dtype = torch.promote_types(pictures.dtype, torch.float32)
+    pictures, points = pictures.to(dtype), points.to(device=pictures.device, dtype=dtype)
+    matrix = similarity(points, template(size) if to is None else to)
+    turn, shift = matrix[:, :, :2], matrix[:, :, 2]
+    axis = (torch.arange(size * samples, device=pictures.device, dtype=dtype) + 0.5) / samples - 0.5
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    target = torch.stack([x, y], -1).view(1, -1, 2) - shift[:, None]
+    scale = turn[:, :, 0].square().sum(1)[:, None, None]  # the inverse of a similarity is its transpose over this
+    seen = target @ (turn / scale)
+    width_height = torch.tensor(pictures.shape[:1:-1], device=pictures.device, dtype=dtype)
+    grid = ((seen + 0.5) * 2 / width_height - 1).view(-1, len(axis), len(axis), 2)
+    crops = F.grid_sample(pictures, grid, align_corners=False)
+    return crops if samples == 1 else F.avg_pool2d(crops, samples)
+
+
+def samples_for(points: Tensor, size: int = CROP) -> int:
+    """How many samples a pixel `align` needs to see all of a picture that it shrinks: of landmarks [n, 5, 2], largest.
+
+    Reads values: call it where the landmarks are on the CPU.
+    """
+    return max(1, min(MOST_SAMPLES, int(pixels_per_sample(points, size).max().ceil())))
+
+
+def area(face: Face) -> float:
+    """Of the box, in pixels."""
+    x0, y0, x1, y1 = face.box.tolist()
+    return max(0.0, x1 - x0) * max(0.0, y1 - y0)
+
+
+def middle(face: Face) -> tuple[float, float]:
+    """Of the box."""
+    x0, y0, x1, y1 = face.box.tolist()
+    return (x0 + x1) / 2, (y0 + y1) / 2
+
+
+def nearest(faces: Sequence[Face], points: Tensor) -> Face:
+    """That of several faces whose landmarks are nearest to these [5, 2]."""
+    return min(faces, key=lambda face: float((face.points - points).norm(dim=-1).mean()))
+
+
+def elsewhere(points: Tensor, seen: tuple[int, int], now: tuple[int, int]) -> Tensor:
+    """Landmarks [..., 5, 2] of a picture of (height, width) `seen`, at the same place of one of size `now`.
+
+    Relative to the middle, in shares of the shorter side, so that a face keeps its shape.
+    """
+    zoom = min(now) / min(seen)
+    before, after = (points.new_tensor([width - 1, height - 1]) / 2 for height, width in (seen, now))
+    return (points - before) * zoom + after
