@@ -7,8 +7,11 @@ from comfy_api.latest import ComfyExtension, io
 from .apply_image_prompt import LookaheadApplyImagePrompt
 from .apply_kv_injection import LookaheadApplyKVInjection
 from .encode_reference import LookaheadEncodeReference
+from .guidance_report import LookaheadGuidanceReport
+from .guidance_sampler import LookaheadGuidanceSampler
 from .guider import LookaheadGuider
 from .load_encoder import LookaheadLoadEncoder, register_folders
+from .shortcut import LookaheadShortcut
 
 
 class LookaheadExtension(ComfyExtension):
@@ -22,4 +25,7 @@ class LookaheadExtension(ComfyExtension):
             LookaheadApplyImagePrompt,
             LookaheadApplyKVInjection,
             LookaheadGuider,
+            LookaheadShortcut,
+            LookaheadGuidanceSampler,
+            LookaheadGuidanceReport,
         ]

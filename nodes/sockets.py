@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io
 from torch import Tensor
@@ -11,8 +12,17 @@ from torch import Tensor
 from .encoder import Encoder
 from .kv_cache import KVCache
 
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+    from comfy.sd import VAE
+
+    from .guidance_report import Run
+
 ENCODER = io.Custom("LOOKAHEAD_ENCODER")
 REFERENCE = io.Custom("LOOKAHEAD_REFERENCE")
+SHORTCUT = io.Custom("LOOKAHEAD_SHORTCUT")
+LOSS = io.Custom("LOOKAHEAD_LOSS")
+GUIDANCE_REPORT = io.Custom("LOOKAHEAD_GUIDANCE_REPORT")
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,3 +57,39 @@ class Reference:
     """What travels as LOOKAHEAD_REFERENCE: one subject or several. Never changed once made."""
 
     subjects: tuple[Subject, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Loss:
+    """What travels as LOOKAHEAD_LOSS: how far pictures are from what is wanted.
+
+    loss: (preview [n, 3, h, w], about [-1, 1], float32; numbers of its images in the batch [n], None for all in order)
+        -> values [n], lower is better, and which of them count [n], bool. Gradients flow from values to preview.
+    patchers: the networks it uses, which the host loads together with the UNet. name: what to call it.
+    """
+
+    loss: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
+    patchers: list[ModelPatcher] = field(default_factory=list)
+    name: str = "loss"
+
+
+@dataclass(frozen=True, eq=False)
+class Shortcut:
+    """What travels as LOOKAHEAD_SHORTCUT: how to look ahead in one step.
+
+    model: the base with a few-step LoRA, or a distilled model; vae: decodes previews; one_step: use the model (with the
+    scaling of consistency models), else the x0 prediction of the model that is sampled. networks: what was made of the
+    LoRA for a base, by the base's patches; it alone changes.
+    """
+
+    model: ModelPatcher
+    vae: VAE
+    one_step: bool = True
+    networks: dict[Any, ModelPatcher | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class GuidanceReport:
+    """What travels as LOOKAHEAD_GUIDANCE_REPORT: the last guided runs, by a mark of their latents; it alone changes."""
+
+    runs: dict[str, Run] = field(default_factory=dict)
