@@ -108,7 +108,7 @@ def test_it_is_that_of_a_plain_run_of_the_same_network(worlds, gradient, dtype, 
     world = worlds("mini", dtype=dtype, compute=compute)
     chain = Chain(world, tiny_autoencoder(torch.float32), compute or dtype)
     found = [chain.gradient(gradient, noisy(), gradient.Checkpointing(enabled=on)) for on in (False, True)]
-    assert torch.equal(*found)
+    assert relative(*found) < close  # sums in another order
     plain = Chain(worlds("mini"), tiny_autoencoder(torch.float32), torch.float32)
     with torch.inference_mode(False):
         unet = copy.deepcopy(plain.model.diffusion_model)
