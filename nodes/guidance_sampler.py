@@ -43,7 +43,7 @@ def guided(sampler: Any, guidance: Guidance, report: GuidanceReport) -> Any:
 def _guided_class(base: type) -> type:
     """A subclass whose runs are guided; nodes that look for the class of a sampler find the one they know."""
 
-    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, **options):
+    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, *args, **kwargs):
         guidance, report = self.lookahead
         run = GuidedRun(guidance, model_wrap, noise, latent_image, extra_args.get("seed"))
         plain = copy.copy(self)
@@ -51,9 +51,7 @@ def _guided_class(base: type) -> type:
         plain.sampler_function = _guided_function(self.sampler_function, run)
         try:
             run.load()
-            samples = plain.sample(
-                model_wrap, sigmas, extra_args, callback, noise, latent_image, denoise_mask, **options
-            )
+            samples = plain.sample(model_wrap, sigmas, extra_args, callback, noise, latent_image, *args, **kwargs)
         finally:
             run.close()
         keep(report, model_wrap.inner_model.process_latent_out(samples.to(torch.float32)), run.report)

@@ -149,7 +149,7 @@ def test_what_is_written_at_a_guided_step_is_found_in_the_result_of_every_sample
         assert guided_at[0][0] <= start * 1.001 and (name == "dpm_fast" or guided_at[0][0] > float(sigmas[3])), name
         # An offset of 0.5 in noise of this strength moves the result by this much, times what samplers add.
         moved = (results[1] - results[0]).mean() / (0.5 / (1 + start**2) ** 0.5)
-        assert 0.05 < float(moved) < 20, (name, float(moved))
+        assert 0.05 < abs(float(moved)) < 20, (name, float(moved))
     assert refused == REFUSED
 
 
@@ -188,7 +188,8 @@ def test_a_rehearsal_leaves_the_random_numbers_as_they_are(mini, pack):
     expected = torch.rand(3)
     torch.manual_seed(7)
     function = comfy.samplers.sampler_object("euler_ancestral").sampler_function
-    pack.module("nodes.sampler_steps").guided_steps(function, {}, StandIn(mini), torch.tensor([4.0, 2.0, 0.0]), 9.0, 1)
+    model = SimpleNamespace(inner_model=StandIn(mini))
+    pack.module("nodes.sampler_steps").guided_steps(function, {}, model, torch.tensor([4.0, 2.0, 0.0]), 9.0, 1)
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -202,9 +203,7 @@ def with_all_kinds_of_lora(tools, world, strength=0.7):
 
     names, weights = comfy.lora.model_lora_keys_unet(world.model.model, {}), world.model.model.state_dict()
     g, lora = torch.Generator().manual_seed(9), {}
-    for n, (name, key) in enumerate(
-        (k, v) for k, v in names.items() if k.startswith("lora_unet") and isinstance(v, str)
-    ):
+    for n, (name, key) in enumerate((k, v) for k, v in names.items() if k.startswith("lora_unet") and v in weights):
         if n % 3:
             continue
         shape = weights[key].shape
