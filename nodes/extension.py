@@ -11,6 +11,7 @@ from .guidance_report import LookaheadGuidanceReport
 from .guidance_sampler import LookaheadGuidanceSampler
 from .guider import LookaheadGuider
 from .load_encoder import LookaheadLoadEncoder, register_folders
+from .preview_grid import LookaheadPreviewGrid
 from .shortcut import LookaheadShortcut
 
 
@@ -28,4 +29,5 @@ class LookaheadExtension(ComfyExtension):
             LookaheadShortcut,
             LookaheadGuidanceSampler,
             LookaheadGuidanceReport,
+            LookaheadPreviewGrid,
         ]

@@ -266,7 +266,20 @@ class _Constant:
 
     def get_control(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
-            return self._control.get_control(x.detach(), *args, **kwargs)
+            control = self._control.get_control(x.detach(), *args, **kwargs)
+        return control and {
+            place: [t.as_subclass(_Added) if isinstance(t, Tensor) else t for t in found]
+            for place, found in control.items()
+        }
+
+
+class _Added(Tensor):
+    """What a ControlNet adds. The UNet adds it in place, to tensors that autograd still needs: here it does not."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        args = [a.as_subclass(Tensor) if isinstance(a, cls) else a for a in args]
+        return args[0] + args[1] if func is Tensor.__iadd__ else func(*args, **(kwargs or {}))
 
 
 def _with_branches(branches: Branches, strength: Tensor) -> Callable:

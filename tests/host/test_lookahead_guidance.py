@@ -122,7 +122,7 @@ def test_what_is_written_at_a_guided_step_is_found_in_the_result_of_every_sample
         results, guided_at = [], []
         for offset in (0.0, 0.5):
 
-            def guide(x, call, step, offset=offset):
+            def guide(x, call, step, offset=offset, guided_at=guided_at):
                 guided_at.append((float(call.sigma[0]), step))
                 x += offset
 
@@ -203,7 +203,9 @@ def with_all_kinds_of_lora(tools, world, strength=0.7):
 
     names, weights = comfy.lora.model_lora_keys_unet(world.model.model, {}), world.model.model.state_dict()
     g, lora = torch.Generator().manual_seed(9), {}
-    for n, (name, key) in enumerate((k, v) for k, v in names.items() if k.startswith("lora_unet") and v in weights):
+    for n, (name, key) in enumerate(
+        (k, v) for k, v in names.items() if k.startswith("lora_unet") and v in weights and weights[v].ndim > 1
+    ):
         if n % 3:
             continue
         shape = weights[key].shape
@@ -300,7 +302,7 @@ def test_the_loss_falls_and_the_picture_changes(guide, draw, shortcut, kind, min
     sampler, report = guide(of=shortcut(kind=kind), iterations=6)
     out = draw(sampler)
     losses = means(report)
-    assert len(losses) == 7 and min(losses[1:]) < 0.9 * losses[0]
+    assert len(losses) == 7 and min(losses[1:]) < 0.95 * losses[0]
     assert relative(out, draw("euler")) > 1e-3
 
 
@@ -536,3 +538,31 @@ def test_with_too_little_memory_it_takes_less_in_a_stated_order(guide, draw, los
     with pytest.raises(ValueError, match="memory is too small") as error:
         draw(guide(iterations=1, loss=pack.module("nodes.sockets").Loss(never))[0], steps=1)
     tools.one_sentence(error)
+
+
+# -- the preview grid
+
+
+def test_the_preview_grid_shows_what_was_foretold_and_how_well(mini, texts, shortcut, loss, pack):
+    """With no LoRA and no guidance, shortcut and x0 are one; nearer to the end previews are nearer to the picture."""
+    node, latent = pack.nodes["LookaheadPreviewGrid"], {"samples": torch.zeros(2, *LATENT[1:])}
+    options = {"steps": 4, "cfg": 1.0, "fractions": "0, 0.5, 0.75", "loss": loss}
+    of = shortcut(kind="plain x0")
+    grid, finished, text = node.execute(mini.model, of, *texts, latent, **options).result
+    assert grid.shape == (2, 2 * (64 + 34), 4 * 64, 3) and finished.shape == (2, 64, 64, 3)
+    rows = [line.split("|")[1:-1] for line in text.splitlines()[2:]]
+    assert [(row[0].strip(), row[1].strip()) for row in rows] == [
+        *((f"{n} %", which) for n in (0, 50, 75) for which in ("shortcut", "x0")),
+        ("100 %", "finished"),
+    ]
+    numbers = [[float(cell) for cell in row[2:]] for row in rows]
+    for one, other in zip(numbers[0:6:2], numbers[1:6:2], strict=True):
+        assert one == pytest.approx(other, abs=2e-3)
+    assert numbers[0][0] > numbers[4][0] and numbers[0][1] < numbers[4][1]
+
+
+@pytest.mark.parametrize("text", ["", "0.5, 1", "-0.1", "a half"])
+def test_fractions_that_make_no_sense_are_refused(pack, tools, text):
+    with pytest.raises(ValueError, match="give numbers from 0 to below 1") as error:
+        pack.module("nodes.preview_grid").parse_fractions(text)
+    assert str(error.value).endswith("0.5.")
