@@ -117,25 +117,28 @@ class GuidedRun:
             progress.update(number - progress.n)
             image = as_image(e.picture)
             bar.update_absolute(number, settings.iterations, shown_while_running(image, text))
-            if number in (0, settings.iterations):
+            if (number, again) in ((0, 0), (settings.iterations, self.guidance.time_travel)):
                 when = "before" if number == 0 else "after"
-                if number or not again:
-                    shot = (image * 255).round().byte()
-                    self.report.pictures.append((f"step {step.number + 1}, {when}", shot))
+                self.report.pictures.append((f"step {step.number + 1}, {when}", (image * 255).round().byte()))
 
         with (
-            tqdm(total=settings.iterations, desc=f"lookahead at step {step.number + 1}", leave=False) as progress,
+            tqdm(
+                total=settings.iterations,
+                desc=f"lookahead at step {step.number + 1}",
+                leave=False,
+                disable=not comfy.utils.PROGRESS_BAR_ENABLED,
+            ) as progress,
             torch.enable_grad(),
         ):
-            z = (x / scale).detach().clone()
+            z = (x / scale).detach()
             mask = self._where(z, call.denoise_mask)
 
             def evaluation(z: Tensor, grad: bool) -> method.Evaluation:
                 comfy.model_management.throw_exception_if_processing_interrupted()
                 return self._evaluated(z, scale, call, conds, grad)
 
-            z = method.optimise_latent(z, evaluation, settings, mask, told)
-        return (z * scale).detach().to(x.dtype)
+            best = method.optimise_latent(z, evaluation, settings, mask, told)
+        return (x + (best - z) * scale).detach()  # where nothing moved, the bits stay
 
     def _evaluated(self, z: Tensor, scale: Tensor, call: Call, conds: dict[str, Any], grad: bool) -> method.Evaluation:
         """With less and less memory: all blocks computed twice; pictures decoded one by one; at half their size."""

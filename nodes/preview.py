@@ -279,7 +279,7 @@ class _Added(Tensor):
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         args = [a.as_subclass(Tensor) if isinstance(a, cls) else a for a in args]
-        return args[0] + args[1] if func is Tensor.__iadd__ else func(*args, **(kwargs or {}))
+        return args[0] + args[1] if func is Tensor.add_ else func(*args, **(kwargs or {}))
 
 
 def _with_branches(branches: Branches, strength: Tensor) -> Callable:
