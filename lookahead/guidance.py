@@ -67,7 +67,7 @@ class Optimisation:
     """
 
     iterations: int = 20
-    step_size: float = 0.05
+    step_size: float = 0.02
     normalisation: str = RELATIVE
     momentum: float = 0.9
     clamp: float = 0.0

@@ -344,7 +344,7 @@ class LookaheadGuidanceSampler(io.ComfyNode):
         loss: Loss,
         start: float = 0.12,
         iterations: int = 20,
-        step_size: float = 0.05,
+        step_size: float = 0.02,
         steps: int = 1,
         normalisation: str = RELATIVE,
         momentum: float = 0.9,

@@ -95,7 +95,7 @@ def test_what_the_step_size_is_measured_in(kind, size):
     if size is None:
         assert torch.allclose(moved, -0.1 * evaluation()(z, True).gradient, atol=1e-6)
     else:
-        assert torch.allclose(moved.flatten(1).square().mean(1).sqrt(), torch.tensor(size), rtol=0.05)
+        assert torch.allclose(moved.flatten(1).square().mean(1).sqrt(), torch.tensor(size), rtol=0.15)
 
 
 def test_the_clamp_bounds_every_number(z):
