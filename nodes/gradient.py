@@ -124,14 +124,12 @@ def _through_cast(module: nn.Module, forward: Callable, undo: list) -> None:
 
 
 def _set(module: nn.Module, name: str, value: Any, undo: list, still: Callable[[], bool] = lambda: True) -> None:
-    known = module.__dict__.get(name, undo)  # `undo` itself stands for nothing
+    known = {name: module.__dict__[name]} if name in module.__dict__ else {}
 
     def restore():
         if still():
-            if known is undo:
-                module.__dict__.pop(name, None)
-            else:
-                module.__dict__[name] = known
+            module.__dict__.pop(name, None)
+            module.__dict__.update(known)
 
     undo.append(restore)
     module.__dict__[name] = value
@@ -157,12 +155,21 @@ class _Frozen(torch.autograd.Function):
     def backward(ctx, grad):
         with _weight(ctx.module, grad) as weight:
             if isinstance(ctx.module, tuple(_CONVOLUTIONS)):
-                m = ctx.module
-                kind = next(kind for kind in _CONVOLUTIONS if isinstance(m, kind))
-                out = _CONVOLUTIONS[kind](ctx.shape, weight, grad, m.stride, m.padding, m.dilation, m.groups)
+                out = _through_convolution(ctx.module, ctx.shape, weight, grad)
             else:
                 out = grad @ weight
         return out.to(ctx.dtype), None, None, None
+
+
+def _through_convolution(m: nn.Module, shape: torch.Size, weight: Tensor, grad: Tensor) -> Tensor:
+    if m.padding_mode == "zeros" and "_conv_forward" not in m.__dict__:
+        kind = next(kind for kind in _CONVOLUTIONS if isinstance(m, kind))
+        return _CONVOLUTIONS[kind](shape, weight, grad, m.stride, m.padding, m.dilation, m.groups)
+    # Nodes for seamless pictures pad in another way: by the module's own forward, for an input that does not matter.
+    leaf = grad.new_zeros(shape).requires_grad_()
+    with torch.enable_grad():
+        out = m._conv_forward(leaf, weight.clone(), None)
+    return torch.autograd.grad(out, leaf, grad)[0]
 
 
 def _as_the_host(module: nn.Module):

@@ -221,3 +221,28 @@ def test_checkpointing_finds_what_keeping_the_blocks_would_take(mini, gradient):
     assert 0 < len(checkpointing.kept) < len(checkpointing.saved)
     assert sum(checkpointing.saved[block] for block in checkpointing.kept) <= half
     assert least < saved(checkpointing) <= least + half * 1.1
+
+
+@pytest.mark.parametrize("how", ["zeros", "circular", "replaced"])
+def test_convolutions_that_are_padded_in_another_way(gradient, how):
+    """As nodes for seamless pictures do: by the module's padding mode, or by replacing how it convolves."""
+    import comfy.ops
+
+    layer = comfy.ops.manual_cast.Conv2d(3, 5, 3, padding=1, padding_mode="circular" if how == "circular" else "zeros")
+    layer.weight.data, layer.bias.data = torch.randn(5, 3, 3, 3), torch.randn(5)
+    layer.requires_grad_(False)
+
+    def wrapped(x, weight, bias):
+        x = torch.nn.functional.pad(x, (1, 1, 0, 0), mode="circular")
+        return torch.nn.functional.conv2d(torch.nn.functional.pad(x, (0, 0, 1, 1)), weight, bias)
+
+    if how == "replaced":
+        layer._conv_forward = wrapped
+    x = torch.randn(2, 3, 6, 6)
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf, other = (x.clone().requires_grad_() for _ in range(2))
+        with gradient.differentiable([layer]):
+            (found,) = torch.autograd.grad(layer(leaf).square().sum(), leaf)
+        weight, bias = layer.weight.clone(), layer.bias.clone()
+        (expected,) = torch.autograd.grad(layer._conv_forward(other, weight, bias).square().sum(), other)
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
