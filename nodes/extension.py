@@ -10,12 +10,16 @@ from .clip_loss import LookaheadCLIPLoss
 from .combine_losses import LookaheadCombineLosses
 from .crop_face import LookaheadCropFace
 from .encode_reference import LookaheadEncodeReference
+from .guidance_report import LookaheadGuidanceReport
+from .guidance_sampler import LookaheadGuidanceSampler
 from .guider import LookaheadGuider
 from .identity_loss import LookaheadIdentityLoss
 from .load_encoder import LookaheadLoadEncoder, register_folders
 from .load_face_analysis import LookaheadLoadFaceAnalysis, register_insightface_folder
 from .loss_network import register_folder
 from .lpips_loss import LookaheadLPIPSLoss
+from .preview_grid import LookaheadPreviewGrid
+from .shortcut import LookaheadShortcut
 
 
 class LookaheadExtension(ComfyExtension):
@@ -37,4 +41,8 @@ class LookaheadExtension(ComfyExtension):
             LookaheadCLIPLoss,
             LookaheadLPIPSLoss,
             LookaheadCombineLosses,
+            LookaheadShortcut,
+            LookaheadGuidanceSampler,
+            LookaheadGuidanceReport,
+            LookaheadPreviewGrid,
         ]

@@ -14,11 +14,16 @@ from .kv_cache import KVCache
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
+    from comfy.sd import VAE
+
+    from .guidance_report import Run
 
 ENCODER = io.Custom("LOOKAHEAD_ENCODER")
 REFERENCE = io.Custom("LOOKAHEAD_REFERENCE")
-LOSS = io.Custom("LOOKAHEAD_LOSS")
 FACE_ANALYSIS = io.Custom("LOOKAHEAD_FACE_ANALYSIS")  # carries `lookahead.face_models.FaceModels`
+SHORTCUT = io.Custom("LOOKAHEAD_SHORTCUT")
+LOSS = io.Custom("LOOKAHEAD_LOSS")
+GUIDANCE_REPORT = io.Custom("LOOKAHEAD_GUIDANCE_REPORT")
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,3 +73,25 @@ class LookaheadLoss:
     loss: Loss = field(repr=False)
     patchers: tuple[ModelPatcher, ...] = field(default=(), repr=False)
     name: str = "loss"
+
+
+@dataclass(frozen=True, eq=False)
+class Shortcut:
+    """What travels as LOOKAHEAD_SHORTCUT: how to look ahead in one step.
+
+    model: the base with a few-step LoRA, or a distilled model; vae: decodes previews; one_step: use the model (with the
+    scaling of consistency models), else the x0 prediction of the model that is sampled. networks: what was made of the
+    LoRA for a base, by the base's patches; it alone changes.
+    """
+
+    model: ModelPatcher
+    vae: VAE
+    one_step: bool = True
+    networks: dict[Any, ModelPatcher | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class GuidanceReport:
+    """What travels as LOOKAHEAD_GUIDANCE_REPORT: the last guided runs, by a mark of their latents; it alone changes."""
+
+    runs: dict[str, Run] = field(default_factory=dict)
