@@ -6,9 +6,20 @@ from comfy_api.latest import ComfyExtension, io
 
 from .apply_image_prompt import LookaheadApplyImagePrompt
 from .apply_kv_injection import LookaheadApplyKVInjection
+from .clip_loss import LookaheadCLIPLoss
+from .combine_losses import LookaheadCombineLosses
+from .crop_face import LookaheadCropFace
 from .encode_reference import LookaheadEncodeReference
+from .guidance_report import LookaheadGuidanceReport
+from .guidance_sampler import LookaheadGuidanceSampler
 from .guider import LookaheadGuider
+from .identity_loss import LookaheadIdentityLoss
 from .load_encoder import LookaheadLoadEncoder, register_folders
+from .load_face_analysis import LookaheadLoadFaceAnalysis, register_insightface_folder
+from .loss_network import register_folder
+from .lpips_loss import LookaheadLPIPSLoss
+from .preview_grid import LookaheadPreviewGrid
+from .shortcut import LookaheadShortcut
 
 
 class LookaheadExtension(ComfyExtension):
@@ -16,10 +27,22 @@ class LookaheadExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         register_folders()  # here, since the oldest supported hosts do not call on_load
+        register_folder()
+        register_insightface_folder()
         return [
             LookaheadLoadEncoder,
+            LookaheadLoadFaceAnalysis,
+            LookaheadCropFace,
             LookaheadEncodeReference,
             LookaheadApplyImagePrompt,
             LookaheadApplyKVInjection,
             LookaheadGuider,
+            LookaheadIdentityLoss,
+            LookaheadCLIPLoss,
+            LookaheadLPIPSLoss,
+            LookaheadCombineLosses,
+            LookaheadShortcut,
+            LookaheadGuidanceSampler,
+            LookaheadGuidanceReport,
+            LookaheadPreviewGrid,
         ]

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from comfy.patcher_extension import WrappersMP
+from torch import Tensor
 
 from . import image_prompt_patch, kv_patch
 from .image_prompt_patch import ImagePrompt
@@ -142,12 +143,23 @@ def predict_noise(executor, x, timestep, model_options, seed=None):
     known = ours(model_options)
     sampling = guider.inner_model.model_sampling
     prompts = tuple(p for p in known.get("image_prompts", ()) if p.when.acts(timestep, sampling))
-    run = known.get("run")
-    passes = tuple(p for p in (run.passes if run else ()) if p.injection.when.acts(timestep, sampling))
+    passes = passes_now(model_options, timestep, sampling)
     if prompts or passes:
         call = ModelCall(guider.conds, prompts, tuple(p.injection for p in passes), passes)
         model_options = with_ours(model_options, call=call)
     return executor(x, timestep, model_options, seed)
+
+
+def with_conds(model_options: dict[str, Any], conds: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Model options of a call with other condition lists than the guider's."""
+    call = ours(model_options).get("call")
+    return model_options if call is None else with_ours(model_options, call=replace(call, conds=conds))
+
+
+def passes_now(model_options: dict[str, Any], timestep: Tensor, sampling: Any) -> tuple[ReferencePass, ...]:
+    """The reference passes of the run that act at this noise level."""
+    run = ours(model_options).get("run")
+    return tuple(p for p in (run.passes if run else ()) if p.injection.when.acts(timestep, sampling))
 
 
 def without_kv(model_options: dict[str, Any], conds: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:

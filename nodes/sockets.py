@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..lookahead.losses import Loss
 from .encoder import Encoder
 from .kv_cache import KVCache
 
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+    from comfy.sd import VAE
+
+    from .guidance_report import Run
+
 ENCODER = io.Custom("LOOKAHEAD_ENCODER")
 REFERENCE = io.Custom("LOOKAHEAD_REFERENCE")
+FACE_ANALYSIS = io.Custom("LOOKAHEAD_FACE_ANALYSIS")  # carries `lookahead.face_models.FaceModels`
+SHORTCUT = io.Custom("LOOKAHEAD_SHORTCUT")
+LOSS = io.Custom("LOOKAHEAD_LOSS")
+GUIDANCE_REPORT = io.Custom("LOOKAHEAD_GUIDANCE_REPORT")
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,3 +58,40 @@ class Reference:
     """What travels as LOOKAHEAD_REFERENCE: one subject or several. Never changed once made."""
 
     subjects: tuple[Subject, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class LookaheadLoss:
+    """What travels as LOOKAHEAD_LOSS.
+
+    loss: how far previews are from what is wanted, `lookahead.losses.Loss`; a run calls `started(loss, generator)`
+        first, so that its random views repeat.
+    patchers: the networks that it reads with, to be loaded together with the UNet and the VAE.
+    name: in a word or two, for logs and plots.
+    """
+
+    loss: Loss = field(repr=False)
+    patchers: tuple[ModelPatcher, ...] = field(default=(), repr=False)
+    name: str = "loss"
+
+
+@dataclass(frozen=True, eq=False)
+class Shortcut:
+    """What travels as LOOKAHEAD_SHORTCUT: how to look ahead in one step.
+
+    model: the base with a few-step LoRA, or a distilled model; vae: decodes previews; one_step: use the model (with the
+    scaling of consistency models), else the x0 prediction of the model that is sampled. networks: what was made of the
+    LoRA for a base, by the base's patches; it alone changes.
+    """
+
+    model: ModelPatcher
+    vae: VAE
+    one_step: bool = True
+    networks: dict[Any, ModelPatcher | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class GuidanceReport:
+    """What travels as LOOKAHEAD_GUIDANCE_REPORT: the last guided runs, by a mark of their latents; it alone changes."""
+
+    runs: dict[str, Run] = field(default_factory=dict)

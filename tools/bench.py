@@ -73,8 +73,29 @@ def table(report: dict[str, Any]) -> str:
             f"Reference KV of one role and step: {report['kv_bytes'][0] / 1e6:.3f} MB kept, "
             f"{report['kv_bytes_from_shapes'] / 1e6:.3f} MB counted from shapes;",
             f"SDXL at 1024x1024 in 16 bit, counted the same way: {sdxl_kv_bytes() / 1e9:.2f} GB.",
+            "",
+            *guidance_table(report),
         ]
     )
+
+
+def guidance_table(report: dict[str, Any]) -> list[str]:
+    """The figures of lookahead guidance as lines of Markdown."""
+    seconds, sizes = report["guidance"], report["guidance_bytes"]
+    one = seconds["evaluation"]
+    return [
+        "Lookahead guidance, one picture (goal: an iteration takes at most 3.5 evaluations of the UNet):",
+        "",
+        "| | time | over one evaluation |",
+        "|---|---|---|",
+        *(f"| {name} | {1000 * value:.1f} ms | {value / one:.2f} |" for name, value in seconds.items()),
+        "",
+        "What autograd keeps of SDXL at 1024x1024 in 16 bit, counted from shapes (goal: at most 12 GB):",
+        "",
+        "| | GB |",
+        "|---|---|",
+        *(f"| {name} | {value / 1e9:.2f} |" for name, value in sizes.items()),
+    ]
 
 
 def main(arguments: list[str]) -> int:

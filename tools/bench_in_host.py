@@ -114,7 +114,10 @@ def main(host: str, base: str, pack: str, extensions: str, side: str = "") -> No
         injection = replayed.model_options["transformer_options"]["lookahead"]["kv_injections"][0]
         counted = injection.numbers_a_row() * model.model.get_dtype_inference().itemsize
         gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+        vae = _ColourVAE() if side else vae
         report = {
+            "guidance": _guidance(run, model, positive, negative, vae, pixels, rounds),
+            "guidance_bytes": _guidance_bytes(),
             "seconds": {name: statistics.median(values) for name, values in times.items()},
             "spread": {name: [min(values), max(values)] for name, values in times.items()},
             "kv_bytes": sorted(sizes),
@@ -161,6 +164,138 @@ class _NoVAE:
         import torch
 
         return torch.randn(len(pixels), 4, pixels.shape[1] // 8, pixels.shape[2] // 8)
+
+
+class _ColourVAE:
+    """Previews for timing the UNet alone: three channels of the latent, each number a square of 8x8."""
+
+    latent_channels = 4
+
+    def __init__(self) -> None:
+        import comfy.model_management
+        import comfy.model_patcher
+        import torch
+
+        class Decoder(torch.nn.Module):
+            def decode(self, z: Any) -> Any:
+                return torch.nn.functional.interpolate(z[:, :3], scale_factor=8)
+
+        self.first_stage_model, self.vae_dtype = Decoder(), torch.float32
+        self.device = comfy.model_management.get_torch_device()
+        self.patcher = comfy.model_patcher.ModelPatcher(self.first_stage_model, self.device, self.device)
+
+    @staticmethod
+    def memory_used_decode(shape: Any, dtype: Any) -> int:
+        return 0
+
+
+def _guidance(run: Any, model: Any, positive: Any, negative: Any, vae: Any, pixels: int, rounds: int) -> dict[str, Any]:
+    """Seconds of one evaluation of the UNet, and of one iteration of lookahead guidance with a plain loss."""
+    import comfy.samplers
+    import torch
+
+    import nodes
+
+    shortcut_node, sampler_node = (nodes.NODE_CLASS_MAPPINGS[f"Lookahead{n}"] for n in ("Shortcut", "GuidanceSampler"))
+    loss_type = sys.modules[sampler_node.__module__].LookaheadLoss
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(positive, negative)
+    guider.set_cfg(1.0)
+    latent, ends = pixels // 8, []
+
+    def loss(picture: Any, rows: Any) -> Any:
+        _wait()
+        ends.append(time.perf_counter())
+        return picture.square().mean(dim=(1, 2, 3)), torch.ones(len(picture), dtype=torch.bool, device=picture.device)
+
+    def iteration(vae: Any, checkpointing: str) -> list[float]:
+        options = {"iterations": 4, "start": 0.0, "checkpointing": checkpointing, "loss": loss_type(loss)}
+        shortcut = shortcut_node.execute(model, vae, "plain x0").result[0]
+        sampler = sampler_node.execute(comfy.samplers.sampler_object("euler"), shortcut, **options).result[0]
+        noise = torch.randn(1, 4, latent, latent, generator=torch.Generator().manual_seed(2))
+        sigmas = torch.tensor([14.6, 5.0])
+        ends.clear()
+        guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, disable_pbar=True, seed=2)
+        return [b - a for a, b in zip(ends, ends[1:], strict=False)][1:-1]
+
+    arms = {
+        "evaluation": lambda: _step_times(guider, model, latent, 3)[1:],
+        "iteration, UNet alone": lambda: iteration(_ColourVAE(), "never"),
+        "iteration, UNet alone, checkpointed": lambda: iteration(_ColourVAE(), "always"),
+        "iteration with decoder": lambda: iteration(vae, "never"),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    for turn in range(rounds + 1):
+        for name, arm in arms.items():
+            found = arm()
+            seconds[name] += found if turn else []
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def _guidance_bytes(side: int = 1024) -> dict[str, int]:
+    """What autograd keeps of SDXL and of TAESD at full size in 16 bit: counted on the meta device, nothing is computed.
+
+    "kept": no block is computed twice; "checkpointed": all are; "largest": of a block while it is computed again.
+    """
+    import comfy.ops
+    import comfy.taesd.taesd
+    import torch
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+    import nodes
+
+    module = nodes.NODE_CLASS_MAPPINGS["LookaheadGuidanceSampler"].__module__
+    gradient = sys.modules[module.rsplit(".", 1)[0] + ".gradient"]
+    kinds = {"device": "meta", "dtype": torch.float16}
+
+    class Attention(torch.autograd.Function):  # keeps what fused attention keeps
+        @staticmethod
+        def forward(ctx: Any, q: Any, k: Any, v: Any) -> Any:
+            out = torch.empty_like(q)
+            ctx.save_for_backward(q, k, v, out)
+            return out
+
+        @staticmethod
+        def backward(ctx: Any, grad: Any) -> Any:
+            q, k, v, _ = ctx.saved_tensors
+            return tuple(torch.empty_like(t) if t.requires_grad else None for t in (q, k, v))
+
+    def counted(network: Any, forward: Any, enabled: bool) -> tuple[int, Any]:
+        kept: dict[int, int] = {}
+
+        def count(tensor: Any) -> Any:
+            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+            return tensor.detach()
+
+        checkpointing = gradient.Checkpointing(enabled=enabled)
+        with gradient.differentiable([network], checkpointing):
+            with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+                out = forward()
+            total = sum(kept.values())
+            out.backward(torch.empty_like(out))
+        return total, checkpointing
+
+    with torch.inference_mode(False), torch.enable_grad():
+        config = {k: list(v) if isinstance(v, list) else v for k, v in SDXL.items()}
+        unet = UNetModel(**config, **kinds, operations=comfy.ops.manual_cast).requires_grad_(False)
+        options = {"optimized_attention_override": lambda _, q, k, v, *args, **kwargs: Attention.apply(q, k, v)}
+        tiny = comfy.taesd.taesd.TAESD().to(**kinds).requires_grad_(False)
+
+        def predict() -> Any:
+            x = torch.empty(1, 4, side // 8, side // 8, **kinds, requires_grad=True)
+            text, adm = torch.empty(1, 77, 2048, **kinds), torch.empty(1, 2816, **kinds)
+            t = torch.empty(1, device="meta")
+            return unet(x, t, text, y=adm, transformer_options=dict(options))
+
+        def decode() -> Any:
+            return tiny.decode(torch.empty(1, 4, side // 8, side // 8, **kinds, requires_grad=True))
+
+        found: dict[str, int] = {}
+        for name, network, forward in (("UNet", unet, predict), ("TAESD", tiny, decode)):
+            found[f"{name}, kept"] = counted(network, forward, False)[0]
+            found[f"{name}, checkpointed"], checkpointing = counted(network, forward, True)
+            found[f"{name}, largest"] = max(checkpointing.saved.values())
+    return found
 
 
 def _peak_memory() -> int:

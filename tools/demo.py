@@ -66,10 +66,10 @@ def at_mini_size(api: workflow.Api, reference: str, seed: int) -> workflow.Api:
     """A shared workflow for the mini world: its picture and reference sizes, this reference file and seed."""
     sizes = {"EmptyLatentImage": {"width": SIZE, "height": SIZE}, "LookaheadEncodeReference": {"size": SIZE}}
     seeds = {"RandomNoise": {"noise_seed": seed}, "KSampler": {"seed": seed}}
-    for node, inputs in {**sizes, **seeds, "Reference face": {"image": reference}}.items():
+    for node, inputs in {**sizes, **seeds}.items():
         if workflow.find(api, node):
             api = workflow.override(api, node, **inputs)
-    return api
+    return workflow.override(api, "Reference face", image=reference)
 
 
 def prompt_for(

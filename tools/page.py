@@ -27,11 +27,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .common import CACHE, Problem, Stopwatch, one_at_a_time, run_main, say
+from .common import CACHE, ROOT, Problem, Stopwatch, one_at_a_time, run_main, say
 from .demo import draw_references
 from .host import MINI_MODELS, Host, die_with_parent, environment_python
 from .setup import pip
-from .workflow import load
+from .workflow import load, pictures_named
 
 #: The front end that the default ComfyUI names in its requirements, and the hash of its wheel.
 FRONT_END = ("1.47.12", "b2155c1afbf30afd06ed217307a1abd92955b329361353a1b68a5297fc00902e")
@@ -61,7 +61,6 @@ SETTINGS = {
 }
 READY = "window.app?.extensionManager && window.app.graph?.nodes.length"  # its default workflow comes last
 TITLE = 30  # height of a node's title, which lies above its position
-INPUTS = ("reference.png", "pose.png")  # the pictures that the shared workflows name
 
 
 def front_end() -> Path:
@@ -115,7 +114,8 @@ def page_host(**options: Any) -> Iterator[Host]:
             (empty / name).parent.mkdir(parents=True, exist_ok=True)
             (empty / name).touch()
         (base / "user" / "default" / "comfy.settings.json").write_text(json.dumps(SETTINGS))
-        for name, picture in zip(INPUTS, draw_references(len(INPUTS)), strict=True):
+        names = pictures_named(sorted((ROOT / "workflows").glob("*.json")))
+        for name, picture in zip(names, draw_references(len(names)), strict=True):
             picture.save(base / "input" / name)
         with Host(base=base, weights=empty, front_end=front_end(), **options) as host:
             yield host

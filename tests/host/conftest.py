@@ -118,8 +118,11 @@ def unet_config(channels, depth, middle, context, pooled, heads_of, in_channels=
     }
 
 
-def make_model(world: World, in_channels: int = 4, dtype=torch.float32):
-    """The host's own SDXL model class around a UNet of this layout, as its checkpoint loader would build it."""
+def make_model(world: World, in_channels: int = 4, dtype=torch.float32, compute=None):
+    """The host's own SDXL model class around a UNet of this layout, as its checkpoint loader would build it.
+
+    compute: the precision to which weights are cast, where it is another than theirs.
+    """
     import comfy.model_base
     import comfy.model_patcher
     import comfy.supported_models
@@ -130,6 +133,8 @@ def make_model(world: World, in_channels: int = 4, dtype=torch.float32):
     )
     config = comfy.supported_models.SDXL(world.unet_config)
     config.unet_config = dict(world.unet_config)  # without the class's own number of head channels
+    if compute is not None:
+        config.set_inference_dtype(dtype, compute)
     model = comfy.model_base.SDXL(config, device="cpu")
     if in_channels == 9:
         model.set_inpaint()

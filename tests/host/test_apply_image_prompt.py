@@ -12,6 +12,10 @@ IDS = {
     "LookaheadApplyImagePrompt",
     "LookaheadApplyKVInjection",
     "LookaheadGuider",
+    "LookaheadShortcut",
+    "LookaheadGuidanceSampler",
+    "LookaheadGuidanceReport",
+    "LookaheadPreviewGrid",
 }
 
 

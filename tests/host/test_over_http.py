@@ -15,11 +15,12 @@ from lcm_lookahead.tools.host import Host, PromptRefused
 from lcm_lookahead.trainer.mini import checkpoint
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 ENCODER = "ip-adapter-plus-face_sdxl_vit-h.safetensors"
 CHECKPOINT = "sd_xl_base_1.0.safetensors"
 CLIP_VISION = "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors"
+WHOLE_CLIP = "clip-vit-large-patch14/model.safetensors"
 
 
 def text_encoders(text):
@@ -60,6 +61,10 @@ def server(mini, sizes, tmp_path_factory):
     flat = {prefix + k: v.detach().clone().contiguous() for prefix, part in parts.items() for k, v in part.items()}
     save_file(flat, models["checkpoints"] / CHECKPOINT)
     save_file({k: v.clone() for k, v in mini.clip_vision.get_sd().items()}, models["clip_vision"] / CLIP_VISION)
+    with torch.inference_mode(False):
+        small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        whole = CLIPModel(CLIPConfig(text_config=small, vision_config=small | {"image_size": 32, "patch_size": 8}))
+    whole.save_pretrained(models["clip_vision"] / WHOLE_CLIP.split("/")[0])
     save_file(mini.encoder, models["ipadapter"] / ENCODER)
     damaged = (models["ipadapter"] / ENCODER).read_bytes()[:-1000]
     (models["lookahead"] / "damaged.safetensors").write_bytes(damaged)
@@ -216,3 +221,43 @@ def test_help_pages_are_served(server):
 def test_the_server_loaded_the_pack_without_complaint(server):
     about = [line for line in server.log.splitlines() if "my-lcm-lookahead" in line]
     assert about and not [line for line in about if "warning" in line.lower() or "FAILED" in line]
+
+
+def losses(clip_name=WHOLE_CLIP, weights="random"):
+    """An API prompt that makes losses of a picture and words, and shows what came out."""
+    nodes = {
+        "image": ("LoadImage", {"image": "face.png"}),
+        "look": ("LookaheadCLIPLoss", {"clip_name": clip_name, "image": ["image", 0], "text": "", "neutral": ""}),
+        "words": ("LookaheadCLIPLoss", {"clip_name": clip_name, "text": "a sketch", "neutral": "a photo"}),
+        "layout": ("LookaheadLPIPSLoss", {"image": ["image", 0], "backbone": "squeeze", "weights": weights}),
+        "both": ("LookaheadCombineLosses", {"loss_a": ["words", 0], "weight_a": 2.0, "loss_b": ["layout", 0]}),
+        "all": ("LookaheadCombineLosses", {"loss_a": ["look", 0], "weight_a": 1.0, "loss_c": ["both", 0]}),
+        "shown": ("PreviewAny", {"source": ["all", 0]}),
+    }
+    optional = {"several": "average", "views": 2, "size": 64, **{f"weight_{slot}": 1.0 for slot in "abcd"}}
+    for kind, inputs in nodes.values():
+        known = {"LookaheadCLIPLoss": ("several", "views"), "LookaheadLPIPSLoss": ("size", "views")}
+        known["LookaheadCombineLosses"] = tuple(name for name in optional if name.startswith("weight"))
+        for name in known.get(kind, ()):
+            inputs.setdefault(name, optional[name])
+    return {name: {"class_type": kind, "inputs": inputs} for name, (kind, inputs) in nodes.items()}
+
+
+def test_losses_are_made_of_files_pictures_and_words_and_kept_until_a_file_changes(server):
+    result = server.run(losses()).check()
+    said = "1 CLIP picture + 1 (2 CLIP words + 1 LPIPS (random weights))"
+    assert said in str(result.outputs["shown"])
+    assert {"look", "words", "layout", "both", "all"} <= set(server.run(losses()).check().cached)
+
+
+@pytest.mark.parametrize(
+    ("options", "node", "says"),
+    [
+        ({"clip_name": "none.safetensors"}, "look", "There is no CLIP file"),
+        ({"weights": "from a file"}, "layout", "download.pytorch.org"),
+    ],
+)
+def test_a_missing_file_of_a_loss_is_said_before_anything_runs(server, options, node, says):
+    with pytest.raises(PromptRefused) as refused:
+        server.run(losses(**options))
+    assert says in str(refused.value.node_errors[node])

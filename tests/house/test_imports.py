@@ -26,6 +26,7 @@ FORBIDDEN = {
     "nodes": {"diffusers", "accelerate", "peft"},
     "trainer": HOST,
 }
+OPTIONAL = {"cv2", "dreamsim", "insightface", "lpips", "onnx", "onnx2torch", "onnxruntime", "skimage"}
 MAY_USE = {"lookahead": {"lookahead"}, "nodes": {"nodes", "lookahead"}, "trainer": {"trainer", "lookahead"}}
 
 
@@ -111,6 +112,16 @@ def test_the_door_of_the_host_imports_nothing_of_ours_when_it_is_loaded():
     assert any(
         isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef) and n.name == "comfy_entrypoint" for n in tree.body
     )
+
+
+@pytest.mark.parametrize("part", ["lookahead", "nodes"])
+def test_packages_that_a_user_may_lack_are_imported_where_they_are_used_alone(part):
+    """Not at load: the pack must import without them. (What stands under TYPE_CHECKING is never run.)"""
+    for path in (ROOT / part).glob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        at_load = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom | ast.Try)]
+        names = {name.split(".")[0] for node in at_load for _, _, name in imports(ast.unparse(node))}
+        assert not names & OPTIONAL, path
 
 
 def test_nothing_of_the_pack_edits_the_import_path():

@@ -73,7 +73,7 @@ def test_the_pack_needs_nothing_beyond_what_comfyui_installs():
     assert needed <= installed_by_comfyui
 
 
-@pytest.mark.parametrize("extra", ["faces", "trainer", "dev"])
+@pytest.mark.parametrize("extra", ["faces", "losses", "trainer", "dev"])
 def test_every_extra_is_a_list_of_valid_requirements(extra):
     requirements = [Requirement(line) for line in PROJECT["optional-dependencies"][extra]]
     assert requirements
@@ -84,7 +84,7 @@ def test_every_extra_is_a_list_of_valid_requirements(extra):
 def test_the_pins_satisfy_what_the_extras_ask_for():
     lines = requirement_lines("tools/pins.txt") + requirement_lines("tools/pins_alone.txt")
     pins = {Requirement(line).name.lower(): line.split("==")[1] for line in lines}
-    for extra in ("trainer", "dev"):
+    for extra in ("faces", "losses", "trainer", "dev"):
         for requirement in map(Requirement, PROJECT["optional-dependencies"][extra]):
             assert requirement.name.lower() in pins, f"{requirement} has no pin"
             assert Version(pins[requirement.name.lower()]) in requirement.specifier, requirement

@@ -159,7 +159,7 @@ def test_an_environment_of_a_moved_folder_is_made_anew(steps, tmp_path):
     ids=["problem", "interrupt", "full disk"],
 )
 def test_an_environment_that_could_not_be_finished_is_removed(steps, tmp_path, failure):
-    steps.fail_at = ("converter", failure)
+    steps.fail_at = ("two packages", failure)
     with pytest.raises((Problem, KeyboardInterrupt)) as caught:
         setup.ensure(tmp_path / "venv")
     assert not (tmp_path / "venv").exists()

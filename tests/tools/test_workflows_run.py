@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from lcm_lookahead.tools import demo, workflow
 from lcm_lookahead.tools.host import Host
 from PIL import Image
@@ -17,8 +18,9 @@ BOTH = WORKFLOWS / "image_prompt_and_kv.json"
 @contextlib.contextmanager
 def host_with_pictures(*arguments):
     with Host(announce=False, arguments=arguments) as running:
-        for name, picture in zip(("reference_0", "reference_1", "pose"), demo.draw_references(3), strict=True):
-            picture.save(running.folder("input") / f"{name}.png")
+        names = ["reference_0.png", "reference_1.png", *workflow.pictures_named(FILES)]
+        for name, picture in zip(names, demo.draw_references(len(names)), strict=True):
+            picture.save(running.folder("input") / name)
         yield running
 
 
@@ -45,9 +47,11 @@ def test_a_workflow_draws_a_picture_that_follows_its_reference(host, path):
     assert abs(one - other).mean() > 5
 
 
-@pytest.mark.parametrize("flag", ["--fp16-unet", "--bf16-unet"])
-def test_a_base_in_16_bit_draws_the_same_picture(host, flag):
+@pytest.mark.parametrize(("flag", "kind"), [("--fp16-unet", torch.float16), ("--bf16-unet", torch.bfloat16)])
+def test_a_base_in_16_bit_draws_the_same_picture(host, flag, kind):
     api = workflow.convert(BOTH, host.object_info())
     one, other = (draw(host, api, f"reference_{number}.png") for number in range(2))
     with host_with_pictures(flag) as half:
-        assert abs(draw(half, api, "reference_0.png") - one).mean() < 0.3 * abs(other - one).mean()
+        drawn = draw(half, api, "reference_0.png")
+        assert f"model weight dtype {kind}" in half.log
+    assert abs(drawn - one).mean() < 0.3 * abs(other - one).mean()

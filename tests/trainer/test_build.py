@@ -9,6 +9,7 @@ import pytest
 import torch
 from lcm_lookahead.lookahead import encoder_file
 from lcm_lookahead.trainer import cli
+from lcm_lookahead.trainer.mini import build as build_module
 from lcm_lookahead.trainer.mini import measure, measure_faces, measure_few_step, report, report_page, shipped, weights
 from lcm_lookahead.trainer.mini.build import build, stages
 from lcm_lookahead.trainer.mini.plan import QUICK
@@ -83,10 +84,14 @@ def test_a_stage_that_does_not_exist_is_named_with_those_that_do(tmp_path):
         build(tmp_path, TINY, only=["vea"])
 
 
-def test_the_command_says_that_only_the_quick_build_exists(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["mini", "build"])
-    assert "add --quick" in capsys.readouterr().err
+@pytest.mark.parametrize(("extra", "folder"), [([], ".mini"), (["--quick"], ".mini-quick")])
+def test_builds_of_the_two_plans_have_folders_of_their_own(tmp_path, monkeypatch, capsys, extra, folder):
+    monkeypatch.chdir(tmp_path)
+    for name, value in build_module._KEEP_MEMORY.items():  # else the command would start this process anew
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match="no stage 'vea'"):
+        cli.main(["mini", "build", "--only", "vea", *extra])
+    assert [p.name for p in tmp_path.iterdir()] == [folder]
 
 
 def test_the_sheet_command_draws_a_row_a_person(tmp_path):

@@ -6,9 +6,10 @@ import socket
 import numpy as np
 import pytest
 import torch
+from lcm_lookahead.lookahead import faces
+from lcm_lookahead.lookahead.face_models import as_bgr
 from lcm_lookahead.trainer.evaluate import auc
 from lcm_lookahead.trainer.mini import (
-    alignment,
     data,
     detector,
     face_recogniser,
@@ -65,7 +66,7 @@ def test_insightface_finds_the_pack_by_name_and_root_without_network(no_network,
     app = FaceAnalysis(name="mini", root=str(WEIGHTS / "insightface"), providers=["CPUExecutionProvider"])
     app.prepare(ctx_id=-1, det_size=(640, 640))  # what most code asks for; the detector keeps to its own size
     assert set(app.models) == {"detection", "recognition"}
-    faces = app.get(insightface_pack.as_bgr(held_out[0][0]))
+    faces = app.get(as_bgr(held_out[0][0]))
     assert len(faces) == 1
     assert faces[0].kps.shape == (5, 2) and faces[0].embedding.shape == (128,)
 
@@ -113,19 +114,19 @@ def test_the_recogniser_in_torch_embeds_as_insightface_does(app, held_out):
     rows = torch.arange(0, len(pictures), 13)
     from insightface.utils import face_align
 
-    crops = [face_align.norm_crop(insightface_pack.as_bgr(pictures[i]), points[i].numpy(), CROP) for i in rows]
+    crops = [face_align.norm_crop(as_bgr(pictures[i]), points[i].numpy(), CROP) for i in rows]
     theirs = torch.from_numpy(app.models["recognition"].get_feat(crops))
     with torch.no_grad():
         same_crop = net(torch.from_numpy(np.stack(crops)[..., ::-1].copy()).permute(0, 3, 1, 2) / 127.5 - 1)
-        own_crop = net(alignment.align(pictures[rows], points[rows]) * 2 - 1)
+        own_crop = net(faces.align(pictures[rows], points[rows]) * 2 - 1)
     assert (same_crop - theirs).abs().max() < 1e-3
     assert torch.cosine_similarity(own_crop, theirs).min() > 0.999
 
 
 def test_the_torch_alignment_passes_gradients_to_the_picture():
     picture = torch.rand(1, 3, 64, 64, requires_grad=True)
-    points = alignment.TEMPLATE[None] / 2 + 3
-    alignment.align(picture, points).sum().backward()
+    points = faces.TEMPLATE[None] / 2 + 3
+    faces.align(picture, points).sum().backward()
     assert picture.grad.isfinite().all() and (picture.grad != 0).float().mean() > 0.5
 
 

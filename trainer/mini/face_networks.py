@@ -5,10 +5,11 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...lookahead.faces import CROP  # pixels a side of what the recogniser sees
+
 DETECTOR_SIZE = 128  # pixels a side of what the detector sees
 STRIDES = (8, 16, 32)
 ANCHORS = 2  # a cell; insightface takes nine outputs for three strides with two anchors
-CROP = 112  # pixels a side of what the recogniser sees
 EMBEDDING = 128
 
 

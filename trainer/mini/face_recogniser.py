@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...lookahead.faces import align
 from . import stage
-from .alignment import align
 from .data import Pictures, group_of_people
 from .detector import disturb
 from .face_networks import FaceRecogniser, embed

@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ...lookahead.face_models import open_app
 from . import stage
 from .face_networks import CROP, DETECTOR_SIZE, STRIDES, Detector, FaceRecogniser
 from .plan import WEIGHTS
 
 if TYPE_CHECKING:
     from insightface.app import FaceAnalysis
-    from insightface.app.common import Face
 
 NAME = "mini"
 ROOT = WEIGHTS / "insightface"
@@ -101,24 +101,4 @@ def load(root: Path = ROOT, threads: int = 1) -> FaceAnalysis:
     for file in (DETECTOR, RECOGNISER):
         if not (folder / Path(file).name).is_file():
             raise FileNotFoundError(f"no {Path(file).name} in {folder}: the mini world's face models are not there")
-    import onnxruntime
-    from insightface.app import FaceAnalysis
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = threads
-    app = FaceAnalysis(name=str(folder), providers=["CPUExecutionProvider"], sess_options=options)
-    app.prepare(ctx_id=-1, det_size=(DETECTOR_SIZE, DETECTOR_SIZE))
-    return app
-
-
-def as_bgr(picture: Tensor) -> np.ndarray:
-    """[3, h, w] in [0, 1] -> what insightface reads: bytes [h, w, 3], blue first."""
-    rgb = (picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-    return np.ascontiguousarray(rgb[:, :, ::-1])
-
-
-def find(app: FaceAnalysis, pictures: Tensor) -> list[list[Face]]:
-    """The faces of each picture [n, 3, h, w] in [0, 1], best first."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # skimage's, about a call of insightface's
-        return [app.get(as_bgr(p)) for p in pictures]
+    return open_app(folder, threads=threads)

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from ...lookahead.face_models import find_and_embed
+from ...lookahead.faces import align, misfit
 from ..evaluate import Interval, auc, bootstrap, identity_auc, proportion, share
 from . import data
-from .alignment import TEMPLATE, align, similarity
 from .detector import empty_pictures, paste
 from .face_networks import FaceRecogniser, embed
 from .faces import STYLES, boxes, landmarks
-from .insightface_pack import find
 from .plan import IMAGE_SIZE, Plan
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def look(app: FaceAnalysis, pictures: Tensor) -> Found:
     """Run insightface over pictures [n, 3, h, w] in [0, 1]."""
     n = len(pictures)
     out = Found(torch.zeros(n).long(), torch.zeros(n), torch.zeros(n, 4), torch.zeros(n, 5, 2), torch.zeros(n, 128))
-    for i, faces in enumerate(find(app, pictures)):
+    for i, faces in enumerate(find_and_embed(app, pictures)):
         out.faces[i] = len(faces)
         if faces:
             best = faces[0]
@@ -61,14 +61,6 @@ def look(app: FaceAnalysis, pictures: Tensor) -> Found:
 def landmark_error(found: Tensor, true: Tensor) -> Tensor:
     """Mean distance of five landmarks [n, 5, 2] from others, in shares of the others' eye distance: [n]."""
     return (found - true).norm(dim=-1).mean(1) / (true[:, 1] - true[:, 0]).norm(dim=-1)
-
-
-def misfit(points: Tensor) -> Tensor:
-    """How far landmarks [n, 5, 2] are from any face's: what is left, in pixels of the recogniser's crop, after they
-    are aligned to the template. Needs no truth, so it can be asked of generated pictures: [n]."""
-    matrix = similarity(points)
-    aligned = points @ matrix[:, :, :2].transpose(1, 2) + matrix[:, None, :, 2]
-    return (aligned - TEMPLATE).norm(dim=-1).mean(1)
 
 
 def report(app: FaceAnalysis, recogniser: FaceRecogniser, held_out: data.Pictures, plan: Plan) -> dict[str, Interval]:

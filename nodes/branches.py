@@ -1,0 +1,165 @@
+"""A few-step LoRA as branches beside the layers of the base that is loaded, with a strength for each picture.
+
+The base keeps its weights: a second patcher of the same UNet would unload it in the middle of a run, and merged weights
+could not have a strength of their own for each picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import torch
+from comfy.weight_adapter.lora import LoRAAdapter
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+
+Patch = tuple[float, Any, float, Any, Any]  # strength, what is added, strength of the weight itself, offset, function
+
+
+class Branch(nn.Module):
+    """scale * up(mid(down(x))) beside one Linear or Conv2d; mid is there where a LoRA splits a convolution in three."""
+
+    def __init__(self, layer: nn.Module, shape: torch.Size, patch: Patch):
+        super().__init__()
+        up, down, alpha, mid, *_ = patch[1].weights
+        rank = down.shape[0]
+        self.scale = patch[0] * (1.0 if alpha is None else float(alpha) / rank)
+        if isinstance(layer, nn.Conv2d):
+            kernel = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
+            inner = down.reshape(rank, shape[1], 1, 1) if mid is not None else down.reshape(rank, *shape[1:])
+            self.down = _convolution(inner, **({} if mid is not None else kernel))
+            self.mid = None if mid is None else _convolution(mid, **kernel)
+            self.up = _convolution(up.reshape(shape[0], up.shape[1], 1, 1))
+        else:
+            self.down, self.up = _linear(down.reshape(rank, -1)), _linear(up.reshape(shape[0], -1))
+            self.mid = None if mid is None else _linear(mid.reshape(rank, -1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.down(x)
+        if self.mid is not None:
+            x = self.mid(x)
+        return self.scale * self.up(x)
+
+
+def _linear(weight: Tensor) -> nn.Module:
+    with torch.device("meta"):  # the LoRA's tensor takes this place
+        layer = comfy.ops.manual_cast.Linear(weight.shape[1], weight.shape[0], bias=False)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
+
+
+def _convolution(weight: Tensor, **kernel: Any) -> nn.Module:
+    with torch.device("meta"):
+        layer = comfy.ops.manual_cast.Conv2d(
+            weight.shape[1], weight.shape[0], tuple(weight.shape[2:]), bias=False, **kernel
+        )
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
+
+
+class Branches(nn.Module):
+    """The branches of one shortcut on one base. rows: the strength of each row of the pass, None while they are off."""
+
+    def __init__(self, base: nn.Module, patches: dict[str, list[Patch]]):
+        super().__init__()
+        self.rows: Tensor | None = None
+        self.beside = nn.ModuleList()
+        self._by_layer: dict[int, list[Branch]] = {}
+        for key, added in patches.items():
+            layer = base.get_submodule(key.removesuffix(".weight"))
+            shape = getattr(layer, "_orig_shape", None) or layer.weight.shape
+            for patch in added:
+                branch = Branch(layer, torch.Size(shape), patch)
+                self.beside.append(branch)
+                self._by_layer.setdefault(id(layer), []).append(branch)
+        self.requires_grad_(False).eval()
+
+    def of(self, layer: nn.Module):
+        """What a layer gets beside its own output now, a function of its input, or None."""
+        if self.rows is None or id(layer) not in self._by_layer:
+            return None
+        found, rows = self._by_layer[id(layer)], self.rows
+
+        def change(x: Tensor) -> Tensor:
+            # Each row may have been cut into tiles (as HyperTile does): tiles of a row are neighbours.
+            strength = rows.to(x).repeat_interleave(x.shape[0] // len(rows))
+            out = sum(branch(x) for branch in found)
+            return out * strength.reshape(-1, *[1] * (out.ndim - 1))
+
+        return change
+
+    @contextmanager
+    def switched(self, rows: Tensor | None) -> Iterator[None]:
+        """Inside, the branches act with a strength for each row."""
+        before, self.rows = self.rows, rows
+        try:
+            yield
+        finally:
+            self.rows = before
+
+
+def branches_patcher(base: nn.Module, patches: dict[str, list[Patch]]) -> ModelPatcher:
+    """The branches as the host manages models."""
+    return comfy.model_patcher.ModelPatcher(
+        Branches(base, patches),
+        load_device=comfy.model_management.get_torch_device(),
+        offload_device=comfy.model_management.unet_offload_device(),
+    )
+
+
+def added_patches(base: ModelPatcher, shortcut: ModelPatcher) -> tuple[dict[str, list[Patch]], int]:
+    """The weight patches that `shortcut` has and `base` lacks, by weight, and how many `base` has that it lacks."""
+    added: dict[str, list[Patch]] = {}
+    more = 0
+    for key in {**base.patches, **shortcut.patches}:
+        known = list(base.patches.get(key, ()))
+        for patch in shortcut.patches.get(key, ()):
+            same = next((n for n, other in enumerate(known) if _same(patch, other)), None)
+            if same is None:
+                added.setdefault(key, []).append(patch)
+            else:
+                del known[same]
+        more += len(known)
+    return added, more
+
+
+def check_patches(added: dict[str, list[Patch]], base: nn.Module) -> None:
+    """Raise ValueError, one sentence, where a patch cannot run as a branch."""
+    for key, patches in added.items():
+        path = key.removesuffix(".weight")
+        for _, value, strength_model, offset, function in patches:
+            kind = getattr(value, "name", None) or (value[0] if isinstance(value, tuple) else type(value).__name__)
+            layer = base.get_submodule(path) if path != key else None
+            plain = offset is None and function is None and strength_model == 1.0
+            lora = isinstance(value, LoRAAdapter) and value.weights[4] is None and value.weights[5] is None
+            linear = hasattr(layer, "in_features") or isinstance(layer, nn.Conv2d)
+            if not (plain and lora and linear):
+                if isinstance(value, LoRAAdapter) and value.weights[4] is not None:
+                    kind = "DoRA"
+                raise ValueError(
+                    f"The shortcut's MODEL changes {key} by a patch of the kind {kind}, and a shortcut takes plain "
+                    "LoRA alone: use a LoRA file of up and down matrices, or a distilled checkpoint."
+                )
+
+
+def _same(a: Patch, b: Patch) -> bool:
+    """Whether two patches are one, or two readings of one file."""
+    if a[1] is b[1]:
+        return a[0] == b[0] and a[2] == b[2]
+    mine, others = (getattr(patch[1], "weights", None) for patch in (a, b))
+    if a[0] != b[0] or a[2] != b[2] or type(a[1]) is not type(b[1]) or mine is None or len(mine) != len(others):
+        return False
+    return all(_equal(x, y) for x, y in zip(mine, others, strict=True))
+
+
+def _equal(x: Any, y: Any) -> bool:
+    if isinstance(x, Tensor) or isinstance(y, Tensor):
+        return isinstance(x, Tensor) and isinstance(y, Tensor) and x.shape == y.shape and torch.equal(x, y)
+    return x == y

@@ -1,0 +1,569 @@
+"""Lookahead guidance in whole runs of the host, with random weights: a simple loss falls, and nothing remains."""
+
+import gc
+import logging
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+LATENT = (1, 4, 8, 8)
+REFUSED = {"uni_pc", "uni_pc_bh2", "sa_solver", "sa_solver_pece", "dpm_adaptive"}
+
+
+def relative(a, b) -> float:
+    return float((a - b).square().mean().sqrt() / b.square().mean().sqrt())
+
+
+@pytest.fixture
+def texts(mini):
+    return mini.text(1), mini.text(2)
+
+
+@pytest.fixture(scope="module")
+def vae(pack):
+    """TAESD with random weights, as the host's VAE."""
+    import comfy.sd
+    import comfy.taesd.taesd
+
+    with torch.inference_mode():
+        g = torch.Generator().manual_seed(3)
+        weights = comfy.taesd.taesd.TAESD().state_dict()
+        for name, value in weights.items():
+            if value.ndim:
+                fan = value[0].numel() if value.ndim > 1 else 1
+                weights[name] = torch.randn(value.shape, generator=g) * (0.7 * fan**-0.5 if fan > 1 else 0.1)
+        weights["vae_scale"] = torch.tensor(0.13025)
+        return comfy.sd.VAE(sd=weights)
+
+
+@pytest.fixture
+def loss(pack):
+    """The distance of the picture's mean colour to a colour."""
+
+    def colour(picture, rows):
+        target = torch.tensor([0.4, -0.3, 0.2])
+        return (picture.mean(dim=(2, 3)) - target).square().sum(1), torch.ones(len(picture), dtype=torch.bool)
+
+    return pack.module("nodes.sockets").LookaheadLoss(colour, name="colour")
+
+
+@pytest.fixture
+def shortcut(tools, mini, vae):
+    def make(model=None, **options):
+        return tools.run("LookaheadShortcut", model or tools.with_lora(mini.model), vae, **options)
+
+    return make
+
+
+@pytest.fixture
+def guide(tools, shortcut, loss, pack):
+    """A guided sampler and its report."""
+
+    def make(sampler="euler", of=None, **options):
+        import comfy.samplers
+
+        sampler = comfy.samplers.sampler_object(sampler) if isinstance(sampler, str) else sampler
+        options = {"iterations": 3, "start": 0.0, "loss": loss, **options}
+        return pack.nodes["LookaheadGuidanceSampler"].execute(sampler, of or shortcut(), **options).result
+
+    return make
+
+
+@pytest.fixture
+def draw(texts, tools, mini):
+    def run(sampler, latent=LATENT, model=None, **options):
+        options = {"steps": 2, **options}
+        return tools.sample(model or mini.model, *texts, torch.zeros(latent), sampler=sampler, **options)
+
+    return run
+
+
+def means(report) -> list[float]:
+    (run,) = report.runs.values()
+    return [sum(i.losses) / len(i.losses) for i in run.iterates]
+
+
+# -- every sampler of the host
+
+
+class StandIn:
+    """A guider whose model is known: the best denoiser of latents that are noise themselves."""
+
+    cfg = 1.0
+
+    def __init__(self, world):
+        self.inner_model, self.model_patcher = world.model.model, world.model
+        self.seen = []
+
+    def __call__(self, x, sigma, model_options=None, seed=None):
+        self.seen.append(x.clone())
+        out = x / (1 + sigma.reshape(-1, 1, 1, 1) ** 2)
+        for function in (model_options or {}).get("sampler_post_cfg_function", ()):
+            function({"denoised": out, "cond_denoised": out, "uncond_denoised": out})
+        return out
+
+
+def all_samplers():
+    import comfy.samplers
+
+    return [*comfy.samplers.SAMPLER_NAMES]
+
+
+def test_what_is_written_at_a_guided_step_is_found_in_the_result_of_every_sampler(mini, pack):
+    import comfy.samplers
+
+    module = pack.module("nodes.guidance_sampler")
+    sigmas = comfy.samplers.calculate_sigmas(mini.model.get_model_object("model_sampling"), "normal", 6)
+    refused = set()
+    for name in all_samplers():
+        sampler = comfy.samplers.sampler_object(name)
+        results, guided_at = [], []
+        for offset in (0.0, 0.5):
+
+            def guide(x, call, step, offset=offset, guided_at=guided_at):
+                guided_at.append((float(call.sigma[0]), step))
+                x += offset
+
+            optimisation, model = SimpleNamespace(iterations=1), StandIn(mini)
+            start = float(sigmas[2])
+            guidance = SimpleNamespace(optimisation=optimisation, steps=1, live=0)
+            run = SimpleNamespace(guidance=guidance, start_sigma=start, guide=guide)
+            plain = comfy.samplers.KSAMPLER(
+                module._guided_function(sampler.sampler_function, run), sampler.extra_options, sampler.inpaint_options
+            )
+            noise = torch.randn(LATENT, generator=torch.Generator().manual_seed(1))
+            extra = {"model_options": {}, "seed": 5}
+            torch.manual_seed(5)
+            try:
+                results.append(plain.sample(model, sigmas, extra, None, noise, torch.zeros(LATENT), disable_pbar=True))
+            except ValueError as error:
+                assert f"The sampler {name.replace('uni_pc', 'unipc')}" in str(error) or name.startswith("uni_pc")
+                refused.add(name)
+                break
+        if name in refused:
+            continue
+        # Once, at the noise level at which the step begins (solvers with steps of their own have their own levels).
+        assert len(guided_at) == 2 and guided_at[0] == guided_at[1], name
+        assert guided_at[0][0] <= start * 1.001 and (name == "dpm_fast" or guided_at[0][0] > float(sigmas[3])), name
+        # An offset of 0.5 in noise of this strength moves the result by this much, times what samplers add.
+        moved = (results[1] - results[0]).mean() / (0.5 / (1 + start**2) ** 0.5)
+        assert 0.05 < abs(float(moved)) < 20, (name, float(moved))
+    assert refused == REFUSED
+
+
+def test_a_sampler_function_of_another_pack_is_understood_or_refused(mini, pack, tools):
+    """One with a corrector whose noise level is that of the next step, and one that works on a copy."""
+    steps = pack.module("nodes.sampler_steps").guided_steps
+    sigmas = torch.tensor([8.0, 4.0, 2.0, 1.0, 0.0])
+
+    def sample_heun_like(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        for i in range(len(sigmas) - 1):
+            denoised = model(x, sigmas[i] * x.new_ones([len(x)]), **extra_args)
+            callback({"x": x, "i": i, "denoised": denoised})
+            there = x + (x - denoised) / sigmas[i] * (sigmas[i + 1] - sigmas[i])
+            model(there, sigmas[i + 1] * x.new_ones([len(x)]), **extra_args)
+            x = there
+        return x
+
+    (step,) = steps(sample_heun_like, {}, StandIn(mini), sigmas, 2.0, 1)
+    assert (step.number, step.call, step.sigma, step.sigma_next) == (2, 4, 2.0, 1.0)
+
+    def sample_on_a_copy(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        def call(x, *args, **kwargs):
+            return model(x.clone(), *args, **kwargs)
+
+        return sample_heun_like(call, x, sigmas, extra_args, callback, disable)
+
+    with pytest.raises(ValueError, match="on_a_copy does not go on") as error:
+        steps(sample_on_a_copy, {}, StandIn(mini), sigmas, 2.0, 1)
+    tools.one_sentence(error)
+
+
+def test_a_rehearsal_leaves_the_random_numbers_as_they_are(mini, pack):
+    import comfy.samplers
+
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    function = comfy.samplers.sampler_object("euler_ancestral").sampler_function
+    model = SimpleNamespace(inner_model=StandIn(mini))
+    pack.module("nodes.sampler_steps").guided_steps(function, {}, model, torch.tensor([4.0, 2.0, 0.0]), 9.0, 1)
+    assert torch.equal(torch.rand(3), expected)
+
+
+# -- the shortcut
+
+
+def with_all_kinds_of_lora(tools, world, strength=0.7):
+    """A LoRA of linear layers, convolutions (also with a middle), time and label embeddings, by the host's loader."""
+    import comfy.lora
+    import comfy.sd
+
+    names, weights = comfy.lora.model_lora_keys_unet(world.model.model, {}), world.model.model.state_dict()
+    g, lora = torch.Generator().manual_seed(9), {}
+    for n, (name, key) in enumerate(
+        (k, v) for k, v in names.items() if k.startswith("lora_unet") and v in weights and weights[v].ndim > 1
+    ):
+        if n % 3:
+            continue
+        shape = weights[key].shape
+        inner = (2, *shape[1:])
+        if len(shape) == 4 and shape[-1] == 3 and n % 2:
+            lora[f"{name}.lora_mid.weight"] = torch.randn(2, 2, 3, 3, generator=g) * 0.3
+            inner = (2, shape[1], 1, 1)
+        lora[f"{name}.lora_down.weight"] = torch.randn(inner, generator=g) * 0.2
+        lora[f"{name}.lora_up.weight"] = torch.randn(shape[0], 2, *[1] * (len(shape) - 2), generator=g) * 0.2
+        lora[f"{name}.alpha"] = torch.tensor(1.5)
+    return comfy.sd.load_lora_for_models(world.model, None, lora, strength, 0.0)[0]
+
+
+def look(pack, tools, world, texts, shortcut, x, sigma, strength, base=None, **options):
+    """The preview latent at (x, sigma), from inside a run of the host."""
+    preview, found = pack.module("nodes.preview"), []
+    model = base or world.model
+
+    def call_once(model_k, noise, sigmas, extra_args=None, callback=None, disable=None):
+        run = preview.Previewer(shortcut, guider, **options)
+        run.load([], x, 1.0)
+        call = preview.Call(model_k, sigmas[:1].expand(len(x)), extra_args)
+        conds = run.conds(noise, None, call)
+        with torch.no_grad(), run.installed():
+            found.append(run.latent(x, call, conds, strength, grad=False))
+        run.close()
+        return noise
+
+    import comfy.samplers
+
+    guider = tools.guider(model, *texts, 3.0)
+    sampler = comfy.samplers.KSAMPLER(call_once)
+    guider.sample(torch.zeros_like(x), torch.zeros_like(x), sampler, torch.tensor([sigma, 0.0]), seed=1)
+    return found[0]
+
+
+def test_the_lora_beside_the_base_is_the_lora_merged_by_the_host(mini, pack, tools, texts, shortcut):
+    """For each picture by its own strength; a patch that the base has as well acts once."""
+    x = 4 * torch.randn(2, *LATENT[1:])
+    merged = with_all_kinds_of_lora(tools, mini)
+    expected = tools.denoised(merged, *texts, x, 4.0)
+    plain = tools.denoised(mini.model, *texts, x, 4.0)
+    assert relative(expected, plain) > 0.05
+    one = look(pack, tools, mini, texts, shortcut(merged), x, 4.0, torch.ones(2))
+    assert relative(one, expected) < 1e-4
+    mixed = look(pack, tools, mini, texts, shortcut(merged), x, 4.0, torch.tensor([1.0, 0.0]))
+    assert relative(mixed[:1], expected[:1]) < 1e-4 and relative(mixed[1:], plain[1:]) < 1e-4
+    both = tools.with_lora(merged, seed=11)
+    again = look(
+        pack, tools, mini, texts, shortcut(both), x, 4.0, torch.ones(2), base=tools.with_lora(mini.model, seed=11)
+    )
+    assert relative(again, tools.denoised(both, *texts, x, 4.0)) < 1e-4
+
+
+def test_plain_x0_is_what_the_sampled_model_itself_predicts(mini, pack, tools, texts, shortcut):
+    x = 4 * torch.randn(LATENT)
+    baseline = look(pack, tools, mini, texts, shortcut(kind="plain x0"), x, 4.0, torch.ones(1))
+    assert relative(baseline, tools.denoised(mini.model, *texts, x, 4.0)) < 1e-5
+
+
+def test_guidance_of_the_preview_and_its_own_positive(mini, pack, tools, texts, shortcut):
+    x, of = 4 * torch.randn(LATENT), shortcut(kind="plain x0")
+    guided = look(pack, tools, mini, texts, of, x, 4.0, torch.ones(1), cfg=3.0)
+    assert relative(guided, tools.denoised(mini.model, *texts, x, 4.0, cfg=3.0)) < 1e-5
+    own = look(pack, tools, mini, texts, of, x, 4.0, torch.ones(1), positive=mini.text(5))
+    assert relative(own, tools.denoised(mini.model, mini.text(5), texts[1], x, 4.0)) < 1e-5
+
+
+def test_a_distilled_checkpoint_is_a_second_model(mini, pack, tools, texts, shortcut, caplog):
+    other = tools.make_model(mini)
+    with torch.no_grad():
+        for parameter in other.model.diffusion_model.parameters():
+            parameter *= 1.01
+    x = 4 * torch.randn(LATENT)
+    with caplog.at_level(logging.INFO):
+        found = look(pack, tools, mini, texts, shortcut(other), x, 4.0, torch.ones(1))
+    assert relative(found, tools.denoised(other, *texts, x, 4.0)) < 1e-5 and "second model" in caplog.text
+
+
+def test_other_patches_than_lora_are_refused(mini, pack, tools, texts, shortcut):
+    key = next(k for k in mini.model.model.state_dict() if k.endswith("attn1.to_v.weight"))
+    model = mini.model.clone()
+    model.add_patches({key: ("diff", (torch.zeros_like(mini.model.model.state_dict()[key]),))}, 1.0)
+    with pytest.raises(ValueError, match="of the kind diff") as error:
+        look(pack, tools, mini, texts, shortcut(model), torch.randn(LATENT), 4.0, torch.ones(1))
+    tools.one_sentence(error)
+
+
+# -- guided runs
+
+
+@pytest.mark.parametrize("kind", ["one-step", "plain x0"])
+def test_the_loss_falls_and_the_picture_changes(guide, draw, shortcut, kind, mini):
+    sampler, report = guide(of=shortcut(kind=kind), iterations=6)
+    out = draw(sampler)
+    losses = means(report)
+    assert len(losses) == 7 and min(losses[1:]) < 0.95 * losses[0]
+    assert relative(out, draw("euler")) > 1e-3
+
+
+def test_each_picture_of_a_batch_is_guided_as_if_alone(guide, draw):
+    (sampler, _), (alone, _) = guide(), guide()
+    together = draw(sampler, (3, *LATENT[1:]))
+    noise = [torch.randn(n, *LATENT[1:], generator=torch.Generator().manual_seed(1))[0] for n in (1, 3)]
+    assert torch.equal(*noise) and relative(together[:1], draw(alone)) < 1e-3
+
+
+def test_without_iterations_it_is_bit_equal_to_the_sampler(guide, draw):
+    assert torch.equal(draw(guide(iterations=0)[0]), draw("euler"))
+
+
+@pytest.mark.parametrize("end", ["guided", "interrupted", "failed"])
+def test_the_next_run_is_bit_equal_and_nothing_is_kept_alive(guide, draw, tools, mini, pack, loss, end, monkeypatch):
+    import comfy.model_management
+
+    made, module = [], pack.module("nodes.guidance_sampler")
+
+    class Watched(module.GuidedRun):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(weakref.ref(self))
+
+    monkeypatch.setattr(module, "GuidedRun", Watched)
+
+    def failing(picture, rows):
+        if end == "interrupted":
+            comfy.model_management.interrupt_current_processing()
+        elif end == "failed":
+            raise RuntimeError("no loss today")
+        return loss.loss(picture, rows)
+
+    def tensors():
+        gc.collect()
+        return sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+
+    unet = mini.model.model.diffusion_model
+    before, dicts = draw("euler"), [set(m.__dict__) for m in unet.modules()]
+    sampler, report = guide(iterations=2, loss=pack.module("nodes.sockets").LookaheadLoss(failing))
+    known = tensors()
+    if end == "guided":
+        draw(sampler)
+    else:
+        with pytest.raises((comfy.model_management.InterruptProcessingException, RuntimeError)):
+            draw(sampler)
+    report.runs.clear()
+    assert torch.equal(draw("euler"), before) and [set(m.__dict__) for m in unet.modules()] == dicts
+    branches = len(list(next(iter(sampler.lookahead[0].shortcut.networks.values())).model.parameters()))
+    gc.collect()
+    assert [ref() for ref in made] == [None] and tensors() <= known + branches + 4
+
+
+def test_a_guided_run_is_the_same_each_time(guide, draw):
+    sampler, _ = guide("euler_ancestral", jitter=0.5, time_travel=1)
+    assert torch.equal(draw(sampler), draw(sampler))
+
+
+def test_time_travel_goes_back_and_guides_again(guide, draw):
+    (sampler, report), (plain, _) = guide(iterations=2, time_travel=2), guide(iterations=2)
+    assert relative(draw(sampler), draw(plain)) > 1e-3
+    assert len(means(report)) == 9
+
+
+def test_under_an_inpainting_mask_what_is_kept_stays(guide, tools, mini, texts):
+    latent, mask = torch.randn(LATENT), torch.zeros(1, 1, 64, 64)
+    mask[..., 32:, :] = 1
+
+    def run(sampler):
+        return tools.sample(mini.model, *texts, latent, sampler=sampler, steps=2, denoise_mask=mask)
+
+    guided, plain = run(guide()[0]), run("euler")
+    assert torch.allclose(guided[..., :4, :], latent[..., :4, :], atol=1e-4)
+    assert relative(guided[..., 4:, :], plain[..., 4:, :]) > 1e-3
+
+
+def test_a_mask_says_where_the_latent_moves(guide, draw, mini, pack, monkeypatch):
+    """Outside of it, the state that the sampler goes on from is the same to the bit."""
+    states, module = [], pack.module("nodes.guidance_sampler")
+    guide_once = module.GuidedRun.guide
+
+    def watched(self, x, call, step):
+        before = x.clone()
+        guide_once(self, x, call, step)
+        states.append((before, x.clone()))
+
+    monkeypatch.setattr(module.GuidedRun, "guide", watched)
+    mask = torch.zeros(1, 64, 64)
+    mask[:, :32] = 1
+    draw(guide(mask=mask)[0])
+    ((before, after),) = states
+    assert torch.equal(before[..., 5:, :], after[..., 5:, :])
+    assert relative(after[..., :4, :], before[..., :4, :]) > 1e-3
+
+
+def test_img2img_is_guided_at_its_first_step(guide, tools, mini, texts):
+    sampler, report = guide(start=0.12)
+    sigmas = torch.tensor([3.0, 1.0, 0.0])
+    tools.sample(mini.model, *texts, torch.randn(LATENT), sampler=sampler, sigmas=sigmas)
+    (run,) = report.runs.values()
+    assert {(i.step, i.sigma) for i in run.iterates} == {(0, 3.0)}
+
+
+def test_a_run_that_ends_before_start_is_not_guided_and_says_so(guide, tools, mini, texts, caplog):
+    sampler, report = guide(start=0.9)
+    sigmas = torch.tensor([14.0, 9.0, 5.0])
+    out = tools.sample(mini.model, *texts, torch.zeros(LATENT), sampler=sampler, sigmas=sigmas)
+    plain = tools.sample(mini.model, *texts, torch.zeros(LATENT), sampler="euler", sigmas=sigmas)
+    assert torch.equal(out, plain) and "no step of this run is guided" in caplog.text
+
+
+def test_a_sampler_of_another_kind_is_split(guide, draw, tools, mini, texts):
+    """At the first step, and in the middle; under a mask it is refused."""
+    import comfy.samplers
+
+    class Other(comfy.samplers.Sampler):
+        def sample(self, *args, **kwargs):
+            return comfy.samplers.sampler_object("euler").sample(*args, **kwargs)
+
+    for start in (0.0, 0.4):
+        expected = draw(guide("euler", start=start)[0], steps=3)
+        assert relative(draw(guide(Other(), start=start)[0], steps=3), expected) < 1e-4
+    with pytest.raises(ValueError, match="under an inpainting mask") as error:
+        mask = torch.ones(1, 1, 64, 64)
+        tools.sample(mini.model, *texts, torch.zeros(LATENT), sampler=guide(Other())[0], steps=2, denoise_mask=mask)
+    tools.one_sentence(error)
+
+
+# -- beside the rest of the pack and of the host
+
+
+def test_image_prompt_and_kv_injection_act_in_the_preview(guide, tools, mini, texts, loss):
+    """With the pack's own guider; the reference pass itself runs without the shortcut's LoRA, once."""
+    reference = tools.kv_reference(mini, tools.picture(1), encoder=tools.encoder(mini.encoder))
+    seen = []
+    with tools.watch(mini, positive=texts[0], negative=texts[1]) as watch:
+        model = watch.model(tools.inject(tools.apply(mini.model, reference), reference, cache_gb=0.0))
+        guider = tools.three_scales(model, *texts, 1.0, 1.0, 0.5)
+        sampler, report = guide(iterations=2)
+        hook = (
+            mini.model.model.diffusion_model.middle_block[1]
+            .transformer_blocks[0]
+            .attn1.to_k.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[0]))
+        )
+        with_lora = tools.sample(model, None, None, torch.zeros(LATENT), guider=guider, sampler=sampler, steps=1)
+        hook.remove()
+    assert len(watch.references) == 1 and len(means(report)) == 3 and with_lora.isfinite().all()
+    # A pass of the preview has the positive row alone; its keys and values are twice as long.
+    options = [one.options for one in watch.passes[:3]]
+    assert all(one.names == ["positive"] for one in watch.passes[:3])
+    assert all("attn1" in o["patches_replace"] and "attn2" in o["patches_replace"] for o in options)
+
+
+def test_with_a_control_net_whose_effect_counts(guide, tools, mini, texts, worlds):
+    import importlib.util
+    from pathlib import Path
+
+    spec = importlib.util.spec_from_file_location("kv_sampling", Path(__file__).with_name("test_kv_sampling.py"))
+    kv_sampling = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(kv_sampling)
+    net = kv_sampling.control_net(mini).set_cond_hint(torch.rand(1, 3, 64, 64), 0.5)
+    controlled = [[[text, {**options, "control": net}]] for ((text, options),) in texts]
+    sampler, report = guide(iterations=2)
+    tools.sample(mini.model, *controlled, torch.zeros(LATENT), sampler=sampler, steps=1)
+    plain, plain_report = guide(iterations=2)
+    tools.sample(mini.model, *texts, torch.zeros(LATENT), sampler=plain, steps=1)
+    assert means(report)[0] != means(plain_report)[0]
+
+
+def test_a_guider_without_positive_conditions_is_refused(guide, tools, mini, texts):
+    import comfy.samplers
+
+    guider = comfy.samplers.CFGGuider(mini.model)
+    guider.inner_set_conds({"wanted": texts[0]})
+    guider.predict_noise = lambda x, *args, **kwargs: x
+    with pytest.raises(ValueError, match="has no positive conditions") as error:
+        tools.sample(mini.model, None, None, torch.zeros(LATENT), guider=guider, sampler=guide()[0], steps=1)
+    tools.one_sentence(error)
+
+
+# -- what is told
+
+
+def test_progress_previews_and_the_report(guide, draw, pack, monkeypatch):
+    import comfy.utils
+
+    told = []
+    hook = comfy.utils.PROGRESS_BAR_HOOK
+    comfy.utils.set_progress_bar_global_hook(
+        lambda value, total, preview, node_id=None: told.append((value, total, preview))
+    )
+    try:
+        sampler, report = guide(iterations=3, live_previews=1)
+        out = draw(sampler, (2, *LATENT[1:]), steps=3)
+    finally:
+        comfy.utils.set_progress_bar_global_hook(hook)
+    assert [t[:2] for t in told[:4]] == [(n, 3) for n in range(4)]
+    assert all(kind == "JPEG" and image.size[0] == 2 * 64 for kind, image, _ in (t[2] for t in told))
+    assert [t[:2] for t in told[4:]] == [(1, 3), (2, 3)]  # live, but for the last step: there the picture is finished
+    curve, previews, text = pack.nodes["LookaheadGuidanceReport"].execute(report, {"samples": out}).result
+    assert curve.shape == (1, 432, 768, 3) and 0 <= float(curve.min()) < float(curve.max()) <= 1
+    assert previews.shape == (4, 64, 64, 3) and relative(previews[:2], previews[2:]) > 1e-4
+    assert text.startswith("step 1 (sigma 14.6): colour ") and text.endswith("in 3 iterations")
+    with pytest.raises(ValueError, match="knows no guided run"):
+        pack.nodes["LookaheadGuidanceReport"].execute(report, {"samples": out + 1})
+
+
+def test_live_previews_change_nothing(guide, draw):
+    assert torch.equal(draw(guide(iterations=0, live_previews=1)[0], steps=3), draw("euler", steps=3))
+
+
+def test_with_too_little_memory_it_takes_less_in_a_stated_order(guide, draw, loss, pack, caplog, tools):
+    calls = []
+
+    def hungry(picture, rows):
+        calls.append((tuple(picture.shape), rows))
+        if len(picture) > 1 or picture.shape[-1] > 32:
+            raise torch.OutOfMemoryError("out of memory (a test)")
+        return loss.loss(picture, rows)
+
+    sampler, report = guide(
+        iterations=1, loss=pack.module("nodes.sockets").LookaheadLoss(hungry), checkpointing="never"
+    )
+    draw(sampler, (2, *LATENT[1:]), steps=1)
+    order = ["every block is computed twice", "decoded one by one", "at half their size"]
+    places = [caplog.text.find(text) for text in order]
+    assert -1 < places[0] < places[1] < places[2] and len(means(report)) == 2
+    assert [int(rows) for _, rows in calls[-2:]] == [0, 1]
+
+    def never(picture, rows):
+        raise torch.OutOfMemoryError("out of memory (a test)")
+
+    with pytest.raises(ValueError, match="memory is too small") as error:
+        draw(guide(iterations=1, loss=pack.module("nodes.sockets").LookaheadLoss(never))[0], steps=1)
+    tools.one_sentence(error)
+
+
+# -- the preview grid
+
+
+def test_the_preview_grid_shows_what_was_foretold_and_how_well(mini, texts, shortcut, loss, pack):
+    """With no LoRA and no guidance, shortcut and x0 are one; nearer to the end previews are nearer to the picture."""
+    node, latent = pack.nodes["LookaheadPreviewGrid"], {"samples": torch.zeros(2, *LATENT[1:])}
+    options = {"steps": 4, "cfg": 1.0, "fractions": "0, 0.5, 0.75", "loss": loss}
+    of = shortcut(kind="plain x0")
+    grid, finished, text = node.execute(mini.model, of, *texts, latent, **options).result
+    assert grid.shape == (2, 2 * (64 + 34), 4 * 64, 3) and finished.shape == (2, 64, 64, 3)
+    rows = [line.split("|")[1:-1] for line in text.splitlines()[2:]]
+    assert [(row[0].strip(), row[1].strip()) for row in rows] == [
+        *((f"{n} %", which) for n in (0, 50, 75) for which in ("shortcut", "x0")),
+        ("100 %", "finished"),
+    ]
+    numbers = [[float(cell) for cell in row[2:]] for row in rows]
+    for one, other in zip(numbers[0:6:2], numbers[1:6:2], strict=True):
+        assert one == pytest.approx(other, abs=2e-3)
+    assert numbers[0][0] > numbers[4][0] and numbers[0][1] < numbers[4][1]
+
+
+@pytest.mark.parametrize("text", ["", "0.5, 1", "-0.1", "a half"])
+def test_fractions_that_make_no_sense_are_refused(pack, tools, text):
+    with pytest.raises(ValueError, match="give numbers from 0 to below 1") as error:
+        pack.module("nodes.preview_grid").parse_fractions(text)
+    assert str(error.value).endswith("0.5.")

@@ -1,0 +1,244 @@
+"""The identity loss on drawn people, with the mini pack's real detector and recogniser."""
+
+import logging
+
+import pytest
+import torch
+from lcm_lookahead.lookahead.face_models import FaceModels
+from lcm_lookahead.lookahead.faces import Face
+from lcm_lookahead.lookahead.identity import IdentityLoss, NoFaceError, People, embed, read_people
+from lcm_lookahead.lookahead.losses import Combined, L1Loss, started
+from lcm_lookahead.lookahead.recognisers import read
+from lcm_lookahead.trainer.mini import data
+from lcm_lookahead.trainer.mini.faces import STYLES, render
+from lcm_lookahead.trainer.mini.plan import WEIGHTS
+from torch.nn import functional as F
+
+pytest.importorskip("insightface")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnx2torch")
+
+PACK = WEIGHTS / "insightface/models/mini"
+EMPTY = torch.full((3, 128, 128), 0.5)
+
+
+@pytest.fixture(scope="module")
+def detector():
+    return FaceModels(PACK, threads=1)
+
+
+@pytest.fixture(scope="module")
+def recogniser():
+    return read(PACK / "rec_mini.onnx")
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """[8 people, 3 pictures of each, 3, 128, 128]: two photos and a styled picture."""
+    faces = data.group_of_people("held_out", 8, STYLES)
+    return render(faces, 128, seed=4).view(8, -1, 3, 128, 128)[:, :3]
+
+
+@pytest.fixture(scope="module")
+def identity(detector, recogniser):
+    """The loss towards pictures, as for one run."""
+
+    def make(pictures, together=True, **options):
+        people = read_people(recogniser, detector, list(pictures), together)
+        return started(IdentityLoss(recogniser, detector, people, **options), torch.Generator())
+
+    return make
+
+
+def preview(pictures: torch.Tensor) -> torch.Tensor:
+    return pictures * 2 - 1
+
+
+def test_the_value_is_one_minus_the_cosine_of_insightface_s_own_embeddings(identity, drawn):
+    from lcm_lookahead.lookahead.face_models import find_and_embed, open_app
+
+    app = open_app(PACK, threads=1)
+    pictures = drawn[:4, :2].flatten(0, 1)
+    theirs = torch.stack([torch.from_numpy(faces[0].normed_embedding) for faces in find_and_embed(app, pictures)])
+    theirs = theirs.view(4, 2, -1)
+    loss = identity(drawn[:4, 0], together=False)
+    values, counts = loss(preview(drawn[:4, 1]))
+    assert counts.all() and values.dtype == torch.float32
+    assert (values - (1 - (theirs[:, 0] * theirs[:, 1]).sum(-1))).abs().max() < 0.02
+
+
+def test_a_person_is_nearer_to_their_own_reference_than_to_others(identity, drawn):
+    loss = identity(drawn[:, 0], together=False)
+    own, _ = loss(preview(drawn[:, 1]))
+    other, _ = loss(preview(drawn[:, 1]), rows=torch.arange(8).roll(1) + 8)
+    assert own.mean() + 0.4 < other.mean()
+    same, _ = loss(preview(drawn[:2, 0].repeat(2, 1, 1, 1)), rows=torch.tensor([0, 1, 1, 0]))
+    assert same[:2].max() < 1e-4 and same[2:].min() > 0.1
+
+
+def test_references_go_to_the_previews_in_turn_when_no_rows_are_given(identity, drawn):
+    loss = identity(drawn[:2, 0], together=False)
+    values, _ = loss(preview(drawn[[0, 1, 0], 0]))
+    assert values.max() < 1e-4
+
+
+def test_several_pictures_of_one_person_are_averaged_and_one_without_a_face_is_left_out(identity, drawn, caplog):
+    pictures = [drawn[0, 0], EMPTY, drawn[0, 1]]
+    with caplog.at_level(logging.WARNING):
+        loss = identity(pictures)
+    assert "1 of 3 reference pictures" in caplog.text
+    alone = [identity([picture]).people.embeddings for picture in (drawn[0, 0], drawn[0, 1])]
+    assert torch.allclose(loss.people.embeddings, F.normalize(alone[0] + alone[1], dim=-1), atol=1e-6)
+
+
+def test_a_reference_without_a_face_is_refused(identity, drawn):
+    with pytest.raises(NoFaceError, match="No face was found in the reference:"):
+        identity([EMPTY])
+    with pytest.raises(NoFaceError, match="in reference picture 2 of 2:"):
+        identity([drawn[0, 0], EMPTY], together=False)
+
+
+def test_descending_the_gradient_brings_the_value_down(identity, drawn):
+    loss = identity([drawn[0, 0]])
+    x = preview(drawn[1:3, 0]).requires_grad_()
+    values, _ = loss(x)
+    values.sum().backward()
+    assert x.grad.isfinite().all() and (x.grad.flatten(1) != 0).any(1).all()
+    better, _ = loss((x - 20 * x.grad).detach())
+    assert (better < values - 0.05).all()
+
+
+def test_the_gradient_is_that_of_finite_differences(detector, drawn):
+    """In float64, with the landmarks held: they carry no gradient. Away from -1 and 1, where previews are clamped."""
+    double, pictures = read(PACK / "rec_mini.onnx").double(), drawn[:2, 0].double()
+    found = [faces[0] for faces in detector(drawn[:2, 0])]
+    people = People(F.normalize(torch.randn(1, 128, generator=torch.Generator().manual_seed(1)), dim=-1), None, None)
+    loss = IdentityLoss(double, lambda pictures: [[face] for face in found], people)
+    x, g = (preview(pictures) * 0.9).requires_grad_(), torch.Generator().manual_seed(0)
+    loss(x)[0].sum().backward()
+    for _ in range(3):
+        step = torch.randn(x.shape, generator=g, dtype=torch.float64)
+        with torch.no_grad():
+            up, down = (loss(x + sign * 1e-8 * step)[0].sum() for sign in (1, -1))
+        assert (up - down).item() / 2e-8 == pytest.approx((x.grad * step).sum().item(), rel=1e-5)
+
+
+def test_one_preview_s_gradient_does_not_depend_on_the_others(identity, drawn):
+    loss = identity([drawn[0, 0]])
+    x = preview(drawn[1:4, 0]).requires_grad_()
+    loss(x)[0].sum().backward()
+    alone = preview(drawn[2:3, 0]).requires_grad_()
+    loss(alone)[0].sum().backward()
+    assert torch.allclose(x.grad[1], alone.grad[0], atol=1e-6)
+
+
+class Seen:
+    """A detector that answers from a list, a call an entry."""
+
+    def __init__(self, *answers):
+        self.answers = list(answers)
+
+    def __call__(self, pictures):
+        return self.answers.pop(0)
+
+
+def face(shift: float, width: float = 40.0) -> Face:
+    points = torch.tensor([[40.0, 50], [70, 50], [55, 65], [43, 85], [68, 85]]) + shift
+    return Face(torch.tensor([30.0, 30, 30 + width, 90]) + shift, points, 0.9)
+
+
+def seeing(recogniser, *answers, fallback="last"):
+    """A loss whose detector gives these answers, and whose reference's face is where face(0) is, at half the size."""
+    points = face(0).points[None] / 2 - 0.25
+    people = People(F.normalize(torch.ones(1, 128), dim=-1), points, torch.tensor([[64, 64]]))
+    return IdentityLoss(recogniser, Seen(*answers), people, fallback).started()
+
+
+def places(loss, rows=(0, 1)):
+    """How far from face(0) the faces are taken to be, and which count."""
+    points, there = loss._find(torch.zeros(2, 3, 128, 128), list(rows), loss.memory)
+    return [round(five[0, 0].item() - 40) for five in points], there.tolist()
+
+
+@pytest.mark.parametrize(
+    ("fallback", "first", "later"),
+    [
+        ("reference", ([0, 9], [True, True]), ([0, 9], [True, True])),
+        ("last", ([0, 9], [False, True]), ([0, 9], [False, True])),
+        ("none", ([0, 9], [False, True]), ([0, 9], [False, False])),
+    ],
+)
+def test_where_none_is_found_it_is_the_last_place_or_the_reference_s_or_does_not_count(
+    recogniser, fallback, first, later
+):
+    loss = seeing(recogniser, [[], [face(9)]], [[], []], fallback=fallback)
+    assert places(loss) == first
+    assert places(loss) == later
+
+
+def test_the_last_place_is_that_of_the_image_whatever_part_of_the_batch_is_asked(recogniser):
+    loss = seeing(recogniser, [[face(3)], [face(9)]], [[], []], [[], []])
+    places(loss, rows=(4, 5))
+    assert places(loss, rows=(5, 4)) == ([9, 3], [True, True])
+    assert places(loss, rows=(0, 1))[1] == [False, False]
+
+
+def test_a_run_begins_without_what_the_last_one_saw(recogniser):
+    loss = seeing(recogniser, [[face(9)], [face(9)]], [[], []])
+    places(loss)
+    assert places(loss.started()) == ([0, 0], [False, False])
+
+
+def test_of_several_faces_it_is_the_largest_at_first_and_then_the_nearest_to_the_last_place(recogniser):
+    loss = seeing(recogniser, [[face(0), face(30, 60)], [face(5)]], [[face(0, 90), face(28)], [face(5)]])
+    assert places(loss)[0] == [30, 5]
+    assert places(loss)[0] == [28, 5]
+
+
+def test_in_a_sum_of_losses_a_lost_face_is_no_gain(identity, drawn):
+    generator = torch.Generator()
+    loss = identity([drawn[0, 0]], fallback="none")
+    both = started(Combined(((1.0, loss), (1.0, L1Loss(preview(drawn[:1, 0]))))), generator)
+    (there, lost), counts = both(preview(torch.stack([drawn[0, 1], EMPTY])))
+    assert counts.all() and there < lost
+
+
+def test_previews_without_a_face_do_not_count_and_it_is_said_once_a_run(identity, drawn, caplog):
+    loss = identity([drawn[0, 0]], fallback="none")
+    x = preview(torch.stack([drawn[1, 0], EMPTY])).requires_grad_()
+    with caplog.at_level(logging.WARNING):
+        values, counts = loss(x)
+        loss(x.detach())
+    assert caplog.text.count("no face was found in 1 of 2 previews") == 1
+    assert counts.tolist() == [True, False] and values[1] == 0
+    values.sum().backward()
+    assert x.grad[0].abs().max() > 0 and x.grad[1].abs().max() == 0
+    nothing, counts = loss(x[1:])  # still part of the graph, so that backward works
+    nothing.sum().backward()
+    assert not counts.any()
+
+
+def test_the_reference_s_place_lets_a_preview_without_a_visible_face_count(identity, drawn):
+    loss = identity([drawn[0, 0]])
+    x = preview(EMPTY[None]).requires_grad_()
+    values, counts = loss(x)
+    values.sum().backward()
+    assert counts.all() and x.grad.abs().max() > 0
+
+
+def test_the_reference_may_have_another_size_than_the_preview(identity, drawn):
+    larger = F.interpolate(drawn[:1, 0], scale_factor=3, mode="bicubic", antialias=True)[0].clamp(0, 1)
+    value, _ = identity([larger])(preview(drawn[:1, 0]))
+    assert value.item() < 0.1
+
+
+def test_a_half_precision_preview_is_judged_in_float32(identity, drawn):
+    loss = identity([drawn[0, 0]])
+    values, _ = loss(preview(drawn[1:2, 0]).bfloat16())
+    exact, _ = loss(preview(drawn[1:2, 0]))
+    assert values.dtype == torch.float32 and (values - exact).abs().max() < 0.05
+
+
+def test_an_embedding_is_of_unit_length(detector, recogniser, drawn):
+    (found,) = detector(drawn[:1, 0])
+    assert embed(recogniser, drawn[:1, 0], found[0].points[None]).norm(dim=-1).item() == pytest.approx(1, abs=1e-5)
