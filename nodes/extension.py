@@ -6,6 +6,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .apply_image_prompt import LookaheadApplyImagePrompt
 from .apply_kv_injection import LookaheadApplyKVInjection
+from .convert_encoder import LookaheadConvertEncoder
 from .encode_reference import LookaheadEncodeReference
 from .guider import LookaheadGuider
 from .load_encoder import LookaheadLoadEncoder, register_folders
@@ -22,4 +23,5 @@ class LookaheadExtension(ComfyExtension):
             LookaheadApplyImagePrompt,
             LookaheadApplyKVInjection,
             LookaheadGuider,
+            LookaheadConvertEncoder,
         ]

@@ -12,6 +12,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point; `arguments` default to the command line's."""
     parser = argparse.ArgumentParser(prog="lookahead", description="Companion tools of LCM-Lookahead for ComfyUI.")
     commands = parser.add_subparsers(dest="command", required=True)
+    _add_convert(commands)
     mini = commands.add_parser("mini", help="the mini world: a tiny SDXL on drawn faces").add_subparsers(
         dest="task", required=True
     )
@@ -35,6 +36,8 @@ def main(arguments: list[str] | None = None) -> None:
     mini.add_parser("sizes", help="the table of the shipped files: planned and real sizes")
 
     chosen = parser.parse_args(arguments)
+    if chosen.command == "convert":
+        return _convert(chosen)
     if "folder" in chosen and chosen.folder is None:
         chosen.folder = Path(".mini-quick" if chosen.quick else ".mini")
     if chosen.task == "build":
@@ -66,6 +69,28 @@ def main(arguments: list[str] | None = None) -> None:
 
         draw_sheet(chosen.out, chosen.people, chosen.seed)
         print(f"Drawn: {chosen.out}")
+
+
+def _add_convert(commands) -> None:
+    convert = commands.add_parser(
+        "convert", help="make an encoder file of another kind of file, or an IP-Adapter of it"
+    )
+    convert.add_argument("source", type=Path, help="encoder, stock IP-Adapter Plus or the paper's model_ckpt.pt")
+    convert.add_argument("target", type=Path, help="the .safetensors file to write")
+    convert.add_argument("--to", choices=("encoder", "ip-adapter"), default="encoder", help="what to make (encoder)")
+    convert.add_argument("--base", type=Path, help="SDXL's .safetensors, to compare the paper's checkpoint with")
+    convert.add_argument("--precision", default="float16", help='float16, bfloat16, float32 or "as stored" (float16)')
+
+
+def _convert(chosen: argparse.Namespace) -> None:
+    from ..lookahead.convert import convert
+    from ..lookahead.encoder_file import EncoderFileError
+
+    try:
+        print(convert(chosen.source, chosen.target, chosen.to, chosen.base, chosen.precision))
+    except EncoderFileError as error:
+        raise SystemExit(f"lookahead convert: {error}") from None
+    print(f"Written: {chosen.target}")
 
 
 if __name__ == "__main__":
