@@ -180,15 +180,15 @@ def test_exported_keys_and_values_agree_with_the_oracle(asked):
 
 def test_guided_predictions_agree_with_the_oracle_and_with_the_nodes(asked, host):
     case, nodes = asked.case, host(asked.case)
-    for scales in SCALES:
-        in_host = nodes.guided(scales)
-        for n in range(len(STEPS)):
-            found, four = asked.guided(n, scales), case.expected(n, case.both(n))
-            print(f"oracle {difference(found, oracle.guided(**four, **parity.named(scales))):.1e}", end=", ")
-            print(f"nodes {difference(found, in_host[n]):.1e}")
-            assert difference(found, oracle.guided(**four, **parity.named(scales))) < GUIDED_BOUND
-            assert difference(found, in_host[n]) < GUIDED_BOUND
-            assert difference(found, asked.guided(n, scales, with_kv=False)) > 100 * GUIDED_BOUND
+    in_host = {scales: nodes.guided(scales) for scales in SCALES}
+    for n in range(len(STEPS)):
+        four = case.expected(n, case.both(n))
+        for scales in SCALES:
+            found, expected = asked.guided(n, scales), oracle.guided(**four, **parity.named(scales))
+            print(f"oracle {difference(found, expected):.1e}, nodes {difference(found, in_host[scales][n]):.1e}")
+            assert difference(found, expected) < GUIDED_BOUND
+            assert difference(found, in_host[scales][n]) < GUIDED_BOUND
+        assert difference(found, asked.guided(n, scales, with_kv=False)) > 100 * GUIDED_BOUND
 
 
 def test_without_kv_it_is_plain_guidance_at_text_and_full(asked):
