@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from .block_names import ip_adapter_key
 from .image_prompt import ResamplerSizes
-from .tensor_file import EncoderFileError, read_tensors
+from .tensor_file import EncoderFileError, read_tensors, write_tensors
 
 __all__ = ["EncoderFile", "EncoderFileError", "METADATA_FIELDS", "provenance", "read", "write"]
 
@@ -145,8 +144,6 @@ def write(
     metadata: text fields of METADATA_FIELDS and of modelspec ("modelspec.*"), without the format's own; kv: weights
     of the KV encoder under their full names. Raises EncoderFileError where `read` would not accept the result.
     """
-    from safetensors.torch import save_file
-
     path = Path(path)
     unknown = [k for k in metadata if k not in METADATA_FIELDS and not k.startswith("modelspec.")]
     if unknown:
@@ -163,12 +160,7 @@ def write(
         "tokens": str(tensors["image_proj.latents"].shape[1]) if "image_proj.latents" in tensors else "0",
     }
     from_tensors(tensors, metadata, path.name)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
-    try:
-        save_file(tensors, temporary, metadata=metadata)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_tensors(path, tensors, metadata)
 
 
 def provenance(file: EncoderFile) -> str:
@@ -321,6 +313,11 @@ def _what_else(tensors: Mapping[str, Tensor]) -> str | None:
     def has(pattern: str) -> bool:
         return any(re.match(pattern, key) for key in tensors)
 
+    if has(r"(module\.)?encoder_unet\."):
+        return (
+            "a checkpoint of the paper's own code, which has to be converted once: use the node Convert Lookahead "
+            "Encoder, or the command `lookahead convert`."
+        )
     if has(r"model\.diffusion_model\.") or has(r"(input_blocks|down_blocks)\."):
         return "a diffusion model, not an encoder: load it with the checkpoint loader and " + _USE
     if has(r"image_proj_model\.") or has(r"adapter_modules\."):

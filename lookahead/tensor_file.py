@@ -1,9 +1,11 @@
-"""Reading tensors out of a file that may be damaged, of another kind, or hostile."""
+"""Reading tensors out of a file that may be damaged, of another kind, or hostile; writing them whole or not at all."""
 
 from __future__ import annotations
 
 import os
 import pickle
+import uuid
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -14,10 +16,12 @@ class EncoderFileError(ValueError):
     """What is wrong with an encoder file, in one sentence for the user."""
 
 
-def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(path: str | os.PathLike[str], mapped: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read (tensors, metadata) into host memory; nested pickled dicts become names with dots.
 
     The format is found from the first bytes. Pickles are read with `weights_only=True`: nothing in them is executed.
+    mapped: the tensors of a pickle stay in the file until they are used (the file must not change meanwhile), so that
+    one of many gigabytes can be read with little memory; not possible for pickles older than torch 1.6.
     Raises EncoderFileError for a missing, empty, truncated or foreign file and for a pickle that holds code.
     """
     path = Path(path)
@@ -32,7 +36,7 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     if head[8:9] == b"{":
         return _read_safetensors(path)
     if head[:4] == b"PK\x03\x04" or head[:1] == b"\x80":
-        return _read_pickle(path), {}
+        return _read_pickle(path, mapped and head[:2] == b"PK"), {}
     start = head.decode("ascii", "replace")
     raise EncoderFileError(
         f"{name} is neither a safetensors nor a PyTorch file (it starts with {start!r}): the download probably saved "
@@ -52,11 +56,27 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from error
 
 
-def _read_pickle(path: Path) -> dict[str, Tensor]:
+def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a .safetensors file beside its place and rename it into it: what stood there stays until all is written."""
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+    try:
+        save_file(dict(tensors), temporary, metadata=dict(metadata))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read_pickle(path: Path, mapped: bool) -> dict[str, Tensor]:
     damaged = f"{path.name} is not a complete PyTorch file: it was probably cut short; download it again."
     try:
-        with path.open("rb") as f:  # not by its path: torch would go by the name's ending
-            content = torch.load(f, map_location="cpu", weights_only=True)
+        if mapped and path.suffix != ".safetensors":
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        else:
+            with path.open("rb") as f:  # not by its path: torch would go by the name's ending
+                content = torch.load(f, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "truncated" in str(error) or "ran out" in str(error).lower():
             raise EncoderFileError(damaged) from error

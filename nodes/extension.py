@@ -8,6 +8,7 @@ from .apply_image_prompt import LookaheadApplyImagePrompt
 from .apply_kv_injection import LookaheadApplyKVInjection
 from .clip_loss import LookaheadCLIPLoss
 from .combine_losses import LookaheadCombineLosses
+from .convert_encoder import LookaheadConvertEncoder
 from .crop_face import LookaheadCropFace
 from .encode_reference import LookaheadEncodeReference
 from .guidance_report import LookaheadGuidanceReport
@@ -45,4 +46,5 @@ class LookaheadExtension(ComfyExtension):
             LookaheadGuidanceSampler,
             LookaheadGuidanceReport,
             LookaheadPreviewGrid,
+            LookaheadConvertEncoder,
         ]

@@ -16,6 +16,7 @@ def main(arguments: list[str] | None = None) -> None:
     train.add_argument("config", type=Path, help="a YAML file, such as trainer/configs/mini.yaml")
     train.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that take the file's place")
     train.add_argument("--dry-run", action="store_true", help="check the configuration and show it, train nothing")
+    _add_convert(commands)
     mini = commands.add_parser("mini", help="the mini world: a tiny SDXL on drawn faces").add_subparsers(
         dest="task", required=True
     )
@@ -42,6 +43,8 @@ def main(arguments: list[str] | None = None) -> None:
     if chosen.command == "train":
         _train(chosen.config, chosen.overrides, chosen.dry_run)
         return
+    if chosen.command == "convert":
+        return _convert(chosen)
     if "folder" in chosen and chosen.folder is None:
         chosen.folder = Path(".mini-quick" if chosen.quick else ".mini")
     if chosen.task == "build":
@@ -98,6 +101,28 @@ def _train(path: Path, overrides: list[str], dry_run: bool) -> None:
         raise SystemExit(str(error)) from None
     if written is not None:
         print(f"Written: {written}")
+
+
+def _add_convert(commands) -> None:
+    convert = commands.add_parser(
+        "convert", help="make an encoder file of another kind of file, or an IP-Adapter of it"
+    )
+    convert.add_argument("source", type=Path, help="encoder, stock IP-Adapter Plus or the paper's model_ckpt.pt")
+    convert.add_argument("target", type=Path, help="the .safetensors file to write")
+    convert.add_argument("--to", choices=("encoder", "ip-adapter"), default="encoder", help="what to make (encoder)")
+    convert.add_argument("--base", type=Path, help="SDXL's .safetensors, to compare the paper's checkpoint with")
+    convert.add_argument("--precision", default="float16", help='float16, bfloat16, float32 or "as stored" (float16)')
+
+
+def _convert(chosen: argparse.Namespace) -> None:
+    from ..lookahead.convert import convert
+    from ..lookahead.encoder_file import EncoderFileError
+
+    try:
+        print(convert(chosen.source, chosen.target, chosen.to, chosen.base, chosen.precision))
+    except EncoderFileError as error:
+        raise SystemExit(f"lookahead convert: {error}") from None
+    print(f"Written: {chosen.target}")
 
 
 if __name__ == "__main__":
