@@ -79,25 +79,21 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _train(path: Path, overrides: list[str], dry_run: bool) -> None:
-    from .config import ConfigError, load
+    from .assemble import ERRORS, assemble
+    from .config import load
 
     try:
         config = load(path, overrides)
         if dry_run:
             print(config.model_dump_json(indent=2))
             return
-        if config.data.source != "mini":
-            raise ConfigError(
-                f"data.source is {config.data.source!r}: for now the trainer reads the mini world alone, so use `mini`."
-            )
-        from .mini.world import assemble
         from .train import TrainingError, train
 
         try:
             written = train(config, *assemble(config))
         except TrainingError as error:
             raise SystemExit(str(error)) from None
-    except (ConfigError, FileNotFoundError) as error:
+    except ERRORS as error:
         raise SystemExit(str(error)) from None
     if written is not None:
         print(f"Written: {written}")

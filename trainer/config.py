@@ -31,11 +31,14 @@ class _Section(BaseModel):
 class Model(_Section):
     """Files of the frozen models, and where training starts."""
 
-    base: str = Field(description="the base model: a diffusers folder of an SDXL, or `mini` for the mini world's")
+    base: str = Field(description="SDXL as a diffusers folder or one .safetensors, or `mini` for the mini world's")
     start: str = Field(description="encoder to start from: a stock IP-Adapter Plus or an encoder file")
     shortcut: str | None = Field(None, description="few-step LoRA of the previews, in the public layout")
     vae: str | None = Field(None, description="tiny autoencoder that decodes the previews")
+    picture_vae: str | None = Field(None, description="autoencoder that reads the pictures; by default the base's own")
+    image_encoder: str | None = Field(None, description="CLIP image encoder that the encoder reads (ViT-H/14)")
     recogniser: str | None = Field(None, description="face recogniser of the identity loss")
+    detector: str | None = Field(None, description="insightface pack that finds faces in pictures and previews")
     kv: bool = Field(True, description="train a KV encoder; false is the paper's arm without")
     kv_rank: Count = 4
     export_rank: Count = 4

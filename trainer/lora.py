@@ -120,6 +120,19 @@ def public_tensors(lora: LoRA) -> dict[str, Tensor]:
     return out
 
 
+def public(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The names that `load` reads, of a file under these or under diffusers' own (`unet.<path>.lora_A.weight`)."""
+    halves = {"lora_A": "lora_down", "lora_B": "lora_up", "lora.down": "lora_down", "lora.up": "lora_up"}
+    out = {}
+    for name, tensor in tensors.items():
+        for theirs, ours in halves.items():
+            if name.startswith("unet.") and f".{theirs}." in name:
+                path = name.removeprefix("unet.").partition(f".{theirs}.")[0]
+                name = f"{PREFIX}{path.replace('.', '_')}.{ours}.weight"
+        out[name] = tensor
+    return {k: v for k, v in out.items() if not k.startswith("lora_te")}  # text encoders stay as they are
+
+
 def load(tensors: Mapping[str, Tensor], unet: nn.Module) -> LoRA:
     """A LoRA from the tensors of a public file (any ranks and layers), not yet attached, not trainable."""
     names = {PREFIX + p.replace(".", "_"): p for p in layers(unet)}

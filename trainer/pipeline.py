@@ -29,6 +29,7 @@ from ..lookahead.attention import LowRank, decoupled_cross_attention, extended_s
 from ..lookahead.encoder_file import EncoderFile
 from ..lookahead.guidance import three_scale_guidance
 from ..lookahead.image_prompt import Resampler
+from .pictures import clip_input
 
 __all__ = ["KeptKV", "LookaheadPipeline", "Reference", "Scales", "Text"]
 
@@ -36,7 +37,6 @@ KeysValues = dict[str, tuple[Tensor, Tensor]]  # block -> keys and values, each 
 
 KV_PROMPT = "a photo of a face"
 SIZE = 1024  # side of the reference in pixels where the file does not say
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True, eq=False)
@@ -302,7 +302,7 @@ class LookaheadPipeline(StableDiffusionXLPipeline):
                 f"The image encoder has width {width}, and the encoder file reads "
                 f"{network.image_proj.sizes.image_width}: give load_encoder the one that it was trained with."
             )
-        seen = _clip_input(pixels, clip.config.image_size)
+        seen = clip_input(pixels.movedim(-1, 1), clip.config.image_size)
         both = torch.cat([seen, torch.zeros_like(seen)]).to(self._execution_device, clip.dtype)
         features = clip(both, output_hidden_states=True).hidden_states[-2].to(self.unet.dtype)
         tokens, null = network.image_proj(features).chunk(2)
@@ -560,18 +560,3 @@ def _square(pixels: Tensor, size: int) -> Tensor:
     if side != size:
         square = nn.functional.interpolate(square, (size, size), mode="bicubic", antialias=True)
     return square.movedim(1, -1).clamp(0, 1)
-
-
-def _clip_input(pixels: Tensor, size: int) -> Tensor:
-    """[1, H, W, 3] in [0, 1] -> the image encoder's input [1, 3, size, size], rounded to 8 bit as everywhere."""
-    x = pixels.movedim(-1, 1)
-    height, width = x.shape[-2:]
-    if (height, width) != (size, size):
-        scale = size / min(height, width)
-        scaled = round(scale * height), round(scale * width)
-        x = nn.functional.interpolate(x, scaled, mode="bicubic", antialias=True)
-        top, left = (x.shape[2] - size) // 2, (x.shape[3] - size) // 2
-        x = x[:, :, top : top + size, left : left + size]
-    x = (255 * x).clamp(0, 255).round() / 255
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1).to(x) for values in (CLIP_MEAN, CLIP_STD))
-    return (x - mean) / std

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from lcm_lookahead.trainer import cli, config
+from lcm_lookahead.trainer.assemble import assemble
 from lcm_lookahead.trainer.config import CONFIGS
 from lcm_lookahead.trainer.mini import checkpoint, models, stage, world
 from lcm_lookahead.trainer.mini.plan import WEIGHTS
@@ -36,7 +37,7 @@ def test_a_reference_is_a_photo_of_the_same_person_and_never_the_target():
 @pytest.fixture(scope="module")
 def assembled():
     overrides = ["data.people=3", "batch=2"]
-    return world.assemble(config.load(CONFIGS / "mini.yaml", overrides))
+    return assemble(config.load(CONFIGS / "mini.yaml", overrides))
 
 
 def test_a_sample_does_not_depend_on_its_batch(assembled):
@@ -71,5 +72,5 @@ def test_a_dry_run_shows_the_configuration_and_a_mistake_is_a_sentence(capsys):
     assert json.loads(capsys.readouterr().out)["steps"] == 9
     with pytest.raises(SystemExit, match="did you mean steps"):
         cli.main(["train", str(CONFIGS / "mini.yaml"), "step=9"])
-    with pytest.raises(SystemExit, match="reads the mini world alone"):
+    with pytest.raises(SystemExit, match="get SDXL as a diffusers folder"):
         cli.main(["train", str(CONFIGS / "sdxl_paper.yaml")])

@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from ..sdxl import find_tokenizer
 from .plan import SIZES
 
 _T = SIZES["text"]
 PADDING = (49407, 0)  # CLIP-L pads with its end token, bigG with 0, as the host does
-
-
-def find_tokenizer() -> Path:
-    """Folder with CLIP's vocabulary, which every ComfyUI carries; none is kept in this repository."""
-    root = Path(__file__).parents[2]
-    hosts = [Path(os.environ["COMFYUI_DIR"])] if os.environ.get("COMFYUI_DIR") else sorted((root / ".host").glob("*"))
-    for host in reversed(hosts):
-        if (host / "comfy" / "sd1_tokenizer" / "vocab.json").exists():
-            return host / "comfy" / "sd1_tokenizer"
-    raise FileNotFoundError(
-        "No ComfyUI with comfy/sd1_tokenizer was found (CLIP's vocabulary is read from there): run `make host`, "
-        "or set COMFYUI_DIR to a ComfyUI folder."
-    )
 
 
 def tokenizer() -> CLIPTokenizer:

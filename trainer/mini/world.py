@@ -1,28 +1,26 @@
-"""The mini world as something to train on: drawn people, and all that a training step needs, from the shipped files."""
+"""The mini world as something to train on: drawn people, and the models of the shipped files."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
-from ...lookahead import encoder_file
 from ...lookahead.face_models import FaceModels
 from ...lookahead.faces import Detector, Face
 from ...lookahead.identity import NONE, IdentityLoss, People, embed
 from ...lookahead.recognisers import Recogniser
-from .. import lora
-from ..config import Config
 from ..draws import generator
-from ..encoder import Encoder
+from ..models import Frozen, Text, found
 from ..roles import Condition
-from ..step import Batch, Step
-from . import base, data, image_encoder, image_prompt, insightface_pack, models, stage
+from ..sdxl import tokenizers
+from ..step import Batch
+from . import base, data, insightface_pack, models
 from .faces import STYLES, captions, landmarks, render
 from .plan import IMAGE_SIZE, LATENT_SIZE, WEIGHTS
-from .text import tokenize, tokenizer
 from .weights import face_recogniser
 
 SEED = 6000  # of textures and references; that of the people is their group's
@@ -37,31 +35,24 @@ class DrawnPeople:
 
     latent_shape = (4, LATENT_SIZE, LATENT_SIZE)
 
-    def __init__(
-        self,
-        people: int,
-        mini: models.Models,
-        vision: torch.nn.Module,
-        recogniser: Recogniser | None,
-        detector: Detector | None,
-    ):
+    def __init__(self, people: int, models: Frozen, recogniser: Recogniser | None, detector: Detector | None):
         self.faces = data.group_of_people("train", people, STYLES)
         self.captions = captions(self.faces, False)
-        self.mini, self.vision, self.recogniser, self.detector = mini, vision, recogniser, detector
-        self._tokens, self._texts = tokenizer(), {}
+        self.models, self.recogniser, self.detector = models, recogniser, detector
+        self._texts: dict[str, tuple[Tensor, Tensor]] = {}
 
     def __len__(self) -> int:
         return len(self.faces)
 
     @torch.no_grad()
     def batch(self, targets: Sequence[int], numbers: Sequence[int], device: torch.device) -> Batch:
-        for module in (*self.mini, self.vision, self.recogniser):
-            if module is not None:
-                module.to(device)
+        self.models.readers(device)
+        if self.recogniser is not None:
+            self.recogniser.to(device)
         references = [reference_of(t, n) for t, n in zip(targets, numbers, strict=True)]
         pictures, photos = (self._draw(rows).to(device) for rows in (targets, references))
-        z_r, z_c = (self.mini.vae.encoder(p * 2 - 1) for p in (pictures, photos))
-        features = image_encoder.features(self.vision, photos)
+        z_r, z_c = (self.models.latents(p) for p in (pictures, photos))
+        features = self.models.features(photos)
         loss = None
         if self.recogniser is not None:
             points = landmarks(self.faces.rows(torch.tensor(references)), IMAGE_SIZE)
@@ -78,7 +69,7 @@ class DrawnPeople:
 
     def _text(self, rows: Sequence[int], device: torch.device) -> Condition:
         for caption in {self.captions[r] for r in rows} - self._texts.keys():
-            self._texts[caption] = self.mini.text(tokenize(self._tokens, [caption]).to(device))
+            self._texts[caption] = self.models.text(caption)
         parts = [self._texts[self.captions[r]] for r in rows]
         context, pooled = (torch.cat(part).to(device) for part in zip(*parts, strict=True))
         return Condition(context, pooled, base.added(pooled)["time_ids"])
@@ -92,43 +83,36 @@ def reference_of(target: int, number: int) -> int:
     return person * PER_PERSON + int(torch.randint(2, (1,), generator=generator(SEED, number)))
 
 
-def assemble(config: Config) -> tuple[Step, DrawnPeople, Mapping[str, str]]:
-    """Step, source, and what the encoder file says about the models. Files are looked for beside the shipped ones.
+def frozen(weights: Path = WEIGHTS) -> Frozen:
+    """The shipped models as the trainer takes them. Raises FileNotFoundError, one sentence, for one that is missing."""
+    mini = models.load(weights)
+    text = Text(tokenizers(), mini.text.l, mini.text.g)
+    return Frozen(mini.unet, text, mini.vae, models.load_image_encoder(weights))
 
-    model.base is "mini", or a folder of such files. Raises FileNotFoundError, one sentence, for one that is missing.
-    """
-    weights = WEIGHTS if config.model.base == "mini" else Path(config.model.base)
-    mini, vision = models.load(weights), models.load_image_encoder(weights)
-    start = encoder_file.read(_found(config.model.start, weights))
-    torch.manual_seed(config.seed)  # of the KV encoder's first weights
-    ranks = (config.model.kv_rank, config.model.export_rank) if config.model.kv else (0, 0)
-    encoder = Encoder.start_from(start, mini.unet, *ranks)
-    shortcut = recogniser = detector = None
-    if config.lookahead.arm == "shortcut":
-        shortcut = lora.load(stage.read_tensors(_found(config.model.shortcut, weights)), mini.unet)
-    if config.lookahead.arm != "none":
-        recogniser = Recogniser(face_recogniser(weights), "mini")
-        pack = FaceModels(weights / insightface_pack.DETECTOR.rpartition("/")[0], threads=1)
 
-        def detector(pictures: Tensor) -> list[list[Face]]:
-            return pack.find(pictures, (IMAGE_SIZE,))  # a drawn face is never larger or smaller than this needs
+def face_models(weights: Path, recogniser: str | None) -> tuple[Recogniser, Detector, str]:
+    """The shipped recogniser and detector, and the recogniser's licence."""
+    found("recogniser", recogniser, weights)
+    pack = FaceModels(weights / insightface_pack.DETECTOR.rpartition("/")[0], threads=1)
 
-    null = image_encoder.null_features(vision)
-    step = Step(
-        config,
-        mini.unet,
-        encoder,
-        null,
-        shortcut,
-        lambda z: mini.vae.decode(z).sample,
-        image_prompt.softmax_attention,  # faster than SDPA's on a CPU, at these sizes
+    def detector(pictures: Tensor) -> list[list[Face]]:
+        return pack.find(pictures, (IMAGE_SIZE,))  # a drawn face is never larger or smaller than this needs
+
+    return Recogniser(face_recogniser(weights), "mini"), detector, "as this repository"
+
+
+def write_folder(to: Path, weights: Path = WEIGHTS) -> Path:
+    """The mini world as real SDXL comes: a diffusers folder, and in it the image encoder's folder."""
+    parts = frozen(weights)
+    pipe = StableDiffusionXLPipeline(
+        vae=parts.vae,
+        text_encoder=parts.text.first,
+        text_encoder_2=parts.text.second,
+        tokenizer=parts.text.tokenizers[0],
+        tokenizer_2=parts.text.tokenizers[1],
+        unet=parts.unet,
+        scheduler=base.scheduler(),
     )
-    about = {"image_encoder": "mini", "size": str(IMAGE_SIZE), "recogniser_licence": "as this repository"}
-    return step, DrawnPeople(config.data.people, mini, vision, recogniser, detector), about
-
-
-def _found(name: str | None, weights: Path) -> Path:
-    for path in (Path(name or ""), weights / (name or "")):
-        if path.is_file():
-            return path
-    raise FileNotFoundError(f"There is no file {name}, neither here nor in {weights}: name another.")
+    pipe.save_pretrained(to)
+    parts.vision.save_pretrained(to / "image_encoder")
+    return to

@@ -1,0 +1,187 @@
+"""Real files of every kind, of the mini world's size: what is assembled from them is what the shipped files give."""
+
+import json
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from lcm_lookahead.trainer import assemble as assembling
+from lcm_lookahead.trainer import config, models, sdxl
+from lcm_lookahead.trainer.config import CONFIGS
+from lcm_lookahead.trainer.draws import draw
+from lcm_lookahead.trainer.mini import checkpoint, insightface_pack, world
+from lcm_lookahead.trainer.mini.plan import WEIGHTS
+from lcm_lookahead.trainer.mini.text import tokenize, tokenizer
+from safetensors.torch import save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return world.write_folder(tmp_path_factory.mktemp("sdxl"))
+
+
+def public(folder, **values):
+    """The configuration of the mini world, with all models named as those of a real SDXL."""
+    pack = WEIGHTS / insightface_pack.DETECTOR
+    names = {
+        "base": folder,
+        "start": WEIGHTS / "mini_ip_adapter_plus_face.safetensors",
+        "shortcut": WEIGHTS / "mini_lcm_lora.safetensors",
+        "vae": folder / "vae",
+        "image_encoder": folder / "image_encoder",
+        "recogniser": WEIGHTS / insightface_pack.RECOGNISER,
+        "detector": pack.parent,
+    } | values
+    overrides = [f"model.{k}={v}" for k, v in names.items()]
+    return config.load(CONFIGS / "mini.yaml", [*overrides, "data.people=3", "batch=2"])
+
+
+def outcomes(c):
+    step, source, about = assembling.assemble(c)
+    batch = source.batch([4, 11], [0, 1], CPU)
+    draws = draw(c, [0, 1], source.latent_shape)
+    with torch.no_grad():
+        return {part: step(part, batch, draws) for part in ("diffusion", "lookahead")}, about
+
+
+def test_a_diffusers_folder_gives_the_losses_of_the_same_weights(folder):
+    shipped, about = outcomes(config.load(CONFIGS / "mini.yaml", ["data.people=3", "batch=2"]))
+    real, theirs = outcomes(public(folder))
+    for part in shipped:
+        assert torch.equal(real[part].counts, shipped[part].counts)
+        assert torch.allclose(real[part].values, shipped[part].values, atol=2e-4), part
+    assert shipped["lookahead"].counts.all()
+    assert about["size"] == theirs["size"] == "128" and theirs["recogniser_licence"].startswith("unknown: the pack")
+
+
+def test_in_16_bit_all_but_the_autoencoders_is_and_the_losses_stay(folder):
+    c = public(folder)
+    full, _ = outcomes(c)
+    step, source, _ = assembling.assemble(c.model_copy(update={"precision": "bf16"}))
+    assert step.unet.dtype == step.shortcut.branches[0].lora_down.weight.dtype == torch.bfloat16
+    assert source.models.vae.dtype == step.encoder.image_proj.latents.dtype == torch.float32
+    batch, draws = source.batch([4, 11], [0, 1], CPU), draw(c, [0, 1], source.latent_shape)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        half = step("diffusion", batch, draws)
+    assert torch.allclose(half.values, full["diffusion"].values, rtol=0.05)
+
+
+def test_the_text_is_padded_and_cut_as_the_mini_world_was_trained(folder):
+    text = models.load_base(folder, torch.float32)[1]
+    for caption in ("a photo of a face", "", "a face " * 60):
+        ids = tokenize(tokenizer(), [caption])[0]
+        for n, t in enumerate(text.tokenizers):
+            mine = t(caption, padding="max_length", max_length=77, truncation=True).input_ids
+            assert mine == ids[n].tolist(), (n, caption)
+
+
+def small_text(kind, width, act):
+    values = sdxl.TEXT | {"hidden_size": width, "projection_dim": width, "intermediate_size": 2 * width}
+    values |= {"num_hidden_layers": 3, "num_attention_heads": 2, "hidden_act": act}
+    return values, kind(CLIPTextConfig(**values)).eval()
+
+
+def test_a_single_checkpoint_is_read_as_the_folder_of_the_same_weights(folder, tmp_path):
+    """In the layout of SDXL's release, with text encoders of two widths, by which diffusers tells them apart."""
+    torch.manual_seed(0)
+    unet = world.frozen().unet
+    first, second = (
+        small_text(kind, *rest)
+        for kind, *rest in ((CLIPTextModel, 32, "quick_gelu"), (CLIPTextModelWithProjection, 48, "gelu"))
+    )
+    parts = (unet.state_dict(), first[1].state_dict(), second[1].state_dict(), {})
+    tensors = {k: v for k, v in checkpoint.sdxl_checkpoint(*parts).items() if not k.startswith("first_stage")}
+    save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "sdxl.safetensors")
+    values = {k: v for k, v in unet.config.items() if not k.startswith("_")}
+    configs = sdxl.write_configs(tmp_path / "configs", values, first[0], second[0])
+
+    vae = models.load_vae(folder / "vae")
+    read, text, _ = models.read_checkpoint(tmp_path / "sdxl.safetensors", configs, torch.float32, vae)
+    assert all(torch.equal(v, unet.state_dict()[k]) for k, v in read.state_dict().items())
+    expected = models.Text(sdxl.tokenizers(), first[1], second[1])
+    for mine, theirs in zip(text("a face"), expected("a face"), strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-5)
+
+
+def test_the_configs_of_a_single_checkpoint_are_sdxl_s(tmp_path):
+    sdxl.write_configs(tmp_path)
+    assert json.loads((tmp_path / "model_index.json").read_text())["vae"] == ["diffusers", "AutoencoderKL"]
+    assert sum(p.numel() for p in sdxl.unet().parameters()) == 2_567_463_684
+    with torch.device("meta"):
+        sizes = [
+            CLIPTextModel(CLIPTextConfig(**sdxl.TEXT)),
+            CLIPTextModelWithProjection(CLIPTextConfig(**sdxl.TEXT_2)),
+            AutoencoderKL(**sdxl.VAE),
+        ]
+    assert [sum(p.numel() for p in m.parameters()) for m in sizes] == [123_060_480, 694_659_840, 83_653_863]
+
+
+def test_both_kinds_of_autoencoder_read_pictures(folder, tmp_path):
+    torch.manual_seed(0)
+    AutoencoderKL(**sdxl.VAE | {"block_out_channels": [8] * 4, "norm_num_groups": 4}).save_pretrained(tmp_path)
+    pictures = torch.rand(2, 3, 64, 64)
+    tiny, large = (outcome_of(folder, vae, pictures) for vae in (folder / "vae", tmp_path))
+    assert tiny.shape == large.shape == (2, 4, 8, 8)
+    vae = AutoencoderKL.from_pretrained(tmp_path)
+    with torch.no_grad():
+        mean = vae.encode(pictures * 2 - 1).latent_dist.mean
+    assert torch.allclose(large, mean * 0.13025, atol=1e-6)
+
+
+def outcome_of(folder, vae, pictures):
+    frozen = models.Frozen(*models.load_base(folder, torch.float32, vae), world.frozen().vision)
+    return frozen.latents(pictures)
+
+
+@pytest.mark.parametrize("names", ["diffusers", "author"])
+def test_taesd_is_read_under_either_names(folder, tmp_path, names):
+    vae = models.load_vae(folder / "vae")
+    tensors = vae.decoder.state_dict()
+    if names == "author":
+        own = {f"decoder.{k}": v for k, v in tensors.items()}
+        tensors = {k.removeprefix("taesd_decoder."): v for k, v in checkpoint.taesd(own).items() if "decoder" in k}
+    save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "taesdxl_decoder.safetensors")
+    latents = torch.randn(1, 4, 8, 8)
+    preview = models.load_preview(tmp_path / "taesdxl_decoder.safetensors")
+    assert torch.equal(preview(latents), vae.decode(latents).sample)
+
+
+def test_an_image_encoder_is_read_from_its_weights_alone():
+    """ComfyUI's files: names with "vision_model.", no config; on the meta device, as they are 1.3 GB."""
+    with torch.device("meta"):
+        from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+        model = CLIPVisionModelWithProjection(CLIPVisionConfig(**sdxl.VIT_H))
+    assert sum(p.numel() for p in model.parameters()) == 632_076_800
+    shipped = world.frozen().vision
+    with torch.device("meta"):
+        empty = CLIPVisionModelWithProjection(shipped.config)
+    own = {k if k.startswith("v") else f"vision_model.{k}": v for k, v in shipped.state_dict().items()}
+    read = models.fill_image_encoder(empty, own)
+    seen = torch.rand(1, 3, 128, 128)
+    assert torch.equal(read(pixel_values=seen).image_embeds, shipped(pixel_values=seen).image_embeds)
+    with pytest.raises(models.ModelError, match="it lacks .* more weights"):
+        models.fill_image_encoder(empty.to("meta"), {})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("base", "nowhere", r"There is no nowhere, which model.base names: get SDXL .*stable-diffusion-xl-base-1.0"),
+        ("start", "none.bin", r"There is no none.bin, which model.start names: .*h94/IP-Adapter"),
+        ("detector", "none", r"which model.detector names: get the folder of an unpacked insightface pack"),
+        ("vae", "image_encoder", "image_encoder holds None, and AutoencoderKL and AutoencoderTiny are known"),
+        ("image_encoder", "unet", "cannot be read as an image encoder"),
+        ("base", "vae", "has no folder unet and no text_encoder"),
+        ("shortcut", str(WEIGHTS / "mini_ip_adapter_plus_face.safetensors"), "is no LoRA for this base"),
+        ("recogniser", str(WEIGHTS / "mini_lcm_lora.safetensors"), "is no face recogniser of a known layout"),
+    ],
+)
+def test_a_wrong_file_is_named_with_where_the_right_one_is(folder, field, value, said):
+    value = folder / value if (folder / value).is_dir() else value
+    with pytest.raises((ValueError, FileNotFoundError), match=said) as error:
+        assembling.assemble(public(folder, **{field: value}))
+    assert "\n" not in str(error.value)

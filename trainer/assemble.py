@@ -1,0 +1,143 @@
+"""From a configuration to what the training loop takes: the step with all its models, and the source of its data.
+
+One path for SDXL and for the mini world, whose files stand in the repository in the same formats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..lookahead import encoder_file, recognisers
+from ..lookahead.face_models import SIZES, FaceModelError, FaceModels
+from ..lookahead.recognisers import RecogniserError
+from ..lookahead.tensor_file import EncoderFileError, read_tensors
+from . import lora, models
+from .config import Config, ConfigError
+from .encoder import Encoder
+from .models import Frozen, ModelError, Preview, found
+from .source import Source
+from .step import Step
+
+if TYPE_CHECKING:
+    from ..lookahead.faces import Detector
+    from ..lookahead.recognisers import Recogniser
+
+# What may be wrong with a configuration and its files, each in one sentence for the user.
+ERRORS = (ConfigError, ModelError, EncoderFileError, RecogniserError, FaceModelError, FileNotFoundError, ImportError)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def assemble(config: Config) -> tuple[Step, Source, Mapping[str, str]]:
+    """Step, source, and what the encoder file says about the models (`encoder_file.METADATA_FIELDS`).
+
+    Raises one of ERRORS for a file that is missing or is none of its kind.
+    """
+    frozen, preview = read_frozen(config)
+    step = make_step(config, frozen, preview)
+    recogniser, detector, licence = read_faces(config)
+    if config.data.source == "mini":
+        from .mini.world import DrawnPeople
+
+        source: Source = DrawnPeople(config.data.people, frozen, recogniser, detector)
+    else:
+        from .folder import FolderSource
+
+        source = FolderSource(config, frozen, recogniser, detector)
+    about = {
+        "image_encoder": config.model.image_encoder or "mini",
+        "size": str(8 * source.latent_shape[-1]),
+        "recogniser_licence": licence,
+    }
+    return step, source, about
+
+
+def of_mini(config: Config) -> Path | None:
+    """Folder of the mini world's files where the base is one (`mini`: those of the repository), else None."""
+    from .mini.plan import WEIGHTS
+    from .mini.weights import CHECKPOINT
+
+    folder = WEIGHTS if config.model.base == "mini" else Path(config.model.base)
+    return folder if (folder / CHECKPOINT).is_file() else None
+
+
+def read_frozen(config: Config) -> tuple[Frozen, Preview | None]:
+    """The frozen models, and the decoder of previews where there is a second loss."""
+    names, ahead, dtype = config.model, config.lookahead.arm != "none", DTYPES[config.precision]
+    if folder := of_mini(config):
+        from .mini.world import frozen
+
+        mini = frozen(folder)
+        if dtype != mini.unet.dtype:
+            mini.unet.to(dtype)
+        return mini, models.Preview(mini.vae) if ahead else None
+    base = found("base", names.base)
+    vae = found("picture_vae", names.picture_vae) if names.picture_vae else None
+    vision = models.load_image_encoder(found("image_encoder", names.image_encoder), dtype)
+    preview = models.load_preview(found("vae", names.vae)) if ahead else None
+    return Frozen(*models.load_base(base, dtype, vae), vision), preview
+
+
+def make_step(config: Config, frozen: Frozen, preview: Preview | None) -> Step:
+    """The step, with an encoder that begins where `model.start` is."""
+    names, beside = config.model, _beside(config)
+    start = encoder_file.read(found("start", names.start, *beside))
+    torch.manual_seed(config.seed)  # of the KV encoder's first weights
+    ranks = (names.kv_rank, names.export_rank) if names.kv else (0, 0)
+    encoder = Encoder.start_from(start, frozen.unet, *ranks)
+    shortcut = None
+    if config.lookahead.arm == "shortcut":
+        path = found("shortcut", names.shortcut, *beside)
+        try:
+            shortcut = lora.load(lora.public(read_tensors(path)[0]), frozen.unet).to(frozen.unet.dtype)
+        except KeyError as error:
+            raise ModelError(f"{path} is no LoRA for this base ({error.args[0]}): use one for SDXL.") from error
+    attention = {}
+    if of_mini(config):
+        from .mini.image_prompt import softmax_attention
+
+        attention = {"attention": softmax_attention}  # faster than SDPA's on a CPU, at these sizes
+    null = frozen.null_features()
+    if null.shape[-1] != start.sizes.image_width:
+        raise ModelError(
+            f"The image encoder has width {null.shape[-1]}, and {start.name} reads {start.sizes.image_width}: use the "
+            "image encoder that it was trained with (ViT-H/14 for the public *_vit-h files)."
+        )
+    return Step(config, frozen.unet, encoder, null, shortcut, preview, **attention)
+
+
+def read_faces(config: Config) -> tuple[Recogniser | None, Detector | None, str]:
+    """Recogniser and detector of the identity loss, and the recogniser's licence as far as it is known.
+
+    The detector is there without a second loss too, where one is named: it also says where to crop.
+    """
+    names, folder = config.model, of_mini(config)
+    wanted = config.lookahead.arm != "none"
+    if folder:
+        from .mini.world import face_models
+
+        return face_models(folder, names.recogniser) if wanted else (None, None, "none")
+    detector, licence = None, "unknown"
+    if wanted or names.detector:
+        pack = FaceModels(found("detector", names.detector))
+        sizes = (pack.only_size,) if pack.only_size else SIZES
+
+        def detector(pictures):
+            return pack.find(pictures, sizes)
+
+        licence = pack.licence
+    if not wanted:
+        return None, detector, "none"
+    path = found("recogniser", names.recogniser)
+    inside = path.resolve() == (pack.recogniser and pack.recogniser.resolve())
+    recogniser = recognisers.read(path, pack.preprocessing if inside else None)
+    return recogniser, detector, licence if inside else "unknown: ask where the recogniser comes from"
+
+
+def _beside(config: Config) -> tuple[Path, ...]:
+    """Where files are looked for that are not where they are named."""
+    folder = of_mini(config)
+    return (folder,) if folder else ()
