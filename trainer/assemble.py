@@ -5,11 +5,13 @@ One path for SDXL and for the mini world, whose files stand in the repository in
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from ..lookahead import encoder_file, recognisers
 from ..lookahead.face_models import SIZES, FaceModelError, FaceModels
@@ -18,16 +20,27 @@ from ..lookahead.tensor_file import EncoderFileError, read_tensors
 from . import lora, models
 from .config import Config, ConfigError
 from .encoder import Encoder
+from .folder import FolderSource
 from .models import Frozen, ModelError, Preview, found
+from .people import DataError
 from .source import Source
 from .step import Step
 
 if TYPE_CHECKING:
-    from ..lookahead.faces import Detector
+    from ..lookahead.faces import Detector, Face
     from ..lookahead.recognisers import Recogniser
 
 # What may be wrong with a configuration and its files, each in one sentence for the user.
-ERRORS = (ConfigError, ModelError, EncoderFileError, RecogniserError, FaceModelError, FileNotFoundError, ImportError)
+ERRORS = (
+    ConfigError,
+    DataError,
+    EncoderFileError,
+    FaceModelError,
+    FileNotFoundError,
+    ImportError,
+    ModelError,
+    RecogniserError,
+)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -44,8 +57,6 @@ def assemble(config: Config) -> tuple[Step, Source, Mapping[str, str]]:
 
         source: Source = DrawnPeople(config.data.people, frozen, recogniser, detector)
     else:
-        from .folder import FolderSource
-
         source = FolderSource(config, frozen, recogniser, detector)
     about = {
         "image_encoder": config.model.image_encoder or "mini",
@@ -53,6 +64,13 @@ def assemble(config: Config) -> tuple[Step, Source, Mapping[str, str]]:
         "recogniser_licence": licence,
     }
     return step, source, about
+
+
+def device() -> torch.device:
+    """What this process of a run computes on, as accelerate chooses it."""
+    if not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
 def of_mini(config: Config) -> Path | None:
@@ -120,21 +138,28 @@ def read_faces(config: Config) -> tuple[Recogniser | None, Detector | None, str]
         from .mini.world import face_models
 
         return face_models(folder, names.recogniser) if wanted else (None, None, "none")
-    detector, licence = None, "unknown"
-    if wanted or names.detector:
-        pack = FaceModels(found("detector", names.detector))
-        sizes = (pack.only_size,) if pack.only_size else SIZES
-
-        def detector(pictures):
-            return pack.find(pictures, sizes)
-
-        licence = pack.licence
     if not wanted:
-        return None, detector, "none"
-    path = found("recogniser", names.recogniser)
+        return None, open_detector(names.detector) if names.detector else None, "none"
+    detector = open_detector(names.detector)
+    pack, path = detector.pack, found("recogniser", names.recogniser)
     inside = path.resolve() == (pack.recogniser and pack.recogniser.resolve())
     recogniser = recognisers.read(path, pack.preprocessing if inside else None)
-    return recogniser, detector, licence if inside else "unknown: ask where the recogniser comes from"
+    return recogniser, detector, pack.licence if inside else "unknown: ask where the recogniser comes from"
+
+
+class PackDetector:
+    """A pack's detector (`faces.Detector`) at the sizes that it can look at."""
+
+    def __init__(self, pack: FaceModels):
+        self.pack, self.sizes = pack, (pack.only_size,) if pack.only_size else SIZES
+
+    def __call__(self, pictures: Tensor) -> list[list[Face]]:
+        return self.pack.find(pictures, self.sizes)
+
+
+def open_detector(folder: str | None) -> PackDetector:
+    """The detector of an insightface pack. Raises FileNotFoundError, FaceModelError or ImportError."""
+    return PackDetector(FaceModels(found("detector", folder)))
 
 
 def _beside(config: Config) -> tuple[Path, ...]:

@@ -17,6 +17,10 @@ def main(arguments: list[str] | None = None) -> None:
     train.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that take the file's place")
     train.add_argument("--dry-run", action="store_true", help="check the configuration and show it, train nothing")
     _add_convert(commands)
+    doctor = commands.add_parser("doctor", help="look at a folder of pictures as a training run would")
+    doctor.add_argument("data", type=Path, help="the folder, or the YAML file of a run")
+    doctor.add_argument("overrides", nargs="*", metavar="key=value", help="values of section data (size=768)")
+    doctor.add_argument("--detector", type=Path, help="folder of an insightface pack (default: that of the run)")
     mini = commands.add_parser("mini", help="the mini world: a tiny SDXL on drawn faces").add_subparsers(
         dest="task", required=True
     )
@@ -43,6 +47,8 @@ def main(arguments: list[str] | None = None) -> None:
     if chosen.command == "train":
         _train(chosen.config, chosen.overrides, chosen.dry_run)
         return
+    if chosen.command == "doctor":
+        return _doctor(chosen.data, chosen.overrides, chosen.detector)
     if chosen.command == "convert":
         return _convert(chosen)
     if "folder" in chosen and chosen.folder is None:
@@ -79,7 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _train(path: Path, overrides: list[str], dry_run: bool) -> None:
-    from .assemble import ERRORS, assemble
+    from .assemble import ERRORS, assemble, device
     from .config import load
 
     try:
@@ -90,13 +96,34 @@ def _train(path: Path, overrides: list[str], dry_run: bool) -> None:
         from .train import TrainingError, train
 
         try:
-            written = train(config, *assemble(config))
+            step, source, about = assemble(config)
+            source.prepare(device())
+            written = train(config, step, source, about)
         except TrainingError as error:
             raise SystemExit(str(error)) from None
     except ERRORS as error:
         raise SystemExit(str(error)) from None
     if written is not None:
         print(f"Written: {written}")
+
+
+def _doctor(path: Path, overrides: list[str], pack: Path | None) -> None:
+    from .assemble import ERRORS, open_detector
+    from .config import data_alone, load
+    from .doctor import examine
+
+    try:
+        if path.suffix in (".yaml", ".yml"):
+            config = load(path, [f"data.{override}" for override in overrides])
+            data, pack = config.data, pack or config.model.detector
+        else:
+            data = data_alone(path, overrides)
+        report = examine(data, open_detector(str(pack)) if pack else None, str(pack))
+    except ERRORS as error:
+        raise SystemExit(f"lookahead doctor: {error}") from None
+    print(report)
+    if report.wrong:
+        raise SystemExit(1)
 
 
 def _add_convert(commands) -> None:

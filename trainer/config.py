@@ -50,6 +50,15 @@ class Data(_Section):
     source: str = Field(description="a folder with a folder a person, or `mini` for drawn people")
     people: Count = Field(3000, description="of the mini world, how many are drawn")
     kv_prompt: str = Field("a photo of a face", description="the KV encoder's text outside of training")
+    metadata: str | None = Field(None, description="JSON lines or CSV: file_name, and where known text and person")
+    caption: str = Field("a photo of a face", description="of pictures that have no text")
+    size: Annotated[int, Field(ge=64, multiple_of=32)] = Field(1024, description="pixels a side of what is trained on")
+    reference_margin: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="crop references to the face with this margin (share of its box); by default the whole square"
+    )
+    keep: bool = Field(True, description="keep what the frozen models see in a picture, 1 MB each, in the cache")
+    cache: str | None = Field(None, description="folder for that and for what is known of the pictures (SOURCE.cache)")
+    damaged: Share = Field(0.02, description="share of pictures that may be unreadable, and are left out")
 
 
 class Drop(_Section):
@@ -147,6 +156,15 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         _set(values, override)
     return from_values(values)
+
+
+def data_alone(source: str | Path, overrides: Sequence[str] = ()) -> Data:
+    """The section `data` for a folder, with overrides such as "size=768"; errors as in `load`."""
+    section = {"source": str(source)}
+    for override in overrides:
+        _set(section, override)
+    model = {"base": "none", "start": "none"}
+    return from_values({"model": model, "data": section, "lookahead": {"arm": "none"}}).data
 
 
 def from_values(values: dict[str, Any]) -> Config:

@@ -63,9 +63,7 @@ def found(field: str, name: str | None, *beside: Path) -> Path:
 class Text(nn.Module):
     """SDXL's two text encoders with their tokenizers."""
 
-    def __init__(
-        self, tokenizers: Sequence[CLIPTokenizer], first: CLIPTextModel, second: CLIPTextModelWithProjection
-    ):
+    def __init__(self, tokenizers: Sequence[CLIPTokenizer], first: CLIPTextModel, second: CLIPTextModelWithProjection):
         super().__init__()
         self.tokenizers, self.first, self.second = tuple(tokenizers), first, second
 
@@ -202,7 +200,7 @@ def load_vae(folder: Path) -> AutoencoderKL | AutoencoderTiny:
     """An autoencoder of SDXL from its diffusers folder, in 32 bit: AutoencoderKL or AutoencoderTiny."""
     config = folder / "config.json"
     if not config.is_file():
-        raise ModelError(f"{folder} holds no config.json, so it is no autoencoder's folder: get {_from('picture_vae')}.")
+        raise ModelError(f"{folder} holds no config.json, so it is no autoencoder: get {_from('picture_vae')}.")
     kind = json.loads(config.read_text()).get("_class_name")
     kinds = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
     if kind not in kinds:

@@ -1,4 +1,4 @@
-"""Pictures on their way into the frozen models: read as their camera says, never squashed, in the encoders' own form."""
+"""Pictures on their way into the frozen models: turned as their camera says, never squashed, in the encoders' form."""
 
 from __future__ import annotations
 

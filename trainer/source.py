@@ -25,3 +25,7 @@ class Source(Protocol):
         Which one is a function of the sample's number in the run (`draws.generator`), not of earlier calls.
         """
         ...
+
+    def prepare(self, device: torch.device) -> None:
+        """What is better done before the run begins, on the device that it will run on."""
+        ...

@@ -63,6 +63,9 @@ class DrawnPeople:
         text, own = (self._text(rows, device) for rows in (targets, references))
         return Batch(names, z_r, z_c, text, own, features, loss)
 
+    def prepare(self, device: torch.device) -> None:
+        """Nothing: pictures are drawn when they are asked for."""
+
     def _draw(self, rows: Sequence[int]) -> Tensor:
         """One by one: a texture drawn for several at once would depend on who else is in the batch."""
         return torch.cat([render(self.faces.rows(slice(r, r + 1)), IMAGE_SIZE, seed=SEED + r) for r in rows])

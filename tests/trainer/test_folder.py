@@ -1,0 +1,208 @@
+"""A folder of real picture files: pairs, crops, what is kept, and a run on it."""
+
+import csv
+import json
+import shutil
+
+import pytest
+import torch
+from lcm_lookahead.lookahead import encoder_file
+from lcm_lookahead.trainer import assemble as assembling
+from lcm_lookahead.trainer import cli, config
+from lcm_lookahead.trainer.config import CONFIGS
+from lcm_lookahead.trainer.draws import order
+from lcm_lookahead.trainer.folder import square_of
+from lcm_lookahead.trainer.mini.data import group_of_people
+from lcm_lookahead.trainer.mini.faces import STYLES, captions, render
+from lcm_lookahead.trainer.people import DataError, Entry, Seen, alike, listing, look_of, people
+from lcm_lookahead.trainer.pictures import read
+from lcm_lookahead.trainer.train import train
+from PIL import Image
+
+CPU = torch.device("cpu")
+PEOPLE, PICTURES = 3, 4
+
+
+def save(path, picture, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray((picture * 255).round().byte().permute(1, 2, 0).numpy()).save(path, **options)
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """Drawn people as files: a folder each, four pictures, one wide, one a JPEG; captions in metadata.jsonl."""
+    folder = tmp_path_factory.mktemp("data") / "people"
+    faces = group_of_people("held_out", PEOPLE, STYLES)
+    texts, lines = captions(faces, False), []
+    for person in range(PEOPLE):
+        for n in range(PICTURES):
+            row = person * (len(STYLES) + 1) + n
+            picture = render(faces.rows(slice(row, row + 1)), 128, seed=row)[0]
+            if n == 1:
+                picture = torch.nn.functional.pad(picture, (64, 0, 0, 0))  # a wide one, its face on the right
+            name = f"person {person}/{n}.{'jpg' if n == 2 else 'png'}"
+            save(folder / name, picture)
+            lines.append(json.dumps({"file_name": name, "text": texts[row]}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def settings(data, out, *more):
+    values = [f"data.source={data}", "data.size=128", f"out={out}", "batch=2", "steps=3", "norms_every=100"]
+    return config.load(CONFIGS / "mini.yaml", [*values, *more])
+
+
+@pytest.fixture(scope="module")
+def source(drawn, tmp_path_factory):
+    _, source, about = assembling.assemble(settings(drawn, tmp_path_factory.mktemp("out")))
+    assert about["size"] == "128"
+    return source
+
+
+def test_every_picture_is_a_target_and_its_reference_another_one_of_the_person_with_a_face(source):
+    assert len(source) == PEOPLE * PICTURES
+    chosen = {}
+    for number in range(200):
+        target = source.targets[number % len(source)]
+        reference = source.reference_of(target, number)
+        mine, theirs = (source.people.pictures[n] for n in (target, reference))
+        assert mine.person == theirs.person and mine.file != theirs.file
+        assert source.people.seen[theirs.file].face is not None
+        chosen.setdefault(mine.file, set()).add(theirs.file)
+    assert max(len(files) for files in chosen.values()) > 1
+    assert [source.reference_of(0, n) for n in range(9)] == [source.reference_of(0, n) for n in range(9)]
+
+
+def test_a_square_holds_the_face_and_its_landmarks_move_along(source):
+    for place, entry in enumerate(source.people.pictures):
+        seen = source.people.seen[entry.file]
+        picture, points = source.crop(place, True)
+        assert picture.shape == (1, 3, 128, 128)
+        if entry.file.endswith("1.png"):
+            assert (seen.width, seen.height) == (192, 128) and square_of(seen, None)[0] > 32
+        if seen.face is not None:
+            found = source.detector(picture)[0][0]
+            assert (found.points - points[0]).norm(dim=1).mean() < 2, entry.file
+
+
+def test_a_margin_crops_references_alone():
+    seen = Seen("a", 1, 1, "", width=400, height=300, face=(100.0, 100, 180, 200, *[1.0] * 10, 0.9))
+    assert square_of(seen, None) == (0, 0, 300)
+    left, top, side = square_of(seen, 0.3)
+    assert side == 160 and left == round(140.5 - 80) and top == round(150.5 - 80)
+
+
+def test_a_batch_is_that_of_the_picture_s_own_values(source, drawn):
+    both, one = source.batch([0, 5], [0, 1], CPU), source.batch([5], [1], CPU)
+    assert both.names == ["person 0/0.png", "person 1/1.png"]
+    for name in ("target", "reference", "features"):
+        assert torch.equal(getattr(both, name)[1:], getattr(one, name)), name
+    said = json.loads((drawn / "metadata.jsonl").read_text().splitlines()[5])["text"]
+    context, pooled = source.models.text(said)
+    assert torch.equal(one.text.context, context) and torch.equal(one.text.pooled, pooled)
+    values, counts = one.loss(source.models.vae.decode(one.reference).sample)
+    assert counts.all() and values < 0.3  # the reference itself is the person
+
+
+def test_what_is_kept_is_read_again_and_gives_the_same_bits(source, drawn, tmp_path):
+    c = settings(drawn, tmp_path, f"data.cache={tmp_path / 'cache'}")
+    _, kept, _ = assembling.assemble(c)
+    kept.prepare(CPU)
+    files = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.safetensors")}
+    assert files
+
+    class Nothing:
+        def __getattr__(self, name):
+            raise AssertionError(f"{name} is computed again")
+
+    numbers = list(range(c.steps * c.batch))
+    models, kept.models = kept.models, Nothing()
+    again = kept.batch(order(len(kept), c.seed, numbers), numbers, CPU)  # all that the run asks for
+    without = settings(drawn, tmp_path, "data.keep=false")
+    _, fresh, _ = assembling.assemble(without)
+    made = fresh.batch(order(len(fresh), c.seed, numbers), numbers, CPU)
+    for name in ("target", "reference", "features"):
+        assert torch.equal(getattr(again, name), getattr(made, name)), name
+    assert torch.equal(again.text.context, made.text.context)
+    assert torch.equal(again.loss.people.embeddings, made.loss.people.embeddings)
+
+    first = next(iter(files))
+    first.write_bytes(first.read_bytes()[:50])  # a power failure
+    kept.models = models
+    kept.prepare(CPU)
+    repaired = kept.batch(order(len(kept), c.seed, numbers), numbers, CPU)
+    assert torch.equal(repaired.target, made.target) and torch.equal(repaired.features, made.features)
+
+
+def test_a_run_on_files_ends_with_an_encoder(drawn, tmp_path):
+    overrides = [f"data.source={drawn}", "data.size=128", f"out={tmp_path}", "batch=2", "steps=2"]
+    cli.main(["train", str(CONFIGS / "mini.yaml"), *overrides])
+    file = encoder_file.read(tmp_path / "mini_encoder.safetensors")
+    assert file.metadata["steps"] == "2" and file.metadata["size"] == "128"
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert lines[-1]["counted"] > 0
+
+
+def test_damaged_pictures_are_left_out_and_listed_and_too_many_stop_the_run(drawn, tmp_path):
+    data = tmp_path / "people"
+    shutil.copytree(drawn, data)
+    whole = (data / "person 0/0.png").read_bytes()
+    (data / "person 0/0.png").write_bytes(whole[: len(whole) // 2])
+    c = settings(data, tmp_path / "out", "steps=1")
+    step, source, _ = assembling.assemble(c)
+    assert len(source) == PEOPLE * PICTURES - 1
+    assert train(c, step, source).exists()
+    line = json.loads((tmp_path / "out/quarantine.jsonl").read_text())
+    assert line["file"] == "person 0/0.png" and "cannot be read as a picture" in line["why"]
+    for n in (1, 2):
+        (data / f"person 1/{n}.{'jpg' if n == 2 else 'png'}").write_bytes(b"nothing")
+    with pytest.raises(DataError, match="3 of 12 pictures cannot be read .* allows a share of 0.02: repair"):
+        assembling.assemble(c)
+
+
+def test_captions_and_people_come_from_csv_too_and_from_text_files(tmp_path):
+    for name in ("a.png", "b.png", "carl/c.png"):
+        save(tmp_path / name, torch.rand(3, 40, 40))
+    (tmp_path / "carl/c.txt").write_text("carl at sea\n")
+    with (tmp_path / "metadata.csv").open("w", newline="") as f:
+        rows = csv.writer(f)
+        rows.writerows([["file_name", "text", "person"], ["a.png", "a, drawn", "anna"], ["b.png", "", "anna"]])
+        rows.writerow(["gone.png", "", "anna"])
+    entries, gone = listing(tmp_path)
+    assert gone == ["gone.png"]
+    carl = Entry("carl/c.png", "carl", "carl at sea")
+    assert entries == [Entry("a.png", "anna", "a, drawn"), Entry("b.png", "anna"), carl]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"text": "x"}', "Line 1 of .* has no file_name"),
+        ('\n{"file_name": ', "Line 2 of .* is no JSON"),
+        ("", "Nobody is named for a.png .1 such files.: put each"),
+    ],
+)
+def test_a_listing_that_is_not_understood_says_where(tmp_path, content, said):
+    save(tmp_path / "a.png", torch.rand(3, 40, 40))
+    (tmp_path / "metadata.jsonl").write_text(content)
+    with pytest.raises(DataError, match=said):
+        listing(tmp_path)
+
+
+def test_copies_are_never_each_other_s_reference(tmp_path, drawn):
+    picture, other = (read(drawn / f"person 0/{n}.png") for n in (0, 3))
+    save(tmp_path / "p.jpg", picture, quality=60)
+    again = read(tmp_path / "p.jpg")
+    looks = [Seen(n, 1, 1, "", None, n, look_of(p), 128, 128) for n, p in (("a", picture), ("b", again), ("c", other))]
+    assert alike(looks[0], looks[1]) and not alike(looks[0], looks[2])
+    entries = [Entry(n, "anna") for n in "abc"]
+    found = people(entries, {s.file: s for s in looks}, False)
+    assert found.references == [[2], [2], [0, 1]]
+    alone = people(entries[:2], {s.file: s for s in looks}, False)
+    assert not alone.pictures and set(alone.left_out.values()) == {"its person's other pictures are copies of it"}
+
+
+def test_the_order_is_that_of_one_process_however_many_there_are(source):
+    one = order(len(source), 0, range(24))
+    two = [order(len(source), 0, range(24)[rank::2]) for rank in range(2)]
+    assert [two[n % 2][n // 2] for n in range(24)] == one
