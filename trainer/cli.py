@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 _FOLDERS = ".mini, with --quick .mini-quick"  # apart: a stage of one plan must not go on from the other's
@@ -15,7 +16,12 @@ def main(arguments: list[str] | None = None) -> None:
     train = commands.add_parser("train", help="train an encoder (the same command again goes on where it stopped)")
     train.add_argument("config", type=Path, help="a YAML file, such as trainer/configs/mini.yaml")
     train.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that take the file's place")
-    train.add_argument("--dry-run", action="store_true", help="check the configuration and show it, train nothing")
+    train.add_argument("--dry-run", action="store_true", help="say what the run will cost and write, train nothing")
+    estimate = commands.add_parser("estimate", help="what a run will cost: memory by part, work, time, files")
+    estimate.add_argument("config", type=Path, help="a YAML file, such as trainer/configs/sdxl_24gb.yaml")
+    estimate.add_argument("overrides", nargs="*", metavar="section.key=value", help="values in the file's place")
+    estimate.add_argument("--card", help="memory of the card in GB, or its name (rtx4090, a100, h100, ...)")
+    estimate.add_argument("--processes", type=int, default=1, help="cards that share the batch (1)")
     _add_convert(commands)
     doctor = commands.add_parser("doctor", help="look at a folder of pictures as a training run would")
     doctor.add_argument("data", type=Path, help="the folder, or the YAML file of a run")
@@ -47,6 +53,8 @@ def main(arguments: list[str] | None = None) -> None:
     if chosen.command == "train":
         _train(chosen.config, chosen.overrides, chosen.dry_run)
         return
+    if chosen.command == "estimate":
+        return _estimate(chosen.config, chosen.overrides, chosen.card, chosen.processes)
     if chosen.command == "doctor":
         return _doctor(chosen.data, chosen.overrides, chosen.detector)
     if chosen.command == "convert":
@@ -91,8 +99,7 @@ def _train(path: Path, overrides: list[str], dry_run: bool) -> None:
     try:
         config = load(path, overrides)
         if dry_run:
-            print(config.model_dump_json(indent=2))
-            return
+            return _estimate(path, overrides, None, int(os.environ.get("WORLD_SIZE", 1)))
         from .train import TrainingError, train
 
         try:
@@ -105,6 +112,20 @@ def _train(path: Path, overrides: list[str], dry_run: bool) -> None:
         raise SystemExit(str(error)) from None
     if written is not None:
         print(f"Written: {written}")
+
+
+def _estimate(path: Path, overrides: list[str], card: str | None, processes: int) -> None:
+    import yaml
+
+    from .config import ConfigError, load
+    from .estimate import describe, estimate
+
+    try:
+        config = load(path, overrides)
+        print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        print(describe(estimate(config, processes), card))
+    except ConfigError as error:
+        raise SystemExit(str(error)) from None
 
 
 def _doctor(path: Path, overrides: list[str], pack: Path | None) -> None:

@@ -126,7 +126,9 @@ class Config(_Section):
     save_every: Count = 500
     keep: Count = Field(2, description="checkpoints that are kept")
     log_every: Count = 10
-    norms_every: Count = Field(100, description="how often the gradient's norm of each loss is measured")
+    norms_every: Annotated[int, Field(ge=0)] = Field(
+        100, description="how often the gradient's norm of each loss is measured, which takes copies of it; 0: never"
+    )
     nonfinite_in_a_row: Count = Field(5, description="skipped steps in a row after which the run stops")
 
     @model_validator(mode="after")

@@ -55,7 +55,8 @@ def train(config: Config, step: Step, source: Source, about: Mapping[str, str] |
             draws = draw(config, mine, source.latent_shape).to(device)
             for group in optimiser.param_groups:
                 group["lr"] = group["rate"] * rates.factor(number, config.steps)
-            measure = number % config.norms_every == 0 and config.precision != "fp16"  # there they would be scaled
+            often = config.norms_every and config.precision != "fp16"  # in which they would be scaled
+            measure = bool(often) and number % config.norms_every == 0
             outcomes, norms = gradients(
                 wrapped,
                 batch,
