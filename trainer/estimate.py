@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
 from ..lookahead.image_prompt import ResamplerSizes
@@ -49,9 +48,7 @@ CARDS = {  # GB, dense TFLOP/s of 16-bit matrix products summed in 32 bit, as th
     "h200": (141, 989),
 }
 USED = (0.25, 0.45)  # share of that which trainings of SDXL reach, as published
-CONTEXT = (
-    0.8e9  # bytes of the driver, of kernels and of what the allocator loses between blocks: not derived from the run
-)
+CONTEXT = 0.8e9  # bytes of driver, kernels, and what the allocator loses between blocks: not derived from the run
 RECOGNISER = (43_800_000 * 4, 3 * 12.6e9)  # IR-SE50: bytes; forward and backward of one crop
 READERS = 3.3e9  # bytes: two text encoders and ViT-H/14 in 16 bit, SDXL's autoencoder in 32
 LCM_RANK = 64
@@ -172,12 +169,12 @@ def _one_sample(shape: _Shape) -> _Sample:
 
 def _mini() -> tuple[UNet2DConditionModel, ResamplerSizes, int, int]:
     from .mini.base import build_unet
-    from .mini.image_prompt import ImagePrompt
+    from .mini.image_prompt import Adapter
     from .mini.plan import SIZES
 
     with torch.device("meta"):
         unet = build_unet().eval()
-        sizes = ImagePrompt(unet).image_proj.sizes
+        sizes = Adapter(unet).image_proj.sizes
     vision = SIZES["clip_vision"]
     return unet, sizes, 1 + (vision["image_size"] // vision["patch_size"]) ** 2, 16
 
@@ -259,13 +256,29 @@ class Ledger(TorchDispatchMode):
     def __init__(self, before: Iterable[Tensor] = ()):
         super().__init__()
         self.live = self.peak = self.work = 0
+        self._fresh: dict[object, bool] = {}
+        self._seen: dict[object, tuple[int, object]] = {}
         self._known = {tensor.untyped_storage()._cdata for tensor in before}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if (flop := flop_registry.get(func._overloadpacket)) is not None:
-            self.work += flop(*args, **(kwargs or {}), out_val=out)
-        for tensor in (out,) if isinstance(out, Tensor) else tree_leaves(out):
+        kwargs = kwargs or {}
+        # What an operation gives is a function of the shapes that it gets, and torch finds it out slowly. So the same
+        # again is not asked for, where the result is new memory (no view, nothing in place).
+        fresh = self._fresh.get(func)
+        if fresh is None:
+            fresh = self._fresh[func] = not func._schema.is_mutable and not _may_be_a_view(func)
+        key = (func, _shapes_of(args), _shapes_of(tuple(kwargs.items()))) if fresh else None
+        if key in self._seen:
+            work, makes = self._seen[key]
+            out = tuple(map(_made, makes)) if isinstance(makes, tuple) else _made(makes)
+        else:
+            out = func(*args, **kwargs)
+            flop = flop_registry.get(func._overloadpacket)
+            work = flop(*args, **kwargs, out_val=out) if flop else 0
+            if fresh:
+                self._seen[key] = work, tuple(map(_fresh, out)) if isinstance(out, tuple) else _fresh(out)
+        self.work += work
+        for tensor in out if isinstance(out, tuple | list) else (out,):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
                 if storage._cdata not in self._known:
@@ -282,6 +295,34 @@ class Ledger(TorchDispatchMode):
     def _free(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.live -= size
+
+
+class _Fresh:
+    """How to make a tensor like this one."""
+
+    def __init__(self, tensor: Tensor):
+        self.how = (tensor.shape, tensor.stride()), {"dtype": tensor.dtype, "device": tensor.device}
+
+    def __call__(self) -> Tensor:
+        return torch.empty_strided(*self.how[0], **self.how[1])
+
+
+def _fresh(value: object) -> object:
+    return _Fresh(value) if isinstance(value, Tensor) else value
+
+
+def _made(value: object) -> object:
+    return value() if isinstance(value, _Fresh) else value
+
+
+def _may_be_a_view(func: torch._ops.OpOverload) -> bool:
+    return func is torch.ops.aten._unsafe_view.default or any(r.alias_info is not None for r in func._schema.returns)
+
+
+def _shapes_of(value: object) -> object:
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype
+    return tuple(map(_shapes_of, value)) if isinstance(value, tuple | list) else value
 
 
 class _Mixed(TorchFunctionMode):
@@ -307,10 +348,13 @@ class _Mixed(TorchFunctionMode):
             q, k, v = (self._as(t, self.low) for t in args[:3])
             return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
         if self.low is not None and func in self.LOW:
-            args, kwargs = tree_map(lambda t: self._as(t, self.low), (args, kwargs))
+            args, kwargs = self._all(args, kwargs, self.low)
         elif self.low is not None and func in self.HIGH:
-            args, kwargs = tree_map(lambda t: self._as(t, torch.float32), (args, kwargs))
+            args, kwargs = self._all(args, kwargs, torch.float32)
         return func(*args, **kwargs)
+
+    def _all(self, args: tuple, kwargs: dict, dtype: torch.dtype) -> tuple[tuple, dict]:
+        return tuple(self._as(a, dtype) for a in args), {k: self._as(v, dtype) for k, v in kwargs.items()}
 
     def _as(self, value: object, dtype: torch.dtype | None) -> object:
         if dtype is None or not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype == dtype:

@@ -29,7 +29,7 @@ def test_the_paper_s_run_costs_what_was_derived_by_hand():
     assert sum(cost.work.values()) / 8 == pytest.approx(87.1e12, rel=0.02)
     assert cost.memory["frozen UNet"] == pytest.approx(5.135, abs=1e-3)
     assert cost.memory["few-step LoRA"] == pytest.approx(0.3935, abs=1e-3)
-    assert "does not fit into 24 GB" in describe(cost, "24") and "It fits into 141 GB" in describe(cost, "h200")
+    assert "It fits into 141 GB" in describe(cost, "h200")
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
@@ -56,6 +56,7 @@ def test_what_is_saved_is_said_and_is_saved(shallow):
     config = load(CONFIGS / "sdxl_paper.yaml", ["batch=1", "checkpointing=none"])
     cost = estimate(config)
     saved = savings(cost)
+    assert f"{cost.peak - 8.59:.1f} are missing" in describe(cost, "8")
     assert saved["checkpointing=all"] > saved["checkpointing=blocks"] > 0
     less = estimate(load(CONFIGS / "sdxl_paper.yaml", ["batch=1", "checkpointing=all", "norms_every=0"]))
     assert cost.peak - less.peak == pytest.approx(saved["checkpointing=all"] + saved["norms_every=0"])
@@ -74,6 +75,11 @@ def test_a_card_that_is_unknown_is_said():
         cli.main(["estimate", str(CONFIGS / "mini.yaml"), "--card", "big"])
 
 
+def test_mini_fits_anywhere(capsys):
+    cli.main(["estimate", str(CONFIGS / "mini.yaml"), "--card", "8"])
+    assert "It fits into 8 GB" in capsys.readouterr().out
+
+
 def test_the_ledger_counts_what_is_alive():
     x = torch.empty(1000, 100, device="meta")
     layer = nn.Linear(100, 50, bias=False, device="meta")
@@ -83,10 +89,3 @@ def test_the_ledger_counts_what_is_alive():
         y = y + 1
         assert (ledger.live, ledger.peak) == (200_000, 400_000)
     assert ledger.work == 2 * 1000 * 100 * 50
-
-
-def test_the_loop_s_own_batch_fits_what_was_counted_for_mini():
-    """The real step on the CPU allocates about what was counted: shapes are the only difference."""
-    cost = estimate(load(CONFIGS / "mini.yaml"))
-    assert cost.unet_parameters == 12_000_000 or cost.unet_parameters > 5_000_000
-    assert cost.peak < 2
