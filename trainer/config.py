@@ -1,5 +1,7 @@
 """What a training run is: one YAML file, with dotted overrides from the command line ("optimiser.kv_rate=1e-5").
 
+A file may begin with `extends: other.yaml`, beside it: then it says only what is different from that.
+
 Every value is checked before anything is loaded. An unknown key is an error that names the key that was meant.
 """
 
@@ -132,15 +134,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises ConfigError, which lists all that is wrong.
     """
-    path = Path(path)
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"There is no file {path}: name a YAML file such as {CONFIGS / 'mini.yaml'}.") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is no YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds no keys with values: begin with that of trainer/configs/mini.yaml.")
+    values = _read(Path(path))
     for override in overrides:
         _set(values, override)
     return from_values(values)
@@ -152,6 +146,32 @@ def from_values(values: dict[str, Any]) -> Config:
         return Config.model_validate(values)
     except ValidationError as error:
         raise ConfigError("\n".join(_sentence(e) for e in error.errors())) from None
+
+
+def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The values of a file and of those that it extends."""
+    if path in below:
+        raise ConfigError(f"{path} extends itself, by way of {below[-1]}: let one of them extend nothing.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        what = f"{path}, which {below[-1]} extends" if below else str(path)
+        raise ConfigError(f"There is no file {what}: name a YAML file such as {CONFIGS / 'mini.yaml'}.") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is no YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds no keys with values: begin with that of trainer/configs/mini.yaml.")
+    other = values.pop("extends", None)
+    return values if other is None else _merged(_read(path.parent / str(other), (*below, path)), values)
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Sections are merged key by key; every other value of `above` takes the place of that below it."""
+    out = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(out.get(key), dict)
+        out[key] = _merged(out[key], value) if both else value
+    return out
 
 
 def _set(values: dict[str, Any], override: str) -> None:

@@ -24,10 +24,8 @@ from ..lookahead.attention import (
     extended_self_attention,
     softmax_attention,
 )
-from .encoder import Encoder
+from .encoder import Encoder, KeysValues
 from .lora import LoRA
-
-KeysValues = dict[str, tuple[Tensor, Tensor]]  # by path of the block: [B, tokens, C] each, heads not split
 
 CHECKPOINTING = ("none", "blocks", "all")
 _FUNCTION = "_gradient_checkpointing_func"  # of diffusers' modules

@@ -36,6 +36,29 @@ def test_a_mistake_is_named_with_its_cure(change, said):
         from_values(SMALL | change)
 
 
+def test_the_arms_of_the_ablation_differ_in_nothing_but_the_arm():
+    whole = load(CONFIGS / "mini.yaml").model_dump()
+    for name, arm in (("none", "none"), ("x0", "x0"), ("shortcut", "shortcut")):
+        values = load(CONFIGS / f"mini_{name}.yaml").model_dump()
+        assert values["out"] != whole["out"] and values["lookahead"]["arm"] == arm and not values["model"]["kv"]
+        values |= {"name": whole["name"], "out": whole["out"]}
+        values["model"]["kv"], values["lookahead"]["arm"] = True, "shortcut"
+        assert values == whole, name
+
+
+def test_a_file_extends_another_and_says_so_where_that_cannot_be(tmp_path):
+    (tmp_path / "a.yaml").write_text(f"extends: {CONFIGS / 'mini.yaml'}\nsteps: 3\nlookahead: {{weight: 2.0}}\n")
+    (tmp_path / "b.yaml").write_text("extends: a.yaml\nseed: 4\n")
+    c, mini = load(tmp_path / "b.yaml", ["steps=5"]), load(CONFIGS / "mini.yaml")
+    assert (c.steps, c.seed, c.lookahead.weight, c.batch) == (5, 4, 2.0, mini.batch)
+    (tmp_path / "a.yaml").write_text("extends: b.yaml\n")
+    with pytest.raises(ConfigError, match="extends itself, by way of"):
+        load(tmp_path / "b.yaml")
+    (tmp_path / "a.yaml").write_text("extends: c.yaml\n")
+    with pytest.raises(ConfigError, match="There is no file .*c.yaml, which .*a.yaml extends"):
+        load(tmp_path / "b.yaml")
+
+
 def test_overrides_reach_into_sections():
     c = load(CONFIGS / "mini.yaml", ["optimiser.kv_rate=1e-4", "steps=7", "lookahead.arm=none", "model.kv=false"])
     assert (c.optimiser.kv_rate, c.steps, c.lookahead.arm, c.model.kv) == (1e-4, 7, "none", False)
