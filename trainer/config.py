@@ -86,6 +86,7 @@ class Optimiser(_Section):
     betas: tuple[Share, Share] = (0.9, 0.999)
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     clip: Positive = Field(1.0, description="largest norm of the gradient of both losses")
+    eight_bit: bool = Field(False, description="AdamW of bitsandbytes, whose state takes a quarter (CUDA)")
     warmup: Annotated[int, Field(ge=0)] = 0
     schedule: Literal["constant", "cosine"] = "constant"
 
@@ -97,6 +98,20 @@ class Optimiser(_Section):
         return rise * (0.5 * (1 + cos(pi * step / steps)) if self.schedule == "cosine" else 1.0)
 
 
+class Validation(_Section):
+    """What is drawn every `validate_every` steps, always from the same noise."""
+
+    people: Count = Field(8, description="whom training does not see")
+    prompts: Annotated[tuple[str, ...], Field(min_length=1)] = (
+        "a photo of a face",
+        "an oil painting of a face",
+        "a comic of a face",
+        "a wanted poster of a face",
+    )
+    steps: Annotated[int, Field(ge=1, le=1000)] = Field(10, description="of DDIM")
+    guidance: Positive = 5.0
+
+
 class Config(_Section):
     """One training run."""
 
@@ -106,6 +121,7 @@ class Config(_Section):
     data: Data
     steps: Count = 5000
     batch: Count = Field(8, description="samples a step, over all processes")
+    accumulate: Count = Field(1, description="parts of a process's share of them, one after another in memory")
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     checkpointing: Literal["none", "blocks", "all"] = "blocks"
@@ -113,6 +129,11 @@ class Config(_Section):
     drop: Drop = Drop()
     lookahead: Lookahead = Lookahead()
     optimiser: Optimiser = Optimiser()
+    ema: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="of the average that is exported; 0: none")
+    compile: bool = Field(False, description="torch.compile of the transformer blocks")
+    validation: Validation = Validation()
+    validate_every: Annotated[int, Field(ge=0)] = Field(500, description="0: never")
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field((), description="told the figures, beside log.jsonl")
     save_every: Count = 500
     keep: Count = Field(2, description="checkpoints that are kept")
     log_every: Count = 10

@@ -39,6 +39,10 @@ class Condition:
     pooled: Tensor
     time_ids: Tensor
 
+    def rows(self, chosen: slice) -> Condition:
+        """Some of the rows."""
+        return Condition(self.context[chosen], self.pooled[chosen], self.time_ids[chosen])
+
     def where(self, keep: Tensor) -> Condition:
         """With no text (zero embeddings, zero pooled text) where keep, bool [B], is false."""
         return replace(self, context=self.context * keep.view(-1, 1, 1), pooled=self.pooled * keep.view(-1, 1))
@@ -141,6 +145,15 @@ class Roles:
         The other arguments are those of `Pass`.
         """
         return self._run(Pass(None, tokens, kv, absent, shortcut), x, t, condition)
+
+    @contextmanager
+    def using(self, encoder: Encoder) -> Iterator[None]:
+        """With another encoder of the same sizes for a while, such as an average of this one."""
+        before, self.encoder = self.encoder, encoder
+        try:
+            yield
+        finally:
+            self.encoder = before
 
     def _run(self, what: Pass, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         added = {"text_embeds": condition.pooled, "time_ids": condition.time_ids}

@@ -101,7 +101,7 @@ def draws():
 def run(step, batch, draws, **options):
     step.encoder.zero_grad(set_to_none=True)
     trained = list(step.encoder.parameters())
-    return gradients(step, batch, draws, trained, **{"lookahead": True} | options)
+    return gradients(step, [(batch, draws)], trained, **{"lookahead": True} | options)
 
 
 def test_each_loss_reaches_every_trained_tensor_and_nothing_else(make_step, batch, draws):
