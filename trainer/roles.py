@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
+import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
@@ -220,6 +221,7 @@ class _Processor:
 
 
 class _SelfAttention(_Processor):
+    @torch.compiler.disable  # what it reads is another in every block, and would make a graph of its own for each
     def __call__(self, attn: nn.Module, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
         roles, now, x = self.roles, self.roles.now, hidden_states
         if now.exported is not None:
@@ -235,6 +237,7 @@ class _SelfAttention(_Processor):
 
 
 class _CrossAttention(_Processor):
+    @torch.compiler.disable
     def __call__(
         self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor, *_: object, **__: object
     ) -> Tensor:

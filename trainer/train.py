@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .checkpoints import Progress, State, TrainingError, resume, save
@@ -54,7 +55,7 @@ def _train(
         )
     folder, encoder, lookahead = Path(config.out), step.encoder, config.lookahead.arm != "none"
     if config.compile:
-        step.unet.compile_repeated_blocks()
+        compile_blocks(step.unet)
     wrapped, optimiser = accelerator.prepare(step, make_optimiser(config, encoder, device))
     trained = [p for group in optimiser.param_groups for p in group["params"]]
     average = AveragedModel(encoder, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema else None
@@ -133,6 +134,13 @@ def make_optimiser(config: Config, encoder: Encoder, device: torch.device) -> to
             "optimiser.eight_bit=false (which takes 2.6 GB more for SDXL)."
         ) from None
     return AdamW8bit(groups, **common)
+
+
+def compile_blocks(unet: UNet2DConditionModel, **options: object) -> None:
+    """torch.compile of the transformer blocks, all but their attention. options: of `torch.compile`."""
+    # A graph for every width of block, role, and need of gradients; the default of 8 is too few for those.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    unet.compile_repeated_blocks(**options)
 
 
 class _Validations:
