@@ -77,6 +77,10 @@ class Lookahead(_Section):
     importance: Share = Field(0.2, description="alpha of the time steps' distribution")
     full_strength: Share = Field(0.5, description="share of samples with the few-step LoRA at strength 1")
     least_strength: Share = Field(0.1, description="others: uniform from here to 1")
+    align: Literal["strength", "sds", "consistency"] = Field(
+        "strength", description="what keeps previews the base's: the LoRA's strength as drawn, or a loss of `align`"
+    )
+    align_weight: Annotated[float, Field(ge=0)] = Field(0.1, description="of that loss")
     weigh_by_strength: bool = Field(False, description="multiply a sample's loss by its strength (the paper's code)")
 
 
@@ -147,6 +151,8 @@ class Config(_Section):
         missing = [f"model.{k}" for k in needed[arm] if getattr(self.model, k) is None]
         if missing:
             raise ValueError(f"lookahead.arm {arm!r} needs {' and '.join(missing)}: name the files, or choose 'none'")
+        if self.lookahead.align != "strength" and arm != "shortcut":
+            raise ValueError(f"lookahead.align {self.lookahead.align!r} is for lookahead.arm 'shortcut', not {arm!r}")
         return self
 
 

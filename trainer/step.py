@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..lookahead.attention import Attention, softmax_attention
 from ..lookahead.losses import Loss
 from ..lookahead.schedule import alphas_cumprod, predicted_original, preview_latent
+from .align import consistency, score_distillation
 from .config import Config
 from .draws import Draws
 from .encoder import Encoder
@@ -47,11 +48,12 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """loss: what to call backward on; values [B] and counts, bool [B]: of each sample, without gradient."""
+    """loss: what to call backward on; values [B], counts, bool [B], and alignment [B]: of each sample, no gradient."""
 
     loss: Tensor
     values: Tensor
     counts: Tensor
+    alignment: Tensor | None = None
 
 
 class Step(nn.Module):
@@ -113,12 +115,27 @@ class Step(nn.Module):
         # Values of samples that do not count may be anything: they must not get into the sum, not even times zero.
         counted = torch.where(counts, values, 0.0)
         weighed = counted * draws.strength if ahead.weigh_by_strength else counted
-        return Outcome(ahead.weight * weighed.sum() / len(values), values.detach(), counts)
+        loss, alignment = ahead.weight * weighed.sum() / len(values), None
+        if ahead.align != "strength":
 
-    def _predict(self, batch: Batch, draws: Draws, t: Tensor, shortcut: float | Tensor = 0.0) -> tuple[Tensor, Tensor]:
-        """The noise predicted with the encoder's help [B, 4, h, w], and the noised target."""
-        text = ~draws.no_text
-        z_t, kv = self.noised(batch.target, draws.noise, t), None
+            def predict(z: Tensor, draws: Draws, t: Tensor, strength: float) -> Tensor:
+                return self._predict(batch, draws, t, strength, z)[0].float()
+
+            if ahead.align == "sds":
+                alignment = score_distillation(predict, self.alpha_bar, latent, draws)
+            else:
+                alignment = consistency(predict, self.alpha_bar, latent, z_t, t, draws)
+            loss = loss + ahead.align_weight * alignment.mean()
+            alignment = alignment.detach()
+        return Outcome(loss, values.detach(), counts, alignment)
+
+    def _predict(
+        self, batch: Batch, draws: Draws, t: Tensor, shortcut: float | Tensor = 0.0, z_t: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The noise predicted with the encoder's help [B, 4, h, w], and in what: z_t, by default the noised target."""
+        text, kv = ~draws.no_text, None
+        if z_t is None:
+            z_t = self.noised(batch.target, draws.noise, t)
         if self.config.model.kv:
             z_c = self.noised(batch.reference, draws.noise, t)
             kv = self.roles.export(z_c, t, batch.reference_text.where(text))
@@ -170,7 +187,8 @@ def gradients(
 
 def _together(found: Sequence[Outcome]) -> Outcome:
     loss = torch.stack([outcome.loss for outcome in found]).mean()
-    return Outcome(loss, *(torch.cat([getattr(o, name) for o in found]) for name in ("values", "counts")))
+    parts = ([getattr(o, name) for o in found] for name in ("values", "counts", "alignment"))
+    return Outcome(loss, *(None if part[0] is None else torch.cat(part) for part in parts))
 
 
 def _copies(trained: Sequence[nn.Parameter]) -> list[Tensor | None]:

@@ -185,6 +185,8 @@ def _figures(accelerator: Accelerator, outcomes: Mapping[str, Outcome]) -> dict[
     if ahead := outcomes.get("lookahead"):
         figures["counted"] = ahead.counts.float().mean()
         figures["distance"] = torch.where(ahead.counts, ahead.values, 0.0).mean()
+        if ahead.alignment is not None:
+            figures["alignment"] = ahead.alignment.mean()
     figures = {k: float(accelerator.reduce(v, "mean")) for k, v in figures.items()}
     if ahead:
         figures["distance"] = figures["distance"] / figures["counted"] if figures["counted"] else float("nan")
