@@ -85,8 +85,10 @@ def memory() -> dict[str, float]:
 
 
 def _cut(path: Path, step: int) -> None:
-    """Lines after the checkpoint that a run goes on from will be written again."""
-    if path.exists():
+    """Lines after the checkpoint that a run goes on from will be written again; without one, all of them."""
+    if not step:
+        path.unlink(missing_ok=True)
+    elif path.exists():
         lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
         path.write_text("".join(line + "\n" for line in lines))
 
