@@ -1,4 +1,4 @@
-"""`make bench`: what the parts cost, as ratios measured side by side in one run of a real ComfyUI."""
+"""`make bench`: what the parts cost, as ratios measured side by side in one run of a real ComfyUI; and training."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from . import bench_training
 from .common import CACHE, ROOT, Problem, run_main, say
 from .host import EXTENSIONS, environment_python, fetch, mini_models
 
@@ -43,11 +44,20 @@ def measure(side: int = 0) -> dict[str, Any]:
             (base / name).mkdir()
         mini_models(base)
         script = ROOT / "tools" / "bench_in_host.py"
-        command = [str(environment_python()), str(script), str(host), folder, str(ROOT), str(EXTENSIONS)]
-        command += [str(side)] if side else []
-        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-        environment.setdefault("OMP_NUM_THREADS", "1")
-        done = subprocess.run(command, cwd=host, env=environment, capture_output=True, text=True, check=False)
+        command = [str(script), str(host), folder, str(ROOT), str(EXTENSIONS)]
+        without_us = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        return _answer(command + ([str(side)] if side else []), host, without_us)
+
+
+def measure_training(full: bool = False) -> dict[str, Any]:
+    """The figures of `bench_training`, measured in a process of its own."""
+    return _answer(["-m", "lcm_lookahead.tools.bench_training", *(["full"] if full else [])], ROOT, dict(os.environ))
+
+
+def _answer(command: list[str], folder: Path, environment: dict[str, str]) -> dict[str, Any]:
+    environment.setdefault("OMP_NUM_THREADS", "1")
+    command = [str(environment_python()), *command]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("BENCH ")]
     if done.returncode or not lines:
         raise Problem(f"the benchmark did not end well; its last words: {(done.stderr or done.stdout)[-1500:]}")
@@ -110,11 +120,24 @@ def main(arguments: list[str]) -> int:
         metavar="SIDE",
         help="SDXL with random weights in bfloat16 at SIDE x SIDE pixels (256; takes 14 GB and some minutes on a CPU)",
     )
+    parser.add_argument("--training", action="store_true", help="the training step alone")
+    parser.add_argument(
+        "--full-size-training",
+        action="store_true",
+        help="one training step of SDXL with random weights in bfloat16 at 256x256 (takes 16 GB)",
+    )
     chosen = parser.parse_args(arguments)
+    if chosen.full_size_training:
+        say("Training SDXL for one step (some minutes on a CPU) ...")
+        print(bench_training.full_table(measure_training(full=True)))
+        return 0
     if chosen.full_size % 64 or chosen.full_size < 0:
         raise Problem(f"--full-size is {chosen.full_size}: give a multiple of 64, for example 256 or 1024.")
-    say("Measuring in a real ComfyUI (about a minute for the mini world) ...")
-    print(table(measure(chosen.full_size)))
+    if not chosen.training:
+        say("Measuring in a real ComfyUI (about a minute for the mini world) ...")
+        print(table(measure(chosen.full_size)), end="\n\n")
+    say("Measuring the training step (about a minute) ...")
+    print(bench_training.table(measure_training()))
     return 0
 
 

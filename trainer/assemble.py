@@ -83,19 +83,20 @@ def of_mini(config: Config) -> Path | None:
 
 
 def read_frozen(config: Config) -> tuple[Frozen, Preview | None]:
-    """The frozen models, and the decoder of previews where there is a second loss."""
-    names, ahead, dtype = config.model, config.lookahead.arm != "none", DTYPES[config.precision]
+    """The frozen models, and the decoder of previews where there is a second loss or a validation."""
+    names, dtype = config.model, DTYPES[config.precision]
+    drawn = config.lookahead.arm != "none" or config.validate_every > 0
     if folder := of_mini(config):
         from .mini.world import frozen
 
         mini = frozen(folder)
         if dtype != mini.unet.dtype:
             mini.unet.to(dtype)
-        return mini, models.Preview(mini.vae) if ahead else None
+        return mini, models.Preview(mini.vae) if drawn else None
     base = found("base", names.base)
     vae = found("picture_vae", names.picture_vae) if names.picture_vae else None
     vision = models.load_image_encoder(found("image_encoder", names.image_encoder), dtype)
-    preview = models.load_preview(found("vae", names.vae)) if ahead else None
+    preview = models.load_preview(found("vae", names.vae)) if drawn else None
     return Frozen(*models.load_base(base, dtype, vae), vision), preview
 
 
@@ -130,10 +131,10 @@ def make_step(config: Config, frozen: Frozen, preview: Preview | None) -> Step:
 def read_faces(config: Config) -> tuple[Recogniser | None, Detector | None, str]:
     """Recogniser and detector of the identity loss, and the recogniser's licence as far as it is known.
 
-    The detector is there without a second loss too, where one is named: it also says where to crop.
+    Both are there without a second loss too, where they are named: for validation, and to know where to crop.
     """
     names, folder = config.model, of_mini(config)
-    wanted = config.lookahead.arm != "none"
+    wanted = config.lookahead.arm != "none" or (names.detector is not None and names.recogniser is not None)
     if folder:
         from .mini.world import face_models
 

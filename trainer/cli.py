@@ -93,12 +93,15 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _train(path: Path, overrides: list[str], dry_run: bool) -> None:
+    import yaml
+
     from .assemble import ERRORS, assemble, device
     from .config import load
 
     try:
         config = load(path, overrides)
         if dry_run:
+            print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
             return _estimate(path, overrides, None, int(os.environ.get("WORLD_SIZE", 1)))
         from .train import TrainingError, train
 
@@ -115,14 +118,12 @@ def _train(path: Path, overrides: list[str], dry_run: bool) -> None:
 
 
 def _estimate(path: Path, overrides: list[str], card: str | None, processes: int) -> None:
-    import yaml
-
     from .config import ConfigError, load
-    from .estimate import describe, estimate
+    from .estimate import cards, describe, estimate
 
     try:
         config = load(path, overrides)
-        print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        cards(card)  # before what takes a while
         print(describe(estimate(config, processes), card))
     except ConfigError as error:
         raise SystemExit(str(error)) from None

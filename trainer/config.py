@@ -1,5 +1,7 @@
 """What a training run is: one YAML file, with dotted overrides from the command line ("optimiser.kv_rate=1e-5").
 
+A file may begin with `extends: other.yaml`, beside it: then it says only what is different from that.
+
 Every value is checked before anything is loaded. An unknown key is an error that names the key that was meant.
 """
 
@@ -87,6 +89,10 @@ class Lookahead(_Section):
     importance: Share = Field(0.2, description="alpha of the time steps' distribution")
     full_strength: Share = Field(0.5, description="share of samples with the few-step LoRA at strength 1")
     least_strength: Share = Field(0.1, description="others: uniform from here to 1")
+    align: Literal["strength", "sds", "consistency"] = Field(
+        "strength", description="what keeps previews the base's: the LoRA's strength as drawn, or a loss of `align`"
+    )
+    align_weight: Annotated[float, Field(ge=0)] = Field(0.1, description="of that loss")
     weigh_by_strength: bool = Field(False, description="multiply a sample's loss by its strength (the paper's code)")
 
 
@@ -96,6 +102,7 @@ class Optimiser(_Section):
     betas: tuple[Share, Share] = (0.9, 0.999)
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     clip: Positive = Field(1.0, description="largest norm of the gradient of both losses")
+    eight_bit: bool = Field(False, description="AdamW of bitsandbytes, whose state takes a quarter (CUDA)")
     warmup: Annotated[int, Field(ge=0)] = 0
     schedule: Literal["constant", "cosine"] = "constant"
 
@@ -107,6 +114,20 @@ class Optimiser(_Section):
         return rise * (0.5 * (1 + cos(pi * step / steps)) if self.schedule == "cosine" else 1.0)
 
 
+class Validation(_Section):
+    """What is drawn every `validate_every` steps, always from the same noise."""
+
+    people: Count = Field(8, description="whom training does not see")
+    prompts: Annotated[tuple[str, ...], Field(min_length=1)] = (
+        "a photo of a face",
+        "an oil painting of a face",
+        "a comic of a face",
+        "a wanted poster of a face",
+    )
+    steps: Annotated[int, Field(ge=1, le=1000)] = Field(10, description="of DDIM")
+    guidance: Positive = 5.0
+
+
 class Config(_Section):
     """One training run."""
 
@@ -116,6 +137,7 @@ class Config(_Section):
     data: Data
     steps: Count = 5000
     batch: Count = Field(8, description="samples a step, over all processes")
+    accumulate: Count = Field(1, description="parts of a process's share of them, one after another in memory")
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     checkpointing: Literal["none", "blocks", "all"] = "blocks"
@@ -123,6 +145,11 @@ class Config(_Section):
     drop: Drop = Drop()
     lookahead: Lookahead = Lookahead()
     optimiser: Optimiser = Optimiser()
+    ema: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="of the average that is exported; 0: none")
+    compile: bool = Field(False, description="torch.compile of the transformer blocks")
+    validation: Validation = Validation()
+    validate_every: Annotated[int, Field(ge=0)] = Field(500, description="0: never")
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field((), description="told the figures, beside log.jsonl")
     save_every: Count = 500
     keep: Count = Field(2, description="checkpoints that are kept")
     log_every: Count = 10
@@ -138,6 +165,8 @@ class Config(_Section):
         missing = [f"model.{k}" for k in needed[arm] if getattr(self.model, k) is None]
         if missing:
             raise ValueError(f"lookahead.arm {arm!r} needs {' and '.join(missing)}: name the files, or choose 'none'")
+        if self.lookahead.align != "strength" and arm != "shortcut":
+            raise ValueError(f"lookahead.align {self.lookahead.align!r} is for lookahead.arm 'shortcut', not {arm!r}")
         return self
 
 
@@ -146,15 +175,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises ConfigError, which lists all that is wrong.
     """
-    path = Path(path)
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"There is no file {path}: name a YAML file such as {CONFIGS / 'mini.yaml'}.") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is no YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds no keys with values: begin with that of trainer/configs/mini.yaml.")
+    values = _read(Path(path))
     for override in overrides:
         _set(values, override)
     return from_values(values)
@@ -175,6 +196,32 @@ def from_values(values: dict[str, Any]) -> Config:
         return Config.model_validate(values)
     except ValidationError as error:
         raise ConfigError("\n".join(_sentence(e) for e in error.errors())) from None
+
+
+def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The values of a file and of those that it extends."""
+    if path in below:
+        raise ConfigError(f"{path} extends itself, by way of {below[-1]}: let one of them extend nothing.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        what = f"{path}, which {below[-1]} extends" if below else str(path)
+        raise ConfigError(f"There is no file {what}: name a YAML file such as {CONFIGS / 'mini.yaml'}.") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is no YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds no keys with values: begin with that of trainer/configs/mini.yaml.")
+    other = values.pop("extends", None)
+    return values if other is None else _merged(_read(path.parent / str(other), (*below, path)), values)
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Sections are merged key by key; every other value of `above` takes the place of that below it."""
+    out = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(out.get(key), dict)
+        out[key] = _merged(out[key], value) if both else value
+    return out
 
 
 def _set(values: dict[str, Any], override: str) -> None:

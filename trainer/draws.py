@@ -29,6 +29,8 @@ class Draws:
     no_text: Tensor  # bool [B]
     no_image_prompt: Tensor  # bool [B]
     no_kv: Tensor  # bool [B]
+    noise_align: Tensor  # [B, 4, h, w] and
+    t_align: Tensor  # int64 [B], of score distillation (`align`)
 
     def to(self, device: torch.device) -> Draws:
         return Draws(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
@@ -48,14 +50,18 @@ def timestep(u: Tensor, importance: float) -> Tensor:
 
 def draw(config: Config, numbers: Sequence[int], shape: tuple[int, ...]) -> Draws:
     """For the samples of these numbers, counted from the start of the run. shape: of one latent, [4, h, w]."""
-    noise, uniform = [], []
+    noise, uniform, noise_align, u_align = [], [], [], []
     for number in numbers:
         g = generator(config.seed, number)
         noise.append(torch.randn(shape, generator=g))
         uniform.append(torch.rand(6, generator=g, dtype=torch.float64))
+        noise_align.append(torch.randn(shape, generator=g))
+        u_align.append(torch.rand((), generator=g, dtype=torch.float64))
     u_t, u_lookahead, u_full, u_strength, u_drop, u_kv = torch.stack(uniform, 1)
     ahead, drop = config.lookahead, config.drop
     least = ahead.least_strength
+    if ahead.align != "strength":
+        least = 1.0
     strength = torch.where(u_full < ahead.full_strength, 1.0, least + (1 - least) * u_strength)
     both = u_drop < drop.both
     text = both | ((u_drop >= drop.both) & (u_drop < drop.both + drop.text))
@@ -68,6 +74,8 @@ def draw(config: Config, numbers: Sequence[int], shape: tuple[int, ...]) -> Draw
         text,
         image,
         u_kv < drop.kv,
+        torch.stack(noise_align),
+        (TIMESTEPS * (0.02 + 0.96 * torch.stack(u_align))).long(),
     )
 
 

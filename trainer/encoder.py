@@ -13,6 +13,8 @@ from ..lookahead.attention import LowRank
 from ..lookahead.encoder_file import EncoderFile
 from ..lookahead.image_prompt import Resampler, ResamplerSizes
 
+KeysValues = dict[str, tuple[Tensor, Tensor]]  # by path of the block: [B, tokens, C] each, heads not split
+
 # What the KV encoder changes in each of its blocks, and what its export changes of the keys and values handed on.
 TUNED = tuple(f"attn{n}.{layer}" for n in (1, 2) for layer in ("to_q", "to_k", "to_v", "to_out.0"))
 EXPORTED = ("attn1.to_k", "attn1.to_v")
@@ -27,6 +29,11 @@ def last_path(unet: UNet2DConditionModel) -> str:
     """The block that runs last: its attentions come after every key and value that is exported."""
     ups = [path for path in block_paths(unet) if path.startswith("up_blocks")]
     return max(ups, key=lambda path: [int(n) for n in path.split(".")[1::2]])
+
+
+def module_key(path: str) -> str:
+    """A path of a layer as the name of a module, which holds no dots."""
+    return path.replace(".", "/")
 
 
 class Projections(nn.Module):
@@ -75,7 +82,7 @@ class Encoder(nn.Module):
                 change = LowRank(base.in_features, base.out_features, rank)
                 nn.init.normal_(change.lora_A.weight, std=1 / rank)
                 nn.init.zeros_(change.lora_B.weight)
-                self.kv[_key(f"{half}.{path}.{layer}")] = change
+                self.kv[module_key(f"{half}.{path}.{layer}")] = change
 
     @classmethod
     def start_from(
@@ -99,7 +106,7 @@ class Encoder(nn.Module):
 
     def change(self, half: str, path: str, layer: str) -> LowRank | None:
         """The low-rank change of one projection; half is "kv_encoder" or "kv_export". None where there is none."""
-        key = _key(f"{half}.{path}.{layer}")
+        key = module_key(f"{half}.{path}.{layer}")
         return self.kv[key] if key in self.kv else None
 
     def projections(self, path: str) -> Projections:
@@ -130,7 +137,3 @@ class Encoder(nn.Module):
                     "export_rank to the file's ranks."
                 )
             own[name].copy_(tensors[name])
-
-
-def _key(name: str) -> str:
-    return name.replace(".", "/")  # names of modules hold no dots

@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -82,7 +82,7 @@ def estimate(config: Config, processes: int = 1) -> Cost:
 
     Raises ConfigError where they cannot share it evenly.
     """
-    parts = processes * getattr(config, "accumulate", 1)
+    parts = processes * config.accumulate
     if config.batch % parts:
         raise ConfigError(
             f"batch is {config.batch}, which {parts} processes and parts cannot share evenly: change one."
@@ -97,12 +97,12 @@ def estimate(config: Config, processes: int = 1) -> Cost:
         "preview decoder and recogniser": one.preview and 4 * one.preview + RECOGNISER[0],
         "trained weights, 32 bit": 4 * total,
         "their gradients": 4 * total,
-        "AdamW's state": (2 if getattr(config.optimiser, "eight_bit", False) else 8) * total,
+        "AdamW's state": (2 if config.optimiser.eight_bit else 8) * total,
         "a copy of the gradients (norms_every)": 4 * total if one.preview and config.precision != "fp16" else 0,
-        "their average (ema)": 4 * total if getattr(config, "ema", 0) else 0,
+        "their average (ema)": 4 * total if config.ema else 0,
         "exchange between processes": 4 * total if processes > 1 else 0,
         "readers of pictures and texts (data.keep)": 0 if config.data.source == "mini" or config.data.keep else READERS,
-        f"activations of {rows} samples at a time": cast + rows * (one.peak - 4 * total - cast),
+        f"activations, samples at a time: {rows}": cast + rows * (one.peak - 4 * total - cast),
         "the device itself": CONTEXT,
     }
     if config.norms_every == 0:
@@ -120,6 +120,7 @@ class _Shape(NamedTuple):
     precision: str
     checkpointing: str
     arm: str
+    align: str
     ranks: tuple[int, int]
     depths: tuple[int, ...]
 
@@ -139,8 +140,9 @@ def _key(config: Config) -> _Shape:
     ranks = (config.model.kv_rank, config.model.export_rank) if config.model.kv else (0, 0)
     mini = of_mini(config) is not None
     size = 128 if config.data.source == "mini" else config.data.size
+    ahead = config.lookahead.arm, config.lookahead.align
     depths = tuple(sdxl.UNET["transformer_layers_per_block"])
-    return _Shape(mini, size, config.precision, config.checkpointing, config.lookahead.arm, ranks, depths)
+    return _Shape(mini, size, config.precision, config.checkpointing, *ahead, ranks, depths)
 
 
 @lru_cache(maxsize=8)
@@ -157,7 +159,7 @@ def _one_sample(shape: _Shape) -> _Sample:
         values = {"model": {"base": "?", "start": "?", "kv": shape.ranks != (0, 0)}, "data": {"source": "?"}}
         if ahead:
             values["model"] |= {"vae": "?", "recogniser": "?", "shortcut": "?"}
-        values |= {"lookahead": {"arm": shape.arm}, "checkpointing": shape.checkpointing}
+        values |= {"lookahead": {"arm": shape.arm, "align": shape.align}, "checkpointing": shape.checkpointing}
         step = Step(from_values(values), unet, encoder, torch.empty(1, patches, sizes.image_width), shortcut, preview)
     latent = (1, 4, shape.size // 8, shape.size // 8)
     peak, work = _run(step, _batch(step, latent, sizes, patches, shape.size), _draws(latent), low)
@@ -202,9 +204,13 @@ def _batch(step: Step, shape: tuple[int, ...], sizes: ResamplerSizes, patches: i
 
 def _draws(shape: tuple[int, ...]) -> Draws:
     n = shape[0]
-    t = torch.empty(n, dtype=torch.int64, device="meta")
-    flags = [torch.empty(n, dtype=torch.bool, device="meta") for _ in range(3)]
-    return Draws(torch.empty(shape, device="meta"), t, t, torch.empty(n, device="meta"), *flags)
+    kinds = {
+        "noise": torch.empty(shape),
+        "t": torch.empty(n, dtype=torch.int64),
+        "no": torch.empty(n, dtype=torch.bool),
+    }
+    values = {f.name: kinds.get(f.name.split("_")[0], torch.empty(n)) for f in fields(Draws)}
+    return Draws(**{name: value.to("meta") for name, value in values.items()})
 
 
 def _run(step: Step, batch: Batch, draws: Draws, low: torch.dtype) -> tuple[int, dict[str, float]]:
@@ -375,8 +381,8 @@ def mixed_precision(low: torch.dtype | None) -> Iterator[_Mixed]:
 
 def _disk(config: Config, total: int) -> dict[str, float]:
     out, name = Path(config.out), f"{config.name}.safetensors"
-    state = (6 if getattr(config.optimiser, "eight_bit", False) else 12) * total
-    state += 4 * total if getattr(config, "ema", None) else 0
+    state = (6 if config.optimiser.eight_bit else 12) * total
+    state += 4 * total if config.ema else 0
     files = {
         f"{out / 'checkpoints'}/step-…/state.pt ({config.keep} kept)": config.keep * state,
         f"{out / 'checkpoints'}/step-…/{name} ({config.keep} kept)": config.keep * 4 * total,
@@ -408,7 +414,7 @@ def describe(cost: Cost, card: str | None = None) -> str:
 
     Raises ConfigError for a card that is neither.
     """
-    config, cards = cost.config, _cards(card)
+    config, chosen = cost.config, cards(card)
     rows = [
         f"{config.steps:,} steps of {config.batch} samples, processes: {cost.processes}, precision: "
         f"{config.precision}, checkpointing: {config.checkpointing}, lookahead: {config.lookahead.arm}",
@@ -422,13 +428,13 @@ def describe(cost: Cost, card: str | None = None) -> str:
         ),
         "Expected time, at 45 and at 25 % of what a card can do (published trainings of SDXL lie between)",
     ]
-    for name, (_, tflops) in cards.items():
+    for name, (_, tflops) in chosen.items():
         fast, slow = cost.seconds(tflops)
         hours = [config.steps * seconds / 3600 for seconds in (fast, slow)]
         rows.append(f"  {name:14} {fast:8.3g} to {slow:.3g} s a step, {hours[0]:.3g} to {hours[1]:.3g} h in all")
     rows += ["", *_table("Files, GB", {**cost.disk, "in all": sum(cost.disk.values())}, ".3f")]
     if card is not None:
-        gigabytes = next(iter(cards.values()))[0]
+        gigabytes = next(iter(chosen.values()))[0]
         there = gigabytes * 2**30 / GB
         if cost.peak <= there:
             rows.append(f"It fits into {gigabytes} GB, with {there - cost.peak:.1f} to spare.")
@@ -441,17 +447,24 @@ def describe(cost: Cost, card: str | None = None) -> str:
 def savings(cost: Cost) -> dict[str, float]:
     """GB that a change of one field of the configuration saves, for those that save something."""
     config, out = cost.config, {}
-    names = {"checkpointing": ("blocks", "all"), "norms_every": (0,), "accumulate": (config.batch // cost.processes,)}
-    changes = [{name: value} for name, values in names.items() if name in Config.model_fields for value in values]
-    for change in changes:
-        other = estimate(config.model_copy(update=change), cost.processes)
-        out[", ".join(f"{k}={v}" for k, v in change.items())] = cost.peak - other.peak
-    if "eight_bit" in type(config.optimiser).model_fields and not config.optimiser.eight_bit:
+    each = config.batch // cost.processes
+    changes = [
+        ("checkpointing", "blocks"),
+        ("checkpointing", "all"),
+        ("norms_every", 0),
+        ("accumulate", each),
+        ("ema", 0),
+    ]
+    for name, value in changes:
+        other = estimate(config.model_copy(update={name: value}), cost.processes)
+        out[f"{name}={value}"] = cost.peak - other.peak
+    if not config.optimiser.eight_bit:
         out["optimiser.eight_bit=true"] = 6 * sum(cost.parameters.values()) / GB
     return {knob: saved for knob, saved in sorted(out.items(), key=lambda item: -item[1]) if saved > 0.05}
 
 
-def _cards(card: str | None) -> dict[str, tuple[int, int]]:
+def cards(card: str | None) -> dict[str, tuple[int, int]]:
+    """GB and TFLOP/s of a card by its name, of those with so many GB, or of some. Raises ConfigError, as `describe`."""
     if card is None:
         return {name: CARDS[name] for name in ("rtx4090", "a100", "h100")}
     if card in CARDS:

@@ -34,6 +34,7 @@ from .people import DataError, People, Seen, listing, people, scan
 from .pictures import read, resized
 from .roles import Condition
 from .step import Batch
+from .validate import Probes, identity_by
 
 SEED = 7000  # of the choice of references
 _Item = tuple[str, int | str]  # a kind, and the place of a picture or a text
@@ -48,8 +49,14 @@ class FolderSource:
         self.models, self.recogniser, self.detector = models, recogniser, detector
         self.latent_shape = (4, self.data.size // 8, self.data.size // 8)
         self.folder, self.cache = Path(self.data.source), cache_folder(self.data)
+        self.recogniser_name = Path(config.model.recogniser or "").name
         self.people = read_people(self.data, detector, config.model.detector or config.model.base, Path(config.out))
-        self.targets = [n for n, fit in enumerate(self.people.references) if fit]
+        targets = [n for n, fit in enumerate(self.people.references) if fit]
+        people_ = list(dict.fromkeys(self.people.pictures[n].person for n in targets))
+        # Whom training does not see: a tenth at most, the same whatever else is in the folder.
+        few = min(config.validation.people if config.validate_every else 0, len(people_) // 10)
+        self.held_out = sorted(people_, key=lambda name: hashlib.sha256(name.encode()).digest())[:few]
+        self.targets = [n for n in targets if self.people.pictures[n].person not in self.held_out]
         self._latent_by, self._text_by = _fingerprint(models.vae), _fingerprint(models.text)
         self._person_by = _fingerprint(models.vision, recogniser)
         self._inside = False
@@ -95,21 +102,45 @@ class FolderSource:
         def stacked(kind: str, name: str, rows: Sequence[int]) -> Tensor:
             return torch.stack([self._get((kind, row), device)[name] for row in rows])
 
-        loss = None
-        if self.recogniser is not None:
-            self.recogniser.to(device)
-            embeddings, points = (stacked("person", name, references) for name in ("embedding", "points"))
-            sizes = torch.full((len(references), 2), self.data.size)
-            loss = IdentityLoss(self.recogniser, self.detector, References(embeddings, points, sizes), NONE)
         return Batch(
             [self.people.pictures[p].file for p in places],
             stacked("latent", "latent", places).to(device),
             stacked("reference", "latent", references).to(device),
-            self._condition(places, device),
-            self._condition(references, device),
+            self._condition([self.caption(p) for p in places], device),
+            self._condition([self.caption(r) for r in references], device),
             stacked("person", "features", references).to(device),
-            loss,
+            self._loss(references, device) if self.recogniser is not None else None,
         )
+
+    def _loss(self, references: Sequence[int], device: torch.device) -> IdentityLoss:
+        self.recogniser.to(device)
+        people_ = [self._get(("person", row), device) for row in references]
+        embeddings, points = (torch.stack([one[k] for one in people_]) for k in ("embedding", "points"))
+        sizes = torch.full((len(references), 2), self.data.size)
+        return IdentityLoss(self.recogniser, self.detector, References(embeddings, points, sizes), NONE)
+
+    def probes(self, config: Config, device: torch.device) -> Probes:
+        """Validation (`validate.Probing`) with the people who are held out; of a small folder, with some of those that
+        are trained on. Identity is measured by the recogniser of the loss, which flatters: see the pictures too."""
+        who = self.held_out or list(dict.fromkeys(self.people.pictures[n].person for n in self.targets))
+        able = {n for fit in self.people.references for n in fit}
+        first = {self.people.pictures[n].person: n for n in sorted(able, reverse=True)}
+        places = [first[name] for name in who[: config.validation.people]]
+        prompts = list(config.validation.prompts)
+        rows = [place for place in places for _ in prompts]
+        latents = torch.stack([self._get(("reference", row), device)["latent"] for row in rows]).to(device)
+        features = torch.stack([self._get(("person", row), device)["features"] for row in rows]).to(device)
+        text = self._condition(prompts * len(places), device)
+        own = self._condition([self.data.kv_prompt] * len(rows), device)
+        names = [f"{prompt}, {self.people.pictures[p].person}" for p in places for prompt in prompts]
+        shown = torch.cat([self.crop(place, True)[0] for place in places]).to(device)
+        batch = Batch(names, latents, latents, text, own, features)
+        if self.recogniser is None:
+            return Probes(batch, len(prompts), shown, lambda pictures: {}, "nothing: model.recogniser is not set")
+        score = identity_by(self._loss(rows, device))
+        by = f"{self.recogniser_name}, which the loss uses too, on people who are "
+        by += "held out" if self.held_out else "trained on (there are fewer than ten)"
+        return Probes(batch, len(prompts), shown, score, by)
 
     def caption(self, place: int) -> str:
         """What the picture shows, as the data says, else `data.caption`."""
@@ -125,11 +156,11 @@ class FolderSource:
         points = None if face is None else (face.points[None] - torch.tensor([left, top]) + 0.5) * zoom - 0.5
         return resized(picture, self.data.size), points
 
-    def _condition(self, places: Sequence[int], device: torch.device) -> Condition:
-        parts = [self._get(("text", self.caption(p)), device) for p in places]
+    def _condition(self, captions: Sequence[str], device: torch.device) -> Condition:
+        parts = [self._get(("text", caption), device) for caption in captions]
         context, pooled = (torch.cat([part[k] for part in parts]).to(device) for k in ("context", "pooled"))
         size = self.data.size
-        time_ids = torch.tensor([size, size, 0, 0, size, size], device=device).float().expand(len(places), 6)
+        time_ids = torch.tensor([size, size, 0, 0, size, size], device=device).float().expand(len(captions), 6)
         return Condition(context, pooled, time_ids)
 
     # --- what the frozen models see, and what is kept of it

@@ -29,11 +29,10 @@ from ..lookahead.attention import LowRank, decoupled_cross_attention, extended_s
 from ..lookahead.encoder_file import EncoderFile
 from ..lookahead.guidance import three_scale_guidance
 from ..lookahead.image_prompt import Resampler
+from .encoder import KeysValues, block_paths, last_path, module_key
 from .pictures import clip_input
 
 __all__ = ["KeptKV", "LookaheadPipeline", "Reference", "Scales", "Text"]
-
-KeysValues = dict[str, tuple[Tensor, Tensor]]  # block -> keys and values, each [rows, tokens, C], heads not split
 
 KV_PROMPT = "a photo of a face"
 SIZE = 1024  # side of the reference in pixels where the file does not say
@@ -114,16 +113,12 @@ class Pass:
 
     def changed(self, out: Tensor, half: str, block: str, projection: str, x: Tensor) -> Tensor:
         """A projection's output plus the encoder's low-rank change of it, where there is one."""
-        name = _module_name(f"{half}.{block}.{projection}")
+        name = module_key(f"{half}.{block}.{projection}")
         return out + self.low_rank[name](x) if name in self.low_rank else out
 
 
 class _LastExport(Exception):
     """Everything is exported: the rest of the UNet need not run."""
-
-
-def _module_name(layer: str) -> str:
-    return layer.replace(".", "/")  # module names have no dots
 
 
 class SelfAttention:
@@ -195,7 +190,7 @@ class EncoderNetwork(nn.Module):
             with torch.device("meta"):
                 layer = LowRank(a.shape[1], b.shape[0], rank, file.kv_scale(rank))
             layer.load_state_dict({"lora_A.weight": a, "lora_B.weight": b}, assign=True)
-            self.low_rank[_module_name(name)] = layer
+            self.low_rank[module_key(name)] = layer
         self.requires_grad_(False).eval()
 
     def keys_values(self, tokens: Tensor, blocks: Sequence[str]) -> KeysValues:
@@ -245,8 +240,7 @@ class LookaheadPipeline(StableDiffusionXLPipeline):
     @property
     def blocks(self) -> list[str]:
         """Names of the UNet's transformer blocks in the order of the public files."""
-        ending = ".attn2.processor"
-        return [name.removesuffix(ending) for name in self.unet.attn_processors if name.endswith(ending)]
+        return block_paths(self.unet)
 
     def _check(self, file: EncoderFile) -> None:
         modules = [self.unet.get_submodule(block) for block in self.blocks]
@@ -336,10 +330,10 @@ class LookaheadPipeline(StableDiffusionXLPipeline):
         abar, like = _alphas_cumprod(self.scheduler, t), reference.latents
         x = abar.sqrt().to(like) * like + (1 - abar).sqrt().to(like) * noise.to(like)
         text = reference.text if conditional else reference.text.zeros
-        last = max((b for b in self.blocks if b.startswith("up_blocks")), key=_numbers)
         exported: KeysValues = {}
         try:
-            self._unet(x, t, text, Pass(low_rank=self._network().low_rank, exported=exported, last=last))
+            call = Pass(low_rank=self._network().low_rank, exported=exported, last=last_path(self.unet))
+            self._unet(x, t, text, call)
         except _LastExport:
             pass
         # The middle runs before the upper half, so nothing is missing here.
@@ -491,10 +485,6 @@ class LookaheadPipeline(StableDiffusionXLPipeline):
         if upcast:
             self.vae.to(torch.float16)
         return self.image_processor.postprocess(pixels, output_type=output_type)
-
-
-def _numbers(block: str) -> list[int]:
-    return [int(part) for part in block.split(".") if part.isdigit()]
 
 
 def _rows(parts: Sequence[Tensor], n: int) -> Tensor:

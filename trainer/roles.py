@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
+import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
@@ -24,10 +25,8 @@ from ..lookahead.attention import (
     extended_self_attention,
     softmax_attention,
 )
-from .encoder import Encoder
+from .encoder import Encoder, KeysValues
 from .lora import LoRA
-
-KeysValues = dict[str, tuple[Tensor, Tensor]]  # by path of the block: [B, tokens, C] each, heads not split
 
 CHECKPOINTING = ("none", "blocks", "all")
 _FUNCTION = "_gradient_checkpointing_func"  # of diffusers' modules
@@ -40,6 +39,10 @@ class Condition:
     context: Tensor
     pooled: Tensor
     time_ids: Tensor
+
+    def rows(self, chosen: slice) -> Condition:
+        """Some of the rows."""
+        return Condition(self.context[chosen], self.pooled[chosen], self.time_ids[chosen])
 
     def where(self, keep: Tensor) -> Condition:
         """With no text (zero embeddings, zero pooled text) where keep, bool [B], is false."""
@@ -144,6 +147,15 @@ class Roles:
         """
         return self._run(Pass(None, tokens, kv, absent, shortcut), x, t, condition)
 
+    @contextmanager
+    def using(self, encoder: Encoder) -> Iterator[None]:
+        """With another encoder of the same sizes for a while, such as an average of this one."""
+        before, self.encoder = self.encoder, encoder
+        try:
+            yield
+        finally:
+            self.encoder = before
+
     def _run(self, what: Pass, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         added = {"text_embeds": condition.pooled, "time_ids": condition.time_ids}
         with self._during(what):
@@ -209,6 +221,7 @@ class _Processor:
 
 
 class _SelfAttention(_Processor):
+    @torch.compiler.disable  # what it reads is another in every block, and would make a graph of its own for each
     def __call__(self, attn: nn.Module, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
         roles, now, x = self.roles, self.roles.now, hidden_states
         if now.exported is not None:
@@ -224,6 +237,7 @@ class _SelfAttention(_Processor):
 
 
 class _CrossAttention(_Processor):
+    @torch.compiler.disable
     def __call__(
         self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor, *_: object, **__: object
     ) -> Tensor:

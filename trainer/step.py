@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..lookahead.attention import Attention, softmax_attention
 from ..lookahead.losses import Loss
 from ..lookahead.schedule import alphas_cumprod, predicted_original, preview_latent
+from .align import consistency, score_distillation
 from .config import Config
 from .draws import Draws
 from .encoder import Encoder
@@ -39,14 +40,20 @@ class Batch:
     features: Tensor  # [B, patches, width]: what the image encoder sees in the references
     loss: Loss | None = None  # of previews, with these references; None without lookahead
 
+    def rows(self, chosen: slice) -> Batch:
+        """Some of the samples, without a loss, which belongs to all."""
+        texts = self.text.rows(chosen), self.reference_text.rows(chosen)
+        return Batch(self.names[chosen], self.target[chosen], self.reference[chosen], *texts, self.features[chosen])
+
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """loss: what to call backward on; values [B] and counts, bool [B]: of each sample, without gradient."""
+    """loss: what to call backward on; values [B], counts, bool [B], and alignment [B]: of each sample, no gradient."""
 
     loss: Tensor
     values: Tensor
     counts: Tensor
+    alignment: Tensor | None = None
 
 
 class Step(nn.Module):
@@ -108,28 +115,43 @@ class Step(nn.Module):
         # Values of samples that do not count may be anything: they must not get into the sum, not even times zero.
         counted = torch.where(counts, values, 0.0)
         weighed = counted * draws.strength if ahead.weigh_by_strength else counted
-        return Outcome(ahead.weight * weighed.sum() / len(values), values.detach(), counts)
+        loss, alignment = ahead.weight * weighed.sum() / len(values), None
+        if ahead.align != "strength":
 
-    def _predict(self, batch: Batch, draws: Draws, t: Tensor, shortcut: float | Tensor = 0.0) -> tuple[Tensor, Tensor]:
-        """The noise predicted with the encoder's help [B, 4, h, w], and the noised target."""
-        text = ~draws.no_text
-        z_t, kv = self._noised(batch.target, draws.noise, t), None
+            def predict(z: Tensor, draws: Draws, t: Tensor, strength: float) -> Tensor:
+                return self._predict(batch, draws, t, strength, z)[0].float()
+
+            if ahead.align == "sds":
+                alignment = score_distillation(predict, self.alpha_bar, latent, draws)
+            else:
+                alignment = consistency(predict, self.alpha_bar, latent, z_t, t, draws)
+            loss = loss + ahead.align_weight * alignment.mean()
+            alignment = alignment.detach()
+        return Outcome(loss, values.detach(), counts, alignment)
+
+    def _predict(
+        self, batch: Batch, draws: Draws, t: Tensor, shortcut: float | Tensor = 0.0, z_t: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The noise predicted with the encoder's help [B, 4, h, w], and in what: z_t, by default the noised target."""
+        text, kv = ~draws.no_text, None
+        if z_t is None:
+            z_t = self.noised(batch.target, draws.noise, t)
         if self.config.model.kv:
-            z_c = self._noised(batch.reference, draws.noise, t)
+            z_c = self.noised(batch.reference, draws.noise, t)
             kv = self.roles.export(z_c, t, batch.reference_text.where(text))
         seen = torch.where(draws.no_image_prompt.view(-1, 1, 1), self.null_features, batch.features)
         tokens = self.encoder.image_proj(seen)
         return self.roles.decode(z_t, t, batch.text.where(text), tokens, kv, draws.no_kv, shortcut), z_t
 
-    def _noised(self, latent: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    def noised(self, latent: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Latents [B, 4, h, w] at time steps t [B]."""
         a = self.alpha_bar[t].view(-1, 1, 1, 1)
         return a.sqrt() * latent + (1 - a).sqrt() * noise
 
 
 def gradients(
     step: nn.Module,
-    batch: Batch,
-    draws: Draws,
+    samples: Sequence[tuple[Batch, Draws]],
     trained: Sequence[nn.Parameter],
     *,
     lookahead: bool,
@@ -137,27 +159,36 @@ def gradients(
     unsynchronised: Callable[[], AbstractContextManager[None]] = nullcontext,
     measure: bool = False,
 ) -> tuple[dict[Part, Outcome], dict[Part, Tensor]]:
-    """Add the gradients of a batch to `trained`: first one loss, forward and backward, then the other.
+    """Add the gradients of some samples to `trained`: first of one loss, forward and backward, then of the other.
 
-    step: a `Step`, or what wraps it; unsynchronised: a context in which processes do not exchange gradients. measure:
-    also give the norm of each loss's own gradient, at the price of a copy of it (and of one more exchange).
-    Returns what each loss came to, without its graph, and the norms.
+    step: a `Step`, or what wraps it. samples: parts of equal size, one after another in memory (gradient
+    accumulation): the result is that of one large batch. unsynchronised: a context in which processes do not exchange
+    gradients. measure: also give the norm of each loss's own gradient, at the price of a copy of it (and of one more
+    exchange). Returns what each loss came to, over all parts and without its graph, and the norms.
     """
     outcomes: dict[Part, Outcome] = {}
     norms: dict[Part, Tensor] = {}
     before = _copies(trained) if measure else []
     for part in ("diffusion", "lookahead") if lookahead else ("diffusion",):
-        last = part == "lookahead" or not lookahead
-        with nullcontext() if last or measure else unsynchronised():
-            outcome = step(part, batch, draws)
-            backward(outcome.loss)
-        outcomes[part] = replace(outcome, loss=outcome.loss.detach())
-        del outcome
+        exchange, found = measure or part == "lookahead" or not lookahead, []
+        for number, (batch, draws) in enumerate(samples, 1):
+            with nullcontext() if exchange and number == len(samples) else unsynchronised():
+                outcome = step(part, batch, draws)
+                backward(outcome.loss / len(samples))
+            found.append(replace(outcome, loss=outcome.loss.detach()))
+            del outcome
+        outcomes[part] = _together(found)
         if measure:
             now = _copies(trained)
             change = [a if b is None else a - b for a, b in zip(now, before, strict=True) if a is not None]
             norms[part], before = torch.nn.utils.get_total_norm(change), now
     return outcomes, norms
+
+
+def _together(found: Sequence[Outcome]) -> Outcome:
+    loss = torch.stack([outcome.loss for outcome in found]).mean()
+    parts = ([getattr(o, name) for o in found] for name in ("values", "counts", "alignment"))
+    return Outcome(loss, *(None if part[0] is None else torch.cat(part) for part in parts))
 
 
 def _copies(trained: Sequence[nn.Parameter]) -> list[Tensor | None]:

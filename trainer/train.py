@@ -2,91 +2,182 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 import signal
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from .checkpoints import Progress, State, TrainingError, resume, save
 from .config import Config
 from .draws import draw, order
+from .encoder import Encoder
 from .export import export
+from .log import Log, check_trackers
+from .memory import out_of_memory, spilled
 from .source import Source
 from .step import Batch, Outcome, Step, gradients
+from .validate import Probes, Probing, validate
 
-FREE = {"steps", "save_every", "keep", "log_every", "norms_every", "nonfinite_in_a_row"}  # may change in a resumed run
+__all__ = ["TrainingError", "train"]
+
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
-
-
-class TrainingError(RuntimeError):
-    """Why a run cannot go on, in one sentence."""
 
 
 def train(config: Config, step: Step, source: Source, about: Mapping[str, str] | None = None) -> Path | None:
     """Train `step.encoder`; returns the encoder file, or None where a signal to stop came first.
 
-    All that the run writes lies in the folder `config.out`: checkpoints, each with an encoder file, and log.jsonl.
+    All that the run writes lies in the folder `config.out`: checkpoints, each with an encoder file, pictures of the
+    validations, log.jsonl. Raises TrainingError, one sentence, where it cannot go on.
     """
-    accelerator = Accelerator(mixed_precision=_PRECISION[config.precision])
-    processes, main = accelerator.num_processes, accelerator.is_main_process
-    if config.batch % processes:
-        raise TrainingError(f"batch is {config.batch}, and {processes} processes cannot share it evenly: change one.")
-    folder, encoder, device = Path(config.out), step.encoder, accelerator.device
-    groups, rates = encoder.groups(), config.optimiser
-    by_group = {"adapter": rates.adapter_rate, "kv": rates.kv_rate}
-    trained = [p for group in groups.values() for p in group]
-    optimiser = torch.optim.AdamW(
-        [{"params": group, "lr": by_group[name], "rate": by_group[name]} for name, group in groups.items()],
-        betas=rates.betas,
-        weight_decay=rates.weight_decay,
+    check_trackers(config.trackers)
+    accelerator = Accelerator(
+        mixed_precision=_PRECISION[config.precision], log_with=list(config.trackers) or None, project_dir=config.out
     )
-    wrapped, optimiser = accelerator.prepare(step, optimiser)
-    first, bad = _resume(folder, config, encoder, optimiser, device)
-    lookahead, started = config.lookahead.arm != "none", time.monotonic()
+    try:
+        return _train(accelerator, config, step, source, about)
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(out_of_memory(config, accelerator.num_processes)) from error
+
+
+def _train(
+    accelerator: Accelerator, config: Config, step: Step, source: Source, about: Mapping[str, str] | None
+) -> Path | None:
+    processes, main, device = accelerator.num_processes, accelerator.is_main_process, accelerator.device
+    parts = processes * config.accumulate
+    if config.batch % parts:
+        raise TrainingError(
+            f"batch is {config.batch}, and {processes} processes with accumulate {config.accumulate} cannot share it "
+            "evenly: change one."
+        )
+    folder, encoder, lookahead = Path(config.out), step.encoder, config.lookahead.arm != "none"
+    if config.compile:
+        compile_blocks(step.unet)
+    wrapped, optimiser = accelerator.prepare(step, make_optimiser(config, encoder, device))
+    trained = [p for group in optimiser.param_groups for p in group["params"]]
+    average = AveragedModel(encoder, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema else None
+    state = State(encoder, optimiser, average)
+    progress = resume(folder, config, state, device)
+    log, first = Log(folder, config, accelerator, progress.step), progress.step
+    check = _Validations(accelerator, config, step, source, state, log)
+    if not first:
+        check.run(0)  # what training starts from
     with _Stop() as stop:
         for number in range(first, config.steps):
             mine = range(number * config.batch, (number + 1) * config.batch)[accelerator.process_index :: processes]
-            batch = source.batch(order(len(source), config.seed, mine), mine, device)
-            draws = draw(config, mine, source.latent_shape).to(device)
+            samples = []
+            for part in range(config.accumulate):
+                some = mine[part :: config.accumulate]
+                batch = source.batch(order(len(source), config.seed, some), some, device)
+                samples.append((batch, draw(config, some, source.latent_shape).to(device)))
             for group in optimiser.param_groups:
-                group["lr"] = group["rate"] * rates.factor(number, config.steps)
+                group["lr"] = group["rate"] * config.optimiser.factor(number, config.steps)
             often = config.norms_every and config.precision != "fp16"  # in which they would be scaled
             measure = bool(often) and number % config.norms_every == 0
             outcomes, norms = gradients(
                 wrapped,
-                batch,
-                draws,
+                samples,
                 trained,
                 lookahead=lookahead,
                 backward=accelerator.backward,
                 unsynchronised=lambda: accelerator.no_sync(wrapped),
                 measure=measure,
             )
-            norm = accelerator.clip_grad_norm_(trained, rates.clip)
-            if finite := bool(torch.as_tensor(norm).isfinite()) or config.precision == "fp16":
-                optimiser.step()  # (fp16: the gradient scaler decides)
-            bad = 0 if finite else _skipped(folder, config, number, bad, batch, outcomes)
-            optimiser.zero_grad(set_to_none=True)
-
+            norm = accelerator.clip_grad_norm_(trained, config.optimiser.clip)
             done, leave = number + 1, stop.asked(accelerator)
+            if bool(torch.as_tensor(norm).isfinite()) or config.precision == "fp16":
+                optimiser.step()  # (fp16: the gradient scaler decides)
+                progress.bad = 0
+                if average is not None:
+                    average.update_parameters(encoder)
+            else:
+                progress.bad += 1
+                log.skipped(done, _not_finite([batch for batch, _ in samples], outcomes))
+            progress.step = done
+            optimiser.zero_grad(set_to_none=True)
+            if progress.bad >= config.nonfinite_in_a_row:
+                raise TrainingError(
+                    f"{progress.bad} steps in a row had no finite gradient: look at the samples in "
+                    f"{folder / 'skipped.jsonl'}, or use precision bf16 or fp32, or lower rates."
+                )
             if done % config.log_every == 0 or done == config.steps or measure:
-                pace = (time.monotonic() - started) / (done - first)
                 figures = _figures(accelerator, outcomes) | {f"norm_{k}": float(v) for k, v in norms.items()}
-                if main:
-                    _log(folder, config, done, figures | {"norm": float(norm)}, pace)
-            if main and (done % config.save_every == 0 or done == config.steps or leave):
-                _save(folder, config, done, bad, encoder, optimiser, about)
+                log.figures(done, figures | {"norm": float(norm)})
+                _warn_of_spilling(device)
+            better = (check.due(done) or done == config.steps) and check.improves(progress, check.run(done))
+            if main and (better or done % config.save_every == 0 or done == config.steps or leave):
+                save(folder, config, progress, state, about)
             if leave:
                 print(f"Stopped after step {done} of {config.steps}: the same command goes on from there.", flush=True)
                 return None
     accelerator.wait_for_everyone()
+    log.close()
     result = folder / f"{config.name}.safetensors"
-    return export(result, encoder, config, config.steps, about) if main else result
+    return export(result, state.exported, config, config.steps, about) if main else result
+
+
+def make_optimiser(config: Config, encoder: Encoder, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW over the trained tensors, with a rate for each group; in 8 bit by bitsandbytes as an option."""
+    settings = config.optimiser
+    rates = {"adapter": settings.adapter_rate, "kv": settings.kv_rate}
+    groups = [{"params": group, "lr": rates[k], "rate": rates[k]} for k, group in encoder.groups().items()]
+    common = {"betas": settings.betas, "weight_decay": settings.weight_decay}
+    if not settings.eight_bit:
+        return torch.optim.AdamW(groups, **common, fused=device.type == "cuda")
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise TrainingError(
+            "optimiser.eight_bit needs the package bitsandbytes, which is not installed: install it with pip, or set "
+            "optimiser.eight_bit=false (which takes 2.6 GB more for SDXL)."
+        ) from None
+    return AdamW8bit(groups, **common)
+
+
+def compile_blocks(unet: UNet2DConditionModel, **options: object) -> None:
+    """torch.compile of the transformer blocks, all but their attention. options: of `torch.compile`."""
+    # A graph for every width of block, role, and need of gradients; the default of 8 is too few for those.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    unet.compile_repeated_blocks(**options)
+
+
+class _Validations:
+    """Pictures and figures of the main process; the others go on and wait at the next exchange."""
+
+    def __init__(
+        self, accelerator: Accelerator, config: Config, step: Step, source: Source, state: State, log: Log
+    ) -> None:
+        self.accelerator, self.config, self.step, self.state, self.log = accelerator, config, step, state, log
+        self.rows = config.batch // accelerator.num_processes // config.accumulate
+        self.probes: Probes | None = None
+        if config.validate_every and accelerator.is_main_process and isinstance(source, Probing):
+            self.probes = source.probes(config, accelerator.device)
+            print(f"Validation: identity is measured by {self.probes.by}.", flush=True)
+
+    def due(self, done: int) -> bool:
+        return bool(self.config.validate_every) and done % self.config.validate_every == 0
+
+    def run(self, done: int) -> dict[str, float]:
+        """Figures of a validation; none where there are no probes."""
+        if self.probes is None:
+            return {}
+        grid = Path(self.config.out) / "validation" / f"step-{done:08}.png"
+        with self.accelerator.autocast():
+            settings = self.config.validation
+            figures = validate(self.step, self.state.exported, self.probes, settings, self.rows, grid)
+        self.log.validation(done, figures, grid)
+        return figures
+
+    @staticmethod
+    def improves(progress: Progress, figures: Mapping[str, float]) -> bool:
+        """Whether this is the best identity so far; then it is noted."""
+        better = figures.get("identity", float("nan")) > progress.best
+        if better:
+            progress.best, progress.best_step = figures["identity"], progress.step
+        return better
 
 
 def _figures(accelerator: Accelerator, outcomes: Mapping[str, Outcome]) -> dict[str, float]:
@@ -95,97 +186,24 @@ def _figures(accelerator: Accelerator, outcomes: Mapping[str, Outcome]) -> dict[
     if ahead := outcomes.get("lookahead"):
         figures["counted"] = ahead.counts.float().mean()
         figures["distance"] = torch.where(ahead.counts, ahead.values, 0.0).mean()
+        if ahead.alignment is not None:
+            figures["alignment"] = ahead.alignment.mean()
     figures = {k: float(accelerator.reduce(v, "mean")) for k, v in figures.items()}
     if ahead:
         figures["distance"] = figures["distance"] / figures["counted"] if figures["counted"] else float("nan")
     return figures
 
 
-def _log(folder: Path, config: Config, step: int, figures: dict[str, float], pace: float) -> None:
-    """One line for people, the same figures as JSON."""
-    figures = {"step": step} | figures | {"pictures_per_second": config.batch / pace}
-    if torch.cuda.is_available():
-        figures["peak_gigabytes"] = torch.cuda.max_memory_allocated() / 1e9
-    left = int(pace * (config.steps - step))
-    shown = "  ".join(f"{k} {v:.4g}" for k, v in figures.items() if k != "step")
-    print(f"step {step}/{config.steps}  {shown}  {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left", flush=True)
-    _write_line(folder / "log.jsonl", figures)
+def _not_finite(batches: list[Batch], outcomes: Mapping[str, Outcome]) -> list[str]:
+    names = [name for batch in batches for name in batch.names]
+    return [name for i, name in enumerate(names) if not all(bool(o.values[i].isfinite()) for o in outcomes.values())]
 
 
-def _skipped(folder: Path, config: Config, number: int, bad: int, batch: Batch, outcomes: Mapping[str, Outcome]) -> int:
-    """A step whose gradient is not finite is left out, and the samples named. Returns how many came in a row."""
-    names = [
-        name for i, name in enumerate(batch.names) if not all(bool(o.values[i].isfinite()) for o in outcomes.values())
-    ]
-    print(
-        f"Step {number + 1} is left out, because its gradient is not finite: "
-        f"{', '.join(names) or 'all losses are, so it is not a single sample'}.",
-        flush=True,
-    )
-    _write_line(folder / "skipped.jsonl", {"step": number + 1, "samples": names})
-    if bad + 1 >= config.nonfinite_in_a_row:
-        raise TrainingError(
-            f"{bad + 1} steps in a row had no finite gradient: look at the samples in {folder / 'skipped.jsonl'}, or "
-            "use precision bf16 or fp32, or lower rates."
-        )
-    return bad + 1
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints, oldest first: they get their name when they are complete."""
-    return sorted(path for path in (folder / "checkpoints").glob("step-*") if path.suffix != ".part")
-
-
-def _save(
-    folder: Path,
-    config: Config,
-    step: int,
-    bad: int,
-    encoder: torch.nn.Module,
-    optimiser: torch.optim.Optimizer,
-    about: Mapping[str, str] | None,
-) -> None:
-    final = folder / "checkpoints" / f"step-{step:08}"
-    part = final.with_suffix(".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    state = {"step": step, "bad": bad, "encoder": encoder.state_dict(), "optimiser": optimiser.state_dict()}
-    torch.save(state | {"config": config.model_dump_json()}, part / "state.pt")
-    export(part / f"{config.name}.safetensors", encoder, config, step, about)
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(part, final)
-    for old in _checkpoints(folder)[: -config.keep]:
-        shutil.rmtree(old)
-
-
-def _resume(
-    folder: Path, config: Config, encoder: torch.nn.Module, optimiser: torch.optim.Optimizer, device: torch.device
-) -> tuple[int, int]:
-    """Load the last checkpoint, if there is one: the step to go on with, and the skipped ones before it."""
-    found = _checkpoints(folder)
-    if not found:
-        return 0, 0
-    state = torch.load(found[-1] / "state.pt", map_location=device, weights_only=True)
-    before, now = json.loads(state["config"]), json.loads(config.model_dump_json())
-    free = FREE if config.optimiser.schedule == "constant" else FREE - {"steps"}
-    if other := [k for k in now if k not in free and before.get(k) != now[k]]:
-        raise TrainingError(
-            f"The run in {folder} was started with other values of {', '.join(other)}: give those again, or another "
-            "`out` for a new run."
-        )
-    encoder.load_state_dict(state["encoder"])
-    optimiser.load_state_dict(state["optimiser"])
-    log = folder / "log.jsonl"
-    if log.exists():  # lines after the checkpoint will be written again
-        lines = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= state["step"]]
-        log.write_text("".join(line + "\n" for line in lines))
-    return state["step"], state["bad"]
-
-
-def _write_line(path: Path, values: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as f:
-        f.write(json.dumps(values) + "\n")
+def _warn_of_spilling(device: torch.device) -> None:
+    if device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
+        if warning := spilled(torch.cuda.memory_reserved(device), there):
+            print(warning, flush=True)
 
 
 class _Stop:

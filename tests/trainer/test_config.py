@@ -27,6 +27,7 @@ def test_the_paper_s_configuration_has_the_paper_s_figures():
         ({"steps": 0}, "steps is 0: .*greater than or equal to 1"),
         ({"drop": {"text": 0.6, "both": 0.5}}, "their sum must be at most 1"),
         ({"lookahead": {"arm": "shortcut"}}, "needs model.vae and model.recogniser and model.shortcut"),
+        ({"lookahead": {"arm": "none", "align": "sds"}}, "align 'sds' is for lookahead.arm 'shortcut', not 'none'"),
         ({"precision": "fp8"}, "precision is 'fp8'"),
         ({"data": {}}, "data.source is missing"),
     ],
@@ -34,6 +35,29 @@ def test_the_paper_s_configuration_has_the_paper_s_figures():
 def test_a_mistake_is_named_with_its_cure(change, said):
     with pytest.raises(ConfigError, match=said):
         from_values(SMALL | change)
+
+
+def test_the_arms_of_the_ablation_differ_in_nothing_but_the_arm():
+    whole = load(CONFIGS / "mini.yaml").model_dump()
+    for name, arm in (("none", "none"), ("x0", "x0"), ("shortcut", "shortcut")):
+        values = load(CONFIGS / f"mini_{name}.yaml").model_dump()
+        assert values["out"] != whole["out"] and values["lookahead"]["arm"] == arm and not values["model"]["kv"]
+        values |= {"name": whole["name"], "out": whole["out"]}
+        values["model"]["kv"], values["lookahead"]["arm"] = True, "shortcut"
+        assert values == whole, name
+
+
+def test_a_file_extends_another_and_says_so_where_that_cannot_be(tmp_path):
+    (tmp_path / "a.yaml").write_text(f"extends: {CONFIGS / 'mini.yaml'}\nsteps: 3\nlookahead: {{weight: 2.0}}\n")
+    (tmp_path / "b.yaml").write_text("extends: a.yaml\nseed: 4\n")
+    c, mini = load(tmp_path / "b.yaml", ["steps=5"]), load(CONFIGS / "mini.yaml")
+    assert (c.steps, c.seed, c.lookahead.weight, c.batch) == (5, 4, 2.0, mini.batch)
+    (tmp_path / "a.yaml").write_text("extends: b.yaml\n")
+    with pytest.raises(ConfigError, match="extends itself, by way of"):
+        load(tmp_path / "b.yaml")
+    (tmp_path / "a.yaml").write_text("extends: c.yaml\n")
+    with pytest.raises(ConfigError, match="There is no file .*c.yaml, which .*a.yaml extends"):
+        load(tmp_path / "b.yaml")
 
 
 def test_overrides_reach_into_sections():

@@ -48,7 +48,7 @@ def drawn(tmp_path_factory):
 
 
 def settings(data, out, *more):
-    values = [f"data.source={data}", "data.size=128", f"out={out}", "batch=2", "steps=3", "norms_every=100"]
+    values = [f"data.source={data}", "data.size=128", f"out={out}", "batch=2", "steps=3", "validate_every=0"]
     return config.load(CONFIGS / "mini.yaml", [*values, *more])
 
 
@@ -135,7 +135,7 @@ def test_what_is_kept_is_read_again_and_gives_the_same_bits(source, drawn, tmp_p
 
 
 def test_a_run_on_files_ends_with_an_encoder(drawn, tmp_path):
-    overrides = [f"data.source={drawn}", "data.size=128", f"out={tmp_path}", "batch=2", "steps=2"]
+    overrides = [f"data.source={drawn}", "data.size=128", f"out={tmp_path}", "batch=2", "steps=2", "validate_every=0"]
     cli.main(["train", str(CONFIGS / "mini.yaml"), *overrides])
     file = encoder_file.read(tmp_path / "mini_encoder.safetensors")
     assert file.metadata["steps"] == "2" and file.metadata["size"] == "128"
@@ -206,3 +206,28 @@ def test_the_order_is_that_of_one_process_however_many_there_are(source):
     one = order(len(source), 0, range(24))
     two = [order(len(source), 0, range(24)[rank::2]) for rank in range(2)]
     assert [two[n % 2][n // 2] for n in range(24)] == one
+
+
+def test_people_are_held_out_for_validation_where_there_are_enough(tmp_path, drawn):
+    data = tmp_path / "people"
+    for n in range(12):
+        shutil.copytree(drawn / f"person {n % PEOPLE}", data / f"p{n}")
+    c = settings(
+        data, tmp_path / "out", "validate_every=5", "validation.people=4", "validation.prompts=[a face, a comic]"
+    )
+    _, source, _ = assembling.assemble(c)
+    assert len(source.held_out) == 1 and len(source) == 11 * PICTURES
+    assert {source.people.pictures[n].person for n in source.targets}.isdisjoint(source.held_out)
+    probes = source.probes(c, CPU)
+    assert probes.batch.names == [f"{prompt}, {source.held_out[0]}" for prompt in ("a face", "a comic")]
+    assert probes.shown.shape == (1, 3, 128, 128) and "held out" in probes.by
+    scores = probes.score(probes.shown.expand(2, -1, -1, -1))["identity"]
+    assert (scores > 0.95).all()  # the reference itself
+
+
+def test_a_run_on_files_is_validated(drawn, tmp_path):
+    c = settings(drawn, tmp_path, "steps=1", "validate_every=1", "validation.people=1", "validation.steps=1")
+    step, source, about = assembling.assemble(c)
+    train(c, step, source, about)
+    assert (tmp_path / "validation/step-00000001.png").exists()
+    assert "trained on (there are fewer than ten)" in source.probes(c, CPU).by

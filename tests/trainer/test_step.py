@@ -10,6 +10,7 @@ from lcm_lookahead.lookahead.identity import NONE, IdentityLoss, People
 from lcm_lookahead.lookahead.image_prompt import ResamplerSizes
 from lcm_lookahead.lookahead.recognisers import Recogniser
 from lcm_lookahead.trainer import config, lora
+from lcm_lookahead.trainer.align import consistency, score_distillation
 from lcm_lookahead.trainer.draws import density, draw, order, timestep
 from lcm_lookahead.trainer.encoder import Encoder
 from lcm_lookahead.trainer.mini import base, vae, weights
@@ -101,7 +102,7 @@ def draws():
 def run(step, batch, draws, **options):
     step.encoder.zero_grad(set_to_none=True)
     trained = list(step.encoder.parameters())
-    return gradients(step, batch, draws, trained, **{"lookahead": True} | options)
+    return gradients(step, [(batch, draws)], trained, **{"lookahead": True} | options)
 
 
 def test_each_loss_reaches_every_trained_tensor_and_nothing_else(make_step, batch, draws):
@@ -205,6 +206,42 @@ def test_the_arms_differ_as_they_should(make_step, batch, draws):
     outcomes, _ = run(without, batch, draws, lookahead=False)
     assert outcomes.keys() == {"diffusion"}
     shortcut.roles.inject(), x0.roles.inject()
+
+
+@pytest.mark.parametrize("align", ["sds", "consistency"])
+def test_the_other_alignments_reach_everything_trained_and_add_to_the_loss(make_step, batch, draws, align):
+    plain = make_step(lookahead={"full_strength": 1.0})
+    draws = replace(draws, strength=torch.ones(N))
+    before = plain("lookahead", batch, draws)
+    plain.roles.eject()
+    step = make_step(lookahead={"align": align, "align_weight": 2.0})
+    outcome = step("lookahead", batch, draws)
+    assert torch.allclose(outcome.loss, before.loss + 2 * outcome.alignment.mean(), rtol=1e-4)
+    assert (outcome.alignment > 0).all()
+    step.decode = lambda z: torch.zeros(N, 3, 128, 128)  # no face: the alignment is alone
+    step.encoder.zero_grad(set_to_none=True)
+    step("lookahead", batch, draws).loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in step.encoder.parameters())
+    assert (draw(step.config, range(9), (1, 1, 1)).strength == 1).all()
+    plain.roles.inject()
+
+
+def test_score_distillation_pulls_the_preview_where_the_base_would_have_it(make_step, batch, draws):
+    step = make_step()
+    latent, other = torch.randn(2, N, 4, 16, 16, generator=torch.Generator().manual_seed(5))
+    latent.requires_grad_(True)
+    score_distillation(lambda z, d, t, strength: other, step.alpha_bar, latent, draws).sum().backward()
+    weight = (1 - step.alpha_bar[draws.t_align]).view(-1, 1, 1, 1)
+    expected = weight * (other - draws.noise_align) / latent[0].numel()
+    assert torch.allclose(latent.grad, expected, atol=1e-7)
+
+
+def test_the_consistency_loss_is_nothing_where_every_step_sees_the_same_picture(make_step, batch, draws):
+    step, t = make_step(), draws.t_lookahead
+    z_t = step.noised(batch.target, draws.noise, t)
+    knowing = consistency(lambda z, d, t, s: draws.noise, step.alpha_bar, batch.target, z_t, t, draws)
+    guessing = consistency(lambda z, d, t, s: draws.noise * 0.9, step.alpha_bar, batch.target, z_t, t, draws)
+    assert knowing.max() < 1e-3 < 0.05 < guessing.min()
 
 
 def test_weighing_by_strength_is_an_option(make_step, batch, draws):

@@ -1,5 +1,6 @@
 """The loop: the same command again goes on, with the same bits, however the run was stopped."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -16,12 +17,17 @@ from lcm_lookahead.lookahead.losses import L1Loss
 from lcm_lookahead.trainer import config, lora
 from lcm_lookahead.trainer.draws import generator
 from lcm_lookahead.trainer.encoder import Encoder
+from lcm_lookahead.trainer.memory import out_of_memory, spilled
 from lcm_lookahead.trainer.roles import Condition
 from lcm_lookahead.trainer.step import Batch, Step
-from lcm_lookahead.trainer.train import TrainingError, train
+from lcm_lookahead.trainer.train import TrainingError, compile_blocks, train
+from lcm_lookahead.trainer.validate import Probes, validate
+from PIL import Image
 
 WIDTH = 64
 SHAPE = (4, 8, 8)
+FILES = {"base": "b", "start": "s", "shortcut": "l", "vae": "v", "recogniser": "r", "kv_rank": 2}
+CONSTANT = {"adapter_rate": 1e-3, "kv_rate": 1e-2}
 
 
 class Numbers:
@@ -83,7 +89,7 @@ def settings(folder, **values):
     base = {
         "name": "small",
         "out": str(folder),
-        "model": {"base": "b", "start": "s", "shortcut": "l", "vae": "v", "recogniser": "r", "kv_rank": 2},
+        "model": FILES,
         "data": {"source": "numbers"},
         "steps": 7,
         "batch": 2,
@@ -95,11 +101,15 @@ def settings(folder, **values):
     return config.from_values(base | values)
 
 
-def run(folder, at=None, **values):
+def run(folder, at=None, source=None, **values):
     c = settings(folder, **values)
-    step, source = make_step(c), Numbers()
+    step, source = make_step(c), source or Numbers()
     source.at = at or {}
     return train(c, step, source), step, source
+
+
+def same(step, weights):
+    return all(torch.equal(v, weights[k]) for k, v in step.encoder.state_dict().items())
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +134,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(whole, tmp_path, number):
         run(tmp_path, {number: killed})
     _, step, source = run(tmp_path)
     assert source.seen[0] == number // 2 // 2 * 4  # from the last checkpoint, which is one of every two steps
-    assert all(torch.equal(v, whole[2][k]) for k, v in step.encoder.state_dict().items())
+    assert same(step, whole[2])
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 8))
 
@@ -135,7 +145,7 @@ def test_a_signal_ends_the_run_after_its_step_and_the_command_goes_on(whole, tmp
     assert path is None and source.seen == list(range(6)) and signal.getsignal(signal.SIGTERM) is before
     path, step, source = run(tmp_path)
     assert source.seen == list(range(6, 14)) and path.exists()
-    assert all(torch.equal(v, whole[2][k]) for k, v in step.encoder.state_dict().items())
+    assert same(step, whole[2])
 
 
 def test_everything_was_trained_and_the_figures_are_logged(whole):
@@ -187,6 +197,145 @@ def test_samples_that_are_not_finite_are_left_out_and_named(tmp_path):
     c = settings(tmp_path / "broken", nonfinite_in_a_row=2)
     with pytest.raises(TrainingError, match="2 steps in a row had no finite gradient"):
         train(c, make_step(c), Broken())
+
+
+class Probed(Numbers):
+    """With people to validate with; their identity is what `identities` says, one validation after another."""
+
+    def __init__(self, *identities):
+        super().__init__()
+        self.identities, self.pictures = list(identities), []
+
+    def probes(self, config, device):
+        count, prompts = config.validation.people, len(config.validation.prompts)
+        batch = self.batch([n for n in range(count) for _ in range(prompts)], [], device)
+
+        def score(pictures):
+            self.pictures.append(pictures)
+            value = self.identities.pop(0)
+            return {"identity": torch.tensor([value, value, torch.nan])}
+
+        return Probes(batch, prompts, torch.zeros(count, 3, 64, 64), score, "a list")
+
+
+VALIDATION = {"people": 2, "steps": 2, "prompts": ["one", "two"]}
+
+
+def test_validation_changes_no_bit_of_the_run_and_draws_the_same_noise_each_time(whole, tmp_path):
+    source = Probed(0.0, 0.1, 0.2, 0.3, 0.4)
+    torch.manual_seed(11)
+    _, step, _ = run(tmp_path, source=source, validate_every=2, validation=VALIDATION, ema=0.5)
+    assert same(step, whole[2])
+    assert not torch.equal(source.pictures[0], source.pictures[-1])
+    again = Probed(0.0, 0.1, 0.2, 0.3, 0.4)
+    run(tmp_path / "again", source=again, validate_every=2, validation=VALIDATION, ema=0.5)
+    assert torch.equal(again.pictures[-1], source.pictures[-1])
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    found = {line["step"]: line["validation"]["identity"] for line in lines if "validation" in line}
+    assert found == pytest.approx({0: 0.0, 2: 0.1, 4: 0.2, 6: 0.3, 7: 0.4})
+    with Image.open(tmp_path / "validation/step-00000007.png") as grid:
+        assert grid.size == (3 * 64, 2 * 64)  # a person a row: the reference, and a picture a prompt
+
+
+def test_the_best_checkpoint_is_kept_beside_the_last_ones(tmp_path):
+    identities = [0.9, 0.1, 0.5, 0.2, 0.3]  # the first is of what training starts from
+    run(tmp_path, source=Probed(*identities), validate_every=2, validation=VALIDATION, keep=1)
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["step-00000004", "step-00000007"]
+
+
+def test_pictures_of_a_validation_do_not_depend_on_how_many_are_drawn_at_a_time(tmp_path):
+    """Rows that are drawn together do not see each other: fewer at a time draw the same pictures."""
+    c = settings(tmp_path)
+    step, drawn = make_step(c), []
+    source = Probed(0.0, 0.0)
+    probes = source.probes(config.from_values(c.model_dump() | {"validation": VALIDATION}), torch.device("cpu"))
+    for rows in (1, 4):
+        validate(step, step.encoder, probes, c.validation, rows, tmp_path / "grid.png")
+        drawn = [*drawn, source.pictures[-1]]
+    assert torch.allclose(*drawn, atol=1e-4)
+
+
+def test_accumulated_parts_have_the_gradients_of_the_whole_batch(tmp_path):
+    logs = []
+    for accumulate in (1, 3):
+        folder = tmp_path / str(accumulate)
+        run(folder, steps=2, batch=6, accumulate=accumulate, norms_every=1)
+        logs.append([json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()])
+    for one, three in zip(*logs, strict=True):
+        for figure in ("diffusion", "lookahead", "distance", "norm", "norm_diffusion", "norm_lookahead"):
+            assert three[figure] == pytest.approx(one[figure], rel=1e-4), figure
+    with pytest.raises(TrainingError, match="batch is 6, and 1 processes with accumulate 4 cannot share it"):
+        run(tmp_path / "4", batch=6, accumulate=4)
+
+
+def test_the_average_of_the_weights_is_what_is_exported_and_resumed(tmp_path):
+    decay, weights = 0.8, []
+    for steps in (1, 2, 3):
+        _, step, _ = run(tmp_path / "plain", steps=steps, optimiser=CONSTANT)
+        weights.append({k: v.clone() for k, v in step.encoder.state_dict().items()})
+    path, step, _ = run(tmp_path / "averaged", steps=3, optimiser=CONSTANT, ema=decay)
+    assert same(step, weights[-1])
+    average = weights[0]
+    for after in weights[1:]:
+        average = {k: decay * v + (1 - decay) * after[k] for k, v in average.items()}
+    file = encoder_file.read(path)
+    assert all(torch.allclose(v, average[f"image_proj.{k}"], atol=1e-6) for k, v in file.image_proj.items())
+    with pytest.raises(Killed):
+        run(tmp_path / "killed", {5: killed}, steps=3, optimiser=CONSTANT, ema=decay)
+    again, _, _ = run(tmp_path / "killed", steps=3, optimiser=CONSTANT, ema=decay)
+    resumed = encoder_file.read(again).image_proj
+    assert all(torch.equal(v, resumed[k]) for k, v in file.image_proj.items())
+
+
+def test_compiled_blocks_come_to_the_same_weights_and_share_their_graphs(whole, tmp_path):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    c = settings(tmp_path)
+    step = make_step(c)
+    compile_blocks(step.unet, backend="aot_eager")  # the default's C++ takes minutes
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        train(c, step, Numbers())
+    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] < 40
+    assert all(torch.allclose(v, whole[2][k], atol=1e-5) for k, v in step.encoder.state_dict().items())
+
+
+def test_a_missing_package_is_named_with_what_to_do(tmp_path):
+    for values, said in (
+        ({"optimiser": {"eight_bit": True}}, "optimiser.eight_bit needs the package bitsandbytes"),
+        ({"trackers": ["wandb"]}, "The tracker wandb needs the package wandb"),
+    ):
+        package = said.split()[-1]
+        if importlib.util.find_spec(package):
+            continue
+        with pytest.raises(TrainingError, match=said) as error:
+            run(tmp_path / package, **values)
+        assert str(error.value).count(". ") == 0
+
+
+def test_a_tracker_is_told_the_figures(tmp_path):
+    event = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run(tmp_path, trackers=["tensorboard"], source=Probed(0.0, 0.1, 0.2), validate_every=4, validation=VALIDATION)
+    events = event.EventAccumulator(str(next(tmp_path.rglob("*tfevents*")).parent)).Reload()
+    assert [e.step for e in events.Scalars("diffusion")] == list(range(1, 8))
+    assert [e.value for e in events.Scalars("validation/identity")] == pytest.approx([0.0, 0.1, 0.2])
+
+
+def test_out_of_memory_says_what_each_knob_saves(tmp_path):
+    def full():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    with pytest.raises(TrainingError) as error:
+        run(tmp_path, {1: full}, ema=0.9, checkpointing="blocks")
+    for knob in ("checkpointing=all (saves 2.6 GB", "accumulate=2 (saves 2.3 GB", "precision=bf16", "ema=0 (saves 1.7"):
+        assert knob in str(error.value)
+    small = settings(tmp_path, checkpointing="all", accumulate=2, precision="bf16", optimiser={"eight_bit": True})
+    assert "all knobs are turned" in out_of_memory(small, 1)
+
+
+def test_more_memory_in_use_than_there_is_gets_a_warning():
+    assert spilled(20e9, 24e9) is None
+    assert "30.0 GB are in use on a GPU of 24.0 GB" in spilled(30e9, 24e9)
 
 
 _ONE_OF_TWO = """

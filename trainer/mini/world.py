@@ -13,16 +13,19 @@ from ...lookahead.face_models import FaceModels
 from ...lookahead.faces import Detector, Face
 from ...lookahead.identity import NONE, IdentityLoss, People, embed
 from ...lookahead.recognisers import Recogniser
+from ..config import Config
 from ..draws import generator
 from ..models import Frozen, Text, found
 from ..roles import Condition
 from ..sdxl import tokenizers
 from ..step import Batch
+from ..validate import Probes
 from . import base, data, insightface_pack, models
-from .faces import STYLES, captions, landmarks, render
+from .faces import STYLES, Faces, captions, frontal, landmarks, render, sample_identities, sample_nuisance
 from .plan import IMAGE_SIZE, LATENT_SIZE, WEIGHTS
-from .weights import face_recogniser
+from .weights import evaluators, face_recogniser
 
+VALIDATION = 4000  # seed of people who are in no group of `data.SEEDS`
 SEED = 6000  # of textures and references; that of the people is their group's
 PER_PERSON = len(STYLES) + 1  # two photos, then each other style once
 
@@ -30,7 +33,8 @@ PER_PERSON = len(STYLES) + 1  # two photos, then each other style once
 class DrawnPeople:
     """Pictures of drawn people (`source.Source`), made when they are asked for: each is a function of its number.
 
-    The reference is always a photo, and never the target itself. Captions say nothing about the person.
+    The reference is always a photo, and never the target itself. Captions say nothing about the person. Validation
+    (`validate.Probing`) is by judges, and shows people, that took part in no training.
     """
 
     latent_shape = (4, LATENT_SIZE, LATENT_SIZE)
@@ -60,20 +64,47 @@ class DrawnPeople:
             sizes = torch.full((len(points), 2), IMAGE_SIZE)
             loss = IdentityLoss(self.recogniser, self.detector, People(people, points, sizes), NONE)
         names = [f"picture {t % PER_PERSON} of person {t // PER_PERSON}" for t in targets]
-        text, own = (self._text(rows, device) for rows in (targets, references))
+        text, own = (self._text([self.captions[r] for r in rows], device) for rows in (targets, references))
         return Batch(names, z_r, z_c, text, own, features, loss)
 
     def prepare(self, device: torch.device) -> None:
         """Nothing: pictures are drawn when they are asked for."""
 
+    @torch.no_grad()
+    def probes(self, config: Config, device: torch.device) -> Probes:
+        numbers, count = torch.Generator().manual_seed(VALIDATION), config.validation.people
+        photo = torch.full((count,), STYLES.index("photo"))
+        people = Faces(sample_identities(count, numbers), frontal(sample_nuisance(count, numbers, style=photo)))
+        photos = torch.cat(
+            [render(people.rows(slice(n, n + 1)), IMAGE_SIZE, seed=VALIDATION + n) for n in range(count)]
+        )
+        prompts = list(config.validation.prompts)
+        wanted = torch.tensor([max((n for n, s in enumerate(STYLES) if s in p), default=-1) for p in prompts])
+        recogniser, scorer = (judge.to(device) for judge in evaluators())
+        photos, wanted = photos.to(device), wanted.to(device).repeat(count)
+
+        def score(pictures: Tensor) -> dict[str, Tensor]:
+            own = recogniser.embed(photos).repeat_interleave(len(prompts), 0)
+            style = (scorer(pictures)[0].argmax(1) == wanted).float()
+            identity = (recogniser.embed(pictures) * own).sum(1)
+            return {"identity": identity, "style": torch.where(wanted < 0, torch.nan, style)}
+
+        self.models.readers(device)
+        seen = self.models.latents(photos), self.models.features(photos)
+        each = [x.repeat_interleave(len(prompts), 0) for x in seen]
+        text, own = (self._text(texts, device) for texts in (prompts * count, [config.data.kv_prompt] * len(wanted)))
+        names = [f"{prompt}, person {n}" for n in range(count) for prompt in prompts]
+        batch = Batch(names, each[0], each[0], text, own, each[1])
+        return Probes(batch, len(prompts), photos, score, "the mini world's evaluation recogniser")
+
     def _draw(self, rows: Sequence[int]) -> Tensor:
         """One by one: a texture drawn for several at once would depend on who else is in the batch."""
         return torch.cat([render(self.faces.rows(slice(r, r + 1)), IMAGE_SIZE, seed=SEED + r) for r in rows])
 
-    def _text(self, rows: Sequence[int], device: torch.device) -> Condition:
-        for caption in {self.captions[r] for r in rows} - self._texts.keys():
+    def _text(self, captions: Sequence[str], device: torch.device) -> Condition:
+        for caption in set(captions) - self._texts.keys():
             self._texts[caption] = self.models.text(caption)
-        parts = [self._texts[self.captions[r]] for r in rows]
+        parts = [self._texts[caption] for caption in captions]
         context, pooled = (torch.cat(part).to(device) for part in zip(*parts, strict=True))
         return Condition(context, pooled, base.added(pooled)["time_ids"])
 

@@ -1,0 +1,128 @@
+"""Validation: the same pictures drawn again and again while training goes on, with scores.
+
+The noise belongs to the probe, not to the step, and nothing is drawn from any other generator: a run with validation
+has the bits of one without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from ..lookahead.guidance import three_scale_guidance
+from ..lookahead.losses import Loss
+from ..lookahead.schedule import predicted_original
+from .config import Config, Validation
+from .draws import TIMESTEPS, generator
+from .encoder import Encoder
+from .step import Batch, Step
+
+STREAM = 7_000_000  # of the noise: apart from the numbers of samples that training draws by
+# Of the guidance, the shares of text, full and KV: the paper's 3, 2, 2 at SDXL's usual guidance of 5.
+SHARES = (0.6, 0.4, 0.4)
+Score = Callable[[Tensor], dict[str, Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
+class Probes:
+    """What a validation draws: R pictures, `prompts` of them for every person, one after another.
+
+    batch: R rows, with the prompts as text, the KV prompt as reference_text, and the references as in training; its
+    target is of no use but for the shape. shown: the references, [R / prompts, 3, H, W] in [0, 1].
+    score: pictures [R, 3, H, W] in [0, 1] -> figures of each [R], NaN where there is nothing to measure; "identity" is
+    the one by which the best checkpoint is kept. by: what measured it, for the log.
+    """
+
+    batch: Batch
+    prompts: int
+    shown: Tensor
+    score: Score
+    by: str
+
+
+@runtime_checkable
+class Probing(Protocol):
+    """A source of data that also holds people and prompts to validate with."""
+
+    def probes(self, config: Config, device: torch.device) -> Probes:
+        """People whom training does not see."""
+        ...
+
+
+def identity_by(loss: Loss) -> Score:
+    """Scores by a loss that training uses too, where there is no better judge: 1 - its distance from each reference."""
+
+    def score(pictures: Tensor) -> dict[str, Tensor]:
+        values, counts = loss(pictures * 2 - 1)
+        return {"identity": torch.where(counts, 1 - values, torch.nan)}
+
+    return score
+
+
+@torch.no_grad()
+def sample(step: Step, encoder: Encoder, batch: Batch, noise: Tensor, steps: int, guidance: float) -> Tensor:
+    """Latents [B, 4, h, w] drawn from noise of that shape by DDIM (eta 0) with the base itself, as users draw them.
+
+    The shortcut model would need fewer steps; but it is what training pulls at, and what is measured must not be.
+    With a KV encoder the guidance is that of three scales (`three_scale_guidance`), else the usual one.
+    """
+    text_scale, full_scale, kv_scale = (share * guidance for share in SHARES)
+    roles, n, has_kv = step.roles, len(noise), bool(encoder.kv)
+    no_text = torch.zeros(n, dtype=torch.bool, device=noise.device)
+    tokens = encoder.image_proj(batch.features)
+    null = encoder.image_proj(step.null_features).expand_as(tokens)
+    conditions = (batch.text.where(no_text), null), (batch.text, tokens)
+    stride = TIMESTEPS // steps
+    times = range(1 + stride * (steps - 1), 0, -stride)
+    x = noise
+    with roles.using(encoder):
+        for now in times:
+            t = torch.full((n,), now, device=noise.device)
+            (e_u, e_t) = (roles.decode(x, t, text, prompt) for text, prompt in conditions)
+            if has_kv:
+                z_c, own = step.noised(batch.reference, noise, t), batch.reference_text
+                exports = (roles.export(z_c, t, c) for c in (own.where(no_text), own))
+                e_fu, e_ft = (roles.decode(x, t, *c, kv) for c, kv in zip(conditions, exports, strict=True))
+                e = three_scale_guidance(e_u, e_t, e_fu, e_ft, text_scale, full_scale, kv_scale)
+            else:
+                e = e_u + guidance * (e_t - e_u)
+            before = step.alpha_bar[max(now - stride, 0)]
+            x = before.sqrt() * predicted_original(x, e.float(), step.alpha_bar[t]) + (1 - before).sqrt() * e.float()
+    return x
+
+
+@torch.no_grad()
+def validate(
+    step: Step, encoder: Encoder, probes: Probes, settings: Validation, rows: int, grid: Path
+) -> dict[str, float]:
+    """Draw the probes, at most `rows` at a time, save them as one PNG (a person a row, the reference first) and return
+    the mean of each figure.
+
+    encoder: `step.encoder`, or an average of it.
+    """
+    pictures = []
+    shape = probes.batch.target.shape[1:]
+    for first in range(0, len(probes.batch.names), rows):
+        batch = probes.batch.rows(slice(first, first + rows))
+        # Every prompt of a person from the same noise: what differs is the prompt.
+        people = [(first + i) // probes.prompts for i in range(len(batch.names))]
+        noise = torch.stack([torch.randn(shape, generator=generator(STREAM, person)) for person in people])
+        latents = sample(step, encoder, batch, noise.to(batch.target), settings.steps, settings.guidance)
+        pictures.append((step.decode(latents).float() / 2 + 0.5).clamp(0, 1))
+    drawn = torch.cat(pictures)
+    save_grid(torch.cat([probes.shown[:, None], drawn.unflatten(0, (-1, probes.prompts)).to(probes.shown)], 1), grid)
+    return {name: float(values.nanmean()) for name, values in probes.score(drawn).items()}
+
+
+def save_grid(pictures: Tensor, path: Path) -> None:
+    """Pictures [rows, columns, 3, h, w] in [0, 1] as one PNG."""
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet = pictures.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
+    Image.fromarray((sheet * 255).round().byte().cpu().numpy()).save(path)
