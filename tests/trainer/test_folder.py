@@ -12,8 +12,10 @@ from lcm_lookahead.trainer import cli, config
 from lcm_lookahead.trainer.config import CONFIGS
 from lcm_lookahead.trainer.draws import order
 from lcm_lookahead.trainer.folder import square_of
+from lcm_lookahead.trainer.mini import insightface_pack, world
 from lcm_lookahead.trainer.mini.data import group_of_people
 from lcm_lookahead.trainer.mini.faces import STYLES, captions, render
+from lcm_lookahead.trainer.mini.plan import WEIGHTS
 from lcm_lookahead.trainer.people import DataError, Entry, Seen, alike, listing, look_of, people
 from lcm_lookahead.trainer.pictures import read
 from lcm_lookahead.trainer.train import train
@@ -134,13 +136,38 @@ def test_what_is_kept_is_read_again_and_gives_the_same_bits(source, drawn, tmp_p
     assert torch.equal(repaired.target, made.target) and torch.equal(repaired.features, made.features)
 
 
-def test_a_run_on_files_ends_with_an_encoder(drawn, tmp_path):
-    overrides = [f"data.source={drawn}", "data.size=128", f"out={tmp_path}", "batch=2", "steps=2", "validate_every=0"]
-    cli.main(["train", str(CONFIGS / "mini.yaml"), *overrides])
-    file = encoder_file.read(tmp_path / "mini_encoder.safetensors")
-    assert file.metadata["steps"] == "2" and file.metadata["size"] == "128"
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert lines[-1]["counted"] > 0
+def test_the_command_trains_on_files_alone(drawn, tmp_path, capsys):
+    """Nothing of the mini world is named but as public files: a diffusers folder, an ONNX pack, pictures; in 16 bit."""
+    sdxl, pack = world.write_folder(tmp_path / "sdxl"), (WEIGHTS / insightface_pack.DETECTOR).parent
+    run = {
+        "name": "mine",
+        "out": str(tmp_path / "out"),
+        "model": {
+            "base": str(sdxl),
+            "start": str(WEIGHTS / "mini_ip_adapter_plus_face.safetensors"),
+            "shortcut": str(WEIGHTS / "mini_lcm_lora.safetensors"),
+            "vae": str(sdxl / "vae"),
+            "image_encoder": str(sdxl / "image_encoder"),
+            "recogniser": str(WEIGHTS / insightface_pack.RECOGNISER),
+            "detector": str(pack),
+        },
+        "data": {"source": str(drawn), "size": 128, "cache": str(tmp_path / "cache")},
+        "steps": 2,
+        "batch": 2,
+        "precision": "bf16",
+        "validate_every": 0,
+        "log_every": 1,
+    }
+    (tmp_path / "run.yaml").write_text(json.dumps(run))  # JSON is YAML
+    cli.main(["train", str(tmp_path / "run.yaml")])
+    file = encoder_file.read(tmp_path / "out/mine.safetensors")
+    assert (file.metadata["steps"], file.metadata["size"], file.metadata["data"]) == ("2", "128", str(drawn))
+    lines = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 and all(line["counted"] > 0 and 0 < line["diffusion"] < 2 for line in lines)
+    assert list((tmp_path / "cache").rglob("*.safetensors"))
+
+    cli.main(["doctor", str(tmp_path / "run.yaml")])  # what the run has seen is not looked at again
+    assert "targets" in capsys.readouterr().out
 
 
 def test_damaged_pictures_are_left_out_and_listed_and_too_many_stop_the_run(drawn, tmp_path):
