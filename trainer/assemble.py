@@ -5,6 +5,7 @@ One path for SDXL and for the mini world, whose files stand in the repository in
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -92,7 +93,8 @@ def read_frozen(config: Config) -> tuple[Frozen, Preview | None]:
         mini = frozen(folder)
         if dtype != mini.unet.dtype:
             mini.unet.to(dtype)
-        return mini, models.Preview(mini.vae) if drawn else None
+        # One of its own: what reads pictures may leave the device while previews are decoded there.
+        return mini, models.Preview(copy.deepcopy(mini.vae)) if drawn else None
     base = found("base", names.base)
     vae = found("picture_vae", names.picture_vae) if names.picture_vae else None
     vision = models.load_image_encoder(found("image_encoder", names.image_encoder), dtype)

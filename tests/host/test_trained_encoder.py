@@ -25,12 +25,12 @@ RATES = ["optimiser.adapter_rate=1e-3", "optimiser.kv_rate=0.02", "optimiser.war
 @pytest.fixture(scope="module")
 def trained(pack, tmp_path_factory):
     """The step after its training, and the encoder file where the nodes look for it."""
-    config, world, train = (pack.module(f"trainer.{m}") for m in ("config", "mini.world", "train"))
+    config, assembling, train = (pack.module(f"trainer.{m}") for m in ("config", "assemble", "train"))
     out = tmp_path_factory.mktemp("run")
     overrides = [f"out={out}", "name=round_trip", "steps=2", "batch=2", "data.people=2", "validate_every=0", *RATES]
     c = config.load(config.CONFIGS / "mini.yaml", overrides)
     with torch.inference_mode(False), torch.enable_grad():
-        step, source, about = world.assemble(c)
+        step, source, about = assembling.assemble(c)
         written = train.train(c, step, source, about)
     there = pack.base / parity.MODELS / written.name
     there.parent.mkdir(parents=True, exist_ok=True)
