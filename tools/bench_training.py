@@ -107,7 +107,7 @@ def table(report: dict[str, Any]) -> str:
             f"A training step of the mini world on {report['device']}, batch {report['batch']}, 32 bit, no "
             "checkpointing (medians of the time of the processor; both arms in turn, in one run):",
             "",
-            "| | step | weights of UNets | peak memory |",
+            "| | step | weights of UNets | peak memory, of these and of all that a step makes |",
             "|---|---|---|---|",
             *rows,
             f"| second over first | {ratios} |",

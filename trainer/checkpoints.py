@@ -73,12 +73,12 @@ def save(folder: Path, config: Config, progress: Progress, state: State, about: 
             shutil.rmtree(old)
 
 
-def resume(folder: Path, config: Config, state: State, device: torch.device) -> Progress:
+def resume(folder: Path, config: Config, state: State) -> Progress:
     """Load the last checkpoint, if there is one. Raises TrainingError where it is of another run."""
     checkpoints = found(folder)
     if not checkpoints:
         return Progress()
-    stored = torch.load(checkpoints[-1] / "state.pt", map_location=device, weights_only=True)
+    stored = torch.load(checkpoints[-1] / "state.pt", map_location="cpu", weights_only=True)
     before, now = json.loads(stored["config"]), json.loads(config.model_dump_json())
     free = FREE if config.optimiser.schedule == "constant" else FREE - {"steps"}
     if other := [k for k in now if k not in free and before.get(k) != now[k]]:

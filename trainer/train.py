@@ -60,7 +60,7 @@ def _train(
     trained = [p for group in optimiser.param_groups for p in group["params"]]
     average = AveragedModel(encoder, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema else None
     state = State(encoder, optimiser, average)
-    progress = resume(folder, config, state, device)
+    progress = resume(folder, config, state)
     log, first = Log(folder, config, accelerator, progress.step), progress.step
     check = _Validations(accelerator, config, step, source, state, log)
     if not first:

@@ -269,6 +269,13 @@ def test_accumulated_parts_have_the_gradients_of_the_whole_batch(tmp_path):
         run(tmp_path / "4", batch=6, accumulate=4)
 
 
+def test_a_run_that_needs_less_memory_goes_on_from_one_that_needed_more(whole, tmp_path):
+    with pytest.raises(Killed):
+        run(tmp_path, {5: killed})
+    _, step, _ = run(tmp_path, accumulate=2, checkpointing="all", validate_every=3)
+    assert all(torch.allclose(v, whole[2][k], atol=1e-5) for k, v in step.encoder.state_dict().items())
+
+
 def test_the_average_of_the_weights_is_what_is_exported_and_resumed(tmp_path):
     decay, weights = 0.8, []
     for steps in (1, 2, 3):
@@ -345,12 +352,13 @@ spec = importlib.util.spec_from_file_location("loop", sys.argv[1])
 loop = importlib.util.module_from_spec(spec)
 sys.modules["loop"] = loop
 spec.loader.exec_module(loop)
-loop.run(sys.argv[2], steps=2, norms_every=1)
+for steps in (1, 2):  # stopped after the first, and gone on from there
+    loop.run(sys.argv[2], steps=steps, norms_every=1, optimiser=loop.CONSTANT)
 """
 
 
-def test_two_processes_have_the_gradients_of_one(tmp_path):
-    run(tmp_path / "one", steps=2, norms_every=1)
+def test_two_processes_have_the_gradients_of_one_and_go_on_where_they_stopped(tmp_path):
+    run(tmp_path / "one", steps=2, norms_every=1, optimiser=CONSTANT)
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     processes = []
     for rank in ("0", "1"):
