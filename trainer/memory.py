@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from .config import Config
 
-# GB that autograd keeps of a sample of SDXL at 1024x1024, in 16 bit: encoder and decoder, counted from shapes.
-KEPT = {"none": 11.4, "blocks": 2.3, "all": 1.0}
+# GB that a further sample of SDXL at 1024x1024 takes under bf16 autocast: encoder and decoder, counted (estimate.py).
+KEPT = {"none": 15.6, "blocks": 4.4, "all": 2.7}
 EIGHT_BIT, AVERAGE, WEIGHTS = 2.6, 1.7, 5.1  # GB: AdamW's state, the trained part once more, the UNet in 16 bit
 
 
