@@ -15,6 +15,7 @@ from .compat import schema
 from .sockets import GUIDANCE_REPORT, GuidanceReport
 
 _KEPT = 8  # runs
+_UNGUIDED = "Nothing was guided: the sampler is bypassed, iterations is 0, or start lies outside of this run."
 _COLOURS = ("#1b6ca8", "#d1495b", "#2e7d32", "#b8860b", "#6a4c93", "#00838f", "#8d5524", "#444444")
 
 
@@ -113,7 +114,7 @@ def curve(run: Run, width: int = 768, height: int = 432) -> Tensor:
             draw.line(points, fill=colour, width=2)
         for x, y in points:
             draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=colour)
-    draw.text((left, 6), f"{run.loss}, each picture of the batch", fill="black")
+    draw.text((left, 6), f"{run.loss}, each picture of the batch" if known else _UNGUIDED, fill="black")
     data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return data.reshape(1, height, width, 3).float() / 255
 
@@ -131,7 +132,11 @@ class LookaheadGuidanceReport(io.ComfyNode):
             "and ended with.",
             search_aliases=["loss curve", "guidance", "preview", "plot"],
             inputs=[
-                GUIDANCE_REPORT.Input("report", tooltip="From Lookahead Guidance Sampler."),
+                GUIDANCE_REPORT.Input(
+                    "report",
+                    optional=True,
+                    tooltip="From Lookahead Guidance Sampler. Open, as when that is bypassed: there was no guidance.",
+                ),
                 io.Latent.Input(
                     "latent", tooltip="What the sampler gave: it says which run is meant, and when to look."
                 ),
@@ -148,16 +153,15 @@ class LookaheadGuidanceReport(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, report: GuidanceReport, latent: dict) -> io.NodeOutput:
-        run = report.runs.get(mark_of(latent["samples"]))
+    def execute(cls, latent: dict, report: GuidanceReport | None = None) -> io.NodeOutput:
+        run = Run("") if report is None else report.runs.get(mark_of(latent["samples"]))
         if run is None:
             raise ValueError(
                 "The report knows no guided run that gave this latent: connect report and latent of the same sampler, "
                 "and run it again where it was run long ago."
             )
-        if not run.iterates:
-            raise ValueError(
-                "The run was not guided at any step: set start to a part of the sampling that this run includes."
-            )
+        if not run.iterates:  # no error: the picture is to be compared with a guided one
+            said = curve(run)
+            return io.NodeOutput(said, said, _UNGUIDED)
         previews = torch.cat([pictures for _, pictures in run.pictures]).float() / 255
         return io.NodeOutput(curve(run), previews, run.text())
