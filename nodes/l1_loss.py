@@ -27,8 +27,8 @@ class LookaheadL1Loss(io.ComfyNode):
             inputs=[
                 io.Image.Input(
                     "image",
-                    tooltip="What the picture should be like, place by place; a sketch in flat colours will do. Several "
-                    "go to the images of a batch in turn. Another shape is cropped about its centre.",
+                    tooltip="What the picture should be like, place by place; a sketch in flat colours will do. "
+                    "Several go to the images of a batch in turn. Another shape is cropped about its centre.",
                 ),
                 io.Int.Input(
                     "size",
