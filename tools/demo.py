@@ -29,6 +29,7 @@ PROMPTS = (
     "a pencil drawing of a face",
 )
 ARMS = {"image prompt": (0.6, 0.0), "KV injection": (0.0, 1.0), "both": (0.6, 1.0)}  # weights of either node
+REFERENCES = ("Reference face", "Reference look", "Reference layout")  # titles of the workflows' LoadImage nodes
 # What the mini world is at its best with; the workflow has what SDXL is (where 3, 2, 2 make a guidance of 5, not 3).
 SIZE, STEPS, SCALES = 128, 20, {"text": 1.8, "full": 1.2, "kv": 1.2}
 
@@ -63,13 +64,20 @@ def similarity_to(reference: Image.Image) -> Callable[[Image.Image], float]:
 
 
 def at_mini_size(api: workflow.Api, reference: str, seed: int) -> workflow.Api:
-    """A shared workflow for the mini world: its picture and reference sizes, this reference file and seed."""
-    sizes = {"EmptyLatentImage": {"width": SIZE, "height": SIZE}, "LookaheadEncodeReference": {"size": SIZE}}
-    seeds = {"RandomNoise": {"noise_seed": seed}, "KSampler": {"seed": seed}}
-    for node, inputs in {**sizes, **seeds}.items():
+    """A shared workflow for the mini world: its sizes, this reference file and seed, and LPIPS without its weights."""
+    values = {
+        "EmptyLatentImage": {"width": SIZE, "height": SIZE},
+        "LookaheadEncodeReference": {"size": SIZE},
+        "LookaheadLPIPSLoss": {"weights": "random", "backbone": "squeeze"},
+        "RandomNoise": {"noise_seed": seed},
+        "KSampler": {"seed": seed},
+        "LookaheadPreviewGrid": {"seed": seed},
+        **{title: {"image": reference} for title in REFERENCES},
+    }
+    for node, inputs in values.items():
         if workflow.find(api, node):
             api = workflow.override(api, node, **inputs)
-    return workflow.override(api, "Reference face", image=reference)
+    return api
 
 
 def prompt_for(

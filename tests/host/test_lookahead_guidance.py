@@ -520,6 +520,14 @@ def test_the_report_of_a_run_without_guidance_says_so_and_lets_the_graph_end(gui
         assert "Nothing was guided" in text and curve.shape == previews.shape == (1, 432, 768, 3)
 
 
+def test_the_report_says_when_the_few_step_lora_is_not_where_it_belongs(guide, draw, pack, mini, shortcut):
+    sampler, report = guide(of=shortcut(mini.model), iterations=1)
+    out = pack.nodes["LookaheadGuidanceReport"].execute({"samples": draw(sampler)}, report)
+    guided, note = out.result[2].splitlines()
+    assert guided.startswith("step 1") and "no LoRA" in note and "before Lookahead Shortcut" in note
+    assert tuple(out.ui.as_dict()["text"]) == (out.result[2],)
+
+
 def test_live_previews_change_nothing(guide, draw):
     assert torch.equal(draw(guide(iterations=0, live_previews=1)[0], steps=3), draw("euler", steps=3))
 
