@@ -269,9 +269,7 @@ def main(arguments: list[str]) -> int:
     with Host(port=chosen.port or None) as host:
         sheet = show_demo(host, references, tuple(chosen.prompts) or PROMPTS, chosen.out, chosen.seed)
         guidance = show_guidance(host, chosen.out, chosen.seed)
-    say(
-        f"The pictures are in {chosen.out} ({watch.seconds:.0f} s); on two sheets, with their likeness to the reference:"
-    )
+    say(f"The pictures are in {chosen.out} ({watch.seconds:.0f} s); all on two sheets, with their likeness below:")
     print(sheet, guidance, sep="\n")
     return 0
 
