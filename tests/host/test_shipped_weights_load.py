@@ -1,4 +1,4 @@
-"""The shipped weights through the host's stock loaders, and what they draw, judged by the networks that only measure."""
+"""The shipped weights through the host's stock loaders, and what they draw, judged by the networks that measure."""
 
 import os
 from pathlib import Path
