@@ -87,7 +87,7 @@ def test_the_stock_loaders_offer_every_file_that_is_shipped_for_them(server):
     for folder, (node, name) in inputs.items():
         kind, *options = server.object_info()[node]["input"]["required"][name]
         offered = kind if isinstance(kind, list) else options[0]["options"]
-        shipped = [file.partition("/")[2] for file in MINI_MODELS if file.startswith(f"{folder}/")]
+        shipped = [f.partition("/")[2] for f in MINI_MODELS if f.startswith(f"{folder}/") and not f.endswith(".json")]
         assert shipped and set(shipped) <= set(offered)
 
 
