@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ class Arm:
 
 
 # The paper's scales are 3, 2, 2 where SDXL's guidance is 5 (text + full); the mini world's is 3.
-_KV = Arm(kv=1.0, text=0.6 * CFG, full=0.4 * CFG, kv_scale=0.4 * CFG)
+_KV = Arm(kv=1.0, text=round(0.6 * CFG, 6), full=round(0.4 * CFG, 6), kv_scale=round(0.4 * CFG, 6))
 _BOTH = replace(_KV, image_prompt=1.0)
 ARMS = {
     "nothing": Arm(),
@@ -226,11 +226,11 @@ def knobs_page(figures: dict[str, Any], references: int) -> str:
         for value in settings:
             f = figures[f"{knob} {value:g}"]
             rows.append(f"| {knob} | {value:g} | {f['similarity to the own reference']} | {f['style accuracy']} |")
-    others = asdict(_BOTH).items()
-    start = ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in others)
+    usual = ", ".join(f"{knob} {v:g}" for knob, arms in KNOBS.items() for v, arm in arms.items() if arm == _BOTH)
     return f"""# Which knob does what
 
-Written by `make evaluate ARGS=--knobs`: one knob is turned at a time, the others stay at {start}.
+Written by `make evaluate ARGS=--knobs`: one knob is turned at a time, the others stay as they are here:
+{usual}.
 {_how(references, KNOB_STYLES)}
 
 ![Weights and windows](knobs_weights.png)
