@@ -1,8 +1,8 @@
 """Does lookahead guidance steer a picture, and better than guidance by x0? Measured in the real host.
 
 `make evaluate ARGS=--guidance`: each loss (identity, CLIP, LPIPS) steers pictures without guidance, guided by the
-shortcut's preview (lookahead) and by plain x0. What judges took no part in the loss: another recogniser, a style scorer,
-LPIPS with another network. Writes docs/guidance.md, .json and a picture for each loss.
+shortcut's preview (lookahead) and by plain x0. Who judges took no part in the loss: another recogniser, a style
+scorer, LPIPS with another network. Writes docs/guidance.md, .json and a picture for each loss.
 """
 
 from __future__ import annotations
@@ -119,9 +119,8 @@ def _complete(nodes: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]:
     """Nodes in API format with the default of every input that is not given, as the page sends them."""
     for node in nodes.values():
         for name, (kind, *options) in info[node["class_type"]]["input"].get("required", {}).items():
-            default = (options[0] if options else {}).get(
-                "default", kind[0] if isinstance(kind, list) and kind else None
-            )
+            choices = kind if isinstance(kind, list) and kind else [None]
+            default = (options[0] if options else {}).get("default", choices[0])
             if default is not None:
                 node["inputs"].setdefault(name, default)
     return nodes
@@ -216,8 +215,8 @@ def intervals(values: dict[str, dict[str, Any]], seed: int = 0) -> dict[str, dic
 
 
 ABOUT = {
-    IDENTITY: "The identity loss steers towards the face of a reference (ArcFace of the mini pack); the prompts ask for "
-    "a style and say nothing of a person. The similarity is that of the evaluation recogniser.",
+    IDENTITY: "The identity loss steers towards the face of a reference (ArcFace of the mini pack); the prompts ask "
+    "for a style and say nothing of a person. The similarity is that of the evaluation recogniser.",
     CLIP: "The CLIP loss steers by words (the mini image-text model) towards another style than that of the prompt. "
     "Whether it came is for the style scorer to say; that the prompt's own style goes is meant.",
     LPIPS: "The LPIPS loss (the real package, VGG with seeded random weights, since the published ones cannot be had "
@@ -245,15 +244,15 @@ def page(figures: dict[str, dict[str, dict[str, Any]]], count: int) -> str:
 |---|{"---|" * len(arms)}
 {chr(10).join(rows)}
 
-![References, and under each the pictures drawn without guidance, with plain x0 and with lookahead](guidance_{loss.lower()}.jpg)
+![References, and under each: unguided, by plain x0, by lookahead](guidance_{loss.lower()}.jpg)
 """)
     return f"""# What lookahead guidance does on the mini world
 
-Written by `make evaluate ARGS=--guidance`: {count} triples of a held-out person, a prompt and a seed for each loss, {STEPS}
-steps ({SAMPLER}, {SCHEDULER}) at CFG {CFG:g} in the real ComfyUI, guided once with the node's default values. 95 % intervals
-by drawing triples; gains are paired. All arms start from the same noise and differ in the preview alone: lookahead is the
-LCM-LoRA's one-step preview, plain x0 what the base itself predicts. Nobody that measures took part in a loss. *Fine
-detail* is the mean size of the Laplacian: it shows noise and artefacts (more) and blur (less).
+Written by `make evaluate ARGS=--guidance`: {count} triples of a held-out person, a prompt and a seed for each loss,
+{STEPS} steps ({SAMPLER}, {SCHEDULER}) at CFG {CFG:g} in the real ComfyUI, guided once with the node's default values.
+95 % intervals by drawing triples; gains are paired. All arms start from the same noise and differ in the preview alone:
+lookahead is the LCM-LoRA's one-step preview, plain x0 what the base itself predicts. Nobody who measures took part in a
+loss. *Fine detail* is the mean size of the Laplacian: it shows noise and artefacts (more) and blur (less).
 
 {chr(10).join(parts)}"""
 
