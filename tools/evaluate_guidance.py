@@ -146,7 +146,7 @@ def draw(
             for name, face in zip(names, references[begin:], strict=False):
                 _save(face, running.folder("input") / name)
             nodes = graph(loss, names, batch, seed + 1000 * batch, arms)
-            result = running.run(_complete(nodes, running.object_info())).check()
+            result = running.run(_complete(nodes, running.object_info()), timeout=7200).check()
             for name, pictures in drawn.items():
                 pictures.append(torch.stack(_pictures(running, result, name)))
             say(f"{loss}: {begin + len(names)} of {count} drawn in {watch.seconds:.0f} s")
