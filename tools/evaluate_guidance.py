@@ -23,7 +23,7 @@ STYLES = ("photo", "oil painting", "comic", "wanted poster")
 NONE, X0, LOOKAHEAD = "unguided", "plain x0", "lookahead"
 IDENTITY, CLIP, LPIPS = "identity", "CLIP", "LPIPS"
 LOSSES = (IDENTITY, CLIP, LPIPS)
-CLIP_STYLES = {"photo": "comic", "oil painting": "pixel art", "comic": "oil painting", "wanted poster": "photo"}
+PLACES = ("in a forest", "on a beach", "in a city", "at night", "in the snow")
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ def style_of(batch: int) -> str:
     return STYLES[batch % len(STYLES)]
 
 
-def wanted_style(loss: str, batch: int) -> str:
-    """The style that a batch's pictures should come to: that of the prompt, but for CLIP another one."""
-    return CLIP_STYLES[style_of(batch)] if loss == CLIP else style_of(batch)
+def words_of(batch: int) -> str:
+    """What the CLIP loss asks for: a style and a place."""
+    return f"{prompt_of(style_of(batch))} {PLACES[batch % len(PLACES)]}"
 
 
 def graph(loss: str, references: Sequence[str], batch: int, seed: int, arms: dict[str, Arm]) -> dict[str, Any]:
@@ -70,7 +70,8 @@ def graph(loss: str, references: Sequence[str], batch: int, seed: int, arms: dic
         pictures = add(f"pictures {number}", "ImageBatch", image1=pictures, image2=image)
     measure = _loss(add, loss, pictures, batch)
     latent = add("latent", "EmptyLatentImage", width=SIZE, height=SIZE, batch_size=len(references))
-    positive = add("positive", "CLIPTextEncode", clip=clip, text=prompt_of(style_of(batch)))
+    prompt = "" if loss == CLIP else prompt_of(style_of(batch))  # CLIP is to say it all
+    positive = add("positive", "CLIPTextEncode", clip=clip, text=prompt)
     negative = add("negative", "CLIPTextEncode", clip=clip, text="")
     guider = add("guider", "CFGGuider", model=base, positive=positive, negative=negative, cfg=CFG)
     plain = add("sampler", "KSamplerSelect", sampler_name=SAMPLER)
@@ -110,8 +111,7 @@ def _loss(add: Any, loss: str, pictures: list[Any], batch: int) -> list[Any]:
         faces = add("faces", "LookaheadLoadFaceAnalysis", pack_name="mini", device="cpu")
         return add("loss", "LookaheadIdentityLoss", face_analysis=faces, image=pictures, several="one per picture")
     if loss == CLIP:
-        text = prompt_of(wanted_style(CLIP, batch))
-        return add("loss", "LookaheadCLIPLoss", clip_name="mini_clip/model.safetensors", text=text)
+        return add("loss", "LookaheadCLIPLoss", clip_name="mini_clip/model.safetensors", text=words_of(batch))
     return add("loss", "LookaheadLPIPSLoss", image=pictures, size=SIZE, weights="random")
 
 
@@ -158,26 +158,29 @@ def measure(loss: str, references: Any, drawn: dict[str, Any]) -> dict[str, dict
     import torch
 
     from ..lookahead.perceptual import lpips_network
+    from ..trainer.mini.faces import PLACES as ALL_PLACES
     from ..trainer.mini.faces import STYLES as ALL_STYLES
     from ..trainer.mini.weights import evaluators
 
     recogniser, scorer = evaluators()
-    batches = torch.arange(len(references)) // BATCH
-    asked = torch.tensor([ALL_STYLES.index(style_of(int(b))) for b in batches])
-    wanted = torch.tensor([ALL_STYLES.index(wanted_style(loss, int(b))) for b in batches])
+    batches = [number // BATCH for number in range(len(references))]
+    style = torch.tensor([ALL_STYLES.index(style_of(b)) for b in batches])
+    place = torch.tensor([ALL_PLACES.index(PLACES[b % len(PLACES)]) for b in batches])
     judge = lpips_network("alex", None) if loss == LPIPS else None
     found = {}
     with torch.no_grad():
         known = recogniser.embed(references)
         for arm, pictures in drawn.items():
-            styles = scorer(pictures)[0].softmax(1)
-            figures = {"similarity to the reference": (recogniser.embed(pictures) * known).sum(1)}
-            if loss == CLIP:
-                figures["wanted style"] = (styles.argmax(1) == wanted).float()
-            if judge is not None:
-                figures["LPIPS distance (alex, random weights)"] = judge(pictures * 2 - 1, references * 2 - 1).flatten()
-                figures["layout: PSNR at 16 pixels"] = _psnr(pictures, references)
-            figures["style of the prompt"] = (styles.argmax(1) == asked).float()
+            styles, places = (part.argmax(1) for part in scorer(pictures))
+            if loss == IDENTITY:
+                figures = {"similarity to the reference": (recogniser.embed(pictures) * known).sum(1)}
+                figures["style of the prompt"] = (styles == style).float()
+            elif loss == CLIP:
+                figures = {"style asked for": (styles == style).float(), "place asked for": (places == place).float()}
+            else:
+                figures = {"LPIPS distance (alex)": judge(pictures * 2 - 1, references * 2 - 1).flatten()}
+                figures["PSNR at 16 pixels (dB)"] = _psnr(pictures, references)
+                figures["style of the prompt"] = (styles == style).float()
             figures["fine detail"] = _detail(pictures)
             found[arm] = figures
     return found
@@ -217,8 +220,8 @@ def intervals(values: dict[str, dict[str, Any]], seed: int = 0) -> dict[str, dic
 ABOUT = {
     IDENTITY: "The identity loss steers towards the face of a reference (ArcFace of the mini pack); the prompts ask "
     "for a style and say nothing of a person. The similarity is that of the evaluation recogniser.",
-    CLIP: "The CLIP loss steers by words (the mini image-text model) towards another style than that of the prompt. "
-    "Whether it came is for the style scorer to say; that the prompt's own style goes is meant.",
+    CLIP: "The CLIP loss steers by words (the mini image-text model): a style and a place. The prompt is empty, so "
+    "that nothing else asks for them. Whether they came is for the style scorer to say; by chance it is 1 in 8 and 1 in 6.",
     LPIPS: "The LPIPS loss (the real package, VGG with seeded random weights, since the published ones cannot be had "
     "here) steers towards the layout of the reference picture. Judges: LPIPS with AlexNet, also random, where less is "
     "better, and the PSNR of pictures shrunken to 16 pixels.",
