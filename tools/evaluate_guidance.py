@@ -221,7 +221,7 @@ ABOUT = {
     IDENTITY: "The identity loss steers towards the face of a reference (ArcFace of the mini pack); the prompts ask "
     "for a style and say nothing of a person. The similarity is that of the evaluation recogniser.",
     CLIP: "The CLIP loss steers by words (the mini image-text model): a style and a place. The prompt is empty, so "
-    "that nothing else asks for them. Whether they came is for the style scorer to say; by chance it is 1 in 8 and 1 in 6.",
+    "that nothing else asks for them. The style scorer says whether they came; by chance it is 1 in 8 and 1 in 6.",
     LPIPS: "The LPIPS loss (the real package, VGG with seeded random weights, since the published ones cannot be had "
     "here) steers towards the layout of the reference picture. Judges: LPIPS with AlexNet, also random, where less is "
     "better, and the PSNR of pictures shrunken to 16 pixels.",
