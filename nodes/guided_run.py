@@ -62,6 +62,7 @@ class GuidedRun:
         self._noise, self._latent_image = noise, latent_image
         self.report = Run(guidance.loss.name)
         self.previewer = Previewer(guidance.shortcut, guider, guidance.positive, guidance.cfg)
+        self.report.notes += self.previewer.notes
         self._checkpointing = Checkpointing(enabled=guidance.checkpointing != NEVER)
         self._generator = torch.Generator().manual_seed(seed or 0)
         self._loss = started(guidance.loss.loss, torch.Generator().manual_seed(seed or 0))
@@ -202,6 +203,7 @@ class GuidedRun:
                 "or batch, TAESD as the shortcut's vae, or close other programs."
             )
         logging.warning("[LCM-Lookahead] out of memory: from now on, %s.", what)
+        self.report.notes.append(f"Out of memory: from then on, {what}.")
 
     def _strength(self, z: Tensor) -> Tensor:
         """Of the few-step LoRA for each picture: 1, or by chance less, against what pleases one network alone."""
