@@ -108,10 +108,10 @@ def graph(loss: str, references: Sequence[str], batch: int, seed: int, arms: dic
 
 def _loss(add: Any, loss: str, pictures: list[Any], batch: int) -> list[Any]:
     if loss == IDENTITY:
-        faces = add("faces", "LookaheadLoadFaceAnalysis", pack_name="mini", device="cpu")
+        faces = add("faces", "LookaheadLoadFaceAnalysis", pack_name="buffalo_l", device="cpu")
         return add("loss", "LookaheadIdentityLoss", face_analysis=faces, image=pictures, several="one per picture")
     if loss == CLIP:
-        return add("loss", "LookaheadCLIPLoss", clip_name="mini_clip/model.safetensors", text=words_of(batch))
+        return add("loss", "LookaheadCLIPLoss", clip_name="clip-vit-large-patch14.safetensors", text=words_of(batch))
     return add("loss", "LookaheadLPIPSLoss", image=pictures, size=SIZE, weights="random")
 
 
