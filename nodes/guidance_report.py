@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import textwrap
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -73,7 +74,10 @@ def mark_of(samples: Tensor) -> str:
 
 
 def shown_while_running(pictures: Tensor, text: str, size: int = 768) -> tuple[str, Image.Image, int]:
-    """A preview for the host's progress bar: IMAGE [n, H, W, 3] in a row (up to four), with a line of text."""
+    """A preview for the host's progress bar: IMAGE [n, H, W, 3] in a row (up to four), with a line of text.
+
+    What counts stands first in the text: a small picture cuts it off.
+    """
     row = torch.cat(list(pictures[:4]), dim=1)
     image = Image.fromarray((row * 255).round().byte().numpy())
     image.thumbnail((size, size))
@@ -85,8 +89,13 @@ def shown_while_running(pictures: Tensor, text: str, size: int = 768) -> tuple[s
 
 
 def curve(run: Run, width: int = 768, height: int = 432) -> Tensor:
-    """The losses over the iterations as IMAGE [1, H, W, 3]: a line for each picture, a grey one where a step begins."""
-    left, right, top, bottom = 70, width - 16, 32, height - 36
+    """The losses over the iterations as IMAGE [1, H, W, 3]: a line for each picture, a grey one where a step begins.
+
+    The run's text stands above; with each line of it beyond the first the picture is taller.
+    """
+    said = [part for line in run.text().splitlines() for part in textwrap.wrap(line, 105)]
+    height += 20 * (len(said) - 1)
+    left, right, top, bottom = 70, width - 16, 16 + 20 * len(said), height - 36
     image = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(image)
     draw.font = ImageFont.load_default(15)
@@ -99,7 +108,7 @@ def curve(run: Run, width: int = 768, height: int = 432) -> Tensor:
     def at(n: int, loss: float) -> tuple[float, float]:
         return left + (right - left) * n / last, bottom - (bottom - top) * (loss - low) / (high - low)
 
-    for part in range(5):
+    for part in range(5 if known else 0):
         loss = low + (high - low) * part / 4
         y = at(0, loss)[1]
         draw.line((left, y, right, y), fill="#e5e5e5")
@@ -118,7 +127,8 @@ def curve(run: Run, width: int = 768, height: int = 432) -> Tensor:
             draw.line(points, fill=colour, width=2)
         for x, y in points:
             draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=colour)
-    draw.text((left, 6), f"{run.loss}, each picture of the batch" if known else _UNGUIDED, fill="black")
+    for number, part in enumerate(said):
+        draw.text((6, 6 + 20 * number), part, fill="black")
     data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return data.reshape(1, height, width, 3).float() / 255
 

@@ -113,10 +113,9 @@ class GuidedRun:
             losses = [v if c else None for v, c in zip(e.values.tolist(), e.counts.tolist(), strict=True)]
             self.report.iterates.append(Iterate(step.number, step.sigma, losses))
             now = mean(losses)
-            text = f"lookahead {number}/{settings.iterations}  {self.report.loss} " + (
-                "does not count" if now is None else f"{now:.4g}"
-            )
-            progress.set_postfix_str(text.split("  ", 1)[1], refresh=False)
+            value = "does not count" if now is None else f"{now:.3f}"
+            text = f"{number}/{settings.iterations}  {value}  {self.report.loss}"
+            progress.set_postfix_str(f"{self.report.loss} {value}", refresh=False)
             progress.update(number - progress.n)
             image = as_image(e.picture)
             bar.update_absolute(number, settings.iterations, shown_while_running(image, text))

@@ -148,7 +148,8 @@ def draw(references: int, arms: dict[str, Arm], styles: tuple[str, ...]) -> tupl
                 names.append(f"face-{number}.png")
                 _save(faces[number], host.folder("input") / names[-1])
             chosen = {name: arms[name] for name in drawn}
-            result = host.run(graph(names, seed=1000 * first, arms=chosen, styles=styles)).check()
+            prompt = graph(names, seed=1000 * first, arms=chosen, styles=styles)
+            result = host.run(prompt, timeout=7200).check()  # all arms, on a slow machine
             for name, pictures in drawn.items():
                 of_style = [torch.stack(_pictures(host, result, f"{name} | {style}")) for style in styles]
                 pictures.append(torch.stack(of_style, 1))
