@@ -257,9 +257,9 @@ def page(figures: dict[str, dict[str, dict[str, Any]]], count: int) -> str:
 Written by `make evaluate ARGS=--guidance`: {count} triples of a held-out person, a prompt and a seed for each loss,
 {STEPS} steps ({SAMPLER}, {SCHEDULER}) at CFG {CFG:g} in the real ComfyUI, guided once with the node's default values.
 95 % intervals by drawing triples; gains are paired. All arms start from the same noise and differ in the preview alone:
-lookahead is the LCM-LoRA's one-step preview, plain x0 what the base itself predicts. *Earlier* is after two of the steps,
-the others after six, as in the paper. Nobody who measures took part in a
-loss. *Fine detail* is the mean size of the Laplacian: it shows noise and artefacts (more) and blur (less).
+lookahead is the LCM-LoRA's one-step preview, plain x0 what the base itself predicts. *Earlier* is after two of the
+steps, the others after six, as in the paper. Nobody who measures took part in a loss. *Fine detail* is the mean size
+of the Laplacian: it shows noise and artefacts (more) and blur (less).
 
 {chr(10).join(parts)}"""
 
