@@ -309,11 +309,16 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="evaluate", description=__doc__.splitlines()[0])
     parser.add_argument("--references", type=int, help="people (100; with --knobs 20)")
     parser.add_argument("--knobs", action="store_true", help="turn one knob at a time")
+    parser.add_argument("--guidance", action="store_true", help="lookahead guidance against plain x0 and none (96)")
     parser.add_argument("--out", type=Path, default=ROOT / "docs")
     chosen = parser.parse_args(arguments)
-    references = chosen.references or (20 if chosen.knobs else 100)
+    references = chosen.references or (20 if chosen.knobs else 96 if chosen.guidance else 100)
     if references < 10:  # fewer make no interval, and a draw may hold one person alone
         raise Problem(f"--references is {references}, too few for figures with intervals: give at least 10.")
+    if chosen.guidance:
+        from .evaluate_guidance import evaluate
+
+        return evaluate(references, chosen.out)
     arms, styles = ARMS, STYLES
     if chosen.knobs:
         arms = {f"{knob} {value:g}": arm for knob, settings in KNOBS.items() for value, arm in settings.items()}
