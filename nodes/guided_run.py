@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .sockets import LookaheadLoss, Shortcut
 
 AUTO, ALWAYS, NEVER = "auto", "always", "never"
+JITTER = 0.9  # the strength of the LoRA is drawn from [0.1, 1], as in the paper's training (section 4.3)
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +45,7 @@ class Guidance:
     cfg: float = 1.0
     positive: Any = None
     time_travel: int = 0
-    jitter: float = 0.0
+    jitter: float = JITTER
     mask: Tensor | None = None
     checkpointing: str = AUTO
     live: int = 0
