@@ -15,6 +15,7 @@ from .guidance_report import LookaheadGuidanceReport
 from .guidance_sampler import LookaheadGuidanceSampler
 from .guider import LookaheadGuider
 from .identity_loss import LookaheadIdentityLoss
+from .l1_loss import LookaheadL1Loss
 from .load_encoder import LookaheadLoadEncoder, register_folders
 from .load_face_analysis import LookaheadLoadFaceAnalysis, register_insightface_folder
 from .loss_network import register_folder
@@ -41,6 +42,7 @@ class LookaheadExtension(ComfyExtension):
             LookaheadIdentityLoss,
             LookaheadCLIPLoss,
             LookaheadLPIPSLoss,
+            LookaheadL1Loss,
             LookaheadCombineLosses,
             LookaheadShortcut,
             LookaheadGuidanceSampler,

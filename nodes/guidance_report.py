@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import textwrap
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from comfy_api.latest import io
-from PIL import Image, ImageDraw
+from comfy_api.latest import io, ui
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from .compat import schema
 from .sockets import GUIDANCE_REPORT, GuidanceReport
 
 _KEPT = 8  # runs
+_UNGUIDED = "Nothing was guided: the sampler is bypassed, iterations is 0, or start lies outside of this run."
 _COLOURS = ("#1b6ca8", "#d1495b", "#2e7d32", "#b8860b", "#6a4c93", "#00838f", "#8d5524", "#444444")
 
 
@@ -28,14 +30,16 @@ class Iterate(NamedTuple):
 
 @dataclass
 class Run:
-    """One guided run. pictures: the first and the last preview of each guided step, [n, H, W, 3] in 8 bit."""
+    """One guided run. pictures: the first and the last preview of each guided step, [n, H, W, 3] in 8 bit; notes: what
+    the user should know of it, a sentence each."""
 
     loss: str
     iterates: list[Iterate] = field(default_factory=list)
     pictures: list[tuple[str, Tensor]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def text(self) -> str:
-        """A line for each guided step: the mean loss before and after."""
+        """A line for each guided step: the mean loss before and after. Then what else is to be said, a line each."""
         lines = []
         for step in dict.fromkeys(iterate.step for iterate in self.iterates):
             of_step = [iterate for iterate in self.iterates if iterate.step == step]
@@ -46,7 +50,7 @@ class Run:
                 f"step {step + 1} (sigma {of_step[0].sigma:.3g}): {self.loss} {shown[0]} -> {shown[1]} (best "
                 f"{shown[2]}) in {len(of_step) - 1} iterations"
             )
-        return "\n".join(lines)
+        return "\n".join([*(lines or [_UNGUIDED]), *self.notes])
 
 
 def mean(losses: list[float | None]) -> float | None:
@@ -70,21 +74,31 @@ def mark_of(samples: Tensor) -> str:
 
 
 def shown_while_running(pictures: Tensor, text: str, size: int = 768) -> tuple[str, Image.Image, int]:
-    """A preview for the host's progress bar: IMAGE [n, H, W, 3] in a row (up to four), with a line of text."""
+    """A preview for the host's progress bar: IMAGE [n, H, W, 3] in a row (up to four), with a line of text.
+
+    What counts stands first in the text: a small picture cuts it off.
+    """
     row = torch.cat(list(pictures[:4]), dim=1)
     image = Image.fromarray((row * 255).round().byte().numpy())
     image.thumbnail((size, size))
-    out = Image.new("RGB", (image.width, image.height + 16), "white")
+    font = ImageFont.load_default(max(10, min(18, image.width // 24)))
+    out = Image.new("RGB", (image.width, image.height + round(1.5 * font.size)), "white")
     out.paste(image, (0, 0))
-    ImageDraw.Draw(out).text((3, image.height + 2), text, fill="black")
+    ImageDraw.Draw(out).text((3, image.height + 1), text, fill="black", font=font)
     return ("JPEG", out, size)
 
 
 def curve(run: Run, width: int = 768, height: int = 432) -> Tensor:
-    """The losses over the iterations as IMAGE [1, H, W, 3]: a line for each picture, a grey one where a step begins."""
-    left, right, top, bottom = 70, width - 16, 28, height - 36
+    """The losses over the iterations as IMAGE [1, H, W, 3]: a line for each picture, a grey one where a step begins.
+
+    The run's text stands above; with each line of it beyond the first the picture is taller.
+    """
+    said = [part for line in run.text().splitlines() for part in textwrap.wrap(line, 105)]
+    height += 20 * (len(said) - 1)
+    left, right, top, bottom = 70, width - 16, 16 + 20 * len(said), height - 36
     image = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(image)
+    draw.font = ImageFont.load_default(15)
     known = [loss for iterate in run.iterates for loss in iterate.losses if loss is not None]
     low, high = (min(known), max(known)) if known else (0.0, 1.0)
     if high - low < 1e-12:
@@ -94,11 +108,11 @@ def curve(run: Run, width: int = 768, height: int = 432) -> Tensor:
     def at(n: int, loss: float) -> tuple[float, float]:
         return left + (right - left) * n / last, bottom - (bottom - top) * (loss - low) / (high - low)
 
-    for part in range(5):
+    for part in range(5 if known else 0):
         loss = low + (high - low) * part / 4
         y = at(0, loss)[1]
         draw.line((left, y, right, y), fill="#e5e5e5")
-        draw.text((6, y - 6), f"{loss:.4g}", fill="black")
+        draw.text((6, y - 9), f"{loss:.4g}", fill="black")
     for n, iterate in enumerate(run.iterates):
         if n == 0 or run.iterates[n - 1].step != iterate.step:
             x = at(n, low)[0]
@@ -113,7 +127,8 @@ def curve(run: Run, width: int = 768, height: int = 432) -> Tensor:
             draw.line(points, fill=colour, width=2)
         for x, y in points:
             draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=colour)
-    draw.text((left, 6), f"{run.loss}, each picture of the batch", fill="black")
+    for number, part in enumerate(said):
+        draw.text((6, 6 + 20 * number), part, fill="black")
     data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return data.reshape(1, height, width, 3).float() / 255
 
@@ -127,11 +142,15 @@ class LookaheadGuidanceReport(io.ComfyNode):
             node_id="LookaheadGuidanceReport",
             display_name="Lookahead Guidance Report",
             category="lookahead/sampling",
-            description="Shows what the guidance did in a run: the loss over its iterations, and the previews it began "
-            "and ended with.",
+            description="Shows what the guidance did in a run: the loss before and after, its curve over the "
+            "iterations, and the previews it began and ended with.",
             search_aliases=["loss curve", "guidance", "preview", "plot"],
             inputs=[
-                GUIDANCE_REPORT.Input("report", tooltip="From Lookahead Guidance Sampler."),
+                GUIDANCE_REPORT.Input(
+                    "report",
+                    optional=True,
+                    tooltip="From Lookahead Guidance Sampler. Open, as when that is bypassed: there was no guidance.",
+                ),
                 io.Latent.Input(
                     "latent", tooltip="What the sampler gave: it says which run is meant, and when to look."
                 ),
@@ -148,16 +167,13 @@ class LookaheadGuidanceReport(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, report: GuidanceReport, latent: dict) -> io.NodeOutput:
-        run = report.runs.get(mark_of(latent["samples"]))
+    def execute(cls, latent: dict, report: GuidanceReport | None = None) -> io.NodeOutput:
+        run = Run("") if report is None else report.runs.get(mark_of(latent["samples"]))
         if run is None:
             raise ValueError(
                 "The report knows no guided run that gave this latent: connect report and latent of the same sampler, "
                 "and run it again where it was run long ago."
             )
-        if not run.iterates:
-            raise ValueError(
-                "The run was not guided at any step: set start to a part of the sampling that this run includes."
-            )
-        previews = torch.cat([pictures for _, pictures in run.pictures]).float() / 255
-        return io.NodeOutput(curve(run), previews, run.text())
+        plot, previews = curve(run), [pictures.float() / 255 for _, pictures in run.pictures]
+        # Without guidance no error: such a picture is what a guided one is compared with.
+        return io.NodeOutput(plot, torch.cat(previews or [plot]), run.text(), ui=ui.PreviewText(run.text()))

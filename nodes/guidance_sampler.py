@@ -16,7 +16,7 @@ from ..lookahead.guidance import RAW, RELATIVE, UNIT_RMS, Optimisation
 from ..lookahead.schedule import chosen_steps
 from .compat import schema
 from .guidance_report import keep
-from .guided_run import ALWAYS, AUTO, NEVER, Guidance, GuidedRun
+from .guided_run import ALWAYS, AUTO, JITTER, NEVER, Guidance, GuidedRun
 from .preview import Call
 from .sampler_steps import Step, guided_steps
 from .sockets import GUIDANCE_REPORT, LOSS, SHORTCUT, GuidanceReport, LookaheadLoss, Shortcut
@@ -291,13 +291,13 @@ class LookaheadGuidanceSampler(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "jitter",
-                    default=0.0,
+                    default=JITTER,
                     min=0.0,
                     max=0.9,
                     step=0.05,
                     advanced=True,
                     tooltip="How far the few-step LoRA is weakened by chance, anew each time: against changes that "
-                    "please this one preview alone.",
+                    "please this one preview alone. 0.9 draws its strength from 0.1 to 1, as the paper does.",
                 ),
                 io.Int.Input(
                     "live_previews",
@@ -353,7 +353,7 @@ class LookaheadGuidanceSampler(io.ComfyNode):
         keep_best: bool = True,
         preview_cfg: float = 1.0,
         time_travel: int = 0,
-        jitter: float = 0.0,
+        jitter: float = JITTER,
         live_previews: int = 0,
         checkpointing: str = AUTO,
         positive=None,

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .sockets import LookaheadLoss, Shortcut
 
 AUTO, ALWAYS, NEVER = "auto", "always", "never"
+JITTER = 0.9  # the strength of the LoRA is drawn from [0.1, 1], as in the paper's training (section 4.3)
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +45,7 @@ class Guidance:
     cfg: float = 1.0
     positive: Any = None
     time_travel: int = 0
-    jitter: float = 0.0
+    jitter: float = JITTER
     mask: Tensor | None = None
     checkpointing: str = AUTO
     live: int = 0
@@ -62,6 +63,7 @@ class GuidedRun:
         self._noise, self._latent_image = noise, latent_image
         self.report = Run(guidance.loss.name)
         self.previewer = Previewer(guidance.shortcut, guider, guidance.positive, guidance.cfg)
+        self.report.notes += self.previewer.notes
         self._checkpointing = Checkpointing(enabled=guidance.checkpointing != NEVER)
         self._generator = torch.Generator().manual_seed(seed or 0)
         self._loss = started(guidance.loss.loss, torch.Generator().manual_seed(seed or 0))
@@ -112,10 +114,9 @@ class GuidedRun:
             losses = [v if c else None for v, c in zip(e.values.tolist(), e.counts.tolist(), strict=True)]
             self.report.iterates.append(Iterate(step.number, step.sigma, losses))
             now = mean(losses)
-            text = f"lookahead {number}/{settings.iterations}  {self.report.loss} " + (
-                "does not count" if now is None else f"{now:.4g}"
-            )
-            progress.set_postfix_str(text.split("  ", 1)[1], refresh=False)
+            value = "does not count" if now is None else f"{now:.3f}"
+            text = f"{number}/{settings.iterations}  {value}  {self.report.loss}"
+            progress.set_postfix_str(f"{self.report.loss} {value}", refresh=False)
             progress.update(number - progress.n)
             image = as_image(e.picture)
             bar.update_absolute(number, settings.iterations, shown_while_running(image, text))
@@ -202,6 +203,7 @@ class GuidedRun:
                 "or batch, TAESD as the shortcut's vae, or close other programs."
             )
         logging.warning("[LCM-Lookahead] out of memory: from now on, %s.", what)
+        self.report.notes.append(f"Out of memory: from then on, {what}.")
 
     def _strength(self, z: Tensor) -> Tensor:
         """Of the few-step LoRA for each picture: 1, or by chance less, against what pleases one network alone."""

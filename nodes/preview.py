@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 KEY = "lookahead_shortcut"
 # Wrappers of others that keep something from call to call, or compile, cannot stand a pass that is none of the run's.
 _LEFT_OUT = (patches.COMPILED, "easycache", "lazycache")
+_NO_LORA = (
+    "The shortcut's MODEL has no LoRA that the sampled one lacks, so the preview is that of the sampled model: put a "
+    "few-step LoRA before Lookahead Shortcut, not before the sampler."
+)
 
 
 class Call:
@@ -55,6 +59,7 @@ class Previewer:
         self.model, self.second, self.network = guider.inner_model, None, None
         self._positive = positive
         self._conds: dict[str, Any] | None = None
+        self.notes: list[str] = []  # what the user should know, a sentence each
         if shortcut.one_step:
             self._connect()
         formats = [type(m.latent_format) for m in (self.model, guider.inner_model)]
@@ -75,16 +80,14 @@ class Previewer:
         if key not in self.shortcut.networks:
             added, more = added_patches(base, shortcut)
             check_patches(added, base.model)
-            if not added:
-                logging.warning(
-                    "[LCM-Lookahead] the shortcut's MODEL has no LoRA that the sampled one lacks, so the preview is "
-                    "that of the sampled model: put a few-step LoRA before Lookahead Shortcut, not before the sampler."
-                )
             if more:
                 logging.info("[LCM-Lookahead] %d weight patches of the sampled model act in the preview as well.", more)
             self.shortcut.networks.clear()
             self.shortcut.networks[key] = branches_patcher(base.model, added) if added else None
         self.network = self.shortcut.networks[key]
+        if self.network is None:
+            self.notes.append(_NO_LORA)
+            logging.warning("[LCM-Lookahead] %s", _NO_LORA)
 
     # -- loading
 

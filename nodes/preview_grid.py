@@ -9,7 +9,7 @@ import comfy.samplers
 import comfy.utils
 import torch
 from comfy_api.latest import io
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..lookahead.similarity import root_mean_square, structural_similarity
@@ -203,10 +203,12 @@ def grid(shots: list[Shot], end: Tensor, rows: list[Numbers]) -> Tensor:
 
     The numbers in the labels are means over the batch.
     """
-    head = 34
+    height, width = end.shape[1:3]
+    font = ImageFont.load_default(max(10, width // 16))  # so that a line is as wide as a picture, whatever its size
+    line_height = round(1.4 * font.size)
+    head = 2 * line_height + 6
     out = []
     for n in range(len(end)):
-        height, width = end.shape[1:3]
         sheet = Image.new("RGB", ((len(shots) + 1) * width, 2 * (height + head)), "white")
         draw = ImageDraw.Draw(sheet)
 
@@ -215,7 +217,7 @@ def grid(shots: list[Shot], end: Tensor, rows: list[Numbers]) -> Tensor:
         ) -> None:
             x, y = column * size[0], row * (size[1] + head)
             for line, label in enumerate(labels):
-                draw.text((x + 3, y + 3 + 15 * line), label, fill="black")
+                draw.text((x + 3, y + 3 + line_height * line), label, fill="black", font=font)
             sheet.paste(Image.fromarray((picture * 255).round().byte().numpy()), (x, y + head))
 
         for column, (shot, row) in enumerate(zip(shots, rows, strict=True)):

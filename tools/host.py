@@ -69,6 +69,11 @@ WEIGHTS = ROOT / "trainer" / "mini" / "weights"
 MINI_MODELS: dict[str, str] = {
     entry["model"]: entry["file"] for entry in json.loads((WEIGHTS / "manifest.json").read_text()) if "model" in entry
 }
+CHECKPOINT = "checkpoints/sd_xl_base_1.0.safetensors"
+#: The halves of TAESD, which the mini checkpoint's VAE is cut into -> how the names of its weights begin
+TAESD = {
+    f"vae_approx/taesdxl_{half}.safetensors": f"first_stage_model.taesd_{half}." for half in ("encoder", "decoder")
+}
 
 
 # ---------------------------------------------------------------------------------------------- fetching
@@ -218,6 +223,18 @@ def mini_models(base: Path, weights: Path = WEIGHTS) -> None:
                 f"trainer/mini/weights`, or make it anew with `lookahead mini build`."
             )
         link(source, base / "models" / name)
+
+
+def mini_taesd(base: Path) -> None:
+    """Cut the VAE of the mini checkpoint, which has TAESD's layout, into the two files of `taesdxl` in VAELoader."""
+    from safetensors import safe_open
+    from safetensors.numpy import save_file
+
+    for name, begins in TAESD.items():
+        with safe_open(base / "models" / CHECKPOINT, "np") as file:
+            half = {key.removeprefix(begins): file.get_tensor(key) for key in file.keys() if key.startswith(begins)}
+        (base / "models" / name).parent.mkdir(parents=True, exist_ok=True)
+        save_file(half, base / "models" / name)
 
 
 # ---------------------------------------------------------------------------------------------- running
@@ -384,6 +401,7 @@ class Host:
             link(Path(extension), self.base / "custom_nodes" / Path(extension).name)
         if self.weights is not None:
             mini_models(self.base, Path(self.weights))
+            mini_taesd(self.base)
 
     def _command(self) -> list[str]:
         command = [

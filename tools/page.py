@@ -29,7 +29,7 @@ from typing import Any
 
 from .common import CACHE, ROOT, Problem, Stopwatch, one_at_a_time, run_main, say
 from .demo import draw_references
-from .host import MINI_MODELS, Host, die_with_parent, environment_python
+from .host import MINI_MODELS, TAESD, Host, die_with_parent, environment_python
 from .setup import pip
 from .workflow import load, pictures_named
 
@@ -107,17 +107,17 @@ def page_host(**options: Any) -> Iterator[Host]:
     """
     CACHE.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="page-", dir=CACHE) as folder:
-        base, empty = Path(folder) / "base", Path(folder) / "weights"
-        for path in (base / "input", base / "user" / "default", empty):
+        base = Path(folder)
+        for path in (base / "input", base / "user" / "default"):
             path.mkdir(parents=True)
-        for name in MINI_MODELS.values():
-            (empty / name).parent.mkdir(parents=True, exist_ok=True)
-            (empty / name).touch()
+        for name in (*MINI_MODELS, *TAESD):
+            (base / "models" / name).parent.mkdir(parents=True, exist_ok=True)
+            (base / "models" / name).touch()
         (base / "user" / "default" / "comfy.settings.json").write_text(json.dumps(SETTINGS))
         names = pictures_named(sorted((ROOT / "workflows").glob("*.json")))
         for name, picture in zip(names, draw_references(len(names)), strict=True):
             picture.save(base / "input" / name)
-        with Host(base=base, weights=empty, front_end=front_end(), **options) as host:
+        with Host(base=base, weights=None, front_end=front_end(), **options) as host:
             yield host
 
 

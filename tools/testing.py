@@ -17,6 +17,8 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,18 +58,21 @@ def counts(report: Path) -> dict[str, int]:
     return {"passed": total - failed - errors - skipped, "failed": failed, "errors": errors, "skipped": skipped}
 
 
-def pytest(name: str, paths: Iterable[str], extra: Sequence[str] = (), **environment: str) -> Outcome:
-    """One process of pytest over the paths that exist."""
+def pytest(
+    name: str, paths: Iterable[str], extra: Sequence[str] = (), output: Path | None = None, **environment: str
+) -> Outcome:
+    """One process of pytest over the paths that exist. output: the file that gets what it prints."""
     found = [path for path in paths if (ROOT / path).exists()]
     report = CACHE / f"report-{name}.xml"
     CACHE.mkdir(exist_ok=True)
     report.unlink(missing_ok=True)
-    say(f"\n== {name}")
+    say(f"\n== {name}" if output is None else f"\n== {name}: runs beside the host tests, and is shown after them")
     watch = Stopwatch()
     # The program, not `python -m pytest`: that would put this folder, with its `nodes`, in front of the host's.
     command = [Path(sys.executable).with_name("pytest"), *found, "-q", f"--junitxml={report}", *extra]
     env = {"OMP_NUM_THREADS": "1", **os.environ, **environment}
-    status = subprocess.run(command, cwd=ROOT, env=env).returncode
+    with nullcontext() if output is None else output.open("w") as to:
+        status = subprocess.run(command, cwd=ROOT, env=env, stdout=to, stderr=to).returncode
     return Outcome(name, status, **counts(report), seconds=watch.seconds)
 
 
@@ -92,6 +97,21 @@ def on_hosts(versions: Iterable[str], extra: Sequence[str]) -> list[Outcome]:
     return outcomes
 
 
+def no_host_and_hosts(versions: Iterable[str], extra: Sequence[str]) -> list[Outcome]:
+    """All tests but the page's. Each process keeps one core busy, so with two the host tests run beside the others."""
+    if (os.cpu_count() or 1) < 2:
+        return [pytest("no-host", NO_HOST, extra), *on_hosts(versions, extra)]
+    CACHE.mkdir(exist_ok=True)
+    output = CACHE / "output-no-host.txt"
+    with ThreadPoolExecutor(1) as pool:
+        no_host = pool.submit(pytest, "no-host", NO_HOST, extra, output)
+        hosts = on_hosts(versions, extra)
+        outcome = no_host.result()
+    say("\n== no-host")
+    print(output.read_text() if output.exists() else "", flush=True)
+    return [outcome, *hosts]
+
+
 def in_the_page(extra: Sequence[str]) -> Outcome:
     """The tests in ComfyUI's own web page, which is that of the default host."""
     page.front_end()
@@ -107,11 +127,11 @@ def table(outcomes: Sequence[Outcome]) -> str:
     return "\n".join(lines)
 
 
-def closing_line(outcomes: Sequence[Outcome]) -> str:
+def closing_line(outcomes: Sequence[Outcome], seconds: float) -> str:
     """One line in the manner of pytest's own that sums up all processes."""
     sums = {kind: sum(getattr(one, kind) for one in outcomes) for kind in ("failed", "passed", "skipped", "errors")}
     parts = [f"{number} {kind}" for kind, number in sums.items() if number or kind in ("passed", "failed")]
-    return f"{', '.join(parts)} in {sum(one.seconds for one in outcomes):.1f}s"
+    return f"{', '.join(parts)} in {seconds:.1f}s"
 
 
 def main(arguments: list[str]) -> int:
@@ -121,6 +141,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--browser", action="store_true", help="the tests in the web page alone")
     parser.add_argument("extra", nargs="*", help="arguments for pytest, after --")
     chosen = parser.parse_args(arguments)
+    watch = Stopwatch()
     version = os.environ.get("HOST_VERSION")
     if version:
         host.check_version(version)
@@ -130,8 +151,7 @@ def main(arguments: list[str]) -> int:
     elif chosen.matrix:
         outcomes = on_hosts(host.VERSIONS, chosen.extra)
     else:
-        outcomes = [ruff(), pytest("no-host", NO_HOST, chosen.extra)]
-        outcomes += on_hosts([version] if version else TESTED, chosen.extra)
+        outcomes = [ruff(), *no_host_and_hosts([version] if version else TESTED, chosen.extra)]
         if page.browser() is None:
             say("\n== browser: not run, there is no Chromium on the PATH")
         elif not version and not os.environ.get("COMFYUI_DIR"):
@@ -140,7 +160,7 @@ def main(arguments: list[str]) -> int:
     tests = [one for one in outcomes if one.name != "ruff"]
     if not any(one.passed + one.failed + one.errors for one in tests):
         raise Problem("no test ran: is tests/ there, and does a pattern after -- match any test?")
-    print(closing_line(tests), flush=True)
+    print(closing_line(tests, watch.seconds), flush=True)
     return 0 if all(one.good for one in outcomes) else 1
 
 

@@ -16,6 +16,13 @@ IDS = {
     "LookaheadGuidanceSampler",
     "LookaheadGuidanceReport",
     "LookaheadPreviewGrid",
+    "LookaheadLoadFaceAnalysis",
+    "LookaheadCropFace",
+    "LookaheadIdentityLoss",
+    "LookaheadCLIPLoss",
+    "LookaheadLPIPSLoss",
+    "LookaheadL1Loss",
+    "LookaheadCombineLosses",
 }
 
 

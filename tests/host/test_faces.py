@@ -68,7 +68,7 @@ def test_every_face_node_explains_itself(pack, models):
 def test_packs_are_listed_from_the_host_s_folders_nested_ones_too(pack, models, tmp_path):
     import folder_paths
 
-    shutil.copytree(MINI, models / "antelopev2/antelopev2")
+    shutil.copytree(MINI, models / "antelopev2/antelopev2", ignore=shutil.ignore_patterns("LICENSE"))
     shutil.copytree(MINI, tmp_path / "elsewhere/own")
     (models / "empty").mkdir()
     folder_paths.add_model_folder_path("insightface", str(tmp_path / "elsewhere"))
@@ -86,7 +86,12 @@ def test_packs_are_listed_from_the_host_s_folders_nested_ones_too(pack, models, 
 def test_the_licence_and_the_recogniser_are_shown_on_the_node(pack, models):
     out = pack.nodes["LookaheadLoadFaceAnalysis"].execute("mini")
     text = out.result[1]
-    assert "licence unknown" in text and "recogniser: rec_mini.onnx" in text and "128 pixels" in text
+    assert (
+        "mini: licence Apache-2.0" in text
+        and "(see LICENSE)" in text
+        and "recogniser: rec_mini.onnx" in text
+        and "128 pixels" in text
+    )
     assert tuple(out.ui.as_dict()["text"]) == (text,)
 
 

@@ -503,12 +503,29 @@ def test_progress_previews_and_the_report(guide, draw, pack, monkeypatch):
     assert [t[:2] for t in told[:4]] == [(n, 3) for n in range(4)]
     assert all(kind == "JPEG" and image.size[0] == 2 * 64 for kind, image, _ in (t[2] for t in told))
     assert [t[:2] for t in told[4:]] == [(1, 3), (2, 3)]  # live, but for the last step: there the picture is finished
-    curve, previews, text = pack.nodes["LookaheadGuidanceReport"].execute(report, {"samples": out}).result
+    curve, previews, text = pack.nodes["LookaheadGuidanceReport"].execute({"samples": out}, report).result
     assert curve.shape == (1, 432, 768, 3) and 0 <= float(curve.min()) < float(curve.max()) <= 1
     assert previews.shape == (4, 64, 64, 3) and relative(previews[:2], previews[2:]) > 1e-4
     assert text.startswith("step 1 (sigma 14.6): colour ") and text.endswith("in 3 iterations")
     with pytest.raises(ValueError, match="knows no guided run"):
-        pack.nodes["LookaheadGuidanceReport"].execute(report, {"samples": out + 1})
+        pack.nodes["LookaheadGuidanceReport"].execute({"samples": out + 1}, report)
+
+
+def test_the_report_of_a_run_without_guidance_says_so_and_lets_the_graph_end(guide, draw, pack):
+    node = pack.nodes["LookaheadGuidanceReport"]
+    sampler, report = guide(iterations=0)
+    latent = {"samples": draw(sampler)}
+    for given in ({"report": report}, {}):  # switched off, and bypassed
+        curve, previews, text = node.execute(latent=latent, **given).result
+        assert "Nothing was guided" in text and curve.shape == previews.shape == (1, 432, 768, 3)
+
+
+def test_the_report_says_when_the_few_step_lora_is_not_where_it_belongs(guide, draw, pack, mini, shortcut):
+    sampler, report = guide(of=shortcut(mini.model), iterations=1)
+    out = pack.nodes["LookaheadGuidanceReport"].execute({"samples": draw(sampler)}, report)
+    guided, note = out.result[2].splitlines()
+    assert guided.startswith("step 1") and "no LoRA" in note and "before Lookahead Shortcut" in note
+    assert tuple(out.ui.as_dict()["text"]) == (out.result[2],)
 
 
 def test_live_previews_change_nothing(guide, draw):

@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 
 transformers = pytest.importorskip("transformers")
 
-NODES = ("LookaheadCLIPLoss", "LookaheadLPIPSLoss", "LookaheadCombineLosses")
+NODES = ("LookaheadCLIPLoss", "LookaheadLPIPSLoss", "LookaheadL1Loss", "LookaheadCombineLosses")
 
 
 @pytest.fixture(scope="module")
@@ -213,6 +213,15 @@ def test_lpips_reads_torchvisions_file_and_says_what_to_get_without_it(pack, lpi
         assert value.name == "LPIPS" and gradient(pack, value, as_preview(tools.picture(2)))[1].abs().max() > 0
     finally:
         (folder / "squeezenet1_1-b8a52dc0.pth").unlink()
+
+
+def test_the_colour_loss_needs_nothing_and_passes_gradients(pack, tools):
+    image = tools.picture(1, n=2)
+    value = tools.run("LookaheadL1Loss", image, size=16)
+    values, slope = gradient(pack, value, as_preview(image.flip(0)))
+    assert values.min() > 0.01 and slope.flatten(1).abs().amax(1).min() > 0
+    assert torch.allclose(value.loss(as_preview(image))[0], torch.zeros(2), atol=1e-6)
+    assert value.patchers == () and value.name == "L1"
 
 
 def test_combined_weighs_names_and_loads_each_network_once(pack, clip, lpips, tools):

@@ -2,6 +2,7 @@
 
 import pytest
 from lcm_lookahead.tools import demo
+from lcm_lookahead.tools.host import Host
 from PIL import Image
 
 PEOPLE = 4
@@ -11,7 +12,8 @@ PEOPLE = 4
 def drawn(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo")
     references = demo.draw_references(PEOPLE)
-    sheet = demo.show_demo(references, ("a photo of a face",), out, seed=5, port=None)
+    with Host(announce=False) as host:
+        sheet = demo.show_demo(host, references, ("a photo of a face",), out, seed=5)
     return references, out, sheet
 
 

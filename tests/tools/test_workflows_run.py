@@ -6,13 +6,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lcm_lookahead.lookahead import clip, identity, losses, perceptual, recognisers
+from lcm_lookahead.lookahead.face_models import FaceModels
 from lcm_lookahead.tools import demo, workflow
-from lcm_lookahead.tools.host import Host
+from lcm_lookahead.tools.host import WEIGHTS, Host
 from PIL import Image
 
 WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
 FILES = sorted(WORKFLOWS.glob("*.json"))
 BOTH = WORKFLOWS / "image_prompt_and_kv.json"
+GRID = WORKFLOWS / "preview_grid.json"
+GUIDED = [path for path in FILES if path.stem.startswith("lookahead_")]
+PLAIN = [path for path in FILES if path not in (GRID, *GUIDED)]
 
 
 @contextlib.contextmanager
@@ -32,14 +37,19 @@ def host():
 
 def draw(host, api, reference):
     """The picture of 8 steps, [128, 128, 3] from 0 to 255."""
-    steps = next(node for node in ("BasicScheduler", "KSampler") if workflow.find(api, node))
-    api = workflow.override(demo.at_mini_size(api, reference, seed=5), steps, steps=8)
+    return run(host, api, reference)[0]
+
+
+def run(host, api, reference, steps=8):
+    """The same, and all that the nodes put out."""
+    where = next(node for node in ("BasicScheduler", "KSampler", "LookaheadPreviewGrid") if workflow.find(api, node))
+    api = workflow.override(demo.at_mini_size(api, reference, seed=5), where, steps=steps)
     result = host.run(api).check()
-    (image,) = (p for p in result.images if "lookahead" in str(p))
-    return np.asarray(Image.open(image).convert("RGB")).astype(float)
+    (image,) = (p for p in result.images if p.is_relative_to(host.folder("output")))
+    return np.asarray(Image.open(image).convert("RGB")).astype(float), result.outputs.values()
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", PLAIN, ids=lambda p: p.stem)
 def test_a_workflow_draws_a_picture_that_follows_its_reference(host, path):
     api = workflow.convert(path, host.object_info())
     one, other = (draw(host, api, f"reference_{number}.png") for number in range(2))
@@ -55,3 +65,65 @@ def test_a_base_in_16_bit_draws_the_same_picture(host, flag, kind):
         drawn = draw(half, api, "reference_0.png")
         assert f"model weight dtype {kind}" in half.log
     assert abs(drawn - one).mean() < 0.3 * abs(other - one).mean()
+
+
+def tensor(picture):
+    """[H, W, 3] from 0 to 255 -> [1, 3, H, W] from -1 to 1."""
+    return torch.from_numpy(np.asarray(picture, dtype=np.float32).copy()).permute(2, 0, 1)[None] / 127.5 - 1
+
+
+def identity_loss(reference):
+    faces = FaceModels(WEIGHTS / "insightface/models/mini", threads=1)
+    recogniser = recognisers.read(faces.recogniser, faces.preprocessing)
+    people = identity.read_people(recogniser, faces, [(reference[0] + 1) / 2], True)
+    return identity.IdentityLoss(recogniser, faces, people)
+
+
+def clip_loss(reference):
+    network = clip.CLIPPictures(clip.read(WEIGHTS / "mini_clip/model.safetensors"))
+    return losses.EmbeddingLoss(network, losses.embed(network, reference))
+
+
+def lpips_loss(reference):
+    return losses.LPIPSLoss(perceptual.lpips_network("squeeze"), reference)
+
+
+MEASURES = {"lookahead_identity": identity_loss, "lookahead_style": clip_loss, "lookahead_layout": lpips_loss}
+
+
+@pytest.mark.parametrize("path", GUIDED, ids=lambda p: p.stem)
+def test_guidance_brings_a_picture_closer_to_its_reference_by_the_loss_s_own_measure(host, path):
+    for package in ("insightface", "onnx2torch", "lpips"):
+        pytest.importorskip(package)
+    api = workflow.override(workflow.convert(path, host.object_info()), "CFGGuider", cfg=demo.CFG)
+    measure = MEASURES[path.stem](tensor(Image.open(host.folder("input") / "reference_0.png").convert("RGB")))
+    values, texts = [], []
+    for iterations in (0, 10):
+        set_to = workflow.override(api, "LookaheadGuidanceSampler", iterations=iterations)
+        drawn, outputs = run(host, set_to, "reference_0.png", demo.STEPS)
+        with torch.no_grad():
+            (value,), (counts,) = measure(tensor(drawn))
+        assert counts
+        values.append(float(value))
+        texts.append(" ".join(str(out.get("text")) for out in outputs))
+    assert values[1] < 0.9 * values[0], values
+    assert "Nothing was guided" in texts[0] and "in 10 iterations" in texts[1]
+
+
+@pytest.mark.parametrize("path", GUIDED, ids=lambda p: p.stem)
+def test_a_guided_workflow_is_set_as_the_nodes_come(host, path):
+    """So that it follows when better defaults are found."""
+    for node in workflow.convert(path, host.object_info()).values():
+        schema = host.object_info()[node["class_type"]]["input"]
+        if node["class_type"] in ("LookaheadGuidanceSampler", "LookaheadShortcut", "LookaheadLPIPSLoss"):
+            defaults = {name: spec[1]["default"] for name, spec in schema["required"].items() if "default" in spec[1]}
+            assert {name: node["inputs"][name] for name in defaults} == defaults
+
+
+def test_the_preview_grid_shows_that_the_shortcut_foretells_better_than_x0(host):
+    drawn, outputs = run(host, workflow.convert(GRID, host.object_info()), "reference_0.png")
+    height, width = drawn.shape[:2]
+    assert width == 5 * demo.SIZE and height > 2 * demo.SIZE
+    table = [line.split(" | ") for out in outputs for line in str(out.get("text", [""])[0]).splitlines()]
+    rmse = {(row[0].strip("| "), row[1]): float(row[2]) for row in table if row[-1].strip(" |")[:1].isdigit()}
+    assert rmse["0 %", "shortcut"] < rmse["0 %", "x0"] and rmse["50 %", "shortcut"] < 0.6 * rmse["0 %", "shortcut"]

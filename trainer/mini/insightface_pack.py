@@ -28,7 +28,13 @@ if TYPE_CHECKING:
 
 NAME = "mini"
 ROOT = WEIGHTS / "insightface"
-DETECTOR, RECOGNISER = (f"insightface/models/{NAME}/{file}_{NAME}.onnx" for file in ("det", "rec"))  # under weights/
+_FOLDER = f"insightface/models/{NAME}"  # under weights/
+DETECTOR, RECOGNISER, LICENCE = (f"{_FOLDER}/{file}" for file in (f"det_{NAME}.onnx", f"rec_{NAME}.onnx", "LICENSE"))
+_LICENCE_TEXT = """\
+Apache-2.0, as all of LCM-Lookahead for ComfyUI, whose LICENSE file holds the whole text.
+
+These face models were trained on procedurally drawn faces alone. They show nobody, and are of no use on photographs.
+"""
 _OPSET = 17  # what onnx2torch reads
 
 
@@ -44,6 +50,12 @@ def write_recogniser(net: FaceRecogniser, path: Path) -> None:
     """In 32 bit, because onnx2torch reads no weights that are converted; `net` is in evaluation mode."""
     any_number = {"input.1": {0: "n"}, "embedding": {0: "n"}}
     _write(net, CROP, path, output_names=["embedding"], dynamic_axes=any_number)
+
+
+def write_licence(path: Path) -> None:
+    """The text that tells whoever opens the pack what it may be used for."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(_LICENCE_TEXT)
 
 
 def _write(

@@ -76,7 +76,7 @@ def _steps(log: Path) -> int | None:
 
 def parameters(path: Path) -> int:
     """How many numbers a file of weights holds."""
-    if path.suffix == ".json":
+    if path.suffix in (".json", ""):
         return 0
     if path.suffix == ".onnx":
         import onnx

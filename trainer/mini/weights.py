@@ -33,8 +33,8 @@ def export(folder: Path, to: Path) -> list[str]:
         if missing := sorted(path.name for path in needed if not path.exists()):
             print(f"{line.file}: not written, the build has no {' and no '.join(missing)} yet", flush=True)
             continue
-        if line.file in _GRAPHS:
-            _GRAPHS[line.file](folder, to / line.file)
+        if line.file in _OTHERS:
+            _OTHERS[line.file](folder, to / line.file)
         elif source.suffix == ".safetensors":
             make = _TENSORS.get(line.file)
             tensors = make(folder) if make else stage.read_tensors(source)
@@ -74,7 +74,11 @@ def _recogniser(folder: Path, path: Path) -> None:
 
 
 # Files that are no safetensors, written by these from the folder of the stages' results.
-_GRAPHS = {insightface_pack.DETECTOR: _detector, insightface_pack.RECOGNISER: _recogniser}
+_OTHERS = {
+    insightface_pack.DETECTOR: _detector,
+    insightface_pack.RECOGNISER: _recogniser,
+    insightface_pack.LICENCE: lambda _, path: insightface_pack.write_licence(path),
+}
 
 
 def face_recogniser(weights: Path = WEIGHTS) -> FaceRecogniser:

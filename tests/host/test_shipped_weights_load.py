@@ -1,0 +1,137 @@
+"""The shipped weights through the host's stock loaders, and what they draw, judged by the networks that measure."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lcm_lookahead.tools.host import MINI_MODELS, Host
+from lcm_lookahead.trainer.mini.edges import edges
+from lcm_lookahead.trainer.mini.faces import STYLES
+from lcm_lookahead.trainer.mini.references import reference_faces
+from lcm_lookahead.trainer.mini.weights import evaluators
+from PIL import Image
+
+DRAWN = ("photo", "comic")
+LORAS = {"lcm-lora-sdxl": (4, 1.0), "sd_xl_turbo_lora_v1": (1, 1.0), "mini_style": (20, 3.0)}  # steps, cfg
+# What the hosts log about weights that a loader misses, or has left over.
+COMPLAINTS = (
+    *("unet missing", "unet unexpected", "clip missing", "Missing VAE keys", "missing clip vision"),
+    *("lora key not loaded", "NOT LOADED", "missing controlnet keys", "leftover keys"),
+)
+
+
+@pytest.fixture(scope="module")
+def server():
+    directory = os.environ.get("COMFYUI_DIR")
+    with Host(announce=False, directory=directory and Path(directory)) as host:
+        for name, pictures in {"edges.png": edges(reference_faces(1)), "face.png": reference_faces(1)}.items():
+            pixels = (pictures[0].movedim(0, -1) * 255).round().byte().numpy()
+            Image.fromarray(pixels).save(host.folder("input") / name)
+        yield host
+
+
+def graph(lora=None, control=False, prompted=False):
+    """Two pictures a style, by the stock nodes alone but for the image prompt; SaveImage nodes are the styles."""
+    steps, cfg = LORAS.get(lora, (20, 3.0))
+    nodes = {
+        "base": ("CheckpointLoaderSimple", {"ckpt_name": "sd_xl_base_1.0.safetensors"}),
+        "latent": ("EmptyLatentImage", {"width": 128, "height": 128, "batch_size": 2}),
+        "": ("CLIPTextEncode", {"clip": ["base", 1], "text": ""}),
+    }
+    if lora:
+        options = {"model": ["base", 0], "lora_name": f"{lora}.safetensors", "strength_model": 1.0}
+        nodes["lora"] = ("LoraLoaderModelOnly", options)
+    if prompted:
+        nodes["vision"] = ("CLIPVisionLoader", {"clip_name": "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors"})
+        nodes["encoder"] = ("LookaheadLoadEncoder", {"encoder_name": "ip-adapter-plus-face_sdxl_vit-h.safetensors"})
+        nodes["face"] = ("LoadImage", {"image": "face.png"})
+        read = {"encoder": ["encoder", 0], "clip_vision": ["vision", 0], "image": ["face", 0]}
+        nodes["reference"] = ("LookaheadEncodeReference", {**read, "size": 128, "several": "together"})
+        applied = {"model": ["base", 0], "reference": ["reference", 0], "weight": 0.6, "start": 0.0, "end": 1.0}
+        nodes["prompted"] = ("LookaheadApplyImagePrompt", applied)
+    if control:
+        nodes["net"] = ("ControlNetLoader", {"control_net_name": "controlnet-canny-sdxl-1.0.safetensors"})
+        nodes["edges"] = ("LoadImage", {"image": "edges.png"})
+    for style in DRAWN:
+        nodes[f"text {style}"] = ("CLIPTextEncode", {"clip": ["base", 1], "text": f"a {style} of a face"})
+        positive, negative = [f"text {style}", 0], ["", 0]
+        if control:
+            both = {"positive": positive, "negative": negative, "control_net": ["net", 0], "image": ["edges", 0]}
+            limits = {"strength": 1.0, "start_percent": 0.0, "end_percent": 1.0}
+            nodes[f"control {style}"] = ("ControlNetApplyAdvanced", {**both, **limits})
+            positive, negative = [f"control {style}", 0], [f"control {style}", 1]
+        few = {"sampler_name": "lcm", "scheduler": "sgm_uniform"} if cfg == 1 else None
+        how = few or {"sampler_name": "dpmpp_2m", "scheduler": "karras"}
+        run = {"positive": positive, "negative": negative, "latent_image": ["latent", 0], "seed": 3, "denoise": 1.0}
+        model = ["lora" if lora else "prompted" if prompted else "base", 0]
+        nodes[f"run {style}"] = ("KSampler", {"model": model, "steps": steps, "cfg": cfg, **how, **run})
+        nodes[f"decode {style}"] = ("VAEDecode", {"samples": [f"run {style}", 0], "vae": ["base", 2]})
+        nodes[style] = ("SaveImage", {"images": [f"decode {style}", 0], "filename_prefix": "shipped"})
+    return {name: {"class_type": kind, "inputs": inputs} for name, (kind, inputs) in nodes.items()}
+
+
+def draw(host, **options):
+    """[styles x 2, 3, 128, 128] in [0, 1]; and no loader had anything to complain of."""
+    result = host.run(graph(**options)).check()
+    assert not [line for line in host.log.splitlines() if any(c in line for c in COMPLAINTS)]
+    files = [image for style in DRAWN for image in result.outputs[style]["images"]]
+    folder = host.folder("output")
+    pictures = [np.asarray(Image.open(folder / f["subfolder"] / f["filename"]).convert("RGB")) for f in files]
+    return torch.from_numpy(np.stack(pictures)).movedim(-1, 1) / 255
+
+
+def styles_of(pictures):
+    _, scorer = evaluators()
+    with torch.no_grad():
+        return [STYLES[i] for i in scorer(pictures)[0].argmax(1)]
+
+
+ASKED = [style for style in DRAWN for _ in range(2)]
+
+
+def test_the_stock_loaders_offer_every_file_that_is_shipped_for_them(server):
+    inputs = {
+        "checkpoints": ("CheckpointLoaderSimple", "ckpt_name"),
+        "clip_vision": ("CLIPVisionLoader", "clip_name"),
+        "loras": ("LoraLoaderModelOnly", "lora_name"),
+        "controlnet": ("ControlNetLoader", "control_net_name"),
+    }
+    for folder, (node, name) in inputs.items():
+        kind, *options = server.object_info()[node]["input"]["required"][name]
+        offered = kind if isinstance(kind, list) else options[0]["options"]
+        shipped = [f.partition("/")[2] for f in MINI_MODELS if f.startswith(f"{folder}/") and not f.endswith(".json")]
+        assert shipped and set(shipped) <= set(offered)
+
+
+@pytest.mark.parametrize("lora", [None, "lcm-lora-sdxl", "sd_xl_turbo_lora_v1"])
+def test_what_the_base_draws_with_and_without_few_step_loras_has_the_style_asked_for(server, lora):
+    drawn = draw(server, lora=lora)
+    assert styles_of(drawn) == ASKED
+
+
+def test_the_personal_lora_draws_its_person_and_the_base_does_not(server):
+    recogniser, _ = evaluators()
+    with torch.no_grad():
+        a, b = (recogniser.embed(draw(server, lora=lora)[:2]) for lora in (None, "mini_style"))
+    assert (b[0] @ b[1]) > (a[0] @ a[1]) + 0.2
+
+
+def test_the_image_encoder_and_the_adapter_draw_the_person_of_the_reference(server):
+    recogniser, _ = evaluators()
+    with torch.no_grad():
+        face = recogniser.embed(reference_faces(1))[0]
+        plain, prompted = (recogniser.embed(draw(server, prompted=prompted)) @ face for prompted in (False, True))
+    assert prompted.mean() > plain.mean() + 0.2
+
+
+def test_the_controlnet_draws_along_its_edges(server):
+    (wanted,) = edges(reference_faces(1))[:, 0].bool()
+    plain, along = (edges(draw(server, control=control))[:, 0].bool() for control in (False, True))
+
+    def found(drawn):  # share of wanted edges with one of the picture's beside them
+        near = torch.nn.functional.max_pool2d(drawn[:, None].float(), 5, 1, 2)[:, 0].bool()
+        return (near & wanted).sum() / (wanted.sum() * len(drawn))
+
+    assert found(along) > 1.4 * found(plain)
