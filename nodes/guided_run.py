@@ -66,6 +66,8 @@ class GuidedRun:
         self.report.notes += self.previewer.notes
         self._checkpointing = Checkpointing(enabled=guidance.checkpointing != NEVER)
         self._generator = torch.Generator().manual_seed(seed or 0)
+        # One for each picture: the first of a batch is drawn as if alone, as by the host.
+        self._jitter = [torch.Generator().manual_seed(((seed or 0) + row) % 2**64) for row in range(len(noise))]
         self._loss = started(guidance.loss.loss, torch.Generator().manual_seed(seed or 0))
         self._together: int | None = None  # how many pictures are decoded at once; None for all
         self._smaller = False  # previews at half their size
@@ -207,7 +209,7 @@ class GuidedRun:
 
     def _strength(self, z: Tensor) -> Tensor:
         """Of the few-step LoRA for each picture: 1, or by chance less, against what pleases one network alone."""
-        chance = torch.rand(len(z), generator=self._generator)
+        chance = torch.cat([torch.rand(1, generator=generator) for generator in self._jitter])
         return (1 - self.guidance.jitter * chance).to(z)
 
     def _where(self, z: Tensor, denoise_mask: Tensor | None) -> Tensor | None:
