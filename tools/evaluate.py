@@ -15,16 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from .common import ROOT, Problem, Stopwatch, run_main, say
-from .host import Host
+from .host import Host, link
 
 SAMPLER, SCHEDULER, STEPS, CFG = "dpmpp_2m", "karras", 20, 3.0
 SIZE = 128  # of references and pictures: the mini world's
 BATCH = 10  # references drawn at once, one a picture
+STOCK = "ip-adapter-plus-face_sdxl_vit-h.safetensors"  # the encoder before any training of ours
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to draw. image_prompt, kv: weights, 0 is off; the scales are those of the Lookahead Guider."""
+    """One way to draw. image_prompt, kv: weights, 0 is off; the scales are those of the Lookahead Guider; encoder: a
+    file that `draw` is given, by its name there."""
 
     image_prompt: float = 0.0
     kv: float = 0.0
@@ -34,6 +36,7 @@ class Arm:
     start: float = 0.0
     end: float = 1.0
     blocks: str = "all"
+    encoder: str = STOCK
 
 
 # The paper's scales are 3, 2, 2 where SDXL's guidance is 5 (text + full); the mini world's is 3.
@@ -75,21 +78,23 @@ def graph(references: list[str], seed: int, arms: dict[str, Arm], styles: tuple[
 
     base = add("base", "CheckpointLoaderSimple", ckpt_name="sd_xl_base_1.0.safetensors")
     clip, vae = ["base", 1], ["base", 2]
-    encoder = add("encoder", "LookaheadLoadEncoder", encoder_name="ip-adapter-plus-face_sdxl_vit-h.safetensors")
     vision = add("vision", "CLIPVisionLoader", clip_name="CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors")
     images = [add(f"image {name}", "LoadImage", image=name) for name in references]
     faces = images[0]
     for number, image in enumerate(images[1:]):
         faces = add(f"faces {number}", "ImageBatch", image1=faces, image2=image)
-    read = {"encoder": encoder, "clip_vision": vision, "image": faces, "vae": vae, "clip": clip}
-    reference = add("reference", "LookaheadEncodeReference", **read, size=SIZE, several="one per picture")
+    read = {"clip_vision": vision, "image": faces, "vae": vae, "clip": clip, "size": SIZE, "several": "one per picture"}
+    encoded = {}
+    for file in dict.fromkeys(arm.encoder for arm in arms.values()):
+        encoder = add(f"encoder {file}", "LookaheadLoadEncoder", encoder_name=file)
+        encoded[file] = add(f"reference {file}", "LookaheadEncodeReference", encoder=encoder, **read)
     latent = add("latent", "EmptyLatentImage", width=SIZE, height=SIZE, batch_size=len(references))
     negative = add("negative", "CLIPTextEncode", clip=clip, text="")
     sampler = add("sampler", "KSamplerSelect", sampler_name=SAMPLER)
     noise = add("noise", "RandomNoise", noise_seed=seed)  # one for all, so that a reference's KV comes from the cache
     sigmas = add("sigmas", "BasicScheduler", model=base, scheduler=SCHEDULER, steps=STEPS, denoise=1.0)
     for name, arm in arms.items():
-        model = base
+        model, reference = base, encoded[arm.encoder]
         window = {"start": arm.start, "end": arm.end}
         if arm.image_prompt:
             model = add(
@@ -131,8 +136,13 @@ def graph(references: list[str], seed: int, arms: dict[str, Arm], styles: tuple[
     return nodes
 
 
-def draw(references: int, arms: dict[str, Arm], styles: tuple[str, ...]) -> tuple[Any, dict[str, Any]]:
-    """References [n, 3, 128, 128] and what the host drew, by arm: [n, styles, 3, 128, 128]."""
+def draw(
+    references: int, arms: dict[str, Arm], styles: tuple[str, ...], encoders: dict[str, Path] | None = None
+) -> tuple[Any, dict[str, Any]]:
+    """References [n, 3, 128, 128] and what the host drew, by arm: [n, styles, 3, 128, 128].
+
+    encoders: encoder files that arms name.
+    """
     import torch
 
     from ..trainer.mini.references import reference_faces
@@ -142,6 +152,8 @@ def draw(references: int, arms: dict[str, Arm], styles: tuple[str, ...]) -> tupl
     drawn: dict[str, list[Any]] = {name: [] for name in distinct.values()}
     watch = Stopwatch()
     with Host() as host:
+        for name, file in (encoders or {}).items():
+            link(file, host.folder("models/lookahead") / name)
         for first in range(0, references, BATCH):
             names = []
             for number in range(first, min(first + BATCH, references)):
@@ -310,15 +322,20 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--references", type=int, help="people (100; with --knobs 20)")
     parser.add_argument("--knobs", action="store_true", help="turn one knob at a time")
     parser.add_argument("--guidance", action="store_true", help="lookahead guidance against plain x0 and none (96)")
+    parser.add_argument("--encoders", nargs="+", metavar="NAME=FILE", help="trained encoders against the first (96)")
     parser.add_argument("--out", type=Path, default=ROOT / "docs")
     chosen = parser.parse_args(arguments)
-    references = chosen.references or (20 if chosen.knobs else 96 if chosen.guidance else 100)
+    references = chosen.references or (20 if chosen.knobs else 96 if chosen.guidance or chosen.encoders else 100)
     if references < 10:  # fewer make no interval, and a draw may hold one person alone
         raise Problem(f"--references is {references}, too few for figures with intervals: give at least 10.")
     if chosen.guidance:
         from .evaluate_guidance import evaluate
 
         return evaluate(references, chosen.out)
+    if chosen.encoders:
+        from . import evaluate_encoders
+
+        return evaluate_encoders.evaluate(references, chosen.out, chosen.encoders)
     arms, styles = ARMS, STYLES
     if chosen.knobs:
         arms = {f"{knob} {value:g}": arm for knob, settings in KNOBS.items() for value, arm in settings.items()}
