@@ -91,6 +91,7 @@ def read_frozen(config: Config) -> tuple[Frozen, Preview | None]:
         from .mini.world import frozen
 
         mini = frozen(folder)
+        mini.vae.to(memory_format=torch.channels_last)  # a plain CNN: quicker so
         # One of its own: what reads pictures may leave the device while previews are decoded there.
         preview = models.Preview(copy.deepcopy(mini.vae)) if drawn else None
         if dtype != mini.unet.dtype:
