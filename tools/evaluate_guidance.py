@@ -242,7 +242,7 @@ def page(figures: dict[str, dict[str, dict[str, Any]]], count: int) -> str:
             f"| {name} | " + " | ".join(str(f[name]) if name in f else "" for f in arms.values()) + " |"
             for name in [*names, *extra]
         ]
-        parts.append(f"""## {loss}
+        parts.append(f"""## {loss[0].upper()}{loss[1:]}
 
 {ABOUT[loss]}
 
