@@ -250,7 +250,7 @@ def page(figures: dict[str, dict[str, dict[str, Any]]], count: int) -> str:
 |---|{"---|" * len(arms)}
 {chr(10).join(rows)}
 
-![References, and under each what the arms of the table drew, in their order](guidance_{loss.lower()}.jpg)
+![Rows: {"" if loss == CLIP else "the references, then "}what the arms of the table drew, in their order](guidance_{loss.lower()}.jpg)
 """)
     return f"""# What lookahead guidance does on the mini world
 
@@ -264,13 +264,14 @@ of the Laplacian: it shows noise and artefacts (more) and blur (less).
 {chr(10).join(parts)}"""
 
 
-def sheet(references: Any, drawn: dict[str, Any], path: Path, columns: int = 12) -> None:
-    """References in the first row, then a row an arm; people spread over all batches."""
+def sheet(drawn: dict[str, Any], path: Path, columns: int = 12) -> None:
+    """A row an arm; the triples are spread over all batches."""
     import torch
     from PIL import Image
 
-    chosen = torch.linspace(0, len(references) - 1, min(columns, len(references))).long()
-    rows = [torch.cat(list(pictures[chosen]), 2) for pictures in (references, *drawn.values())]
+    count = len(drawn[NONE])
+    chosen = torch.linspace(0, count - 1, min(columns, count)).long()
+    rows = [torch.cat(list(pictures[chosen]), 2) for pictures in drawn.values()]
     grid = (torch.cat(rows, 1).permute(1, 2, 0) * 255).round().byte().numpy()
     Image.fromarray(grid).save(path, quality=88)
 
@@ -282,7 +283,8 @@ def evaluate(count: int, out: Path, losses: Sequence[str] = LOSSES) -> int:
     for loss in losses:
         references, drawn = draw(loss, IDENTITY_ARMS if loss == IDENTITY else ARMS, count)
         figures[loss] = intervals(measure(loss, references, drawn))
-        sheet(references, drawn, out / f"guidance_{loss.lower()}.jpg")
+        shown = drawn if loss == CLIP else {"reference": references, **drawn}  # words have no picture
+        sheet(shown, out / f"guidance_{loss.lower()}.jpg")
     plain = {
         loss: {arm: {k: list(v) for k, v in f.items()} for arm, f in arms.items()} for loss, arms in figures.items()
     }
