@@ -242,6 +242,7 @@ def page(figures: dict[str, dict[str, dict[str, Any]]], count: int) -> str:
             f"| {name} | " + " | ".join(str(f[name]) if name in f else "" for f in arms.values()) + " |"
             for name in [*names, *extra]
         ]
+        first = "" if loss == CLIP else "the references, then "
         parts.append(f"""## {loss[0].upper()}{loss[1:]}
 
 {ABOUT[loss]}
@@ -250,7 +251,7 @@ def page(figures: dict[str, dict[str, dict[str, Any]]], count: int) -> str:
 |---|{"---|" * len(arms)}
 {chr(10).join(rows)}
 
-![Rows: {"" if loss == CLIP else "the references, then "}what the arms of the table drew, in their order](guidance_{loss.lower()}.jpg)
+![Rows: {first}what the arms of the table drew, in their order](guidance_{loss.lower()}.jpg)
 """)
     return f"""# What lookahead guidance does on the mini world
 
