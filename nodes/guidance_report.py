@@ -16,6 +16,7 @@ from .compat import schema
 from .sockets import GUIDANCE_REPORT, GuidanceReport
 
 _KEPT = 8  # runs
+SHOWN = 512  # pixels
 _UNGUIDED = "Nothing was guided: the sampler is bypassed, iterations is 0, or start lies outside of this run."
 _COLOURS = ("#1b6ca8", "#d1495b", "#2e7d32", "#b8860b", "#6a4c93", "#00838f", "#8d5524", "#444444")
 
@@ -30,13 +31,22 @@ class Iterate(NamedTuple):
 
 @dataclass
 class Run:
-    """One guided run. pictures: the first and the last preview of each guided step, [n, H, W, 3] in 8 bit; notes: what
-    the user should know of it, a sentence each."""
+    """One guided run. pictures: previews before and after the first and the last guided step, [n, H, W, 3] in 8 bit,
+    at most SHOWN pixels a side; notes: what the user should know of it, a sentence each."""
 
     loss: str
     iterates: list[Iterate] = field(default_factory=list)
     pictures: list[tuple[str, Tensor]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    def add(self, name: str, image: Tensor) -> None:
+        """Keep a preview, IMAGE [n, H, W, 3] in [0, 1]. Of many guided steps those between make way."""
+        smaller = SHOWN / max(image.shape[1:3])
+        if smaller < 1:
+            size = [round(side * smaller) for side in image.shape[1:3]]
+            image = torch.nn.functional.interpolate(image.movedim(-1, 1), size, mode="area").movedim(1, -1)
+        self.pictures.append((name, (image * 255).round().byte()))
+        del self.pictures[2:-2]
 
     def text(self) -> str:
         """A line for each guided step: the mean loss before and after. Then what else is to be said, a line each."""
@@ -160,7 +170,7 @@ class LookaheadGuidanceReport(io.ComfyNode):
                 io.Image.Output(
                     "PREVIEWS",
                     display_name="previews",
-                    tooltip="The one-step previews before and after the guidance, in turn for each guided step.",
+                    tooltip="The one-step previews before and after the first and the last guided step.",
                 ),
                 io.String.Output("TEXT", display_name="text", tooltip="The mean loss before and after, a line a step."),
             ],
@@ -171,8 +181,9 @@ class LookaheadGuidanceReport(io.ComfyNode):
         run = Run("") if report is None else report.runs.get(mark_of(latent["samples"]))
         if run is None:
             raise ValueError(
-                "The report knows no guided run that gave this latent: connect report and latent of the same sampler, "
-                "and run it again where it was run long ago."
+                "The report knows no guided run that gave this latent: connect the output (not denoised_output) of the "
+                "SamplerCustomAdvanced that the same Lookahead Guidance Sampler drives; a run of long ago is drawn "
+                "again with another seed."
             )
         plot, previews = curve(run), [pictures.float() / 255 for _, pictures in run.pictures]
         # Without guidance no error: such a picture is what a guided one is compared with.

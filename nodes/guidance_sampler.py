@@ -18,7 +18,8 @@ from .compat import schema
 from .guidance_report import keep
 from .guided_run import ALWAYS, AUTO, JITTER, NEVER, Guidance, GuidedRun
 from .preview import Call
-from .sampler_steps import Step, guided_steps
+from .sampler_steps import Step
+from .sampler_steps import guided_steps as find_guided_steps
 from .sockets import GUIDANCE_REPORT, LOSS, SHORTCUT, GuidanceReport, LookaheadLoss, Shortcut
 
 _NOTHING = "[LCM-Lookahead] no step of this run is guided: it ends at noise level %.3g, before start (%.3g)."
@@ -30,6 +31,11 @@ def guided(sampler: Any, guidance: Guidance, report: GuidanceReport) -> Any:
     One of the host's KSAMPLER kind keeps its class and its function, which is guided from within; of any other kind the
     schedule is split at the guided steps.
     """
+    if hasattr(sampler, "lookahead"):
+        raise ValueError(
+            "The sampler is already one of Lookahead Guidance Sampler, and one run is guided once: connect its own "
+            "sampler instead, with Combine Lookahead Losses for several losses and guided_steps for several steps."
+        )
     own_sample = type(sampler).sample is comfy.samplers.KSAMPLER.sample
     if isinstance(sampler, comfy.samplers.KSAMPLER) and own_sample:
         out = copy.copy(sampler)
@@ -66,7 +72,7 @@ def _guided_function(function: Any, run: GuidedRun) -> Any:
         guidance, total = run.guidance, len(sigmas) - 1
         steps = []
         if guidance.optimisation.iterations and total > 0:
-            steps = guided_steps(function, options, model, sigmas, run.start_sigma, guidance.steps)
+            steps = find_guided_steps(function, options, model, sigmas, run.start_sigma, guidance.steps)
             if not steps:
                 logging.warning(_NOTHING, float(sigmas[-1]), run.start_sigma)
         interceptor = Interceptor(model, run, {step.call: step for step in steps})
@@ -225,7 +231,7 @@ class LookaheadGuidanceSampler(io.ComfyNode):
                     "raise it when the loss hardly falls.",
                 ),
                 io.Int.Input(
-                    "steps",
+                    "guided_steps",
                     default=1,
                     min=1,
                     max=1000,
@@ -345,7 +351,7 @@ class LookaheadGuidanceSampler(io.ComfyNode):
         start: float = 0.12,
         iterations: int = 20,
         step_size: float = 0.02,
-        steps: int = 1,
+        guided_steps: int = 1,
         normalisation: str = RELATIVE,
         momentum: float = 0.9,
         clamp: float = 0.0,
@@ -366,7 +372,7 @@ class LookaheadGuidanceSampler(io.ComfyNode):
             loss=loss,
             optimisation=Optimisation(iterations, step_size, normalisation, momentum, clamp, keep_norm, keep_best),
             start=start,
-            steps=steps,
+            steps=guided_steps,
             cfg=preview_cfg,
             positive=positive,
             time_travel=time_travel,

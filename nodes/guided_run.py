@@ -89,12 +89,17 @@ class GuidedRun:
         """Move the sampler's state x [n, c, h, w] at a guided step, in place."""
         self.previewer.prepare(call)
         conds = self.previewer.conds(self._noise, self._latent_image, call)
+        before = x.clone()
         for again in range(self.guidance.time_travel + 1):
             if again:
                 x.copy_(self._gone_back(x, call, step))
             with torch.inference_mode(False):  # autograd does not work in it
-                moved = self._optimised(x, call, conds, step, again)
+                moved = self._optimised(x, call, conds, step)
             x.copy_(moved)  # here, in the host's own mode: x is an inference tensor
+        # Both with the few-step LoRA at its full strength, whatever the iterations drew.
+        for when, state in (("before", before), ("after", x)):
+            image = self.previewer.look(state, call, conds, self._decode_one_by_one)
+            self.report.add(f"step {step.number + 1}, {when}", image)
 
     def live(self, x: Tensor, call: Call, step: int, total: int) -> None:
         """Show the one-step preview of the sampler's state in place of the host's preview picture."""
@@ -106,7 +111,7 @@ class GuidedRun:
 
     # -- one step
 
-    def _optimised(self, x: Tensor, call: Call, conds: dict[str, Any], step: Step, again: int) -> Tensor:
+    def _optimised(self, x: Tensor, call: Call, conds: dict[str, Any], step: Step) -> Tensor:
         settings = self.guidance.optimisation
         call.sigma = call.sigma.clone()
         scale = (call.sigma.reshape(-1, 1, 1, 1) ** 2 + 1).sqrt()  # between the host's x and the paper's z_t
@@ -122,9 +127,6 @@ class GuidedRun:
             progress.update(number - progress.n)
             image = as_image(e.picture)
             bar.update_absolute(number, settings.iterations, shown_while_running(image, text))
-            if (number, again) in ((0, 0), (settings.iterations, self.guidance.time_travel)):
-                when = "before" if number == 0 else "after"
-                self.report.pictures.append((f"step {step.number + 1}, {when}", (image * 255).round().byte()))
 
         with (
             tqdm(
@@ -176,6 +178,9 @@ class GuidedRun:
 
     def _decode(self, latent: Tensor) -> Tensor:
         return self.previewer.decode(nn.functional.avg_pool2d(latent, 2) if self._smaller else latent)
+
+    def _decode_one_by_one(self, latent: Tensor) -> Tensor:
+        return torch.cat([self._decode(one) for one in latent.split(1)])
 
     def _settle(self, device: torch.device) -> None:
         """The first iteration has measured every block: keep as many as fit into the memory that is free."""

@@ -92,11 +92,10 @@ class LookaheadIdentityLoss(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, recogniser: str, several: str, no_face: str, **_) -> str:
+    def fingerprint_inputs(cls, recogniser: str = OF_THE_PACK, **_) -> str:
         """Load again when the file was replaced."""
         path = None if recogniser == OF_THE_PACK else folder_paths.get_full_path(FOLDER, recogniser)
-        settings = {"several": several, "no_face": no_face}
-        return fingerprint(path, **settings) if path else f"{recogniser} {settings}"
+        return fingerprint(path) if path else recogniser
 
     @classmethod
     def execute(

@@ -6,6 +6,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import comfy.latent_formats
@@ -189,7 +190,10 @@ class Previewer:
             return executor.execute(x, sigma, model_options, seed)
 
         if call.model is not None and call.denoise_mask is not None:
-            inpainted = copy.copy(call.model)  # the host's own treatment of masks, around the preview's prediction
+            model = call.model
+            while isinstance(model, FunctionType) and hasattr(model, "inner_model"):
+                model = model.inner_model  # a function that another node has put around it
+            inpainted = copy.copy(model)  # the host's own treatment of masks, around the preview's prediction
             inpainted.inner_model = _Inner(predicted, self.guider.inner_model)
             mask = call.denoise_mask.clone()
             original = inpainted(x, sigma, denoise_mask=mask, model_options=options, seed=call.seed)
@@ -224,14 +228,18 @@ class Previewer:
     def decode(self, latent: Tensor) -> Tensor:
         """Preview [n, c, h, w] -> picture [n, 3, H, W], about [-1, 1]. (The host's VAE.decode clamps in place.)"""
         vae = self.shortcut.vae
-        return vae.first_stage_model.decode(self.model.process_latent_out(latent).to(vae.device, vae.vae_dtype))
+        picture = vae.first_stage_model.decode(self.model.process_latent_out(latent).to(vae.device, vae.vae_dtype))
+        return picture.to(latent.device)  # from the CPU under --cpu-vae: losses stay with the model
 
     @torch.no_grad()
-    def look(self, x: Tensor, call: Call, conds: dict[str, Any]) -> Tensor:
-        """The preview as picture, without a gradient: [n, H, W, 3] in [0, 1], float32, on the CPU."""
+    def look(self, x: Tensor, call: Call, conds: dict[str, Any], decode: Callable | None = None) -> Tensor:
+        """The preview as picture, without a gradient: [n, H, W, 3] in [0, 1], float32, on the CPU.
+
+        decode: in the place of this one's.
+        """
         with self.installed():
             latent = self.latent(x, call, conds, torch.ones(len(x), device=x.device), grad=False)
-            return as_image(self.decode(latent))
+            return as_image((decode or self.decode)(latent))
 
     @contextmanager
     def installed(

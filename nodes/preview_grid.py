@@ -123,17 +123,19 @@ class LookaheadPreviewGrid(io.ComfyNode):
                 if callback is not None:
                     callback(info)
                 for fraction in chosen:
-                    if info["i"] == round(fraction * (len(sigmas) - 1)):
+                    if info["i"] == min(round(fraction * (len(sigmas) - 1)), len(sigmas) - 2):
                         call = interceptor.last
                         previewer.prepare(call)
                         image = previewer.look(info["x"], call, previewer.conds(x, None, call))
                         shots.append(Shot(fraction, image, as_image(previewer.decode(info["denoised"]))))
 
-            out = sampler.sampler_function(
-                interceptor, x, sigmas, extra_args=extra_args, callback=show, disable=disable, **options
-            )
-            finished.append(as_image(previewer.decode(out)))
-            previewer.close()
+            try:
+                out = sampler.sampler_function(
+                    interceptor, x, sigmas, extra_args=extra_args, callback=show, disable=disable, **options
+                )
+                finished.append(as_image(previewer.decode(out)))
+            finally:
+                previewer.close()
             return out
 
         wrapped = comfy.samplers.KSAMPLER(watched, sampler.extra_options, sampler.inpaint_options)
@@ -179,6 +181,10 @@ def loss_of(images: Tensor, loss: LookaheadLoss | None) -> float | None:
     """The mean loss of IMAGEs, over those that count; None where there is none."""
     if loss is None:
         return None
+    if loss.patchers:
+        with torch.inference_mode(False):
+            comfy.model_management.load_models_gpu(list(loss.patchers))
+        images = images.to(loss.patchers[0].load_device)
     values, counts = loss.loss(images.movedim(-1, 1) * 2 - 1, None)
     return float(values[counts].mean()) if bool(counts.any()) else None
 

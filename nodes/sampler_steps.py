@@ -71,7 +71,7 @@ def _rehearse(function, options, model, sigmas: Tensor, answer: float, offset_at
     begins: list[int] = []
     x = torch.ones(1, 4, 1, 1, dtype=torch.float64) * sigmas[0]
     extra = {"model_options": {}, "seed": 0, "denoise_mask": None}
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # the CPU's alone, which is put back: that of a GPU stays as it is
 
     def callback(_):
         begins.append(len(stand_in.called) - 1)

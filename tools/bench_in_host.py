@@ -114,9 +114,12 @@ def main(host: str, base: str, pack: str, extensions: str, side: str = "") -> No
         injection = replayed.model_options["transformer_options"]["lookahead"]["kv_injections"][0]
         counted = injection.numbers_a_row() * model.model.get_dtype_inference().itemsize
         gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
-        vae = _ColourVAE() if side else vae
+        if side:
+            vae, few = _ColourVAE(), _with_random_lora(model)
+        else:
+            few = nodes.LoraLoaderModelOnly().load_lora_model_only(model, "lcm-lora-sdxl.safetensors", 1.0)[0]
         report = {
-            "guidance": _guidance(run, model, positive, negative, vae, pixels, rounds),
+            "guidance": _guidance(model, few, positive, negative, vae, pixels, rounds),
             "guidance_bytes": _guidance_bytes(),
             "seconds": {name: statistics.median(values) for name, values in times.items()},
             "spread": {name: [min(values), max(values)] for name, values in times.items()},
@@ -189,8 +192,29 @@ class _ColourVAE:
         return 0
 
 
-def _guidance(run: Any, model: Any, positive: Any, negative: Any, vae: Any, pixels: int, rounds: int) -> dict[str, Any]:
-    """Seconds of one evaluation of the UNet, and of one iteration of lookahead guidance with a plain loss."""
+def _with_random_lora(model: Any, rank: int = 64) -> Any:
+    """SDXL with a LoRA of an LCM-LoRA's layers and rank, by the host's loader."""
+    import comfy.lora
+    import comfy.sd
+    import torch
+
+    weights, lora = model.model.state_dict(), {}
+    g = torch.Generator().manual_seed(4)
+    for name, key in comfy.lora.model_lora_keys_unet(model.model, {}).items():
+        if name.startswith("lora_unet") and isinstance(key, str) and weights[key].ndim > 1:
+            out, *shape = weights[key].shape
+            lora[f"{name}.lora_down.weight"] = 0.01 * torch.randn(rank, *shape, generator=g).to(weights[key].dtype)
+            lora[f"{name}.lora_up.weight"] = torch.zeros(out, rank, *[1] * (len(shape) - 1), dtype=weights[key].dtype)
+    return comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)[0]
+
+
+def _guidance(
+    model: Any, few: Any, positive: Any, negative: Any, vae: Any, pixels: int, rounds: int
+) -> dict[str, float]:
+    """Seconds of one evaluation of the UNet, and of one iteration of lookahead guidance with a plain loss.
+
+    few: the model with a few-step LoRA.
+    """
     import comfy.samplers
     import torch
 
@@ -208,9 +232,9 @@ def _guidance(run: Any, model: Any, positive: Any, negative: Any, vae: Any, pixe
         ends.append(time.perf_counter())
         return picture.square().mean(dim=(1, 2, 3)), torch.ones(len(picture), dtype=torch.bool, device=picture.device)
 
-    def iteration(vae: Any, checkpointing: str) -> list[float]:
+    def iteration(vae: Any, checkpointing: str, kind: str = "plain x0") -> list[float]:
         options = {"iterations": 4, "start": 0.0, "checkpointing": checkpointing, "loss": loss_type(loss)}
-        shortcut = shortcut_node.execute(model, vae, "plain x0").result[0]
+        shortcut = shortcut_node.execute(few if kind == "one-step" else model, vae, kind).result[0]
         sampler = sampler_node.execute(comfy.samplers.sampler_object("euler"), shortcut, **options).result[0]
         noise = torch.randn(1, 4, latent, latent, generator=torch.Generator().manual_seed(2))
         sigmas = torch.tensor([14.6, 5.0])
@@ -222,7 +246,9 @@ def _guidance(run: Any, model: Any, positive: Any, negative: Any, vae: Any, pixe
         "evaluation": lambda: _step_times(guider, model, latent, 3)[1:],
         "iteration, UNet alone": lambda: iteration(_ColourVAE(), "never"),
         "iteration, UNet alone, checkpointed": lambda: iteration(_ColourVAE(), "always"),
-        "iteration with decoder": lambda: iteration(vae, "never"),
+        "iteration, UNet and few-step LoRA": lambda: iteration(_ColourVAE(), "never", "one-step"),
+        "iteration, UNet and few-step LoRA, checkpointed": lambda: iteration(_ColourVAE(), "always", "one-step"),
+        "iteration, UNet, few-step LoRA and decoder": lambda: iteration(vae, "never", "one-step"),
     }
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for turn in range(rounds + 1):

@@ -205,9 +205,15 @@ def _psnr(pictures: Any, references: Any) -> Any:
     return -10 * error.log10()
 
 
-def intervals(values: dict[str, dict[str, Any]], seed: int = 0) -> dict[str, dict[str, Any]]:
-    """By arm and measure, the mean with its interval; for all arms but the first also what they gain over it."""
-    from ..trainer.evaluate import share
+def intervals(values: dict[str, dict[str, Any]], together: int = 1) -> dict[str, dict[str, Any]]:
+    """By arm and measure, the mean with its interval; for all arms but the first also what they gain over it.
+
+    together: how many neighbours are no independent pictures, and are drawn as one.
+    """
+    from ..trainer.evaluate import share as over_rows
+
+    def share(column: Any) -> Any:
+        return over_rows(column[: len(column) // together * together].reshape(-1, together))
 
     first, *others = values
     figures = {arm: {name: share(v[:, None]) for name, v in found.items()} for arm, found in values.items()}
@@ -224,7 +230,8 @@ ABOUT = {
     IDENTITY: "The identity loss steers towards the face of a reference (ArcFace of the mini pack); the prompts ask "
     "for a style and say nothing of a person. The similarity is that of the evaluation recogniser.",
     CLIP: "The CLIP loss steers by words (the mini image-text model): a style and a place. The prompt is empty, so "
-    "that nothing else asks for them. The style scorer says whether they came; by chance it is 1 in 8 and 1 in 6.",
+    "that nothing else asks for them. The style scorer says whether they came; by chance it is 1 in 8 and 1 in 6. "
+    f"{BATCH} seeds share their words, and the intervals draw words.",
     LPIPS: "The LPIPS loss (the real package, VGG with seeded random weights, since the published ones cannot be had "
     "here) steers towards the layout of the reference picture. Judges: LPIPS with AlexNet, also random, where less is "
     "better, and the PSNR of pictures shrunken to 16 pixels.",
@@ -242,7 +249,8 @@ def page(figures: dict[str, dict[str, dict[str, Any]]], count: int) -> str:
             f"| {name} | " + " | ".join(str(f[name]) if name in f else "" for f in arms.values()) + " |"
             for name in [*names, *extra]
         ]
-        parts.append(f"""## {loss}
+        first = "" if loss == CLIP else "the references, then "
+        parts.append(f"""## {loss[0].upper()}{loss[1:]}
 
 {ABOUT[loss]}
 
@@ -250,7 +258,7 @@ def page(figures: dict[str, dict[str, dict[str, Any]]], count: int) -> str:
 |---|{"---|" * len(arms)}
 {chr(10).join(rows)}
 
-![References, and under each what the arms of the table drew, in their order](guidance_{loss.lower()}.jpg)
+![Rows: {first}what the arms of the table drew, in their order](guidance_{loss.lower()}.jpg)
 """)
     return f"""# What lookahead guidance does on the mini world
 
@@ -264,13 +272,14 @@ of the Laplacian: it shows noise and artefacts (more) and blur (less).
 {chr(10).join(parts)}"""
 
 
-def sheet(references: Any, drawn: dict[str, Any], path: Path, columns: int = 12) -> None:
-    """References in the first row, then a row an arm; people spread over all batches."""
+def sheet(drawn: dict[str, Any], path: Path, columns: int = 12) -> None:
+    """A row an arm; the triples are spread over all batches."""
     import torch
     from PIL import Image
 
-    chosen = torch.linspace(0, len(references) - 1, min(columns, len(references))).long()
-    rows = [torch.cat(list(pictures[chosen]), 2) for pictures in (references, *drawn.values())]
+    count = len(drawn[NONE])
+    chosen = torch.linspace(0, count - 1, min(columns, count)).long()
+    rows = [torch.cat(list(pictures[chosen]), 2) for pictures in drawn.values()]
     grid = (torch.cat(rows, 1).permute(1, 2, 0) * 255).round().byte().numpy()
     Image.fromarray(grid).save(path, quality=88)
 
@@ -281,8 +290,10 @@ def evaluate(count: int, out: Path, losses: Sequence[str] = LOSSES) -> int:
     out.mkdir(parents=True, exist_ok=True)
     for loss in losses:
         references, drawn = draw(loss, IDENTITY_ARMS if loss == IDENTITY else ARMS, count)
-        figures[loss] = intervals(measure(loss, references, drawn))
-        sheet(references, drawn, out / f"guidance_{loss.lower()}.jpg")
+        together = BATCH if loss == CLIP else 1  # the pictures of a batch share the words that steer them
+        figures[loss] = intervals(measure(loss, references, drawn), together)
+        shown = drawn if loss == CLIP else {"reference": references, **drawn}  # words have no picture
+        sheet(shown, out / f"guidance_{loss.lower()}.jpg")
     plain = {
         loss: {arm: {k: list(v) for k, v in f.items()} for arm, f in arms.items()} for loss, arms in figures.items()
     }

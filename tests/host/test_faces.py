@@ -309,6 +309,12 @@ def test_a_recogniser_in_torch_is_read_from_the_losses_folder(pack, identity, pe
     assert value.loss.people.embeddings.shape == (1, 512)
     values, slope = gradient(pack, value, as_preview(people[0][1:2, 0]))
     assert slope.isfinite().all() and slope.abs().max() > 0
+    known = pack.nodes["LookaheadIdentityLoss"].fingerprint_inputs
+    chosen = {"recogniser": "model_ir_se18.pth", "several": "average", "no_face": "skip"}
+    before = known(**chosen)
+    assert before == known(**chosen) != known(**{**chosen, "recogniser": options[0]})
+    (folder / "model_ir_se18.pth").touch()  # as if replaced
+    assert known(**chosen) != before
     with pytest.raises(ValueError, match="no face recogniser of a known layout") as error:
         identity(people[0][:1, 0], recogniser="other.pth")
     assert str(error.value).startswith("other.pth")

@@ -219,26 +219,34 @@ def with_all_kinds_of_lora(tools, world, strength=0.7):
     return comfy.sd.load_lora_for_models(world.model, None, lora, strength, 0.0)[0]
 
 
-def look(pack, tools, world, texts, shortcut, x, sigma, strength, base=None, **options):
-    """The preview latent at (x, sigma), from inside a run of the host."""
-    preview, found = pack.module("nodes.preview"), []
-    model = base or world.model
+def inside(pack, tools, model, texts, shortcut, x, sigma, take, **options):
+    """Calls take(previewer, call, conditions) from inside a run of the host."""
+    import comfy.samplers
+
+    preview = pack.module("nodes.preview")
 
     def call_once(model_k, noise, sigmas, extra_args=None, callback=None, disable=None):
         run = preview.Previewer(shortcut, guider, **options)
         run.load([], x, 1.0)
         call = preview.Call(model_k, sigmas[:1].expand(len(x)), extra_args)
-        conds = run.conds(noise, None, call)
-        with torch.no_grad(), run.installed():
-            found.append(run.latent(x, call, conds, strength, grad=False))
+        take(run, call, run.conds(noise, None, call))
         run.close()
         return noise
-
-    import comfy.samplers
 
     guider = tools.guider(model, *texts, 3.0)
     sampler = comfy.samplers.KSAMPLER(call_once)
     guider.sample(torch.zeros_like(x), torch.zeros_like(x), sampler, torch.tensor([sigma, 0.0]), seed=1)
+
+
+def look(pack, tools, world, texts, shortcut, x, sigma, strength, base=None, **options):
+    """The preview latent at (x, sigma)."""
+    found = []
+
+    def take(run, call, conds):
+        with torch.no_grad(), run.installed():
+            found.append(run.latent(x, call, conds, strength, grad=False))
+
+    inside(pack, tools, base or world.model, texts, shortcut, x, sigma, take, **options)
     return found[0]
 
 
@@ -264,6 +272,48 @@ def test_plain_x0_is_what_the_sampled_model_itself_predicts(mini, pack, tools, t
     x = 4 * torch.randn(LATENT)
     baseline = look(pack, tools, mini, texts, shortcut(kind="plain x0"), x, 4.0, torch.ones(1))
     assert relative(baseline, tools.denoised(mini.model, *texts, x, 4.0)) < 1e-5
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_the_gradient_beside_the_base_is_that_of_the_lora_merged_by_the_host(
+    mini, pack, tools, texts, shortcut, checkpointed
+):
+    """Through branches of all kinds, for each picture by its own strength, also where blocks are computed twice."""
+    gradients = pack.module("nodes.gradient")
+    x, strengths = 4 * torch.randn(2, *LATENT[1:], generator=torch.Generator().manual_seed(3)), (1.0, 0.3)
+
+    def slope(latent, leaf):
+        return torch.autograd.grad(latent.square().sum(), leaf)[0]
+
+    def found(x, sigma, shortcut, strength, base, what):
+        out = []
+
+        def take(run, call, conds):
+            checkpointing = gradients.Checkpointing(enabled=checkpointed)
+            with torch.inference_mode(False), torch.enable_grad(), run.installed(checkpointing):
+                leaf = x.clone().requires_grad_()
+                call.sigma = call.sigma.clone()
+                latent = what(run.latent(leaf, call, conds, strength.clone(), grad=True), leaf, call)
+                out.append(slope(latent, leaf))
+
+        inside(pack, tools, base, texts, shortcut, x, sigma, take)
+        return out[0]
+
+    merged = with_all_kinds_of_lora(tools, mini)
+    ours = found(x, 4.0, shortcut(merged), torch.tensor(strengths), mini.model, lambda latent, *_: latent)
+    for row, strength in enumerate(strengths):
+        of_host = with_all_kinds_of_lora(tools, mini, 0.7 * strength)
+
+        def preview(original, leaf, call, model=of_host):
+            z = leaf / (call.sigma.reshape(-1, 1, 1, 1) ** 2 + 1).sqrt()
+            t = model.get_model_object("model_sampling").timestep(call.sigma)
+            return pack.module("lookahead.schedule").one_step(original, z, t)
+
+        x0 = shortcut(of_host, kind="plain x0")
+        expected = found(x[row : row + 1], 4.0, x0, torch.ones(1), of_host, preview)
+        assert relative(ours[row : row + 1], expected) < 1e-4
+    other = found(x, 4.0, shortcut(merged), torch.ones(2), mini.model, lambda latent, *_: latent)
+    assert relative(other[1:], ours[1:]) > 0.01  # the strength matters
 
 
 def test_guidance_of_the_preview_and_its_own_positive(mini, pack, tools, texts, shortcut):
@@ -299,11 +349,56 @@ def test_other_patches_than_lora_are_refused(mini, pack, tools, texts, shortcut)
 
 @pytest.mark.parametrize("kind", ["one-step", "plain x0"])
 def test_the_loss_falls_and_the_picture_changes(guide, draw, shortcut, kind, mini):
-    sampler, report = guide(of=shortcut(kind=kind), iterations=6)
+    sampler, report = guide(of=shortcut(kind=kind), iterations=6, jitter=0.0)  # so that losses can be compared
     out = draw(sampler)
     losses = means(report)
     assert len(losses) == 7 and min(losses[1:]) < 0.95 * losses[0]
     assert relative(out, draw("euler")) > 1e-3
+
+
+def guiders(model, positive, other, negative):
+    """Those of the host that are none of CFGGuider's own kind, by name."""
+    from comfy_extras.nodes_custom_sampler import Guider_Basic, Guider_DualCFG
+    from comfy_extras.nodes_perpneg import Guider_PerpNeg
+
+    basic, dual, perp = Guider_Basic(model), Guider_DualCFG(model), Guider_PerpNeg(model)
+    basic.set_conds(positive)
+    dual.set_conds(positive, other, negative)
+    dual.set_cfg(3.0, 2.0)
+    perp.set_conds(positive, negative, other)
+    perp.set_cfg(3.0, 1.0)
+    return {"BasicGuider": basic, "DualCFGGuider": dual, "PerpNegGuider": perp}
+
+
+@pytest.mark.parametrize("name", ["BasicGuider", "DualCFGGuider", "PerpNegGuider"])
+def test_runs_of_other_guiders_of_the_host_are_guided(guide, tools, mini, texts, name):
+    def drawn(sampler):
+        guider = guiders(mini.model, texts[0], mini.text(3), texts[1])[name]
+        return tools.sample(mini.model, None, None, torch.zeros(LATENT), guider=guider, sampler=sampler, steps=2)
+
+    sampler, report = guide(iterations=6, jitter=0.0)
+    out = drawn(sampler)
+    losses = means(report)
+    assert min(losses[1:]) < 0.95 * losses[0] and relative(out, drawn("euler")) > 1e-3
+
+
+def test_a_model_of_v_prediction_is_guided(guide, tools, mini, texts, shortcut):
+    def as_v(model):
+        return tools.host_node("nodes_model_advanced", "ModelSamplingDiscrete", model, "v_prediction", False)
+
+    base, x = as_v(mini.model), 4 * torch.randn(LATENT)
+    with_lora = as_v(tools.with_lora(mini.model))
+    sampler, report = guide(of=shortcut(with_lora), iterations=6, jitter=0.0)
+    tools.sample(base, *texts, torch.zeros(LATENT), sampler=sampler, steps=2)
+    losses = means(report)
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 1e-3  # falls each time
+    assert relative(tools.denoised(base, *texts, x, 4.0), tools.denoised(mini.model, *texts, x, 4.0)) > 0.05
+
+
+def test_one_run_is_guided_once(guide, tools):
+    with pytest.raises(ValueError, match="Combine Lookahead Losses") as error:
+        guide(guide()[0])
+    tools.one_sentence(error)
 
 
 def test_each_picture_of_a_batch_is_guided_as_if_alone(guide, draw):
@@ -330,7 +425,10 @@ def test_the_next_run_is_bit_equal_and_nothing_is_kept_alive(guide, draw, tools,
 
     monkeypatch.setattr(module, "GuidedRun", Watched)
 
+    calls = []
+
     def failing(picture, rows):
+        calls.append(rows)
         if end == "interrupted":
             comfy.model_management.interrupt_current_processing()
         elif end == "failed":
@@ -350,6 +448,7 @@ def test_the_next_run_is_bit_equal_and_nothing_is_kept_alive(guide, draw, tools,
     else:
         with pytest.raises((comfy.model_management.InterruptProcessingException, RuntimeError)):
             draw(sampler)
+        assert len(calls) == 1  # heeded within one iteration
     report.runs.clear()
     assert torch.equal(draw("euler"), before) and [set(m.__dict__) for m in unet.modules()] == dicts
     branches = len(list(next(iter(sampler.lookahead[0].shortcut.networks.values())).model.parameters()))
@@ -577,6 +676,21 @@ def test_the_preview_grid_shows_what_was_foretold_and_how_well(mini, texts, shor
     for one, other in zip(numbers[0:6:2], numbers[1:6:2], strict=True):
         assert one == pytest.approx(other, abs=2e-3)
     assert numbers[0][0] > numbers[4][0] and numbers[0][1] < numbers[4][1]
+
+
+def test_a_fraction_after_the_last_step_is_that_step(mini, texts, shortcut, pack):
+    latent, options = {"samples": torch.zeros(LATENT)}, {"steps": 3, "cfg": 1.0, "fractions": "0.99"}
+    *_, text = pack.nodes["LookaheadPreviewGrid"].execute(mini.model, shortcut(), *texts, latent, **options).result
+    assert [line.split("|")[1].strip() for line in text.splitlines()[2:]] == ["99 %", "99 %"]
+
+
+def test_reports_keep_small_pictures_of_the_first_and_the_last_step(pack):
+    run = pack.module("nodes.guidance_report").Run("loss")
+    for step in range(5):
+        for when in ("before", "after"):
+            run.add(f"step {step}, {when}", torch.rand(1, 1024, 512, 3))
+    assert [name for name, _ in run.pictures] == ["step 0, before", "step 0, after", "step 4, before", "step 4, after"]
+    assert {tuple(p.shape) for _, p in run.pictures} == {(1, 512, 256, 3)}
 
 
 @pytest.mark.parametrize("text", ["", "0.5, 1", "-0.1", "a half"])
