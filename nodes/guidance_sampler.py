@@ -217,7 +217,7 @@ class LookaheadGuidanceSampler(io.ComfyNode):
                     default=defaults.iterations,
                     min=0,
                     max=1000,
-                    tooltip="How often the noise is moved at a guided step. Each takes about as long as three or four "
+                    tooltip="How often the noise is moved at a guided step. Each takes about as long as two or three "
                     "steps without guidance. 0 does not guide.",
                 ),
                 io.Float.Input(
