@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .common import ROOT, Problem, Stopwatch, run_main, say
+from .graph import Graph
 from .host import Host
 
 SAMPLER, SCHEDULER, STEPS, CFG = "dpmpp_2m", "karras", 20, 3.0
@@ -67,20 +68,13 @@ def graph(references: list[str], seed: int, arms: dict[str, Arm], styles: tuple[
 
     SaveImage nodes are called "<arm> | <style>".
     """
-    nodes: dict[str, Any] = {}
-
-    def add(name: str, class_type: str, **inputs: Any) -> list[Any]:
-        nodes[name] = {"class_type": class_type, "inputs": inputs}
-        return [name, 0]
-
+    nodes = Graph()
+    add = nodes.add
     base = add("base", "CheckpointLoaderSimple", ckpt_name="sd_xl_base_1.0.safetensors")
     clip, vae = ["base", 1], ["base", 2]
     encoder = add("encoder", "LookaheadLoadEncoder", encoder_name="ip-adapter-plus-face_sdxl_vit-h.safetensors")
     vision = add("vision", "CLIPVisionLoader", clip_name="CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors")
-    images = [add(f"image {name}", "LoadImage", image=name) for name in references]
-    faces = images[0]
-    for number, image in enumerate(images[1:]):
-        faces = add(f"faces {number}", "ImageBatch", image1=faces, image2=image)
+    faces = nodes.pictures(references)
     read = {"encoder": encoder, "clip_vision": vision, "image": faces, "vae": vae, "clip": clip}
     reference = add("reference", "LookaheadEncodeReference", **read, size=SIZE, several="one per picture")
     latent = add("latent", "EmptyLatentImage", width=SIZE, height=SIZE, batch_size=len(references))
