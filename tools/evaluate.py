@@ -1,9 +1,9 @@
 """How well does each part keep who somebody is, and what does it cost the style? Measured in the real host.
 
 `make evaluate` compares arms (nothing, image prompt, KV injection, both) over held-out drawn people; with
-`ARGS="--knobs"` it turns one knob at a time. An evaluation recogniser, which took part in no training, compares each
-picture with all references; a style scorer says which style it shows. Writes into docs/: evaluation.md, .json and
-.png, or knobs.md, .json and two plots.
+`ARGS="--knobs"` it turns one knob at a time, with `ARGS="--guidance"` it is evaluate_guidance.py. An evaluation
+recogniser, which took part in no training, compares each picture with all references; a style scorer says which style
+it shows. Writes into docs/: evaluation.md, .json and .png, or knobs.md, .json and two plots.
 """
 
 from __future__ import annotations
@@ -301,9 +301,10 @@ def _pictures(host: Host, result: Any, node: str) -> list[Any]:
 def main(arguments: list[str]) -> int:
     """Entry point of `make evaluate`."""
     parser = argparse.ArgumentParser(prog="evaluate", description=__doc__.splitlines()[0])
-    parser.add_argument("--references", type=int, help="people (100; with --knobs 20)")
-    parser.add_argument("--knobs", action="store_true", help="turn one knob at a time")
-    parser.add_argument("--guidance", action="store_true", help="lookahead guidance against plain x0 and none (96)")
+    parser.add_argument("--references", type=int, help="people (100; with --knobs 20, --guidance 96)")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--knobs", action="store_true", help="turn one knob at a time")
+    instead.add_argument("--guidance", action="store_true", help="lookahead guidance against plain x0 and none (96)")
     parser.add_argument("--out", type=Path, default=ROOT / "docs")
     chosen = parser.parse_args(arguments)
     references = chosen.references or (20 if chosen.knobs else 96 if chosen.guidance else 100)
