@@ -34,7 +34,7 @@ browser: ## the workflows and help pages in ComfyUI's own web page (needs Chromi
 	@$(PYTHON) -m tools.start
 	@$(RUN).testing --browser $(ARGS)
 
-evaluate: ## measure image prompt and KV injection over held-out references
+evaluate: ## measure image prompt, KV injection and guidance over held-out references
 	@$(PYTHON) -m tools.start
 	@$(RUN).evaluate $(ARGS)
 

@@ -16,7 +16,7 @@ from .compat import schema
 from .sockets import GUIDANCE_REPORT, GuidanceReport
 
 _KEPT = 8  # runs
-SHOWN = 512  # pixels
+SHOWN = 512  # pixels a side of the previews that are kept
 _UNGUIDED = "Nothing was guided: the sampler is bypassed, iterations is 0, or start lies outside of this run."
 _COLOURS = ("#1b6ca8", "#d1495b", "#2e7d32", "#b8860b", "#6a4c93", "#00838f", "#8d5524", "#444444")
 
@@ -181,9 +181,9 @@ class LookaheadGuidanceReport(io.ComfyNode):
         run = Run("") if report is None else report.runs.get(mark_of(latent["samples"]))
         if run is None:
             raise ValueError(
-                "The report knows no guided run that gave this latent: connect the output (not denoised_output) of the "
-                "SamplerCustomAdvanced that the same Lookahead Guidance Sampler drives; a run of long ago is drawn "
-                "again with another seed."
+                "The report knows no guided run that gave this latent: connect output (not denoised_output) of the "
+                "SamplerCustomAdvanced with the same Lookahead Guidance Sampler; where that is so, change the seed and "
+                "queue again, since only the last runs are known."
             )
         plot, previews = curve(run), [pictures.float() / 255 for _, pictures in run.pictures]
         # Without guidance no error: such a picture is what a guided one is compared with.

@@ -18,8 +18,7 @@ from .compat import schema
 from .guidance_report import keep
 from .guided_run import ALWAYS, AUTO, JITTER, NEVER, Guidance, GuidedRun
 from .preview import Call
-from .sampler_steps import Step
-from .sampler_steps import guided_steps as find_guided_steps
+from .sampler_steps import Step, guided_steps
 from .sockets import GUIDANCE_REPORT, LOSS, SHORTCUT, GuidanceReport, LookaheadLoss, Shortcut
 
 _NOTHING = "[LCM-Lookahead] no step of this run is guided: it ends at noise level %.3g, before start (%.3g)."
@@ -33,16 +32,30 @@ def guided(sampler: Any, guidance: Guidance, report: GuidanceReport) -> Any:
     """
     if hasattr(sampler, "lookahead"):
         raise ValueError(
-            "The sampler is already one of Lookahead Guidance Sampler, and one run is guided once: connect its own "
-            "sampler instead, with Combine Lookahead Losses for several losses and guided_steps for several steps."
+            "The sampler comes from another Lookahead Guidance Sampler, and one of them guides a run: connect "
+            "KSamplerSelect here; for several losses there is Combine Lookahead Losses, for several steps guided_steps."
         )
     own_sample = type(sampler).sample is comfy.samplers.KSAMPLER.sample
     if isinstance(sampler, comfy.samplers.KSAMPLER) and own_sample:
         out = copy.copy(sampler)
         out.__class__ = _guided_class(type(sampler))
+        out.sampler_function = _refused(sampler.sampler_function)
         out.lookahead = guidance, report
         return out
     return SplitSampler(sampler, guidance, report)
+
+
+def _refused(function: Any) -> Any:
+    """In the place of a guided sampler's function: who calls that by itself would draw without guidance."""
+
+    @functools.wraps(function)
+    def sample(*_: Any, **__: Any) -> Tensor:
+        raise ValueError(
+            "Another node runs the function of the sampler of Lookahead Guidance Sampler, which leaves the guidance "
+            "out: connect that node's sampler to Lookahead Guidance Sampler, not the other way round."
+        )
+
+    return sample
 
 
 @functools.cache
@@ -54,7 +67,7 @@ def _guided_class(base: type) -> type:
         run = GuidedRun(guidance, model_wrap, noise, latent_image, extra_args.get("seed"))
         plain = copy.copy(self)
         plain.__class__ = base
-        plain.sampler_function = _guided_function(self.sampler_function, run)
+        plain.sampler_function = _guided_function(self.sampler_function.__wrapped__, run)
         try:
             run.load()
             samples = plain.sample(model_wrap, sigmas, extra_args, callback, noise, latent_image, *args, **kwargs)
@@ -72,7 +85,7 @@ def _guided_function(function: Any, run: GuidedRun) -> Any:
         guidance, total = run.guidance, len(sigmas) - 1
         steps = []
         if guidance.optimisation.iterations and total > 0:
-            steps = find_guided_steps(function, options, model, sigmas, run.start_sigma, guidance.steps)
+            steps = guided_steps(function, options, model, sigmas, run.start_sigma, guidance.steps)
             if not steps:
                 logging.warning(_NOTHING, float(sigmas[-1]), run.start_sigma)
         interceptor = Interceptor(model, run, {step.call: step for step in steps})
@@ -217,8 +230,8 @@ class LookaheadGuidanceSampler(io.ComfyNode):
                     default=defaults.iterations,
                     min=0,
                     max=1000,
-                    tooltip="How often the noise is moved at a guided step. Each takes about as long as three or four "
-                    "steps without guidance. 0 does not guide.",
+                    tooltip="How often the noise is moved at a guided step. Each takes as long as two to five steps "
+                    "without guidance. 0 does not guide.",
                 ),
                 io.Float.Input(
                     "step_size",

@@ -6,7 +6,6 @@ import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import comfy.latent_formats
@@ -190,10 +189,7 @@ class Previewer:
             return executor.execute(x, sigma, model_options, seed)
 
         if call.model is not None and call.denoise_mask is not None:
-            model = call.model
-            while isinstance(model, FunctionType) and hasattr(model, "inner_model"):
-                model = model.inner_model  # a function that another node has put around it
-            inpainted = copy.copy(model)  # the host's own treatment of masks, around the preview's prediction
+            inpainted = copy.copy(call.model)  # the host's own treatment of masks, around the preview's prediction
             inpainted.inner_model = _Inner(predicted, self.guider.inner_model)
             mask = call.denoise_mask.clone()
             original = inpainted(x, sigma, denoise_mask=mask, model_options=options, seed=call.seed)

@@ -1,9 +1,10 @@
 """How well does each part keep who somebody is, and what does it cost the style? Measured in the real host.
 
 `make evaluate` compares arms (nothing, image prompt, KV injection, both) over held-out drawn people; with
-`ARGS="--knobs"` it turns one knob at a time. An evaluation recogniser, which took part in no training, compares each
-picture with all references; a style scorer says which style it shows. Writes into docs/: evaluation.md, .json and
-.png, or knobs.md, .json and two plots.
+`ARGS="--knobs"` it turns one knob at a time, with `--guidance` or `--encoders` it is evaluate_guidance.py or
+evaluate_encoders.py. An evaluation recogniser, which took part in no training, compares each picture with all
+references; a style scorer says which style it shows. Writes into docs/: evaluation.md, .json and .png, or knobs.md,
+.json and two plots.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .common import ROOT, Problem, Stopwatch, run_main, say
+from .graph import Graph
 from .host import Host, link
 
 SAMPLER, SCHEDULER, STEPS, CFG = "dpmpp_2m", "karras", 20, 3.0
@@ -70,19 +72,12 @@ def graph(references: list[str], seed: int, arms: dict[str, Arm], styles: tuple[
 
     SaveImage nodes are called "<arm> | <style>".
     """
-    nodes: dict[str, Any] = {}
-
-    def add(name: str, class_type: str, **inputs: Any) -> list[Any]:
-        nodes[name] = {"class_type": class_type, "inputs": inputs}
-        return [name, 0]
-
+    nodes = Graph()
+    add = nodes.add
     base = add("base", "CheckpointLoaderSimple", ckpt_name="sd_xl_base_1.0.safetensors")
     clip, vae = ["base", 1], ["base", 2]
     vision = add("vision", "CLIPVisionLoader", clip_name="CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors")
-    images = [add(f"image {name}", "LoadImage", image=name) for name in references]
-    faces = images[0]
-    for number, image in enumerate(images[1:]):
-        faces = add(f"faces {number}", "ImageBatch", image1=faces, image2=image)
+    faces = nodes.pictures(references)
     read = {"clip_vision": vision, "image": faces, "vae": vae, "clip": clip, "size": SIZE, "several": "one per picture"}
     encoded = {}
     for file in dict.fromkeys(arm.encoder for arm in arms.values()):
@@ -319,10 +314,11 @@ def _pictures(host: Host, result: Any, node: str) -> list[Any]:
 def main(arguments: list[str]) -> int:
     """Entry point of `make evaluate`."""
     parser = argparse.ArgumentParser(prog="evaluate", description=__doc__.splitlines()[0])
-    parser.add_argument("--references", type=int, help="people (100; with --knobs 20)")
-    parser.add_argument("--knobs", action="store_true", help="turn one knob at a time")
-    parser.add_argument("--guidance", action="store_true", help="lookahead guidance against plain x0 and none (96)")
-    parser.add_argument("--encoders", nargs="+", metavar="NAME=FILE", help="trained encoders against the first (96)")
+    parser.add_argument("--references", type=int, help="people (100; with --knobs 20, --guidance, --encoders 96)")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--knobs", action="store_true", help="turn one knob at a time")
+    instead.add_argument("--guidance", action="store_true", help="lookahead guidance against plain x0 and none (96)")
+    instead.add_argument("--encoders", nargs="+", metavar="NAME=FILE", help="trained encoders against the first (96)")
     parser.add_argument("--out", type=Path, default=ROOT / "docs")
     chosen = parser.parse_args(arguments)
     references = chosen.references or (20 if chosen.knobs else 96 if chosen.guidance or chosen.encoders else 100)

@@ -15,6 +15,7 @@ from typing import Any
 
 from .common import Stopwatch, say
 from .evaluate import CFG, SIZE, _pictures, _save, prompt_of
+from .graph import Graph
 from .host import Host
 
 SAMPLER, SCHEDULER, STEPS = "ddim", "ddim_uniform", 50  # the paper's
@@ -52,12 +53,8 @@ def words_of(batch: int) -> str:
 
 def graph(loss: str, references: Sequence[str], batch: int, seed: int, arms: dict[str, Arm]) -> dict[str, Any]:
     """Every arm with one batch of references, all from the same noise (API format); SaveImage nodes are the arms."""
-    nodes: dict[str, Any] = {}
-
-    def add(name: str, class_type: str, **inputs: Any) -> list[Any]:
-        nodes[name] = {"class_type": class_type, "inputs": inputs}
-        return [name, 0]
-
+    nodes = Graph()
+    add = nodes.add
     base = add("base", "CheckpointLoaderSimple", ckpt_name="sd_xl_base_1.0.safetensors")
     clip, vae = ["base", 1], ["base", 2]
     lcm = add(
@@ -67,11 +64,7 @@ def graph(loss: str, references: Sequence[str], batch: int, seed: int, arms: dic
         lora_name="lcm-lora-sdxl.safetensors",
         strength_model=1.0,
     )
-    images = [add(f"image {name}", "LoadImage", image=name) for name in references]
-    pictures = images[0]
-    for number, image in enumerate(images[1:]):
-        pictures = add(f"pictures {number}", "ImageBatch", image1=pictures, image2=image)
-    measure = _loss(add, loss, pictures, batch)
+    measure = _loss(add, loss, nodes.pictures(references), batch)
     latent = add("latent", "EmptyLatentImage", width=SIZE, height=SIZE, batch_size=len(references))
     prompt = "" if loss == CLIP else prompt_of(style_of(batch))  # CLIP is to say it all
     positive = add("positive", "CLIPTextEncode", clip=clip, text=prompt)
@@ -230,8 +223,8 @@ ABOUT = {
     IDENTITY: "The identity loss steers towards the face of a reference (ArcFace of the mini pack); the prompts ask "
     "for a style and say nothing of a person. The similarity is that of the evaluation recogniser.",
     CLIP: "The CLIP loss steers by words (the mini image-text model): a style and a place. The prompt is empty, so "
-    "that nothing else asks for them. The style scorer says whether they came; by chance it is 1 in 8 and 1 in 6. "
-    f"{BATCH} seeds share their words, and the intervals draw words.",
+    "that nothing else asks for them, and no person takes part. The style scorer says whether they came; by chance it "
+    f"is 1 in 8 and 1 in 6. {BATCH} seeds share their words, and the intervals draw words.",
     LPIPS: "The LPIPS loss (the real package, VGG with seeded random weights, since the published ones cannot be had "
     "here) steers towards the layout of the reference picture. Judges: LPIPS with AlexNet, also random, where less is "
     "better, and the PSNR of pictures shrunken to 16 pixels.",
