@@ -22,6 +22,9 @@ def main(arguments: list[str] | None = None) -> None:
     estimate.add_argument("overrides", nargs="*", metavar="section.key=value", help="values in the file's place")
     estimate.add_argument("--card", help="memory of the card in GB, or its name (rtx4090, a100, h100, ...)")
     estimate.add_argument("--processes", type=int, default=1, help="cards that share the batch (1)")
+    curves = commands.add_parser("curves", help="plot the curves of runs, those still under way too")
+    curves.add_argument("folders", nargs="+", type=Path, metavar="OUT", help="folder `out` of a run")
+    curves.add_argument("--to", type=Path, default=Path("curves.png"), help="the PNG to write (curves.png)")
     _add_convert(commands)
     doctor = commands.add_parser("doctor", help="look at a folder of pictures as a training run would")
     doctor.add_argument("data", type=Path, help="the folder, or the YAML file of a run")
@@ -55,6 +58,8 @@ def main(arguments: list[str] | None = None) -> None:
         return
     if chosen.command == "estimate":
         return _estimate(chosen.config, chosen.overrides, chosen.card, chosen.processes)
+    if chosen.command == "curves":
+        return _curves(chosen.folders, chosen.to)
     if chosen.command == "doctor":
         return _doctor(chosen.data, chosen.overrides, chosen.detector)
     if chosen.command == "convert":
@@ -127,6 +132,16 @@ def _estimate(path: Path, overrides: list[str], card: str | None, processes: int
         print(describe(estimate(config, processes), card))
     except ConfigError as error:
         raise SystemExit(str(error)) from None
+
+
+def _curves(folders: list[Path], to: Path) -> None:
+    from .checkpoints import TrainingError
+    from .curves import curves
+
+    try:
+        print(f"Written: {curves(folders, to)}")
+    except TrainingError as error:
+        raise SystemExit(f"lookahead curves: {error}") from None
 
 
 def _doctor(path: Path, overrides: list[str], pack: Path | None) -> None:
