@@ -92,7 +92,7 @@ class IdentityLoss:
     The preview's face is found without gradient (of several, the nearest to where it was last, at first the largest),
     cut out by a similarity without reflection, and recognised; the gradient goes through recogniser and cut to the
     pixels. Whoever calls has the recogniser, a module, on the previews' device. Only a loss that was started remembers
-    where a face was last, and that in its `memory`.
+    where a face was last, in its `memory`, and says, once, that previews show no face: training counts them instead.
     """
 
     recogniser: Recogniser
@@ -115,8 +115,8 @@ class IdentityLoss:
         memory = self.memory or Memory()
         rows = torch.arange(len(pictures)) if rows is None else rows.cpu()
         points, there = self._find(pictures.detach(), rows.tolist(), memory)
-        if not there.all() and not memory.told:
-            memory.told = True
+        if self.memory and not self.memory.told and not there.all():
+            self.memory.told = True
             logging.warning(
                 "[LCM-Lookahead] no face was found in %d of %d previews, which do not count for the identity loss.",
                 int((~there).sum()),
