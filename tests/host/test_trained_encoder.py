@@ -27,8 +27,16 @@ def trained(pack, tmp_path_factory):
     """The step after its training, and the encoder file where the nodes look for it."""
     config, assembling, train = (pack.module(f"trainer.{m}") for m in ("config", "assemble", "train"))
     out = tmp_path_factory.mktemp("run")
-    overrides = [f"out={out}", "name=round_trip", "steps=2", "batch=2", "data.people=2", "validate_every=0", *RATES]
-    c = config.load(config.CONFIGS / "mini.yaml", overrides)
+    overrides = [
+        f"out={out}",
+        "name=round_trip",
+        "steps=2",
+        "batch=2",
+        "data.people=2",
+        "validate_every=0",
+        "precision=fp32",
+    ]
+    c = config.load(config.CONFIGS / "mini.yaml", [*overrides, *RATES])
     with torch.inference_mode(False), torch.enable_grad():
         step, source, about = assembling.assemble(c)
         written = train.train(c, step, source, about)

@@ -50,7 +50,15 @@ def drawn(tmp_path_factory):
 
 
 def settings(data, out, *more):
-    values = [f"data.source={data}", "data.size=128", f"out={out}", "batch=2", "steps=3", "validate_every=0"]
+    values = [
+        f"data.source={data}",
+        "data.size=128",
+        f"out={out}",
+        "batch=2",
+        "steps=3",
+        "validate_every=0",
+        "precision=fp32",
+    ]
     return config.load(CONFIGS / "mini.yaml", [*values, *more])
 
 

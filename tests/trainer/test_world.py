@@ -36,7 +36,7 @@ def test_a_reference_is_a_photo_of_the_same_person_and_never_the_target():
 
 @pytest.fixture(scope="module")
 def assembled():
-    overrides = ["data.people=3", "batch=2"]
+    overrides = ["data.people=3", "batch=2", "precision=fp32"]
     return assemble(config.load(CONFIGS / "mini.yaml", overrides))
 
 
