@@ -7,7 +7,6 @@ one is wanted: the tensors stay in the file until they are used, one at a time.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ from torch import Tensor
 from . import encoder_file
 from .block_names import block_names, ip_adapter_key
 from .encoder_file import METADATA_FIELDS, EncoderFile, EncoderFileError
-from .tensor_file import read_tensors, write_tensors
+from .tensor_file import read_tensors, sha256, write_tensors
 
 __all__ = ["ENCODER", "IP_ADAPTER", "PRECISIONS", "PublishedNames", "convert", "read_any"]
 
@@ -190,7 +189,7 @@ def _published(
         notes = ["its own copy of SDXL was not compared with a checkpoint: name one as the base to have that checked"]
     else:
         compared = _compare(tensors, names, name, Path(base))
-        metadata |= {"base_model": Path(base).name, "base_model_hash": _sha256(Path(base))}
+        metadata |= {"base_model": Path(base).name, "base_model_hash": sha256(base)}
         notes = [f"its own copy of SDXL is that of {Path(base).name} ({compared} weights compared)"]
     found = {f"image_proj.{k}": tensors[v] for k, v in names.image_proj.items()}
     for n, (k, v) in enumerate(names.ip_adapter):
@@ -291,8 +290,3 @@ def _compare(tensors: Mapping[str, Tensor], names: PublishedNames, file: str, ba
                 "checkpoint that it was trained on."
             )
     return len(found)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import uuid
@@ -54,6 +55,12 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise EncoderFileError(
             f"{path.name} is not a complete safetensors file ({error}): it was probably cut short; download it again."
         ) from error
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """Hash of a file, as model sites show it."""
+    with Path(path).open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

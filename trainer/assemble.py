@@ -6,6 +6,7 @@ One path for SDXL and for the mini world, whose files stand in the repository in
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 from ..lookahead import encoder_file, recognisers
 from ..lookahead.face_models import SIZES, FaceModelError, FaceModels
 from ..lookahead.recognisers import RecogniserError
-from ..lookahead.tensor_file import EncoderFileError, read_tensors
+from ..lookahead.tensor_file import EncoderFileError, read_tensors, sha256
 from . import lora, models
 from .config import Config, ConfigError
 from .encoder import Encoder
@@ -60,11 +61,25 @@ def assemble(config: Config) -> tuple[Step, Source, Mapping[str, str]]:
     else:
         source = FolderSource(config, frozen, recogniser, detector)
     about = {
-        "image_encoder": config.model.image_encoder or "mini",
+        "base_model_hash": base_hash(config),
+        "image_encoder": Path(config.model.image_encoder or "mini").name,
         "size": str(8 * source.latent_shape[-1]),
         "recogniser_licence": licence,
     }
     return step, source, about
+
+
+def base_hash(config: Config) -> str:
+    """Hash of the file with the UNet's weights; of several (a model in shards), of their hashes."""
+    from .mini.weights import CHECKPOINT
+
+    folder = of_mini(config)
+    path = folder / CHECKPOINT if folder else found("base", config.model.base)
+    if path.is_file():
+        return sha256(path)
+    files = sorted((path / "unet").glob("*.safetensors")) or sorted((path / "unet").glob("*.bin"))
+    hashes = [sha256(file) for file in files]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def device() -> torch.device:

@@ -128,6 +128,13 @@ class Validation(_Section):
     guidance: Positive = 5.0
 
 
+_PATHS = {  # by section, the fields that name files and folders
+    "": ("out",),
+    "model": ("base", "start", "shortcut", "vae", "picture_vae", "image_encoder", "recogniser", "detector"),
+    "data": ("source", "metadata", "cache"),
+}
+
+
 class Config(_Section):
     """One training run."""
 
@@ -168,6 +175,14 @@ class Config(_Section):
         if self.lookahead.align != "strength" and arm != "shortcut":
             raise ValueError(f"lookahead.align {self.lookahead.align!r} is for lookahead.arm 'shortcut', not {arm!r}")
         return self
+
+    def shareable(self) -> dict[str, Any]:
+        """As plain values for a file that others get: of every path only the last name, since folders name people."""
+        values = self.model_dump(mode="json")
+        for section, names in _PATHS.items():
+            part = values[section] if section else values
+            part |= {name: Path(part[name]).name for name in names if part[name] is not None}
+        return values
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:

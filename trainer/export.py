@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,12 +17,13 @@ def export(path: Path, encoder: Encoder, config: Config, steps: int, about: Mapp
     steps: that it was trained for. about: more fields of its metadata (`encoder_file.METADATA_FIELDS`), such as the
     licence of the recogniser. Raises EncoderFileError where the nodes would refuse the result.
     """
+    shown = config.shareable()
     metadata = {
-        "base_model": config.model.base,
+        "base_model": shown["model"]["base"],
         "kv_prompt": config.data.kv_prompt,
-        "recogniser": config.model.recogniser or "none",
-        "data": config.data.source,
-        "config": config.model_dump_json(),
+        "recogniser": shown["model"]["recogniser"] or "none",
+        "data": shown["data"]["source"],
+        "config": json.dumps(shown),
         "steps": str(steps),
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.title": config.name,

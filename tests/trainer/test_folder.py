@@ -169,7 +169,9 @@ def test_the_command_trains_on_files_alone(drawn, tmp_path, capsys):
     (tmp_path / "run.yaml").write_text(json.dumps(run))  # JSON is YAML
     cli.main(["train", str(tmp_path / "run.yaml")])
     file = encoder_file.read(tmp_path / "out/mine.safetensors")
-    assert (file.metadata["steps"], file.metadata["size"], file.metadata["data"]) == ("2", "128", str(drawn))
+    assert (file.metadata["steps"], file.metadata["size"], file.metadata["data"]) == ("2", "128", drawn.name)
+    assert str(tmp_path.parent) not in json.dumps(file.metadata)  # folders tell who somebody is
+    assert len(file.metadata["base_model_hash"]) == 64
     lines = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
     assert len(lines) == 2 and all(line["counted"] > 0 and 0 < line["diffusion"] < 2 for line in lines)
     assert list((tmp_path / "cache").rglob("*.safetensors"))
