@@ -7,16 +7,22 @@ training. Writes docs/encoders.md, .json and .jpg.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
-from .common import Problem
+from .common import CACHE, Problem, say
 from .evaluate import _BOTH, ARMS, STYLES, Arm, _how, draw
+from .host import WEIGHTS
 
-BEFORE, BEFORE_KV = "before", "before, with KV"
+# What training starts from: as it is, with KV injection without training, and at the half weight that users and the
+# paper choose to get some style back.
+BEFORE, HALF, BEFORE_KV = "before", "before, weight 0.5", "before, KV beside it"
+BASELINES = {BEFORE: ARMS["image prompt"], HALF: Arm(image_prompt=0.5), BEFORE_KV: _BOTH}
+COMPARED = (BEFORE, HALF)  # gains are over these
 SIMILARITY, STYLE = "similarity to the own reference", "style accuracy"
 
 
@@ -38,20 +44,41 @@ def with_kv(file: Path) -> bool:
     return bool(encoder_file.read(file).kv)
 
 
-def arms_of(files: dict[str, list[Path]]) -> tuple[dict[str, Arm], dict[str, str], dict[str, Path]]:
-    """Arms for `draw`, one a file and what each arm is compared with; by name of an arm, its baseline; the files by
-    their names in the host."""
-    arms = {BEFORE: ARMS["image prompt"]}
-    baselines, names = {}, {}
+def arms_of(files: dict[str, list[Path]]) -> tuple[dict[str, Arm], dict[str, Path]]:
+    """Arms for `draw`, the baselines and one a file; the files by their names in the host."""
+    arms, names = dict(BASELINES), {}
     for name, some in files.items():
         for number, file in enumerate(some):
             key = f"{name} {number}.safetensors"
-            names[key], kv = file, with_kv(file)
-            if kv:
-                arms.setdefault(BEFORE_KV, _BOTH)
-            baselines[name] = BEFORE_KV if kv else BEFORE
-            arms[f"{name}, run {number + 1}"] = replace(_BOTH if kv else ARMS["image prompt"], encoder=key)
-    return arms, baselines, names
+            names[key] = file
+            arms[f"{name}, run {number + 1}"] = replace(BASELINES[BEFORE_KV if with_kv(file) else BEFORE], encoder=key)
+    return arms, names
+
+
+def pictures(references: int, arms: dict[str, Arm], names: dict[str, Path]) -> tuple[Any, dict[str, Any]]:
+    """As `evaluate.draw`; what was drawn before, from the same weights, is taken from the cache."""
+    import torch
+
+    from ..lookahead.tensor_file import read_tensors, sha256, write_tensors
+    from ..trainer.mini.references import reference_faces
+
+    world = (WEIGHTS / "manifest.json").read_text()
+
+    def place(arm: Arm) -> Path:
+        file = sha256(names[arm.encoder]) if arm.encoder in names else arm.encoder
+        key = repr((world, astuple(replace(arm, encoder=file)), references, STYLES))
+        return CACHE / "evaluated" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
+
+    places = {name: place(arm) for name, arm in arms.items()}
+    missing = {name: arm for name, arm in arms.items() if not places[name].exists()}
+    say(f"{len(missing)} of {len(arms)} arms are to be drawn")
+    if missing:
+        needed = {name: file for name, file in names.items() if name in {arm.encoder for arm in missing.values()}}
+        for name, drawn in draw(references, missing, STYLES, needed)[1].items():
+            places[name].parent.mkdir(parents=True, exist_ok=True)
+            write_tensors(places[name], {"pictures": (drawn * 255).round().byte()}, {})
+    stored = {name: read_tensors(path)[0]["pictures"].to(torch.float32) / 255 for name, path in places.items()}
+    return reference_faces(references), stored
 
 
 def scores(faces: Any, drawn: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -74,28 +101,28 @@ def scores(faces: Any, drawn: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def table(found: dict[str, dict[str, Any]], files: dict[str, list[Path]], baselines: dict[str, str]) -> dict[str, Any]:
+def table(found: dict[str, dict[str, Any]], files: dict[str, list[Path]]) -> dict[str, Any]:
     """Figures by arm, the runs of an arm together, with paired gains over what training started from."""
     import torch
 
     from ..trainer.evaluate import share
 
-    def row(runs: list[str], baseline: str | None) -> dict[str, Any]:
+    def row(runs: list[str], gains: bool) -> dict[str, Any]:
         values = {what: torch.cat([found[run][what] for run in runs], 1) for what in (SIMILARITY, STYLE)}
         figures = {what: share(v) for what, v in values.items()}
         figures |= {f"{SIMILARITY}, {style}": share(_of(values[SIMILARITY], i)) for i, style in enumerate(STYLES)}
         figures |= {f"{STYLE}, {style}": share(_of(values[STYLE], i)) for i, style in enumerate(STYLES)}
-        if baseline:
-            for what, v in values.items():
-                figures[f"{what}, gain"] = share(v - found[baseline][what].repeat(1, len(runs)))
+        for what, v in values.items() if gains else ():
+            for name in COMPARED:
+                figures[f"{what}, over {name}"] = share(v - found[name][what].repeat(1, len(runs)))
         return figures
 
-    rows = {name: row([name], None) for name in (BEFORE, BEFORE_KV) if name in found}
+    rows = {name: row([name], False) for name in BASELINES}
     for name, some in files.items():
         runs = [f"{name}, run {number + 1}" for number in range(len(some))]
-        rows[name] = row(runs, baselines[name])
+        rows[name] = row(runs, True)
         if len(runs) > 1:
-            rows |= {run: row([run], baselines[name]) for run in runs}
+            rows |= {run: row([run], True) for run in runs}
     return rows
 
 
@@ -121,69 +148,82 @@ def differences(found: dict[str, dict[str, Any]], files: dict[str, list[Path]]) 
 
 def page(rows: dict[str, Any], pairs: dict[str, Any], references: int) -> str:
     """docs/encoders.md."""
-    columns = (SIMILARITY, f"{SIMILARITY}, gain", STYLE, f"{STYLE}, gain")
 
     def line(name: str, figures: dict[str, Any], wanted: Sequence[str]) -> str:
         return f"| {name} | " + " | ".join(str(figures.get(c, "")) for c in wanted) + " |"
 
-    main = "\n".join(line(name, f, columns) for name, f in rows.items())
-    wanted = [f"{what}, {style}" for what in (SIMILARITY, STYLE) for style in STYLES]
-    styles = "\n".join(line(name, f, wanted) for name, f in rows.items())
-    heads = " | ".join([*(f"similarity, {s}" for s in STYLES), *(f"style, {s}" for s in STYLES)])
+    def lines(wanted: Sequence[str]) -> str:
+        return "\n".join(line(name, f, wanted) for name, f in rows.items())
+
+    def measure(what: str) -> str:
+        return lines([what, *(f"{what}, over {name}" for name in COMPARED)])
+
+    heads = " | ".join(f"over *{name}*" for name in COMPARED)
+    by_style = {what: lines([f"{what}, {style}" for style in STYLES]) for what in (SIMILARITY, STYLE)}
     between = "\n".join(line(name, f, (SIMILARITY, STYLE)) for name, f in pairs.items())
+    styles = f"| | {' | '.join(STYLES)} |\n|---|{'---|' * len(STYLES)}"
     return f"""# What training makes of the encoder, on the mini world
 
 Written by `make evaluate ARGS="--encoders ..."`: {_how(references, STYLES)}
-Gains are paired, over the encoder that training starts from (*before*: the mini IP-Adapter Plus Face, image prompt at
-weight 1; *with KV*: KV injection without training beside it).
+Runs of an arm differ in their seed; gains and differences are paired. *Before* is what training starts from: the mini
+IP-Adapter Plus Face, which was trained on photos too long, as the public one, and hardly follows a style; at weight 1,
+at half weight, as the paper does too for comparison, and at weight 1 with KV injection without training.
 
-| | similarity | gain | style accuracy | gain |
-|---|---|---|---|---|
-{main}
+| similarity to the reference | | {heads} |
+|---|---|---|---|
+{measure(SIMILARITY)}
 
-| arms | similarity | style accuracy |
+| style accuracy | | {heads} |
+|---|---|---|---|
+{measure(STYLE)}
+
+| arms, one after another | similarity | style accuracy |
 |---|---|---|
 {between}
 
-By style of the prompt:
+Similarity by style of the prompt:
 
-| | {heads} |
-|---|{"---|" * len(wanted)}
 {styles}
+{by_style[SIMILARITY]}
+
+Style accuracy by style of the prompt:
+
+{styles}
+{by_style[STYLE]}
 
 ![The reference, then each arm under four prompts](encoders.jpg)
 """
 
 
-def sheet(faces: Any, drawn: dict[str, Any], path: Path, people: int = 6) -> None:
-    """A person a block: the reference and, in a row an arm, what it drew under each prompt."""
-    import torch
+def sheet(faces: Any, drawn: dict[str, Any], found: dict[str, dict[str, Any]], path: Path, people: int = 3) -> None:
+    """A row an arm, a person beside the other: the reference and what was drawn under each prompt."""
     from PIL import Image
 
-    def row(pictures: Any) -> Any:
-        return torch.cat(list(pictures), 2)
+    from .contact_sheet import Cell, contact_sheet
 
-    blank = torch.ones_like(faces[0])
-    blocks = []
-    for n in range(min(people, len(faces))):
-        rows = []
-        for i, pictures in enumerate(drawn.values()):
-            rows.append(row([faces[n] if i == 0 else blank, *pictures[n]]))
-        blocks.append(torch.cat(rows, 1))
-    lines = [torch.cat(blocks[i : i + 3], 2) for i in range(0, len(blocks) - len(blocks) % 3, 3)]
-    grid = (torch.cat(lines, 1).permute(1, 2, 0) * 255).round().byte().numpy()
-    Image.fromarray(grid).save(path, quality=85)
+    def picture(pixels: Any) -> Image.Image:
+        return Image.fromarray((pixels.permute(1, 2, 0) * 255).round().byte().numpy())
+
+    rows = []
+    for arm, pictures in drawn.items():
+        row = []
+        for n in range(people):
+            row.append(Cell(picture(faces[n]), arm if n == 0 else ""))
+            alike = found[arm][SIMILARITY][n].tolist()
+            row += [Cell(picture(p), f"identity {v:+.2f}") for p, v in zip(pictures[n], alike, strict=True)]
+        rows.append(row)
+    contact_sheet(["reference", *STYLES] * people, rows, "Before training and after").save(path, quality=85)
 
 
 def evaluate(references: int, out: Path, chosen: Sequence[str]) -> int:
     """Draw, measure and write: encoders.md, .json and .jpg, into `out`."""
     files = parse(chosen)
-    arms, baselines, names = arms_of(files)
-    faces, drawn = draw(references, arms, STYLES, names)
+    faces, drawn = pictures(references, *arms_of(files))
     found = scores(faces, drawn)
-    rows, pairs = table(found, files, baselines), differences(found, files)
+    rows, pairs = table(found, files), differences(found, files)
     out.mkdir(parents=True, exist_ok=True)
-    sheet(faces, {arm: p for arm, p in drawn.items() if not arm.endswith(", run 2")}, out / "encoders.jpg")
+    first = {arm: p for arm, p in drawn.items() if arm in BASELINES or arm.endswith(", run 1")}
+    sheet(faces, first, found, out / "encoders.jpg")
     plain = {name: {k: list(v) for k, v in f.items()} for name, f in {**rows, **pairs}.items()}
     (out / "encoders.json").write_text(json.dumps(plain, indent=1) + "\n")
     text = page(rows, pairs, references)
