@@ -19,7 +19,7 @@ from PIL import Image
 from . import workflow
 from .common import ROOT, Problem, Stopwatch, run_main, say
 from .contact_sheet import Cell, contact_sheet
-from .host import Host, Progress
+from .host import TRAINED, Host, Progress
 
 WORKFLOW = ROOT / "workflows" / "image_prompt_and_kv.json"
 PROMPTS = (
@@ -29,7 +29,25 @@ PROMPTS = (
     "a wanted poster of a face",
     "a pencil drawing of a face",
 )
-ARMS = {"image prompt": (0.6, 0.0), "KV injection": (0.0, 1.0), "both": (0.6, 1.0)}  # weights of either node
+STOCK = "ip-adapter-plus-face_sdxl_vit-h.safetensors"  # what training began with
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A row of the demo: weights of either node, and the encoder file."""
+
+    image_prompt: float
+    kv: float
+    encoder: str = Path(TRAINED).name
+
+
+ARMS = {
+    "both, before training": Arm(1.0, 1.0, STOCK),
+    "image prompt": Arm(1.0, 0.0),
+    "KV injection": Arm(0.0, 1.0),
+    "both": Arm(1.0, 1.0),
+}
+NOTHING = Arm(0.0, 0.0)
 REFERENCES = ("Reference face", "Reference look", "Reference layout")  # titles of the workflows' LoadImage nodes
 # What the mini world is at its best with; the workflow has what SDXL is (where 3, 2, 2 make a guidance of 5, not 3).
 SIZE, STEPS, CFG, SCALES = 128, 20, 3.0, {"text": 1.8, "full": 1.2, "kv": 1.2}
@@ -146,16 +164,15 @@ def at_mini_size(api: workflow.Api, reference: str, seed: int) -> workflow.Api:
     return api
 
 
-def prompt_for(
-    api: workflow.Api, reference: str, text: str, seed: int, image_prompt: float = 1.0, kv: float = 1.0
-) -> workflow.Api:
+def prompt_for(api: workflow.Api, reference: str, text: str, seed: int, arm: Arm) -> workflow.Api:
     """The demo's run: the workflow with this reference file and text, as the mini world is at its best."""
     api = at_mini_size(api, reference, seed)
     api = workflow.override(api, "BasicScheduler", steps=STEPS)
     api = workflow.override(api, "LookaheadGuider", **SCALES)
     api = workflow.override(api, "Prompt", text=text)
-    api = workflow.override(api, "LookaheadApplyKVInjection", weight=kv)
-    return workflow.override(api, "LookaheadApplyImagePrompt", weight=image_prompt)
+    api = workflow.override(api, "LookaheadLoadEncoder", encoder_name=arm.encoder)
+    api = workflow.override(api, "LookaheadApplyKVInjection", weight=arm.kv)
+    return workflow.override(api, "LookaheadApplyImagePrompt", weight=arm.image_prompt)
 
 
 def steered_prompt(api: workflow.Api, reference: str, seed: int, guided: str) -> workflow.Api:
@@ -204,22 +221,21 @@ def show_demo(host: Host, references: list[Image.Image], prompts: tuple[str, ...
     watch, done = Stopwatch(), 0
     say(f"Drawing {total} pictures ...")
     for number, arm in [*runs, (None, "off")]:
-        name = "without" if number is None else f"reference_{number + 1}_{arm.replace(' ', '_')}"
+        name = "without" if number is None else f"reference_{number + 1}_{arm.replace(',', '').replace(' ', '_')}"
         row = [Cell(Image.new("RGB", (SIZE, SIZE), (225, 225, 222)), "no reference")]
         likeness = None
         if number is not None:
             likeness = similarity_to(references[number])
             row = [Cell(references[number], f"reference {number + 1}: {arm}")]
-        weights = ARMS.get(arm, (0.0, 0.0))
         for column, text in enumerate(prompts):
-            run = prompt_for(api, f"reference_{(number or 0) + 1}.png", text, seed, *weights)
+            run = prompt_for(api, f"reference_{(number or 0) + 1}.png", text, seed, ARMS.get(arm, NOTHING))
             drawn = drawn_by(host, run, out / f"{name}_prompt_{column + 1}.png", bar(done, total, watch))
             row.append(Cell(drawn, "" if likeness is None else f"identity {likeness(drawn):+.2f}"))
             done += 1
         rows.append(row)
     say(f"{total} pictures in {watch.seconds:.0f} s")
     path = out / "contact_sheet.png"
-    title = "LCM-Lookahead: image prompt, KV injection (without training), and both"
+    title = "LCM-Lookahead: what the trained encoder does, in parts and together, and what it was before"
     contact_sheet(["reference", *(f"“{p}”" for p in prompts)], rows, title).save(path)
     return path
 

@@ -69,6 +69,8 @@ WEIGHTS = ROOT / "trainer" / "mini" / "weights"
 MINI_MODELS: dict[str, str] = {
     entry["model"]: entry["file"] for entry in json.loads((WEIGHTS / "manifest.json").read_text()) if "model" in entry
 }
+#: What `lookahead train trainer/configs/mini.yaml` has made of the mini encoder, under its own name
+TRAINED = "lookahead/mini_encoder.safetensors"
 CHECKPOINT = "checkpoints/sd_xl_base_1.0.safetensors"
 #: The halves of TAESD, which the mini checkpoint's VAE is cut into -> how the names of its weights begin
 TAESD = {
@@ -214,13 +216,13 @@ def link(source: Path, target: Path) -> None:
 
 
 def mini_models(base: Path, weights: Path = WEIGHTS) -> None:
-    """Put the mini weights into a host's base directory, under the names of the public files."""
-    for name, file in MINI_MODELS.items():
-        source = weights / file
+    """Put the mini weights into a host's base directory, under the names of the public files, and our own encoder."""
+    sources = {name: weights / file for name, file in MINI_MODELS.items()}
+    for name, source in {**sources, TRAINED: WEIGHTS.parent / "trained" / Path(TRAINED).name}.items():
         if not source.is_file():
             raise Problem(
-                f"{source} is missing: it is part of the repository; restore it with `git checkout -- "
-                f"trainer/mini/weights`, or make it anew with `lookahead mini build`."
+                f"{source} is missing: it is part of the repository; restore it with `git checkout -- trainer/mini`, "
+                f"or make it anew with `lookahead mini build` or `lookahead train`."
             )
         link(source, base / "models" / name)
 
