@@ -1,11 +1,13 @@
 """The weights in the repository: whole, small, and good enough for what they are used for (held-out people)."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from lcm_lookahead.lookahead import encoder_file
+from lcm_lookahead.trainer.config import CONFIGS, load
 from lcm_lookahead.trainer.evaluate import auc
 from lcm_lookahead.trainer.mini import data, shipped, weights
 from lcm_lookahead.trainer.mini.faces import STYLES, render
@@ -88,3 +90,19 @@ def test_the_adapter_is_a_stock_ip_adapter_file_that_the_reader_accepts():
 
 def test_references_are_the_same_people_however_many_are_asked_for():
     assert torch.equal(reference_faces(3)[2], reference_faces(1, first=2)[0])
+
+
+def test_the_trained_encoder_is_that_of_the_shipped_configuration_and_base():
+    path = WEIGHTS.parent / "trained" / "mini_encoder.safetensors"
+    file = encoder_file.read(path)
+    assert file.kv and path.stat().st_size < 3e6
+    tensors = [*file.image_proj.values(), *file.kv.values(), *(t for pair in file.ip_adapter for t in pair)]
+    assert all(t.dtype == torch.float16 and torch.isfinite(t).all() for t in tensors)
+    config = load(CONFIGS / "mini.yaml").shareable()
+    said = json.loads(file.metadata["config"])
+    free = ("out", "seed", "log_every", "save_every")  # change nothing, or which of several runs it is
+    assert {k: v for k, v in said.items() if k not in free} == {k: v for k, v in config.items() if k not in free}
+    assert file.metadata["steps"] == str(config["steps"])
+    base = next(entry for entry in shipped.manifest() if entry["file"] == weights.CHECKPOINT)
+    assert file.metadata["base_model_hash"] == base["sha256"]
+    assert file.metadata["recogniser_licence"].startswith("Apache-2.0")

@@ -132,7 +132,7 @@ def face_models(weights: Path, recogniser: str | None) -> tuple[Recogniser, Dete
     def detector(pictures: Tensor) -> list[list[Face]]:
         return pack.find(pictures, (IMAGE_SIZE,))  # a drawn face is never larger or smaller than this needs
 
-    return Recogniser(face_recogniser(weights), "mini"), detector, "as this repository"
+    return Recogniser(face_recogniser(weights), "mini"), detector, "Apache-2.0"
 
 
 def write_folder(to: Path, weights: Path = WEIGHTS) -> Path:
