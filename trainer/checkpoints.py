@@ -18,7 +18,7 @@ from .export import export
 
 # May change in a resumed run: nothing of it changes what is computed, but for the last bits of the rounding.
 FREE = {"steps", "save_every", "keep", "log_every", "norms_every", "nonfinite_in_a_row", "validate_every", "trackers"}
-FREE |= {"checkpointing", "accumulate", "compile"}
+FREE |= {"checkpointing", "accumulate", "compile", "out"}
 
 
 class TrainingError(RuntimeError):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import os
 import signal
 import socket
@@ -172,6 +173,15 @@ def test_checkpoints_are_rotated_and_each_holds_an_encoder_file_that_the_nodes_r
 def test_a_run_is_not_continued_with_other_values(whole):
     with pytest.raises(TrainingError, match="other values of batch, seed: give those again"):
         run(whole[0], batch=4, seed=3)
+
+
+def test_a_run_goes_on_where_its_folder_was_moved_to(whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/small.safetensors").unlink()
+    path, _, _ = run(tmp_path / "elsewhere")
+    stored = encoder_file.read(path)
+    assert path.parent.name == "elsewhere" and stored.metadata["steps"] == "7"
+    assert all(torch.equal(v, whole[2][f"image_proj.{k}"]) for k, v in stored.image_proj.items())
 
 
 def test_samples_that_are_not_finite_are_left_out_and_named(tmp_path):
