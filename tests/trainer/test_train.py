@@ -2,8 +2,8 @@
 
 import importlib.util
 import json
-import shutil
 import os
+import shutil
 import signal
 import socket
 import subprocess
