@@ -213,7 +213,7 @@ def _mini(device: Any) -> tuple[Any, Any, Any, Any]:
     from ..trainer.config import CONFIGS, load
     from ..trainer.draws import draw
 
-    config = load(CONFIGS / "mini.yaml", [f"batch={BATCH}", "data.people=2"])
+    config = load(CONFIGS / "mini.yaml", [f"batch={BATCH}", "data.people=2", "precision=fp32"])
     step, source, _ = assemble(config)
     step.to(device)
     batch = source.batch(range(BATCH), range(BATCH), device)
