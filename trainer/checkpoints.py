@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -52,6 +53,17 @@ class State:
         return parts if self.average is None else parts | {"average": self.average}
 
 
+def surroundings() -> dict[str, str | int]:
+    """What the last bits of a run depend on besides its configuration."""
+    shared = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return {
+        "threads": torch.get_num_threads(),
+        "processes": torch.distributed.get_world_size() if shared else 1,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU",
+        "torch": str(torch.__version__),
+    }
+
+
 def found(folder: Path) -> list[Path]:
     """Whole checkpoints of a run, oldest first: they get their name when they are complete."""
     return sorted(path for path in (folder / "checkpoints").glob("step-*") if path.suffix != ".part")
@@ -64,7 +76,8 @@ def save(folder: Path, config: Config, progress: Progress, state: State, about: 
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     stored = {name: each.state_dict() for name, each in state.parts().items()}
-    torch.save(stored | {"progress": asdict(progress), "config": config.model_dump_json()}, part / "state.pt")
+    stored |= {"progress": asdict(progress), "config": config.model_dump_json(), "surroundings": surroundings()}
+    torch.save(stored, part / "state.pt")
     export(part / f"{config.name}.safetensors", state.exported, config, progress.step, about)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(part, final)
@@ -86,6 +99,9 @@ def resume(folder: Path, config: Config, state: State) -> Progress:
             f"The run in {folder} was started with other values of {', '.join(other)}: give those again, or another "
             "`out` for a new run."
         )
+    was, here = stored.get("surroundings", {}), surroundings()
+    if changed := [f"{k} {was[k]}, now {here[k]}" for k in was if was[k] != here.get(k)]:
+        print(f"The run was begun with {'; '.join(changed)}: it goes on, but not to the same last bits.", flush=True)
     for name, part in state.parts().items():
         part.load_state_dict(stored[name])
     return Progress(**stored["progress"])

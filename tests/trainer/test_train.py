@@ -184,6 +184,20 @@ def test_a_run_goes_on_where_its_folder_was_moved_to(whole, tmp_path):
     assert all(torch.equal(v, whole[2][f"image_proj.{k}"]) for k, v in stored.image_proj.items())
 
 
+def test_a_run_says_that_it_goes_on_with_other_threads(whole, tmp_path, capsys):
+    shutil.copytree(whole[0], tmp_path / "again")
+    run(tmp_path / "again")
+    assert "The run was begun" not in capsys.readouterr().out
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        run(tmp_path / "again")
+    finally:
+        torch.set_num_threads(threads)
+    said = f"The run was begun with threads {threads}, now {threads + 1}: it goes on, but not to the same last bits."
+    assert said in capsys.readouterr().out
+
+
 def test_samples_that_are_not_finite_are_left_out_and_named(tmp_path):
     class Damaged(Numbers):
         def batch(self, targets, numbers, device):
