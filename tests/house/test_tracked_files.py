@@ -51,8 +51,13 @@ def test_the_search_finds_such_lines(tmp_path, monkeypatch):
 
 def test_no_file_is_large_and_the_mini_weights_are_small(tracked):
     sizes = {path: path.stat().st_size for path in tracked}
-    assert max(sizes.values()) < 80e6
-    assert sum(size for path, size in sizes.items() if path.suffix in (".safetensors", ".onnx")) < 60e6
+    assert sum(sizes.values()) < 80e6
+    mini = ROOT / "trainer" / "mini"
+    assert sum(size for path, size in sizes.items() if path.is_relative_to(mini / "weights")) < 60e6
+    kinds = (".safetensors", ".onnx", ".pt", ".bin")
+    others = {p: s for p, s in sizes.items() if p.suffix in kinds and not p.is_relative_to(mini / "weights")}
+    assert [path.relative_to(mini).as_posix() for path in others] == ["trained/mini_encoder.safetensors"]
+    assert sum(others.values()) < 3e6
 
 
 def test_nothing_of_the_host_or_of_the_set_up_is_committed(tracked):
