@@ -23,6 +23,7 @@ IDS = {
     "LookaheadLPIPSLoss",
     "LookaheadL1Loss",
     "LookaheadCombineLosses",
+    "LookaheadConvertEncoder",
 }
 
 
