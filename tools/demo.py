@@ -42,10 +42,9 @@ class Arm:
 
 
 ARMS = {
-    "both, before training": Arm(1.0, 1.0, STOCK),
+    "before training": Arm(1.0, 1.0, STOCK),
     "image prompt": Arm(1.0, 0.0),
-    "KV injection": Arm(0.0, 1.0),
-    "both": Arm(1.0, 1.0),
+    "image prompt and KV": Arm(1.0, 1.0),
 }
 NOTHING = Arm(0.0, 0.0)
 REFERENCES = ("Reference face", "Reference look", "Reference layout")  # titles of the workflows' LoadImage nodes
@@ -209,7 +208,7 @@ def drawn_by(host: Host, api: workflow.Api, path: Path, progress: Callable[[Prog
 
 
 def show_demo(host: Host, references: list[Image.Image], prompts: tuple[str, ...], out: Path, seed: int) -> Path:
-    """Draw every reference under every prompt, with each part and both; returns the path of the sheet in `out`."""
+    """Draw every reference under every prompt, before training and after it; returns the path of the sheet in `out`."""
     out.mkdir(parents=True, exist_ok=True)
     runs = [(n, arm) for n in range(len(references)) for arm in ARMS]
     total = (len(runs) + 1) * len(prompts)
@@ -221,7 +220,7 @@ def show_demo(host: Host, references: list[Image.Image], prompts: tuple[str, ...
     watch, done = Stopwatch(), 0
     say(f"Drawing {total} pictures ...")
     for number, arm in [*runs, (None, "off")]:
-        name = "without" if number is None else f"reference_{number + 1}_{arm.replace(',', '').replace(' ', '_')}"
+        name = "without" if number is None else f"reference_{number + 1}_{arm.replace(' ', '_')}"
         row = [Cell(Image.new("RGB", (SIZE, SIZE), (225, 225, 222)), "no reference")]
         likeness = None
         if number is not None:
@@ -235,7 +234,7 @@ def show_demo(host: Host, references: list[Image.Image], prompts: tuple[str, ...
         rows.append(row)
     say(f"{total} pictures in {watch.seconds:.0f} s")
     path = out / "contact_sheet.png"
-    title = "LCM-Lookahead: what the trained encoder does, in parts and together, and what it was before"
+    title = "LCM-Lookahead: image prompt and KV injection before training; the trained image prompt; both trained"
     contact_sheet(["reference", *(f"“{p}”" for p in prompts)], rows, title).save(path)
     return path
 

@@ -17,7 +17,9 @@ def drawn(tmp_path_factory):
     return references, out, sheet
 
 
-@pytest.mark.parametrize(("arm", "least"), [("image_prompt", 0.2), ("KV_injection", 0.03), ("both", 0.2)])
+@pytest.mark.parametrize(
+    ("arm", "least"), [("before_training", 0.2), ("image_prompt", 0.2), ("image_prompt_and_KV", 0.2)]
+)
 def test_people_are_more_alike_with_a_reference_than_without(drawn, arm, least):
     references, out, _ = drawn
     without = Image.open(out / "without_prompt_1.png")
