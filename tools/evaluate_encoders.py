@@ -162,6 +162,8 @@ def page(rows: dict[str, Any], pairs: dict[str, Any], references: int) -> str:
     heads = " | ".join(f"over *{name}*" for name in COMPARED)
     by_style = {what: lines([f"{what}, {style}" for style in STYLES]) for what in (SIMILARITY, STYLE)}
     between = "\n".join(line(name, f, (SIMILARITY, STYLE)) for name, f in pairs.items())
+    if pairs:
+        between = f"| arms, one after another | similarity | style accuracy |\n|---|---|---|\n{between}\n\n"
     styles = f"| | {' | '.join(STYLES)} |\n|---|{'---|' * len(STYLES)}"
     return f"""# What training makes of the encoder, on the mini world
 
@@ -183,11 +185,7 @@ of the adapter at weight 1 for much of the prompt; the lookahead loss and KV are
 |---|---|{"---|" * len(COMPARED)}
 {measure(STYLE)}
 
-| arms, one after another | similarity | style accuracy |
-|---|---|---|
-{between}
-
-Similarity by style of the prompt:
+{between}Similarity by style of the prompt:
 
 {styles}
 {by_style[SIMILARITY]}
