@@ -44,6 +44,7 @@ METADATA_FIELDS = {
     "recogniser": "face recogniser used in the loss",
     "recogniser_licence": "licence of that recogniser",
     "data": "training data",
+    "data_hash": "hash of the training data: pictures, people, captions",
     "config": "training configuration",
     "steps": "training steps",
 }

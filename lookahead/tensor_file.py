@@ -64,14 +64,26 @@ def sha256(path: str | os.PathLike[str]) -> str:
 
 
 def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a .safetensors file beside its place and rename it into it: what stood there stays until all is written."""
+    """Write a .safetensors file beside its place and rename it into it: what stood there stays until all is written.
+
+    Raises EncoderFileError where the place cannot be written.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what a new file gets here; safetensors would leave it to its owner alone
         save_file(dict(tensors), temporary, metadata=dict(metadata))
+        temporary.chmod(mode)
         os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise EncoderFileError(
+            f"{path} cannot be written ({why}): free some space there, or name another place."
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 

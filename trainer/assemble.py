@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import accelerate
 import torch
 from torch import Tensor
 
@@ -25,6 +25,7 @@ from .encoder import Encoder
 from .folder import FolderSource
 from .models import Frozen, ModelError, Preview, found
 from .people import DataError
+from .pictures import PictureError
 from .source import Source
 from .step import Step
 
@@ -38,9 +39,10 @@ ERRORS = (
     DataError,
     EncoderFileError,
     FaceModelError,
-    FileNotFoundError,
     ImportError,
     ModelError,
+    OSError,
+    PictureError,
     RecogniserError,
 )
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -64,6 +66,7 @@ def assemble(config: Config) -> tuple[Step, Source, Mapping[str, str]]:
         "base_model_hash": base_hash(config),
         "image_encoder": Path(config.model.image_encoder or "mini").name,
         "size": str(8 * source.latent_shape[-1]),
+        "data_hash": source.digest(),
         "recogniser_licence": licence,
     }
     return step, source, about
@@ -84,9 +87,7 @@ def base_hash(config: Config) -> str:
 
 def device() -> torch.device:
     """What this process of a run computes on, as accelerate chooses it."""
-    if not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return accelerate.PartialState().device
 
 
 def of_mini(config: Config) -> Path | None:

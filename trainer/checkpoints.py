@@ -6,20 +6,25 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from .config import Config
+from ..lookahead.tensor_file import EncoderFileError
+from .config import Config, named_only
 from .encoder import Encoder
 from .export import export
 
-# May change in a resumed run: nothing of it changes what is computed, but for the last bits of the rounding.
+# May change in a run that goes on: nothing of it changes what is computed, but for the last bits of the rounding.
+# (Where training starts is in the weights by then.)
 FREE = {"steps", "save_every", "keep", "log_every", "norms_every", "nonfinite_in_a_row", "validate_every", "trackers"}
-FREE |= {"checkpointing", "accumulate", "compile", "out"}
+FREE |= {"checkpointing", "accumulate", "compile", "out", "model.start"}
+FREE |= {"data.source", "data.metadata", "data.cache", "data.keep", "data.damaged"}  # `Source.digest` tells other data
+PROBES = {"validation.steps", "validation.guidance", "validation.prompts"}  # free too, but scores are others then
 
 
 class TrainingError(RuntimeError):
@@ -28,29 +33,34 @@ class TrainingError(RuntimeError):
 
 @dataclass
 class Progress:
-    """How far a run is: steps done, skipped ones in a row before that, the best validation and its step."""
+    """How far a run is: steps done, skipped ones in a row before that, the best validation and its step, and the step
+    of the last validation."""
 
     step: int = 0
     bad: int = 0
     best: float = float("-inf")
     best_step: int = 0
+    validated: int = -1
 
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """All that a run is besides its progress. average: of the encoder; it is what is exported where there is one."""
+    """All that a run is besides its progress. average: of the encoder; it is what is exported where there is one.
+    scaler: of fp16's gradients. data: `Source.digest`."""
 
     encoder: Encoder
     optimiser: torch.optim.Optimizer
     average: nn.Module | None = None
+    scaler: torch.amp.GradScaler | None = None
+    data: str = ""
 
     @property
     def exported(self) -> Encoder:
         return self.encoder if self.average is None else self.average.module
 
-    def parts(self) -> dict[str, nn.Module | torch.optim.Optimizer]:
-        parts = {"encoder": self.encoder, "optimiser": self.optimiser}
-        return parts if self.average is None else parts | {"average": self.average}
+    def parts(self) -> dict[str, nn.Module | torch.optim.Optimizer | torch.amp.GradScaler]:
+        parts = {"encoder": self.encoder, "optimiser": self.optimiser, "average": self.average, "scaler": self.scaler}
+        return {name: part for name, part in parts.items() if part is not None}
 
 
 def surroundings() -> dict[str, str | int]:
@@ -70,41 +80,103 @@ def found(folder: Path) -> list[Path]:
 
 
 def save(folder: Path, config: Config, progress: Progress, state: State, about: Mapping[str, str] | None) -> None:
-    """Write a checkpoint with its encoder file. Of the older ones `config.keep` - 1 stay, and the best."""
+    """Write a checkpoint with its encoder file. Of the older ones `config.keep` - 1 stay, and the best.
+
+    Raises TrainingError, one sentence, where it cannot be written; what was there before then stays.
+    """
     final = _path(folder, progress.step)
+    for left in (folder / "checkpoints").glob("step-*.part"):  # of a run that was killed while it saved
+        shutil.rmtree(left, ignore_errors=True)
     part = final.with_suffix(".part")
-    shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     stored = {name: each.state_dict() for name, each in state.parts().items()}
     stored |= {"progress": asdict(progress), "config": config.model_dump_json(), "surroundings": surroundings()}
-    torch.save(stored, part / "state.pt")
-    export(part / f"{config.name}.safetensors", state.exported, config, progress.step, about)
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(part, final)
+    stored |= {"data": state.data, "base_model_hash": (about or {}).get("base_model_hash", "")}
+    try:
+        torch.save(stored, part / "state.pt")
+        export(part / f"{config.name}.safetensors", state.exported, config, progress.step, about)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(part, final)
+    except (OSError, RuntimeError, EncoderFileError) as error:  # RuntimeError: torch.save's, of a full disk
+        shutil.rmtree(part, ignore_errors=True)
+        raise TrainingError(
+            f"The checkpoint {final} cannot be written ({error}): free some space, and give the same command again, "
+            "which goes on from the checkpoint before it."
+        ) from error
     for old in found(folder)[: -config.keep]:
         if old != _path(folder, progress.best_step):
             shutil.rmtree(old)
 
 
-def resume(folder: Path, config: Config, state: State) -> Progress:
-    """Load the last checkpoint, if there is one. Raises TrainingError where it is of another run."""
+def resume(
+    folder: Path,
+    config: Config,
+    state: State,
+    about: Mapping[str, str] | None = None,
+    say: Callable[[str], object] = print,
+) -> Progress:
+    """Load the last checkpoint, if there is one.
+
+    Raises TrainingError, one sentence, where it is damaged, of a run with other values, data or base, or further than
+    `config.steps`.
+    """
     checkpoints = found(folder)
     if not checkpoints:
         return Progress()
-    stored = torch.load(checkpoints[-1] / "state.pt", map_location="cpu", weights_only=True)
-    before, now = json.loads(stored["config"]), json.loads(config.model_dump_json())
-    free = FREE if config.optimiser.schedule == "constant" else FREE - {"steps"}
-    if other := [k for k in now if k not in free and before.get(k) != now[k]]:
+    last = checkpoints[-1]
+    try:
+        stored = torch.load(last / "state.pt", map_location="cpu", weights_only=True)
+        before, progress = json.loads(stored["config"]), Progress(**stored["progress"])
+    except Exception as error:  # a file cut short raises many kinds
+        older = f"the run goes on from {checkpoints[-2].name}" if len(checkpoints) > 1 else "the run begins anew"
         raise TrainingError(
-            f"The run in {folder} was started with other values of {', '.join(other)}: give those again, or another "
-            "`out` for a new run."
+            f"{last / 'state.pt'} is damaged ({error}): delete the folder {last}, and {older}."
+        ) from None
+    other = changes(before, config)
+    free = FREE | PROBES if config.optimiser.schedule == "constant" else (FREE | PROBES) - {"steps"}
+    if fixed := [f"{name} ({was}, now {now})" for name, (was, now) in other.items() if name not in free]:
+        raise TrainingError(
+            f"The run in {folder} was started with other values of {', '.join(fixed)}: give those again, or, for a new "
+            f"run, another `out` (with model.start={last / config.name}.safetensors from the weights of this one)."
         )
-    was, here = stored.get("surroundings", {}), surroundings()
-    if changed := [f"{k} {was[k]}, now {here[k]}" for k in was if was[k] != here.get(k)]:
-        print(f"The run was begun with {'; '.join(changed)}: it goes on, but not to the same last bits.", flush=True)
+    if stored.get("data", state.data) != state.data:
+        raise TrainingError(
+            f"{config.data.source} does not hold the pictures, people and captions that the run in {folder} was "
+            "started with: bring those back, or, for a new run, give another `out` (with model.start="
+            f"{last / config.name}.safetensors from the weights of this one)."
+        )
+    base = (about or {}).get("base_model_hash", "")
+    if base and stored.get("base_model_hash", base) != base:
+        raise TrainingError(
+            f"model.base {config.model.base} is another model than the one that the run in {folder} was started with: "
+            "give that one again, or another `out` for a new run."
+        )
+    if progress.step > config.steps:
+        raise TrainingError(
+            f"The run in {folder} is at step {progress.step}, beyond steps={config.steps}: give at least "
+            f"{progress.step}, or another `out` for a new run."
+        )
+    if PROBES & other.keys():
+        progress.best = float("-inf")
     for name, part in state.parts().items():
         part.load_state_dict(stored[name])
-    return Progress(**stored["progress"])
+    was, here = stored.get("surroundings", {}), surroundings()
+    if changed := [f"{k} {was[k]}, now {here[k]}" for k in was if was[k] != here.get(k)]:
+        say(f"The last checkpoint was made with {'; '.join(changed)}: the run goes on, but not to the same last bits.")
+    return progress
+
+
+def changes(before: Mapping[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:
+    """By dotted name, the values that differ: (before, now). Of files only the names count, since folders are moved."""
+    then, now = _leaves(named_only(before)), _leaves(config.shareable())
+    return {name: (then[name], value) for name, value in now.items() if name in then and then[name] != value}
+
+
+def _leaves(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    leaves = {}
+    for name, value in values.items():
+        leaves |= _leaves(value, f"{above}{name}.") if isinstance(value, Mapping) else {above + name: value}
+    return leaves
 
 
 def _path(folder: Path, step: int) -> Path:

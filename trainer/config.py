@@ -7,6 +7,7 @@ Every value is checked before anything is loaded. An unknown key is an error tha
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
@@ -124,7 +125,7 @@ class Validation(_Section):
         "a comic of a face",
         "a wanted poster of a face",
     )
-    steps: Annotated[int, Field(ge=1, le=1000)] = Field(10, description="of DDIM")
+    steps: Annotated[int, Field(ge=1, le=100)] = Field(10, description="of DDIM")
     guidance: Positive = 5.0
 
 
@@ -177,12 +178,17 @@ class Config(_Section):
         return self
 
     def shareable(self) -> dict[str, Any]:
-        """As plain values for a file that others get: of every path only the last name, since folders name people."""
-        values = self.model_dump(mode="json")
-        for section, names in _PATHS.items():
-            part = values[section] if section else values
-            part |= {name: Path(part[name]).name for name in names if part[name] is not None}
-        return values
+        """As plain values for a file that others get (`named_only`)."""
+        return named_only(self.model_dump(mode="json"))
+
+
+def named_only(values: dict[str, Any]) -> dict[str, Any]:
+    """Plain values of a configuration with, of every path, only the last name: folders name people, and are moved."""
+    values = copy.deepcopy(values)
+    for section, names in _PATHS.items():
+        part = values[section] if section else values
+        part |= {name: Path(part[name]).name for name in names if part.get(name) is not None}
+    return values
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -222,7 +228,9 @@ def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     except FileNotFoundError:
         what = f"{path}, which {below[-1]} extends" if below else str(path)
         raise ConfigError(f"There is no file {what}: name a YAML file such as {CONFIGS / 'mini.yaml'}.") from None
-    except yaml.YAMLError as error:
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}): name a YAML file.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is no YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds no keys with values: begin with that of trainer/configs/mini.yaml.")

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .checkpoints import TrainingError
+from .log import lines
 
 Points = list[tuple[int, float]]
 # Figure of a log's line: its title. docs/training.md says what each should do.
 PANELS = {
     "diffusion": "diffusion loss",
+    "lookahead": "lookahead loss",
     "distance": "distance of previews",
     "counted": "share that counts",
     "alignment": "alignment loss",
+    "norm": "gradient of both, before it is clipped",
     "norm_diffusion": "gradient of the diffusion loss",
     "norm_lookahead": "gradient of the lookahead loss",
     "identity": "validation: identity",
@@ -32,8 +34,7 @@ def read(folder: Path) -> dict[str, Points]:
     """
     path, found = folder / "log.jsonl", {}
     try:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            figures = json.loads(line)
+        for figures in lines(path):
             step = figures.pop("step")
             for name, value in (figures | figures.pop("validation", {})).items():
                 if isinstance(value, int | float) and math.isfinite(value):
@@ -42,7 +43,7 @@ def read(folder: Path) -> dict[str, Points]:
         raise TrainingError(
             f"{path} cannot be read ({error}): name the folder `out` of a run that has begun."
         ) from None
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, AttributeError, TypeError):
         raise TrainingError(f"{path} is not the log of a run: name the folder `out` of one.") from None
     return found
 

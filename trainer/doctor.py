@@ -100,6 +100,7 @@ def _files(report: Report, entries: Sequence[Entry], seen: dict[str, Seen], gone
 
 def _pairs(report: Report, found: People, cache: Path) -> None:
     why = {file: reason for file, reason in found.left_out.items() if not found.seen[file].error}
+    (cache / "left_out.jsonl").unlink(missing_ok=True)
     if found.left_out:
         part = cache / f"left_out.{os.getpid()}.part"
         part.write_text("".join(json.dumps({"file": f, "why": w}) + "\n" for f, w in found.left_out.items()))

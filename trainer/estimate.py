@@ -82,6 +82,8 @@ def estimate(config: Config, processes: int = 1) -> Cost:
 
     Raises ConfigError where they cannot share it evenly.
     """
+    if processes < 1:
+        raise ConfigError(f"processes is {processes}: give at least 1.")
     parts = processes * config.accumulate
     if config.batch % parts:
         raise ConfigError(
@@ -383,12 +385,18 @@ def _disk(config: Config, total: int) -> dict[str, float]:
     out, name = Path(config.out), f"{config.name}.safetensors"
     state = (6 if config.optimiser.eight_bit else 12) * total
     state += 4 * total if config.ema else 0
+    best = 1 if config.validate_every else 0
+    kept, many = f"{config.keep} kept{', the best' * best}, one being written", config.keep + best + 1
     files = {
-        f"{out / 'checkpoints'}/step-…/state.pt ({config.keep} kept)": config.keep * state,
-        f"{out / 'checkpoints'}/step-…/{name} ({config.keep} kept)": config.keep * 4 * total,
+        f"{out / 'checkpoints'}/step-…/state.pt ({kept})": many * state,
+        f"{out / 'checkpoints'}/step-…/{name} ({kept})": many * 4 * total,
         f"{out / name}": 4 * total,
         f"{out / 'log.jsonl'}, skipped.jsonl": 1e3 * config.steps / config.log_every,
     }
+    if best:
+        pictures = config.validation.people * (1 + len(config.validation.prompts))
+        times = config.steps // config.validate_every + 2
+        files[f"{out / 'validation'}/step-….png"] = times * pictures * 2 * config.data.size**2  # PNG: 2 bytes a pixel
     if config.data.source != "mini" and config.data.keep:
         known = _pictures(config)
         used = min(2 * config.steps * config.batch, known or 2 * config.steps * config.batch)

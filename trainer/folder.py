@@ -53,8 +53,9 @@ class FolderSource:
         self.people = read_people(self.data, detector, config.model.detector or config.model.base, Path(config.out))
         targets = [n for n, fit in enumerate(self.people.references) if fit]
         people_ = list(dict.fromkeys(self.people.pictures[n].person for n in targets))
-        # Whom training does not see: a tenth at most, the same whatever else is in the folder.
-        few = min(config.validation.people if config.validate_every else 0, len(people_) // 10)
+        # Whom training does not see: a tenth at most, the same whatever else is in the folder, and with or without
+        # validation, so that it can be turned on later.
+        few = min(config.validation.people, len(people_) // 10)
         self.held_out = sorted(people_, key=lambda name: hashlib.sha256(name.encode()).digest())[:few]
         self.targets = [n for n in targets if self.people.pictures[n].person not in self.held_out]
         self._latent_by, self._text_by = _fingerprint(models.vae), _fingerprint(models.text)
@@ -63,6 +64,14 @@ class FolderSource:
 
     def __len__(self) -> int:
         return len(self.targets)
+
+    def digest(self) -> str:
+        def known(n: int) -> tuple:
+            picture = self.people.pictures[n]
+            return picture.file, self.people.seen[picture.file].pixels, picture.person, self.caption(n)
+
+        pairs = [(known(n), [known(r) for r in self.people.references[n]]) for n in self.targets]
+        return hashlib.sha256(repr((pairs, self.held_out)).encode()).hexdigest()
 
     def reference_of(self, target: int, number: int) -> int:
         """Place of the reference for the sample of this number, whose target is the picture at place `target`."""
@@ -120,6 +129,10 @@ class FolderSource:
         return IdentityLoss(self.recogniser, self.detector, References(embeddings, points, sizes), NONE)
 
     def probes(self, config: Config, device: torch.device) -> Probes:
+        with self._reading(device):
+            return self._probes(config, device)
+
+    def _probes(self, config: Config, device: torch.device) -> Probes:
         """Validation (`validate.Probing`) with the people who are held out; of a small folder, with some of those that
         are trained on. Identity is measured by the recogniser of the loss, which flatters: see the pictures too."""
         who = self.held_out or list(dict.fromkeys(self.people.pictures[n].person for n in self.targets))
@@ -180,11 +193,8 @@ class FolderSource:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_tensors(path, made, {})
-            except OSError as error:
-                raise DataError(
-                    f"{path.parent} cannot be written ({error.strerror}): name another folder as data.cache, or set "
-                    "data.keep to false."
-                ) from None
+            except (OSError, EncoderFileError) as error:
+                raise DataError(f"{error} Or set data.cache to another folder, or data.keep to false.") from None
         return made
 
     @torch.no_grad()
@@ -231,7 +241,7 @@ class FolderSource:
 
 def cache_folder(data: Data) -> Path:
     """Where what was seen is kept: `data.cache`, else beside the data."""
-    source = Path(data.source)
+    source = Path(os.path.abspath(data.source))  # with a name, also of "." and ".."
     return Path(data.cache) if data.cache else source.with_name(source.name + ".cache")
 
 
@@ -246,6 +256,7 @@ def read_people(data: Data, detector: Detector | None, name: str, out: Path) -> 
         entries, scan(folder, entries, detector, name, cache_folder(data) / "scan.jsonl"), detector is not None
     )
     broken = {e.file: why for e in entries if (why := found.seen[e.file].error)}
+    (out / "quarantine.jsonl").unlink(missing_ok=True)
     if broken:
         out.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps({"file": file, "why": why}) + "\n" for file, why in broken.items()]

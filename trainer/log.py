@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -21,11 +24,18 @@ PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
 def check_trackers(trackers: Sequence[str]) -> None:
     """Raises TrainingError for a tracker whose package is missing: accelerate would leave it out without a word."""
     for tracker in trackers:
-        if not any(importlib.util.find_spec(package) for package in PACKAGES[tracker]):
+        if not any(_is_there(package) for package in PACKAGES[tracker]):
             raise TrainingError(
                 f"The tracker {tracker} needs the package {PACKAGES[tracker][0]}, which is not installed: install it "
                 f"with pip, or take {tracker} out of `trackers` (log.jsonl holds the same figures)."
             )
+
+
+def _is_there(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ValueError:  # switched off
+        return False
 
 
 class Log:
@@ -37,7 +47,19 @@ class Log:
         if self.main:
             _cut(folder / "log.jsonl", first)
         if config.trackers:
-            accelerator.init_trackers(config.name, {"configuration": config.model_dump_json()})
+            accelerator.init_trackers(
+                config.name, {"configuration": json.dumps(config.shareable())}, {"wandb": self._wandb()}
+            )
+
+    def _wandb(self) -> dict[str, str]:
+        """So that a run that goes on is one run there too, and its files lie in `out`."""
+        if not self.main or "wandb" not in self.config.trackers:
+            return {}
+        path = self.folder / "wandb_run.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            path.write_text(uuid.uuid4().hex[:8])
+        return {"dir": str(self.folder), "id": path.read_text(), "resume": "allow"}
 
     def figures(self, step: int, figures: Mapping[str, float]) -> None:
         """Of a training step. Adds pictures a second and peak memory."""
@@ -56,9 +78,10 @@ class Log:
 
     def skipped(self, step: int, samples: Sequence[str]) -> None:
         """A step that was left out because of these samples; without any, because of none alone."""
-        why = ", ".join(samples) or "all losses are, so it is not a single sample"
-        print(f"Step {step} is left out, because its gradient is not finite: {why}.", flush=True)
-        _append(self.folder / "skipped.jsonl", {"step": step, "samples": list(samples)})
+        if self.main:
+            why = ", ".join(samples) or "all losses are, so it is not a single sample"
+            print(f"Step {step} is left out, because its gradient is not finite: {why}.", flush=True)
+            _append(self.folder / "skipped.jsonl", {"step": step, "samples": list(samples)})
 
     def _write(self, step: int, line: str, figures: Mapping[str, object], tracked: Mapping[str, float]) -> None:
         if self.main:
@@ -84,16 +107,26 @@ def memory() -> dict[str, float]:
     return {"peak_gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9}
 
 
+def lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log, but for a last one that a full disk or a power failure cut short. Raises ValueError for what
+    is no log."""
+    written = path.read_text(encoding="utf-8").splitlines()
+    if written and written[-1].startswith("{") and not written[-1].endswith("}"):
+        written.pop()
+    return [json.loads(line) for line in written]
+
+
 def _cut(path: Path, step: int) -> None:
     """Lines after the checkpoint that a run goes on from will be written again; without one, all of them."""
     if not step:
         path.unlink(missing_ok=True)
     elif path.exists():
-        lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-        path.write_text("".join(line + "\n" for line in lines))
+        part = path.with_suffix(".part")
+        part.write_text("".join(json.dumps(line) + "\n" for line in lines(path) if line["step"] <= step))
+        os.replace(part, path)
 
 
 def _append(path: Path, values: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as f:
+    with path.open("a", encoding="utf-8") as f:
         f.write(json.dumps(values) + "\n")

@@ -130,7 +130,8 @@ def public(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 path = name.removeprefix("unet.").partition(f".{theirs}.")[0]
                 name = f"{PREFIX}{path.replace('.', '_')}.{ours}.weight"
         out[name] = tensor
-    return {k: v for k, v in out.items() if not k.startswith("lora_te")}  # text encoders stay as they are
+    texts = ("lora_te", "text_encoder.", "text_encoder_2.")
+    return {k: v for k, v in out.items() if not k.startswith(texts)}  # text encoders stay as they are
 
 
 def load(tensors: Mapping[str, Tensor], unet: nn.Module) -> LoRA:

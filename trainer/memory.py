@@ -12,7 +12,7 @@ EIGHT_BIT, AVERAGE, WEIGHTS = 2.6, 1.7, 5.1  # GB: AdamW's state, the trained pa
 def out_of_memory(config: Config, processes: int) -> str:
     """One sentence: the knobs that are left to turn, and what each saves."""
     rows = config.batch // processes // config.accumulate
-    kept, knobs = KEPT[config.checkpointing], []
+    kept, knobs, new = KEPT[config.checkpointing], [], []
     for mode in ("blocks", "all"):
         if KEPT[mode] < kept:
             knobs.append(f"checkpointing={mode} (saves {rows * (kept - KEPT[mode]):.1f} GB, costs time)")
@@ -23,11 +23,13 @@ def out_of_memory(config: Config, processes: int) -> str:
             else f"accumulate={rows * config.accumulate} (saves {(rows - 1) * kept:.1f} GB; the result stays the same)"
         )
     if config.precision == "fp32":
-        knobs.append(f"precision=bf16 (saves {WEIGHTS:.1f} GB of weights, and half of {rows * kept * 2:.1f} GB)")
+        new.append(f"precision=bf16 (saves {WEIGHTS:.1f} GB of weights, and half of {rows * kept * 2:.1f} GB)")
     if not config.optimiser.eight_bit:
-        knobs.append(f"optimiser.eight_bit=true (saves {EIGHT_BIT:.1f} GB)")
+        new.append(f"optimiser.eight_bit=true (saves {EIGHT_BIT:.1f} GB)")
     if config.ema:
-        knobs.append(f"ema=0 (saves {AVERAGE:.1f} GB)")
+        new.append(f"ema=0 (saves {AVERAGE:.1f} GB)")
+    if new:
+        knobs.append(f"in a new run, with another `out`: {', '.join(new)}")
     turn = "; ".join(knobs) or "all knobs are turned, so that it takes a card with more memory"
     return f"Memory ran out. What can be changed, with what it saves for SDXL at 1024x1024: {turn}."
 
@@ -39,5 +41,5 @@ def spilled(reserved: float, there: float) -> str | None:
     return (
         f"Warning: {reserved / 1e9:.1f} GB are in use on a GPU of {there / 1e9:.1f} GB, so the driver uses the "
         "system's memory, which is some 30 times slower: stop, and turn a knob that saves memory (checkpointing, "
-        "accumulate, optimiser.eight_bit); the same command goes on from the last checkpoint."
+        "accumulate); with it the same command goes on from the last checkpoint."
     )

@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -73,6 +73,7 @@ class Seen:
 def listing(folder: Path, metadata: str | None = None) -> tuple[list[Entry], list[str]]:
     """The pictures of a folder in the order of their names, and files that the metadata names but are not there.
 
+    Links to folders are followed; names that begin with a dot are left out.
     metadata: file of JSON lines or CSV; by default one of METADATA in the folder. Where it gives no person, the first
     folder of the path is one. Raises DataError where there is no folder, no person, or the metadata is not understood.
     """
@@ -80,7 +81,7 @@ def listing(folder: Path, metadata: str | None = None) -> tuple[list[Entry], lis
         raise DataError(f"There is no folder {folder}, which data.source names: write down where the pictures are.")
     table = _metadata(folder, metadata)
     entries, alone = [], []
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(_files(folder)):
         if path.suffix.lower() not in ENDINGS or not path.is_file():
             continue
         file = path.relative_to(folder).as_posix()
@@ -100,6 +101,15 @@ def listing(folder: Path, metadata: str | None = None) -> tuple[list[Entry], lis
     return entries, sorted(table)
 
 
+def _files(folder: Path) -> Iterator[Path]:
+    been = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        been.add(os.path.realpath(place))
+        # (a link back to a folder above would be followed for ever)
+        folders[:] = [f for f in folders if f[0] != "." and os.path.realpath(os.path.join(place, f)) not in been]
+        yield from (Path(place, file) for file in files if file[0] != ".")
+
+
 def _beside(picture: Path) -> str | None:
     path = picture.with_suffix(".txt")
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
@@ -114,6 +124,8 @@ def _metadata(folder: Path, given: str | None) -> dict[str, dict]:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise DataError(f"The metadata {path} cannot be read ({error.strerror}): check data.metadata.") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"The metadata {path} is not in UTF-8 ({error.reason}): save it with that encoding.") from None
     rows = _csv(text) if path.suffix.lower() == ".csv" else _json_lines(path, text)
     table = {}
     for number, row in rows:
@@ -139,29 +151,30 @@ def _json_lines(path: Path, text: str) -> Iterator[tuple[int, object]]:
 def scan(
     folder: Path, entries: Sequence[Entry], detector: Detector | None, name: str, index: Path, report: bool = True
 ) -> dict[str, Seen]:
-    """What is seen in each picture, by file. name: of the detector, by which a change of it is noticed; index: where
-    what was seen is kept.
+    """What is seen in each picture, by file. name: of the detector, a path by which a change of it is noticed; index:
+    where what was seen is kept. Without a detector no faces are returned, but those in the index stay there.
 
     Raises DataError where the index cannot be written.
     """
-    name = name if detector else ""
+    name = os.path.realpath(name) if detector else ""
     before = _load(index)
-    seen, new, told = {}, 0, time.monotonic()
+    kept, new, told = {}, 0, time.monotonic()
     for number, entry in enumerate(entries):
         path = folder / entry.file
         stat = path.stat()
         known = before.get(entry.file)
-        if known is None or (known.bytes, known.modified, known.detector) != (stat.st_size, stat.st_mtime_ns, name):
+        changed = known is None or (known.bytes, known.modified) != (stat.st_size, stat.st_mtime_ns)
+        if changed or (detector and known.detector != name):
             known, new = _look(path, entry.file, stat, detector, name), new + 1
             if new % 500 == 0:
-                _save(index, before | seen)
-        seen[entry.file] = known
+                _save(index, before | kept)
+        kept[entry.file] = known
         if report and time.monotonic() - told > 10:
             told = time.monotonic()
             print(f"Pictures looked at: {number + 1} of {len(entries)}", file=sys.stderr, flush=True)
     if new:
-        _save(index, seen)
-    return seen
+        _save(index, kept)
+    return kept if detector else {file: replace(s, detector="", faces=0, face=None) for file, s in kept.items()}
 
 
 def _look(path: Path, file: str, stat: os.stat_result, detector: Detector | None, name: str) -> Seen:

@@ -296,6 +296,8 @@ class LookaheadPipeline(StableDiffusionXLPipeline):
                 f"The image encoder has width {width}, and the encoder file reads "
                 f"{network.image_proj.sizes.image_width}: give load_encoder the one that it was trained with."
             )
+        if not hasattr(clip, "_hf_hook"):  # it came after pipe.to(...), or after offloading was turned on
+            clip.to(self._execution_device)
         seen = clip_input(pixels.movedim(-1, 1), clip.config.image_size)
         both = torch.cat([seen, torch.zeros_like(seen)]).to(self._execution_device, clip.dtype)
         features = clip(both, output_hidden_states=True).hidden_states[-2].to(self.unet.dtype)

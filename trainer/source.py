@@ -19,6 +19,10 @@ class Source(Protocol):
         """How many targets there are."""
         ...
 
+    def digest(self) -> str:
+        """Of all that decides which sample is which: a run goes on with the same data only."""
+        ...
+
     def batch(self, targets: Sequence[int], numbers: Sequence[int], device: torch.device) -> Batch:
         """The targets of these places, each with another picture of its person as the reference.
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object
 from diffusers import UNet2DConditionModel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -34,6 +36,8 @@ def train(config: Config, step: Step, source: Source, about: Mapping[str, str] |
     validations, log.jsonl. Raises TrainingError, one sentence, where it cannot go on.
     """
     check_trackers(config.trackers)
+    if config.precision == "fp16" and PartialState().device.type == "cpu":
+        raise TrainingError("precision is fp16, which a CPU does not compute in: give bf16 or fp32.")
     accelerator = Accelerator(
         mixed_precision=_PRECISION[config.precision], log_with=list(config.trackers) or None, project_dir=config.out
     )
@@ -59,13 +63,14 @@ def _train(
     wrapped, optimiser = accelerator.prepare(step, make_optimiser(config, encoder, device))
     trained = [p for group in optimiser.param_groups for p in group["params"]]
     average = AveragedModel(encoder, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema else None
-    state = State(encoder, optimiser, average)
-    progress = resume(folder, config, state)
+    state = State(encoder, optimiser, average, accelerator.scaler, source.digest())
+    progress = resume(folder, config, state, about, accelerator.print)
+    _check_alike(accelerator, trained, progress.step)
     log, first = Log(folder, config, accelerator, progress.step), progress.step
     check = _Validations(accelerator, config, step, source, state, log)
-    if not first:
-        check.run(0)  # what training starts from
-    with _Stop() as stop:
+    with contextlib.closing(log), _Stop() as stop:
+        if progress.validated < first and (not first or check.due(first) or first == config.steps):
+            check.run(progress)  # of what training starts from; or one that a signal to stop left out
         for number in range(first, config.steps):
             mine = range(number * config.batch, (number + 1) * config.batch)[accelerator.process_index :: processes]
             samples = []
@@ -88,33 +93,43 @@ def _train(
             )
             norm = accelerator.clip_grad_norm_(trained, config.optimiser.clip)
             done, leave = number + 1, stop.asked(accelerator)
-            if bool(torch.as_tensor(norm).isfinite()) or config.precision == "fp16":
-                optimiser.step()  # (fp16: the gradient scaler decides)
-                progress.bad = 0
-                if average is not None:
-                    average.update_parameters(encoder)
+            if config.precision == "fp16":
+                # The gradient scaler leaves out steps until it has found its scale, which is no fault of a sample.
+                optimiser.step()
+                finite = all(bool(outcome.values.isfinite().all()) for outcome in outcomes.values())
+                taken, fault = not optimiser.step_was_skipped, _anywhere(accelerator, not finite)
             else:
-                progress.bad += 1
-                log.skipped(done, _not_finite([batch for batch, _ in samples], outcomes))
+                taken = bool(torch.as_tensor(norm).isfinite())
+                fault = not taken
+                if taken:
+                    optimiser.step()
+            if taken and average is not None:
+                average.update_parameters(encoder)
+            progress.bad = progress.bad + 1 if fault else 0
+            if fault:
+                log.skipped(done, gather_object(_not_finite([batch for batch, _ in samples], outcomes)))
             progress.step = done
             optimiser.zero_grad(set_to_none=True)
             if progress.bad >= config.nonfinite_in_a_row:
                 raise TrainingError(
                     f"{progress.bad} steps in a row had no finite gradient: look at the samples in "
-                    f"{folder / 'skipped.jsonl'}, or use precision bf16 or fp32, or lower rates."
+                    f"{folder / 'skipped.jsonl'}; or begin a new run, with another `out`, in precision bf16 or fp32 or "
+                    "with lower rates."
                 )
             if done % config.log_every == 0 or done == config.steps or measure:
                 figures = _figures(accelerator, outcomes) | {f"norm_{k}": float(v) for k, v in norms.items()}
                 log.figures(done, figures | {"norm": float(norm)})
                 _warn_of_spilling(device)
-            better = (check.due(done) or done == config.steps) and check.improves(progress, check.run(done))
+            # (who is told to stop may have little time: it saves at once, and validates when it goes on)
+            better = not leave and (check.due(done) or done == config.steps) and check.run(progress)
+            if done % config.save_every == 0:
+                _check_alike(accelerator, trained, done)
             if main and (better or done % config.save_every == 0 or done == config.steps or leave):
                 save(folder, config, progress, state, about)
             if leave:
-                print(f"Stopped after step {done} of {config.steps}: the same command goes on from there.", flush=True)
+                accelerator.print(f"Stopped after step {done} of {config.steps}: the same command goes on from there.")
                 return None
-    accelerator.wait_for_everyone()
-    log.close()
+        accelerator.wait_for_everyone()
     result = folder / f"{config.name}.safetensors"
     return export(result, state.exported, config, config.steps, about) if main else result
 
@@ -160,24 +175,33 @@ class _Validations:
     def due(self, done: int) -> bool:
         return bool(self.config.validate_every) and done % self.config.validate_every == 0
 
-    def run(self, done: int) -> dict[str, float]:
-        """Figures of a validation; none where there are no probes."""
+    def run(self, progress: Progress) -> bool:
+        """Validate; whether this is the best identity so far, which is noted (but not of what training starts from)."""
         if self.probes is None:
-            return {}
+            return False
+        done = progress.validated = progress.step
         grid = Path(self.config.out) / "validation" / f"step-{done:08}.png"
         with self.accelerator.autocast():
             settings = self.config.validation
             figures = validate(self.step, self.state.exported, self.probes, settings, self.rows, grid)
         self.log.validation(done, figures, grid)
-        return figures
-
-    @staticmethod
-    def improves(progress: Progress, figures: Mapping[str, float]) -> bool:
-        """Whether this is the best identity so far; then it is noted."""
-        better = figures.get("identity", float("nan")) > progress.best
+        better = done > 0 and figures.get("identity", float("nan")) > progress.best
         if better:
-            progress.best, progress.best_step = figures["identity"], progress.step
+            progress.best, progress.best_step = figures["identity"], done
         return better
+
+
+def _check_alike(accelerator: Accelerator, trained: Sequence[torch.Tensor], step: int) -> None:
+    """Raises TrainingError where the processes are not at one step with the same weights."""
+    if accelerator.num_processes == 1:
+        return
+    weights = torch.stack([p.detach().double().abs().sum() for p in trained]).sum()
+    all_ = accelerator.gather(torch.stack([weights.new_tensor(float(step)), weights])[None])
+    if (all_ != all_[0]).any():
+        raise TrainingError(
+            f"The processes are not at the same step with the same weights (steps {all_[:, 0].int().tolist()}): `out` "
+            "must be one folder that all of them see; start them anew, and they go on from the last checkpoint."
+        )
 
 
 def _figures(accelerator: Accelerator, outcomes: Mapping[str, Outcome]) -> dict[str, float]:
@@ -225,6 +249,11 @@ class _Stop:
 
     def asked(self, accelerator: Accelerator) -> bool:
         """Whether any process was asked to stop: all leave at the same step."""
-        if accelerator.num_processes == 1:
-            return self.came
-        return bool(accelerator.reduce(torch.tensor(float(self.came), device=accelerator.device)) > 0)
+        return _anywhere(accelerator, self.came)
+
+
+def _anywhere(accelerator: Accelerator, here: bool) -> bool:
+    """Whether it is so in any process."""
+    if accelerator.num_processes == 1:
+        return here
+    return bool(accelerator.reduce(torch.tensor(float(here), device=accelerator.device)) > 0)

@@ -34,8 +34,8 @@ class Probes:
 
     batch: R rows, with the prompts as text, the KV prompt as reference_text, and the references as in training; its
     target is of no use but for the shape. shown: the references, [R / prompts, 3, H, W] in [0, 1].
-    score: pictures [R, 3, H, W] in [0, 1] -> figures of each [R], NaN where there is nothing to measure; "identity" is
-    the one by which the best checkpoint is kept. by: what measured it, for the log.
+    score: pictures [R, 3, H, W] in [0, 1] -> figures of each [R]; "identity" is the one by which the best checkpoint is
+    kept, NaN where no face is found; others may be NaN where there is nothing to measure. by: what measured it.
     """
 
     batch: Batch
@@ -83,16 +83,17 @@ def sample(step: Step, encoder: Encoder, batch: Batch, noise: Tensor, steps: int
     with roles.using(encoder):
         for now in times:
             t = torch.full((n,), now, device=noise.device)
-            (e_u, e_t) = (roles.decode(x, t, text, prompt) for text, prompt in conditions)
+            # (float32: three scales multiply the rounding of 16 bit)
+            (e_u, e_t) = (roles.decode(x, t, text, prompt).float() for text, prompt in conditions)
             if has_kv:
                 z_c, own = step.noised(batch.reference, noise, t), batch.reference_text
                 exports = (roles.export(z_c, t, c) for c in (own.where(no_text), own))
-                e_fu, e_ft = (roles.decode(x, t, *c, kv) for c, kv in zip(conditions, exports, strict=True))
+                e_fu, e_ft = (roles.decode(x, t, *c, kv).float() for c, kv in zip(conditions, exports, strict=True))
                 e = three_scale_guidance(e_u, e_t, e_fu, e_ft, text_scale, full_scale, kv_scale)
             else:
                 e = e_u + guidance * (e_t - e_u)
             before = step.alpha_bar[max(now - stride, 0)]
-            x = before.sqrt() * predicted_original(x, e.float(), step.alpha_bar[t]) + (1 - before).sqrt() * e.float()
+            x = before.sqrt() * predicted_original(x, e, step.alpha_bar[t]) + (1 - before).sqrt() * e
     return x
 
 
@@ -101,7 +102,8 @@ def validate(
     step: Step, encoder: Encoder, probes: Probes, settings: Validation, rows: int, grid: Path
 ) -> dict[str, float]:
     """Draw the probes, at most `rows` at a time, save them as one PNG (a person a row, the reference first) and return
-    the mean of each figure.
+    the mean of each figure. A picture without a face has identity 0, and `faces` is the share of those with one: else
+    a few good pictures would look better than many.
 
     encoder: `step.encoder`, or an average of it.
     """
@@ -116,7 +118,11 @@ def validate(
         pictures.append((step.decode(latents).float() / 2 + 0.5).clamp(0, 1))
     drawn = torch.cat(pictures)
     save_grid(torch.cat([probes.shown[:, None], drawn.unflatten(0, (-1, probes.prompts)).to(probes.shown)], 1), grid)
-    return {name: float(values.nanmean()) for name, values in probes.score(drawn).items()}
+    figures = probes.score(drawn)
+    if (identity := figures.get("identity")) is not None:
+        faces = ~identity.isnan()
+        figures |= {"identity": identity.where(faces, 0.0), "faces": faces.float()}
+    return {name: float(values.nanmean()) for name, values in figures.items()}
 
 
 def save_grid(pictures: Tensor, path: Path) -> None:

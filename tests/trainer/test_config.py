@@ -60,6 +60,14 @@ def test_a_file_extends_another_and_says_so_where_that_cannot_be(tmp_path):
         load(tmp_path / "b.yaml")
 
 
+@pytest.mark.parametrize(("harm", "said"), [("folder", "cannot be read"), ("latin-1", "is no YAML")])
+def test_a_file_that_is_no_yaml_is_said(tmp_path, harm, said):
+    path = tmp_path / "run.yaml"
+    path.mkdir() if harm == "folder" else path.write_bytes("name: Jörg".encode(harm))
+    with pytest.raises(ConfigError, match=said):
+        load(path)
+
+
 def test_overrides_reach_into_sections():
     c = load(CONFIGS / "mini.yaml", ["optimiser.kv_rate=1e-4", "steps=7", "lookahead.arm=none", "model.kv=false"])
     assert (c.optimiser.kv_rate, c.steps, c.lookahead.arm, c.model.kv) == (1e-4, 7, "none", False)

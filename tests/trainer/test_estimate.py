@@ -75,6 +75,11 @@ def test_a_card_that_is_unknown_is_said():
         cli.main(["estimate", str(CONFIGS / "mini.yaml"), "--card", "big"])
 
 
+def test_no_process_at_all_is_said():
+    with pytest.raises(SystemExit, match="processes is 0: give at least 1"):
+        cli.main(["estimate", str(CONFIGS / "mini.yaml"), "--processes", "0"])
+
+
 def test_mini_fits_anywhere(capsys):
     cli.main(["estimate", str(CONFIGS / "mini.yaml"), "--card", "8"])
     assert "It fits into 8 GB" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 
 import pytest
@@ -11,7 +12,7 @@ from lcm_lookahead.trainer import assemble as assembling
 from lcm_lookahead.trainer import cli, config
 from lcm_lookahead.trainer.config import CONFIGS
 from lcm_lookahead.trainer.draws import order
-from lcm_lookahead.trainer.folder import square_of
+from lcm_lookahead.trainer.folder import cache_folder, square_of
 from lcm_lookahead.trainer.mini import insightface_pack, world
 from lcm_lookahead.trainer.mini.data import group_of_people
 from lcm_lookahead.trainer.mini.faces import STYLES, captions, render
@@ -144,7 +145,7 @@ def test_what_is_kept_is_read_again_and_gives_the_same_bits(source, drawn, tmp_p
     assert torch.equal(repaired.target, made.target) and torch.equal(repaired.features, made.features)
 
 
-def test_the_command_trains_on_files_alone(drawn, tmp_path, capsys):
+def test_the_command_trains_on_files_alone(drawn, tmp_path, capsys, monkeypatch):
     """Nothing of the mini world is named but as public files: a diffusers folder, an ONNX pack, pictures; in 16 bit."""
     sdxl, pack = world.write_folder(tmp_path / "sdxl"), (WEIGHTS / insightface_pack.DETECTOR).parent
     run = {
@@ -176,8 +177,23 @@ def test_the_command_trains_on_files_alone(drawn, tmp_path, capsys):
     assert len(lines) == 2 and all(line["counted"] > 0 and 0 < line["diffusion"] < 2 for line in lines)
     assert list((tmp_path / "cache").rglob("*.safetensors"))
 
-    cli.main(["doctor", str(tmp_path / "run.yaml")])  # what the run has seen is not looked at again
-    assert "targets" in capsys.readouterr().out
+    def look(path, *_):
+        raise AssertionError(f"{path} is looked at again")
+
+    monkeypatch.setattr("lcm_lookahead.trainer.people._look", look)
+    capsys.readouterr()
+    cli.main(["doctor", str(tmp_path / "run.yaml")])
+    found = capsys.readouterr().out
+    assert "targets" in found
+    # Nor with the detector's folder called otherwise, nor without one, after which it is still known.
+    run["model"]["detector"] = os.path.relpath(pack)
+    (tmp_path / "other.yaml").write_text(json.dumps(run))
+    cli.main(["doctor", str(tmp_path / "other.yaml")])
+    assert capsys.readouterr().out == found
+    cli.main(["doctor", str(drawn), f"cache={tmp_path / 'cache'}", "size=128"])
+    assert capsys.readouterr().out != found
+    cli.main(["doctor", str(tmp_path / "run.yaml")])
+    assert capsys.readouterr().out == found
 
 
 def test_damaged_pictures_are_left_out_and_listed_and_too_many_stop_the_run(drawn, tmp_path):
@@ -217,13 +233,52 @@ def test_captions_and_people_come_from_csv_too_and_from_text_files(tmp_path):
         ('{"text": "x"}', "Line 1 of .* has no file_name"),
         ('\n{"file_name": ', "Line 2 of .* is no JSON"),
         ("", "Nobody is named for a.png .1 such files.: put each"),
+        ('{"file_name": "a.png", "person": "J\xf6rg"}'.encode("latin-1"), "is not in UTF-8 .*: save it with"),
     ],
 )
 def test_a_listing_that_is_not_understood_says_where(tmp_path, content, said):
     save(tmp_path / "a.png", torch.rand(3, 40, 40))
-    (tmp_path / "metadata.jsonl").write_text(content)
+    (tmp_path / "metadata.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(DataError, match=said):
         listing(tmp_path)
+
+
+def test_links_to_folders_are_followed_and_hidden_files_left_out(tmp_path):
+    for name in ("archive/anna/a.png", "archive/anna/._a.png", "people/ben/b.png"):
+        save(tmp_path / name, torch.rand(3, 40, 40))
+    (tmp_path / "people/anna").symlink_to(tmp_path / "archive/anna")
+    (tmp_path / "people/ben/back").symlink_to(tmp_path / "people")
+    entries, _ = listing(tmp_path / "people")
+    assert [entry.file for entry in entries] == ["anna/a.png", "ben/b.png"]
+
+
+def test_other_pictures_people_or_captions_are_other_data(source, drawn, tmp_path):
+    data = tmp_path / "people"
+    shutil.copytree(drawn, data)
+
+    def digest():
+        return assembling.assemble(settings(data, tmp_path / "out"))[1].digest()
+
+    assert digest() == source.digest()  # wherever it lies
+    metadata = (data / "metadata.jsonl").read_text()
+    (data / "metadata.jsonl").write_text(metadata.replace('"text": "', '"text": "still ', 1))
+    assert digest() != source.digest()
+    (data / "metadata.jsonl").write_text(metadata)
+    (data / "person 0/0.png").rename(data / "person 1/9.png")
+    assert digest() != source.digest()
+
+
+def test_a_cache_that_cannot_be_written_is_said_with_what_to_do(source, drawn, tmp_path):
+    (tmp_path / "cache").write_text("no folder")
+    with pytest.raises(DataError, match="cannot be written .*(another folder, data.cache|set data.cache to another)"):
+        made = assembling.assemble(settings(drawn, tmp_path / "out", f"data.cache={tmp_path / 'cache'}"))[1]
+        made.batch([0], [0], CPU)
+
+
+def test_a_folder_may_be_given_as_the_one_to_stand_in(drawn, monkeypatch):
+    monkeypatch.chdir(drawn)
+    here = settings(".", "out").data
+    assert cache_folder(here) == drawn.with_name("people.cache")
 
 
 def test_copies_are_never_each_other_s_reference(tmp_path, drawn):
@@ -255,6 +310,9 @@ def test_people_are_held_out_for_validation_where_there_are_enough(tmp_path, dra
     _, source, _ = assembling.assemble(c)
     assert len(source.held_out) == 1 and len(source) == 11 * PICTURES
     assert {source.people.pictures[n].person for n in source.targets}.isdisjoint(source.held_out)
+    never = settings(data, tmp_path / "out", "validation.people=4")
+    _, same, _ = assembling.assemble(never)  # so that it may be turned on later
+    assert (same.held_out, same.digest()) == (source.held_out, source.digest())
     probes = source.probes(c, CPU)
     assert probes.batch.names == [f"{prompt}, {source.held_out[0]}" for prompt in ("a face", "a comic")]
     assert probes.shown.shape == (1, 3, 128, 128) and "held out" in probes.by

@@ -79,6 +79,8 @@ def test_a_file_reads_back_to_the_same_branches_with_alpha_and_rank_as_stored(un
     made.scale = 0.0
     read = lora.load(stored, unet).attach(unet)
     assert torch.allclose(call(), expected, atol=1e-5)
+    theirs = lora.public({"text_encoder.x.lora_A.weight": torch.zeros(1), "lora_te1_x.alpha": torch.zeros(())} | stored)
+    assert theirs.keys() == stored.keys()  # the text encoders stay as they are
     assert read.branches[0].lora_down.weight.shape[0] in (2, 4) and not any(p.requires_grad for p in read.parameters())
 
 

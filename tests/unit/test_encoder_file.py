@@ -9,6 +9,7 @@ import torch
 from lcm_lookahead.lookahead import encoder_file
 from lcm_lookahead.lookahead.block_names import block_names
 from lcm_lookahead.lookahead.encoder_file import EncoderFileError
+from lcm_lookahead.lookahead.tensor_file import write_tensors
 from safetensors.torch import save_file
 
 
@@ -163,9 +164,17 @@ def test_a_write_that_is_cut_off_leaves_the_older_file(weights, tmp_path, monkey
         raise OSError("no space left on device")
 
     monkeypatch.setattr(os, "replace", fails)
-    with pytest.raises(OSError):
+    with pytest.raises(EncoderFileError, match="mine.safetensors cannot be written .no space left on device.: free"):
         encoder_file.write(path, nested["image_proj"], [pair], {})
     assert path.read_bytes() == b"an older file" and os.listdir(tmp_path) == ["mine.safetensors"]
+
+
+def test_a_written_file_may_be_read_by_whom_any_new_file_may(tmp_path):
+    (tmp_path / "any").touch()
+    write_tensors(tmp_path / "mine.safetensors", {"a": torch.zeros(1)}, {})
+    assert (tmp_path / "mine.safetensors").stat().st_mode == (tmp_path / "any").stat().st_mode
+    with pytest.raises(EncoderFileError, match="cannot be written .No such file or directory.: free some space"):
+        write_tensors(tmp_path / "nowhere" / "mine.safetensors", {"a": torch.zeros(1)}, {})
 
 
 # -- what is refused

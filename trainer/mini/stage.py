@@ -15,8 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from ...lookahead import tensor_file
 
 SAVE_SECONDS = 120
 LOG_STEPS = 50
@@ -35,9 +37,7 @@ def device() -> torch.device:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Save as safetensors through a temporary file, so that `path` is either whole or as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part, dict(metadata or {}))
-    os.replace(part, path)
+    tensor_file.write_tensors(path, {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata or {})
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

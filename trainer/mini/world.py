@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from ...lookahead.identity import NONE, IdentityLoss, People, embed
 from ...lookahead.recognisers import Recogniser
 from ..config import Config
 from ..draws import generator
-from ..models import Frozen, Text, found
+from ..models import Frozen, ModelError, Text, found
 from ..roles import Condition
 from ..sdxl import tokenizers
 from ..step import Batch
@@ -23,7 +24,7 @@ from ..validate import Probes
 from . import base, data, insightface_pack, models
 from .faces import STYLES, Faces, captions, frontal, landmarks, render, sample_identities, sample_nuisance
 from .plan import IMAGE_SIZE, LATENT_SIZE, WEIGHTS
-from .weights import evaluators, face_recogniser
+from .weights import FACE_RECOGNISER, evaluators, face_recogniser
 
 VALIDATION = 4000  # seed of people who are in no group of `data.SEEDS`
 SEED = 6000  # of textures and references; that of the people is their group's
@@ -47,6 +48,9 @@ class DrawnPeople:
 
     def __len__(self) -> int:
         return len(self.faces)
+
+    def digest(self) -> str:
+        return hashlib.sha256(f"{len(self)} drawn pictures".encode()).hexdigest()
 
     @torch.no_grad()
     def batch(self, targets: Sequence[int], numbers: Sequence[int], device: torch.device) -> Batch:
@@ -125,8 +129,9 @@ def frozen(weights: Path = WEIGHTS) -> Frozen:
 
 
 def face_models(weights: Path, recogniser: str | None) -> tuple[Recogniser, Detector, str]:
-    """The shipped recogniser and detector, and the recogniser's licence."""
-    found("recogniser", recogniser, weights)
+    """The shipped recogniser and detector, and the recogniser's licence. Raises ModelError for another recogniser."""
+    if found("recogniser", recogniser, weights).resolve() != (weights / FACE_RECOGNISER).resolve():
+        raise ModelError(f"model.recogniser is {recogniser}, and the mini world has one alone: name {FACE_RECOGNISER}.")
     pack = FaceModels(weights / insightface_pack.DETECTOR.rpartition("/")[0], threads=1)
 
     def detector(pictures: Tensor) -> list[list[Face]]:
