@@ -284,7 +284,7 @@ def _compare(tensors: Mapping[str, Tensor], names: PublishedNames, file: str, ba
     for ours, key in found.items():
         a = tensors[names.copy[ours]].float()
         b = theirs[key].float() if key in theirs else None
-        if b is None or a.shape != b.shape or (a - b).norm() > SAME_BASE * b.norm():
+        if b is None or a.shape != b.shape or not (a - b).norm() <= SAME_BASE * b.norm():  # (also of NaN)
             raise EncoderFileError(
                 f"{file} was trained on another base model than {base.name}: its copy of {ours} differs; give the "
                 "checkpoint that it was trained on."

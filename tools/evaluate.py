@@ -132,17 +132,21 @@ def graph(references: list[str], seed: int, arms: dict[str, Arm], styles: tuple[
 
 
 def draw(
-    references: int, arms: dict[str, Arm], styles: tuple[str, ...], encoders: dict[str, Path] | None = None
+    references: int,
+    arms: dict[str, Arm],
+    styles: tuple[str, ...],
+    encoders: dict[str, Path] | None = None,
+    begin: int = 0,
 ) -> tuple[Any, dict[str, Any]]:
     """References [n, 3, 128, 128] and what the host drew, by arm: [n, styles, 3, 128, 128].
 
-    encoders: encoder files that arms name.
+    encoders: encoder files that arms name; begin: number of the first person.
     """
     import torch
 
     from ..trainer.mini.references import reference_faces
 
-    faces = reference_faces(references)
+    faces = reference_faces(references, first=begin)
     distinct = {arm: name for name, arm in reversed(arms.items())}  # a knob's usual value is that of every other knob
     drawn: dict[str, list[Any]] = {name: [] for name in distinct.values()}
     watch = Stopwatch()
@@ -155,7 +159,7 @@ def draw(
                 names.append(f"face-{number}.png")
                 _save(faces[number], host.folder("input") / names[-1])
             chosen = {name: arms[name] for name in drawn}
-            prompt = graph(names, seed=1000 * first, arms=chosen, styles=styles)
+            prompt = graph(names, seed=1000 * (begin + first), arms=chosen, styles=styles)
             result = host.run(prompt, timeout=7200).check()  # all arms, on a slow machine
             for name, pictures in drawn.items():
                 of_style = [torch.stack(_pictures(host, result, f"{name} | {style}")) for style in styles]
@@ -318,7 +322,13 @@ def main(arguments: list[str]) -> int:
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--knobs", action="store_true", help="turn one knob at a time")
     instead.add_argument("--guidance", action="store_true", help="lookahead guidance against plain x0 and none (96)")
-    instead.add_argument("--encoders", nargs="+", metavar="NAME=FILE", help="trained encoders against the first (96)")
+    instead.add_argument(
+        "--encoders",
+        nargs="+",
+        metavar="NAME=FILE[@WEIGHT]",
+        help="trained encoders against what they began with (96)",
+    )
+    parser.add_argument("--first", type=int, default=0, help="with --encoders, number of the first of the people (0)")
     parser.add_argument("--out", type=Path, default=ROOT / "docs")
     chosen = parser.parse_args(arguments)
     references = chosen.references or (20 if chosen.knobs else 96 if chosen.guidance or chosen.encoders else 100)
@@ -331,7 +341,7 @@ def main(arguments: list[str]) -> int:
     if chosen.encoders:
         from . import evaluate_encoders
 
-        return evaluate_encoders.evaluate(references, chosen.out, chosen.encoders)
+        return evaluate_encoders.evaluate(references, chosen.out, chosen.encoders, chosen.first)
     arms, styles = ARMS, STYLES
     if chosen.knobs:
         arms = {f"{knob} {value:g}": arm for knob, settings in KNOBS.items() for value, arm in settings.items()}

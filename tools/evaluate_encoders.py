@@ -1,40 +1,56 @@
 """What training made of the encoder: trained encoder files against the one that training starts from, in the real host.
 
 `make evaluate ARGS="--encoders shortcut=a.safetensors shortcut=b.safetensors none=c.safetensors"`: files of one name
-are one arm, trained with several seeds. Identity by a recogniser, style by a scorer, neither of which took part in any
-training. Writes docs/encoders.md, .json and .jpg.
+are one arm, trained with several seeds; FILE@0.75 draws with that weight of the image prompt. Identity by a
+recogniser, style by a scorer, neither of which took part in any training. Writes docs/encoders.md, .json and .jpg.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Sequence
-from dataclasses import astuple, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .common import CACHE, Problem, say
+from .common import CACHE, ROOT, Problem, say
 from .evaluate import _BOTH, ARMS, STYLES, Arm, _how, draw
 from .host import WEIGHTS
 
-# What training starts from: as it is, at the lower weights that users and the paper choose to get some style back, and
-# with KV injection without training.
+# What training starts from: as it is, at other weights (the lower ones are what users and the paper choose to get some
+# style back), and with KV injection without training.
 BEFORE, BEFORE_KV = "before", "before, KV beside it"
-LOWER = {f"before, weight {weight}": Arm(image_prompt=weight) for weight in (0.75, 0.5)}
-BASELINES = {BEFORE: ARMS["image prompt"], **LOWER, BEFORE_KV: _BOTH}
-COMPARED = (BEFORE, *LOWER)  # gains are over these
+WEIGHTS_TOO = {f"before, weight {weight}": Arm(image_prompt=weight) for weight in (1.25, 0.75, 0.5)}
+BASELINES = {BEFORE: ARMS["image prompt"], **WEIGHTS_TOO, BEFORE_KV: _BOTH}
+COMPARED = (BEFORE, *WEIGHTS_TOO)  # gains are over these
 SIMILARITY, STYLE = "similarity to the own reference", "style accuracy"
 
 
-def parse(chosen: Sequence[str]) -> dict[str, list[Path]]:
-    """NAME=FILE, in turn -> the files of each name."""
-    found: dict[str, list[Path]] = {}
+@dataclass(frozen=True)
+class Run:
+    """A trained encoder file, and the weight of the image prompt to draw with."""
+
+    file: Path
+    weight: float = 1.0
+
+
+def parse(chosen: Sequence[str]) -> dict[str, list[Run]]:
+    """NAME=FILE or NAME=FILE@WEIGHT, in turn -> the runs of each name."""
+    found: dict[str, list[Run]] = {}
     for one in chosen:
-        name, equals, file = one.partition("=")
-        if not equals or not Path(file).is_file():
-            raise Problem(f"--encoders got {one!r}: give NAME=FILE, with the encoder file that a run has written.")
-        found.setdefault(name, []).append(Path(file))
+        name, equals, rest = one.partition("=")
+        file, weight = re.fullmatch(r"(.*?)(?:@(\d*\.?\d+))?", rest).groups()
+        run = Run(Path(file), float(weight or 1))
+        if not equals or not run.file.is_file():
+            raise Problem(
+                f"--encoders got {one!r}: give NAME=FILE or NAME=FILE@WEIGHT, with the encoder file of a run."
+            )
+        if name in BASELINES:
+            raise Problem(f"--encoders got {one!r}: {name!r} is what training begins with; give another name.")
+        found.setdefault(name, []).append(run)
     return found
 
 
@@ -45,29 +61,40 @@ def with_kv(file: Path) -> bool:
     return bool(encoder_file.read(file).kv)
 
 
-def arms_of(files: dict[str, list[Path]]) -> tuple[dict[str, Arm], dict[str, Path]]:
-    """Arms for `draw`, the baselines and one a file; the files by their names in the host."""
+def arms_of(runs: dict[str, list[Run]]) -> tuple[dict[str, Arm], dict[str, Path]]:
+    """Arms for `draw`, the baselines and one a run; the files by their names in the host."""
     arms, names = dict(BASELINES), {}
-    for name, some in files.items():
-        for number, file in enumerate(some):
+    for name, some in runs.items():
+        for number, run in enumerate(some):
             key = f"{name} {number}.safetensors"
-            names[key] = file
-            arms[f"{name}, run {number + 1}"] = replace(BASELINES[BEFORE_KV if with_kv(file) else BEFORE], encoder=key)
+            names[key] = run.file
+            like = BASELINES[BEFORE_KV if with_kv(run.file) else BEFORE]
+            arms[f"{name}, run {number + 1}"] = replace(like, encoder=key, image_prompt=run.weight)
     return arms, names
 
 
-def pictures(references: int, arms: dict[str, Arm], names: dict[str, Path]) -> tuple[Any, dict[str, Any]]:
-    """As `evaluate.draw`; what was drawn before, from the same weights, is taken from the cache."""
+def _surroundings() -> str:
+    """All besides arm and people that a picture depends on: weights, settings, host and our own sources."""
+    files = [WEIGHTS / "manifest.json", *(ROOT / "tools" / name for name in ("evaluate.py", "graph.py", "host.py"))]
+    files += [file for folder in ("lookahead", "nodes") for file in sorted((ROOT / folder).glob("*.py"))]
+    sources = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    return repr((sources, os.environ.get("COMFYUI_DIR"), os.environ.get("HOST_VERSION"), STYLES))
+
+
+def pictures(
+    references: int, arms: dict[str, Arm], names: dict[str, Path], first: int = 0
+) -> tuple[Any, dict[str, Any]]:
+    """As `evaluate.draw`; what was drawn before, in the same surroundings, is taken from the cache."""
     import torch
 
     from ..lookahead.tensor_file import read_tensors, sha256, write_tensors
     from ..trainer.mini.references import reference_faces
 
-    world = (WEIGHTS / "manifest.json").read_text()
+    surroundings = _surroundings()
 
     def place(arm: Arm) -> Path:
         file = sha256(names[arm.encoder]) if arm.encoder in names else arm.encoder
-        key = repr((world, astuple(replace(arm, encoder=file)), references, STYLES))
+        key = repr((surroundings, astuple(replace(arm, encoder=file)), first, references))
         return CACHE / "evaluated" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
 
     places = {name: place(arm) for name, arm in arms.items()}
@@ -75,11 +102,11 @@ def pictures(references: int, arms: dict[str, Arm], names: dict[str, Path]) -> t
     say(f"{len(missing)} of {len(arms)} arms are to be drawn")
     if missing:
         needed = {name: file for name, file in names.items() if name in {arm.encoder for arm in missing.values()}}
-        for name, drawn in draw(references, missing, STYLES, needed)[1].items():
+        for name, drawn in draw(references, missing, STYLES, needed, first)[1].items():
             places[name].parent.mkdir(parents=True, exist_ok=True)
             write_tensors(places[name], {"pictures": (drawn * 255).round().byte()}, {})
     stored = {name: read_tensors(path)[0]["pictures"].to(torch.float32) / 255 for name, path in places.items()}
-    return reference_faces(references), stored
+    return reference_faces(references, first=first), stored
 
 
 def scores(faces: Any, drawn: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -102,7 +129,7 @@ def scores(faces: Any, drawn: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def table(found: dict[str, dict[str, Any]], files: dict[str, list[Path]]) -> dict[str, Any]:
+def table(found: dict[str, dict[str, Any]], files: dict[str, list[Run]]) -> dict[str, Any]:
     """Figures by arm, the runs of an arm together, with paired gains over what training started from."""
     import torch
 
@@ -131,7 +158,7 @@ def _of(values: Any, style: int) -> Any:
     return values[:, style :: len(STYLES)]
 
 
-def differences(found: dict[str, dict[str, Any]], files: dict[str, list[Path]]) -> dict[str, dict[str, Any]]:
+def differences(found: dict[str, dict[str, Any]], files: dict[str, list[Run]]) -> dict[str, dict[str, Any]]:
     """Paired differences of arms that follow each other, run by run; of as many runs as both have."""
     import torch
 
@@ -147,7 +174,7 @@ def differences(found: dict[str, dict[str, Any]], files: dict[str, list[Path]]) 
     return pairs
 
 
-def page(rows: dict[str, Any], pairs: dict[str, Any], references: int) -> str:
+def page(rows: dict[str, Any], pairs: dict[str, Any], references: int, first: int = 0) -> str:
     """docs/encoders.md."""
 
     def line(name: str, figures: dict[str, Any], wanted: Sequence[str]) -> str:
@@ -168,14 +195,15 @@ def page(rows: dict[str, Any], pairs: dict[str, Any], references: int) -> str:
     return f"""# What training makes of the encoder, on the mini world
 
 Written by `make evaluate ARGS="--encoders ..."`: {_how(references, STYLES)}
-Runs of an arm differ in their seed; gains and differences are paired. *Before* is what training starts from: the mini
-IP-Adapter Plus Face, which was trained on photos too long, as the public one, and hardly follows a style; at weight 1,
-at lower weights (the paper too compares with 0.5), and at weight 1 with KV injection without training.
+They are numbers {first} to {first + references - 1} of the held-out people. Runs of an arm differ in their seed; gains and
+differences are paired. *Before* is what training starts from: the mini IP-Adapter Plus Face, which was trained on photos
+too long, as the public one, and hardly follows a style; at weight 1, at other weights (the paper too compares with 0.5),
+and at weight 1 with KV injection without training.
 
 The paper's own figures (its tables 1 and 2, similarity and prompt score over 5,000 photos): adapter at weight 1
 .368 and 21.39, at 0.5 .268 and 25.82; trained on consistent data alone .220 and 28.14, with x0 previews .282
-and 27.50, with shortcut previews .301 and 27.31, with KV too .345 and 26.33. So training gives up some likeness
-of the adapter at weight 1 for much of the prompt; the lookahead loss and KV are what brings likeness back.
+and 27.50, with shortcut previews .301 and 27.31, with KV too .345 and 26.33. So in the paper training gives up some
+likeness of the adapter at weight 1 for much of the prompt; the lookahead loss and KV bring likeness back.
 
 | similarity to the reference | | {heads} |
 |---|---|{"---|" * len(COMPARED)}
@@ -219,10 +247,10 @@ def sheet(faces: Any, drawn: dict[str, Any], found: dict[str, dict[str, Any]], p
     contact_sheet(["reference", *STYLES] * people, rows, "Before training and after").save(path, quality=85)
 
 
-def evaluate(references: int, out: Path, chosen: Sequence[str]) -> int:
+def evaluate(references: int, out: Path, chosen: Sequence[str], begin: int = 0) -> int:
     """Draw, measure and write: encoders.md, .json and .jpg, into `out`."""
     files = parse(chosen)
-    faces, drawn = pictures(references, *arms_of(files))
+    faces, drawn = pictures(references, *arms_of(files), begin)
     found = scores(faces, drawn)
     rows, pairs = table(found, files), differences(found, files)
     out.mkdir(parents=True, exist_ok=True)
@@ -230,7 +258,7 @@ def evaluate(references: int, out: Path, chosen: Sequence[str]) -> int:
     sheet(faces, first, found, out / "encoders.jpg")
     plain = {name: {k: list(v) for k, v in f.items()} for name, f in {**rows, **pairs}.items()}
     (out / "encoders.json").write_text(json.dumps(plain, indent=1) + "\n")
-    text = page(rows, pairs, references)
+    text = page(rows, pairs, references, begin)
     (out / "encoders.md").write_text(text)
     print(text)
     return 0
