@@ -195,9 +195,9 @@ def page(rows: dict[str, Any], pairs: dict[str, Any], references: int, first: in
     return f"""# What training makes of the encoder, on the mini world
 
 Written by `make evaluate ARGS="--encoders ..."`: {_how(references, STYLES)}
-They are numbers {first} to {first + references - 1} of the held-out people. Runs of an arm differ in their seed; gains and
-differences are paired. *Before* is what training starts from: the mini IP-Adapter Plus Face, which was trained on photos
-too long, as the public one, and hardly follows a style; at weight 1, at other weights (the paper too compares with 0.5),
+They are numbers {first} to {first + references - 1} of the held-out people. Runs of an arm differ in their seed; gains
+and differences are paired. *Before* is what training starts from: the mini IP-Adapter Plus Face, which was trained on
+photos too long, as the public one, and hardly follows a style; at weight 1, at other weights (the paper has 0.5 too),
 and at weight 1 with KV injection without training.
 
 The paper's own figures (its tables 1 and 2, similarity and prompt score over 5,000 photos): adapter at weight 1

@@ -24,7 +24,9 @@ from .export import export
 FREE = {"steps", "save_every", "keep", "log_every", "norms_every", "nonfinite_in_a_row", "validate_every", "trackers"}
 FREE |= {"checkpointing", "accumulate", "compile", "out", "model.start"}
 FREE |= {"data.source", "data.metadata", "data.cache", "data.keep", "data.damaged"}  # `Source.digest` tells other data
-PROBES = {"validation.steps", "validation.guidance", "validation.prompts"}  # free too, but scores are others then
+PROBES = {
+    f"validation.{name}" for name in ("steps", "guidance", "prompts", "recogniser", "clip")
+}  # so are other scores
 
 
 class TrainingError(RuntimeError):

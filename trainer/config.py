@@ -127,12 +127,15 @@ class Validation(_Section):
     )
     steps: Annotated[int, Field(ge=1, le=100)] = Field(10, description="of DDIM")
     guidance: Positive = 5.0
+    recogniser: str | None = Field(None, description="measures identity; by default the loss's own, which flatters")
+    clip: str | None = Field(None, description="whole CLIP that measures how pictures follow their prompts")
 
 
 _PATHS = {  # by section, the fields that name files and folders
     "": ("out",),
     "model": ("base", "start", "shortcut", "vae", "picture_vae", "image_encoder", "recogniser", "detector"),
     "data": ("source", "metadata", "cache"),
+    "validation": ("recogniser", "clip"),
 }
 
 
@@ -175,6 +178,10 @@ class Config(_Section):
             raise ValueError(f"lookahead.arm {arm!r} needs {' and '.join(missing)}: name the files, or choose 'none'")
         if self.lookahead.align != "strength" and arm != "shortcut":
             raise ValueError(f"lookahead.align {self.lookahead.align!r} is for lookahead.arm 'shortcut', not {arm!r}")
+        if self.data.source == "mini" and (self.validation.recogniser or self.validation.clip):
+            raise ValueError(
+                "validation.recogniser and validation.clip are for folders: the mini world has its own judges"
+            )
         return self
 
     def shareable(self) -> dict[str, Any]:

@@ -29,12 +29,13 @@ from ..lookahead.recognisers import Recogniser
 from ..lookahead.tensor_file import EncoderFileError, read_tensors, write_tensors
 from .config import Config, Data
 from .draws import generator, order
+from .judges import read_judges
 from .models import Frozen
 from .people import DataError, People, Seen, listing, people, scan
 from .pictures import read, resized
 from .roles import Condition
 from .step import Batch
-from .validate import Probes, identity_by
+from .validate import Probes
 
 SEED = 7000  # of the choice of references
 _Item = tuple[str, int | str]  # a kind, and the place of a picture or a text
@@ -49,7 +50,7 @@ class FolderSource:
         self.models, self.recogniser, self.detector = models, recogniser, detector
         self.latent_shape = (4, self.data.size // 8, self.data.size // 8)
         self.folder, self.cache = Path(self.data.source), cache_folder(self.data)
-        self.recogniser_name = Path(config.model.recogniser or "").name
+        self.judges = read_judges(config, recogniser, detector, models.text) if config.validate_every else None
         self.people = read_people(self.data, detector, config.model.detector or config.model.base, Path(config.out))
         targets = [n for n, fit in enumerate(self.people.references) if fit]
         people_ = list(dict.fromkeys(self.people.pictures[n].person for n in targets))
@@ -134,7 +135,7 @@ class FolderSource:
 
     def _probes(self, config: Config, device: torch.device) -> Probes:
         """Validation (`validate.Probing`) with the people who are held out; of a small folder, with some of those that
-        are trained on. Identity is measured by the recogniser of the loss, which flatters: see the pictures too."""
+        are trained on."""
         who = self.held_out or list(dict.fromkeys(self.people.pictures[n].person for n in self.targets))
         able = {n for fit in self.people.references for n in fit}
         first = {self.people.pictures[n].person: n for n in sorted(able, reverse=True)}
@@ -146,14 +147,14 @@ class FolderSource:
         text = self._condition(prompts * len(places), device)
         own = self._condition([self.data.kv_prompt] * len(rows), device)
         names = [f"{prompt}, {self.people.pictures[p].person}" for p in places for prompt in prompts]
-        shown = torch.cat([self.crop(place, True)[0] for place in places]).to(device)
+        crops = [self.crop(place, True) for place in places]
+        shown = torch.cat([picture for picture, _ in crops])
+        points = torch.cat([torch.zeros(1, 5, 2) if points is None else points for _, points in crops])
         batch = Batch(names, latents, latents, text, own, features)
-        if self.recogniser is None:
-            return Probes(batch, len(prompts), shown, lambda pictures: {}, "nothing: model.recogniser is not set")
-        score = identity_by(self._loss(rows, device))
-        by = f"{self.recogniser_name}, which the loss uses too, on people who are "
+        judges = self.judges or read_judges(config, self.recogniser, self.detector, self.models.text)
+        by = f"{judges.by} on people who are "
         by += "held out" if self.held_out else "trained on (there are fewer than ten)"
-        return Probes(batch, len(prompts), shown, score, by)
+        return Probes(batch, len(prompts), shown.to(device), judges.score(shown, points, device), by)
 
     def caption(self, place: int) -> str:
         """What the picture shows, as the data says, else `data.caption`."""

@@ -36,6 +36,7 @@ WANTED = {  # by field of the configuration: what it is, and where it comes from
     "picture_vae": ("an autoencoder of SDXL as a diffusers folder", "madebyollin/sdxl-vae-fp16-fix"),
     "image_encoder": ("CLIP ViT-H/14 as a folder or a .safetensors", "h94/IP-Adapter, models/image_encoder"),
     "recogniser": ("model_ir_se50.pth or an ArcFace .onnx", "TreB1eN/InsightFace_Pytorch, or a pack of insightface"),
+    "clip": ("a whole CLIP, the model.safetensors with its config.json", "openai/clip-vit-large-patch14"),
     "detector": ("the folder of an unpacked insightface pack such as buffalo_l", "deepinsight/insightface, releases"),
 }
 
@@ -44,19 +45,19 @@ class ModelError(ValueError):
     """What is wrong with the files of a model, in one sentence for the user."""
 
 
-def found(field: str, name: str | None, *beside: Path) -> Path:
-    """The file or folder that `model.<field>` names, as it stands or in one of the folders `beside`.
+def found(field: str, name: str | None, *beside: Path, section: str = "model") -> Path:
+    """The file or folder that `<section>.<field>` names, as it stands or in one of the folders `beside`.
 
     Raises FileNotFoundError, one sentence that says what to get, from where, and where to write it down.
     """
     what, source = WANTED[field]
     if name is None:
-        raise FileNotFoundError(f"model.{field} is not set: get {what} (from {source}) and write its path there.")
+        raise FileNotFoundError(f"{section}.{field} is not set: get {what} (from {source}) and write its path there.")
     for path in (Path(name).expanduser(), *(folder / name for folder in beside)):
         if path.exists():
             return path
     raise FileNotFoundError(
-        f"There is no {name}, which model.{field} names: get {what} (from {source}) and write its path there."
+        f"There is no {name}, which {section}.{field} names: get {what} (from {source}) and write its path there."
     )
 
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from ..lookahead.guidance import three_scale_guidance
-from ..lookahead.losses import Loss
 from ..lookahead.schedule import predicted_original
 from .config import Config, Validation
 from .draws import TIMESTEPS, generator
@@ -52,16 +51,6 @@ class Probing(Protocol):
     def probes(self, config: Config, device: torch.device) -> Probes:
         """People whom training does not see."""
         ...
-
-
-def identity_by(loss: Loss) -> Score:
-    """Scores by a loss that training uses too, where there is no better judge: 1 - its distance from each reference."""
-
-    def score(pictures: Tensor) -> dict[str, Tensor]:
-        values, counts = loss(pictures * 2 - 1)
-        return {"identity": torch.where(counts, 1 - values, torch.nan)}
-
-    return score
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from lcm_lookahead.trainer.mini import insightface_pack, world
 from lcm_lookahead.trainer.mini.data import group_of_people
 from lcm_lookahead.trainer.mini.faces import STYLES, captions, render
 from lcm_lookahead.trainer.mini.plan import WEIGHTS
+from lcm_lookahead.trainer.models import ModelError
 from lcm_lookahead.trainer.people import DataError, Entry, Seen, alike, listing, look_of, people
 from lcm_lookahead.trainer.pictures import read
 from lcm_lookahead.trainer.train import train
@@ -325,4 +326,26 @@ def test_a_run_on_files_is_validated(drawn, tmp_path):
     step, source, about = assembling.assemble(c)
     train(c, step, source, about)
     assert (tmp_path / "validation/step-00000001.png").exists()
-    assert "trained on (there are fewer than ten)" in source.probes(c, CPU).by
+    assert "which the loss uses too, on people who are trained on (there are fewer" in source.probes(c, CPU).by
+
+
+def test_a_validation_has_judges_of_its_own(drawn, tmp_path):
+    """On the people's own pictures: a photo is more like its person, and like its own prompt, than another's."""
+    clip, recogniser = WEIGHTS / "mini_clip/model.safetensors", WEIGHTS / insightface_pack.RECOGNISER
+    judges = [f"validation.recogniser={recogniser}", f"validation.clip={clip}"]
+    prompts = ["a photo of a face", "a comic of a face"]
+    c = settings(drawn, tmp_path, "validate_every=1", "validation.people=2", f"validation.prompts={prompts}", *judges)
+    probes = assembling.assemble(c)[1].probes(c, CPU)
+    assert probes.by.startswith("w600k_r50.onnx, on people") or probes.by.startswith(f"{recogniser.name}, on people")
+    right = probes.score(probes.shown.repeat_interleave(2, 0))
+    wrong = probes.score(probes.shown.flip(0).repeat_interleave(2, 0))
+    assert (right["identity"] > 0.99).all() and (wrong["identity"] < 0.8).all()
+    photo, comic = right["prompt"].view(2, 2).unbind(1)
+    assert (photo > comic).all()
+    blank = probes.score(torch.full((4, 3, 128, 128), 0.5))
+    assert blank["identity"].isnan().all()
+    with pytest.raises(FileNotFoundError, match="no gone.safetensors, which validation.clip names: get a whole"):
+        assembling.assemble(settings(drawn, tmp_path, "validate_every=1", "validation.clip=gone.safetensors"))
+    with pytest.raises(ModelError, match="validation.clip: .* is not a CLIP in the transformers layout"):
+        start = WEIGHTS / "mini_ip_adapter_plus_face.safetensors"
+        assembling.assemble(settings(drawn, tmp_path, "validate_every=1", f"validation.clip={start}"))
