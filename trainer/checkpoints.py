@@ -24,9 +24,8 @@ from .export import export
 FREE = {"steps", "save_every", "keep", "log_every", "norms_every", "nonfinite_in_a_row", "validate_every", "trackers"}
 FREE |= {"checkpointing", "accumulate", "compile", "out", "model.start"}
 FREE |= {"data.source", "data.metadata", "data.cache", "data.keep", "data.damaged"}  # `Source.digest` tells other data
-PROBES = {
-    f"validation.{name}" for name in ("steps", "guidance", "prompts", "recogniser", "clip")
-}  # so are other scores
+# Free too, but then scores are others.
+PROBES = {f"validation.{name}" for name in ("steps", "guidance", "prompts", "recogniser", "clip")}
 
 
 class TrainingError(RuntimeError):

@@ -22,6 +22,8 @@ PANELS = {
     "norm_diffusion": "gradient of the diffusion loss",
     "norm_lookahead": "gradient of the lookahead loss",
     "identity": "validation: identity",
+    "faces": "validation: share with a face",
+    "prompt": "validation: prompt",
     "style": "validation: style",
 }
 WINDOW = 20  # a mean is over this share of a run

@@ -42,17 +42,16 @@ class Judges:
         """
         people = None
         if self.recogniser is not None:
-            each = embed(self.recogniser.to("cpu"), shown.cpu(), points)
-            people = People(each, points, torch.tensor([shown.shape[-2:]]).expand(len(shown), 2))
+            known = embed(self.recogniser.to("cpu"), shown.cpu(), points)
+            people = People(known, points, torch.tensor([shown.shape[-2:]]).expand(len(shown), 2))
 
         @torch.no_grad()
         def score(pictures: Tensor) -> dict[str, Tensor]:
             figures = {}
             count = len(pictures) // len(shown)  # prompts
             if people is not None:
-                rows = People(
-                    *(t.repeat_interleave(count, 0) for t in (people.embeddings, people.points, people.sizes))
-                )
+                each = people.embeddings, people.points, people.sizes
+                rows = People(*(values.repeat_interleave(count, 0) for values in each))
                 values, counts = IdentityLoss(self.recogniser.to(device), self.detector, rows, NONE)(pictures * 2 - 1)
                 figures["identity"] = torch.where(counts, 1 - values, torch.nan)
             if self.pictures is not None:
