@@ -23,6 +23,7 @@ from lcm_lookahead.trainer.step import Batch, Step
 from lcm_lookahead.trainer.train import TrainingError, compile_blocks, train
 from lcm_lookahead.trainer.validate import Probes, validate
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 WIDTH = 64
 SHAPE = (4, 8, 8)
@@ -435,9 +436,8 @@ def test_a_missing_package_is_named_with_what_to_do(tmp_path, monkeypatch, value
 
 
 def test_a_tracker_is_told_the_figures(tmp_path):
-    event = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run(tmp_path, trackers=["tensorboard"], source=Probed(0.0, 0.1, 0.2), validate_every=4, validation=VALIDATION)
-    events = event.EventAccumulator(str(next(tmp_path.rglob("*tfevents*")).parent)).Reload()
+    events = EventAccumulator(str(next(tmp_path.rglob("*tfevents*")).parent)).Reload()
     assert [e.step for e in events.Scalars("diffusion")] == list(range(1, 8))
     assert [e.value * 3 / 2 for e in events.Scalars("validation/identity")] == pytest.approx([0.0, 0.1, 0.2])
 

@@ -4,11 +4,13 @@ import json
 
 import pytest
 import torch
-from lcm_lookahead.trainer import cli, config
+from diffusers import DDIMScheduler
+from lcm_lookahead.trainer import cli, config, validate
 from lcm_lookahead.trainer.assemble import assemble
 from lcm_lookahead.trainer.config import CONFIGS
 from lcm_lookahead.trainer.mini import checkpoint, models, stage, world
 from lcm_lookahead.trainer.mini.plan import WEIGHTS
+from lcm_lookahead.trainer.pipeline import LookaheadPipeline
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +74,32 @@ def test_a_mistake_on_the_command_line_is_a_sentence():
         cli.main(["train", str(CONFIGS / "mini.yaml"), "step=9"])
     with pytest.raises(SystemExit, match="get SDXL as a diffusers folder"):
         cli.main(["train", str(CONFIGS / "sdxl_paper.yaml")])
+
+
+def test_a_validation_draws_what_the_pipeline_draws_for_users(tmp_path):
+    """Scales, conditions, schedule and reference KV of `validate.sample` and of `LookaheadPipeline` are the same."""
+    trained = WEIGHTS.parent / "trained" / "mini_encoder.safetensors"
+    changes = [
+        f"model.start={trained}",
+        "precision=fp32",
+        "validation.people=1",
+        "validation.prompts=[a comic of a face]",
+    ]
+    c = config.load(CONFIGS / "mini.yaml", changes)
+    step, source, _ = assemble(c)
+    probes = source.probes(c, torch.device("cpu"))
+    noise = torch.randn(1, *source.latent_shape, generator=torch.Generator().manual_seed(3))
+    drawn = validate.sample(step, step.encoder, probes.batch, noise, 4, 3.0)
+
+    folder = world.write_folder(tmp_path / "sdxl")
+    pipe = LookaheadPipeline.from_pretrained(folder)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False)
+    pipe.load_encoder(trained, image_encoder=folder / "image_encoder")
+    pipe.set_progress_bar_config(disable=True)
+    picture = probes.shown.movedim(1, -1)
+    settings = {"height": 128, "width": 128, "num_inference_steps": 4, "output_type": "latent"}
+    prompt = c.validation.prompts[0]
+    theirs = pipe(prompt, reference=picture, latents=noise, scales=(1.8, 1.2, 1.2), **settings).images
+    assert (drawn - theirs).norm() < 1e-3 * theirs.norm()
+    other = pipe(prompt, reference=picture, latents=noise, scales=(1.2, 1.8, 1.2), **settings).images
+    assert (drawn - other).norm() > 1e-2 * theirs.norm()
