@@ -1,4 +1,4 @@
-"""Pictures made ready for a loss: squares of the size a network reads, and random views against adversarial texture."""
+"""Pictures made ready for a network: squares of the size it reads, and random views against adversarial texture."""
 
 from __future__ import annotations
 
@@ -23,6 +23,17 @@ def resized(pictures: Tensor, height: int, width: int) -> Tensor:
         pictures = F.interpolate(pictures, size=size, mode="bicubic", antialias=True)
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
     return pictures[..., top : top + height, left : left + width]
+
+
+def centre_square(image: Tensor, size: int) -> Tensor:
+    """IMAGE [n, H, W, C] in [0, 1] -> [n, size, size, C]: shorter side resized, then cropped about the centre."""
+    _, height, width, _ = image.shape
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    square = image[:, top : top + side, left : left + side].movedim(-1, 1)
+    if side != size:
+        square = F.interpolate(square, (size, size), mode="bicubic", antialias=True)
+    return square.movedim(1, -1).clamp(0, 1)
 
 
 @dataclass(frozen=True)

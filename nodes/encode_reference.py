@@ -7,9 +7,10 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..lookahead.views import centre_square
 from .compat import schema
 from .encoder import DEFAULT_SIZE, Encoder
-from .reference_image import centre_square, centre_square_masks, clip_pixels, join_masks, split_alpha
+from .reference_image import centre_square_masks, clip_pixels, join_masks, split_alpha
 from .sockets import ENCODER, REFERENCE, Reference, Subject
 
 KV_PROMPT = "a photo of a face"

@@ -6,6 +6,8 @@ import comfy.clip_model
 import torch
 from torch import Tensor
 
+from ..lookahead.views import centre_square
+
 SHORTEST_SIDE = 32  # pixels; below that there is nothing to see a face from
 
 
@@ -79,17 +81,6 @@ def clip_pixels(colour: Tensor, mask: Tensor | None, clip_vision) -> Tensor:
     as_picture = mask.unsqueeze(-1).expand(-1, -1, -1, 3)
     weights = comfy.clip_model.clip_preprocess(as_picture, size=size, mean=[0.0] * 3, std=[1.0] * 3, crop=True)
     return pixels * weights.float()
-
-
-def centre_square(image: Tensor, size: int) -> Tensor:
-    """IMAGE [n, H, W, C] in [0, 1] -> [n, size, size, C]: shorter side resized, then cropped about the centre."""
-    _, height, width, _ = image.shape
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    square = image[:, top : top + side, left : left + side].movedim(-1, 1)
-    if side != size:
-        square = torch.nn.functional.interpolate(square, (size, size), mode="bicubic", antialias=True)
-    return square.movedim(1, -1).clamp(0, 1)
 
 
 def centre_square_masks(masks: Tensor, size: int) -> Tensor:

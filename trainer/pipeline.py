@@ -29,6 +29,7 @@ from ..lookahead.attention import LowRank, decoupled_cross_attention, extended_s
 from ..lookahead.encoder_file import EncoderFile
 from ..lookahead.guidance import three_scale_guidance
 from ..lookahead.image_prompt import Resampler
+from ..lookahead.views import centre_square
 from .encoder import KeysValues, block_paths, last_path, module_key
 from .pictures import clip_input
 
@@ -281,7 +282,7 @@ class LookaheadPipeline(StableDiffusionXLPipeline):
         size = size or (int(said) if said.isdecimal() and int(said) >= 64 else SIZE)
         prompt = kv_prompt or self.encoder_metadata.get("kv_prompt") or KV_PROMPT
         image_prompt, null = self.encode_image_prompt(pixels)
-        return Reference(image_prompt, null, self._encode(_square(pixels, size)), self._encode_text(prompt))
+        return Reference(image_prompt, null, self._encode(centre_square(pixels, size)), self._encode_text(prompt))
 
     @torch.no_grad()
     def encode_image_prompt(self, pixels: Tensor) -> tuple[KeysValues, KeysValues]:
@@ -541,14 +542,3 @@ def _pixels(image: Image.Image | Tensor) -> Tensor:
             f"The reference is {what}, and a picture or pixels of shape [1, H, W, 3] are needed: pass one."
         )
     return image.float()
-
-
-def _square(pixels: Tensor, size: int) -> Tensor:
-    """[1, H, W, 3] -> [1, size, size, 3]: cropped about the centre, never squashed."""
-    _, height, width, _ = pixels.shape
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    square = pixels[:, top : top + side, left : left + side].movedim(-1, 1)
-    if side != size:
-        square = nn.functional.interpolate(square, (size, size), mode="bicubic", antialias=True)
-    return square.movedim(1, -1).clamp(0, 1)
