@@ -222,11 +222,11 @@ def _mini(device: Any) -> tuple[Any, Any, Any, Any]:
 
 def _sdxl(side: int, device: Any) -> tuple[Any, Any, Any, Any]:
     import torch
-    from diffusers import AutoencoderTiny, UNet2DConditionModel
+    from diffusers import AutoencoderTiny
 
     from ..lookahead.image_prompt import ResamplerSizes
     from ..lookahead.losses import L1Loss
-    from ..trainer import lora
+    from ..trainer import lora, sdxl
     from ..trainer.config import CONFIGS, load
     from ..trainer.draws import draw
     from ..trainer.encoder import Encoder
@@ -236,21 +236,7 @@ def _sdxl(side: int, device: Any) -> tuple[Any, Any, Any, Any]:
     overrides = ["batch=1", "checkpointing=blocks", "precision=bf16", "drop.kv=0", "drop.image_prompt=0", "drop.both=0"]
     config = load(CONFIGS / "sdxl_paper.yaml", overrides)
     torch.manual_seed(0)
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(
-            sample_size=128,
-            block_out_channels=(320, 640, 1280),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 2, 10),
-            attention_head_dim=(5, 10, 20),
-            cross_attention_dim=2048,
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816,
-        )
-    unet = unet.to(torch.bfloat16).to_empty(device=device)
+    unet = sdxl.unet().to(torch.bfloat16).to_empty(device=device)
     for name, p in unet.named_parameters():
         if p.ndim == 1:
             p.data.fill_(float("norm" in name and name.endswith("weight")))
