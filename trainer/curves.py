@@ -65,7 +65,7 @@ def plot(runs: Mapping[str, Mapping[str, Points]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     shown = [name for name in PANELS if any(run.get(name) for run in runs.values())]
-    columns = min(4, len(shown))
+    columns = min(4, math.ceil(len(shown) ** 0.5))
     rows = -(-len(shown) // columns)
     figure = Figure(figsize=(3.4 * columns, 2.5 * rows + 0.4), layout="constrained", dpi=110)
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
