@@ -1,9 +1,11 @@
 """The mini world's training loop: stopping and going on changes nothing, and files are whole or not there."""
 
 import json
+import os
 
 import pytest
 import torch
+from lcm_lookahead.lookahead.tensor_file import EncoderFileError
 from lcm_lookahead.trainer.mini import stage
 from torch import nn
 
@@ -50,8 +52,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(stage, "save_file", fail)
-    with pytest.raises(OSError):
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(EncoderFileError, match="weights.safetensors cannot be written .disk full."):
         stage.write_tensors(path, {"a": torch.zeros(2)})
     assert torch.equal(stage.read_tensors(path)["a"], torch.ones(2))
 
