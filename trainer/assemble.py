@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import accelerate
 import torch
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 
 from ..lookahead import encoder_file, recognisers
@@ -87,7 +88,7 @@ def base_hash(config: Config) -> str:
 
 def device() -> torch.device:
     """What this process of a run computes on, as accelerate chooses it."""
-    return accelerate.PartialState().device
+    return accelerate.PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
 
 
 def of_mini(config: Config) -> Path | None:

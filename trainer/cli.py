@@ -98,6 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _train(path: Path, overrides: list[str], dry_run: bool) -> None:
+    import torch
     import yaml
 
     from .assemble import ERRORS, assemble, device
@@ -116,6 +117,9 @@ def _train(path: Path, overrides: list[str], dry_run: bool) -> None:
             written = train(config, step, source, about)
         except TrainingError as error:
             raise SystemExit(str(error)) from None
+        finally:
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()  # else its threads may end the process with SIGABRT
     except ERRORS as error:
         raise SystemExit(str(error)) from None
     if written is not None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers import UNet2DConditionModel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -36,8 +37,6 @@ def train(config: Config, step: Step, source: Source, about: Mapping[str, str] |
     validations, log.jsonl. Raises TrainingError, one sentence, where it cannot go on.
     """
     check_trackers(config.trackers)
-    if config.precision == "fp16" and PartialState().device.type == "cpu":
-        raise TrainingError("precision is fp16, which a CPU does not compute in: give bf16 or fp32.")
     accelerator = Accelerator(
         mixed_precision=_PRECISION[config.precision], log_with=list(config.trackers) or None, project_dir=config.out
     )
@@ -51,6 +50,13 @@ def _train(
     accelerator: Accelerator, config: Config, step: Step, source: Source, about: Mapping[str, str] | None
 ) -> Path | None:
     processes, main, device = accelerator.num_processes, accelerator.is_main_process, accelerator.device
+    if device.type == "cpu" and config.precision == "fp16":
+        raise TrainingError("precision is fp16, which a CPU does not compute in: give bf16 or fp32.")
+    if processes != int(os.environ.get("WORLD_SIZE", 1)):  # each would write over the others' files
+        raise TrainingError(
+            f"{os.environ['WORLD_SIZE']} processes were started, which do not know of each other, since they have no "
+            "GPU: set ACCELERATE_USE_CPU=true to train on CPUs."
+        )
     parts = processes * config.accumulate
     if config.batch % parts:
         raise TrainingError(

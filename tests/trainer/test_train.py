@@ -461,6 +461,7 @@ def test_more_memory_in_use_than_there_is_gets_a_warning():
 
 _ONE_OF_TWO = """
 import importlib.util, sys
+import torch
 import lcm_lookahead.trainer  # before diffusers: see conftest.py
 spec = importlib.util.spec_from_file_location("loop", sys.argv[1])
 loop = importlib.util.module_from_spec(spec)
@@ -476,6 +477,7 @@ except loop.TrainingError as error:
     assert "not at the same step with the same weights (steps [0, 2])" in str(error), error
 else:
     raise SystemExit("two processes that do not go on from the same step went on")
+torch.distributed.destroy_process_group()
 """
 
 
@@ -494,6 +496,37 @@ def test_two_processes_have_the_gradients_of_one_and_go_on_where_they_stopped(tm
     for one, two in zip(*(map(json.loads, log) for log in logs), strict=True):
         for figure in ("diffusion", "lookahead", "distance", "norm", "norm_diffusion", "norm_lookahead"):
             assert two[figure] == pytest.approx(one[figure], rel=1e-4), figure
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_the_command_shares_a_run_between_two_processes_or_refuses(tmp_path, told):
+    """As docs/launch starts them: a line a step, whoever writes it, and nothing where each would run on its own."""
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    common |= {"ACCELERATE_USE_CPU": "true"} if told else {}
+    values = ["steps=2", "batch=2", "validate_every=0", "precision=fp32", "log_every=1", f"out={tmp_path}"]
+    command = [
+        sys.executable,
+        "-m",
+        "lcm_lookahead.trainer.cli",
+        "train",
+        str(config.CONFIGS / "mini_none.yaml"),
+        *values,
+    ]
+    processes, outputs = [], []
+    for rank in ("0", "1"):
+        env = os.environ | common | {"RANK": rank, "LOCAL_RANK": rank}
+        processes.append(
+            subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
+    for process in processes:
+        outputs.append(process.communicate(timeout=300)[0])
+    if told:
+        assert [process.returncode for process in processes] == [0, 0], outputs
+        assert [output.count("step 1/2") for output in outputs] == [1, 0]
+        assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
+    else:
+        assert all("2 processes were started, which do not know of each other" in output for output in outputs)
+        assert not list(tmp_path.iterdir())
 
 
 def _free_port():
