@@ -122,7 +122,7 @@ def _train(path: Path, overrides: list[str], dry_run: bool) -> None:
                 torch.distributed.destroy_process_group()  # else its threads may end the process with SIGABRT
     except ERRORS as error:
         raise SystemExit(str(error)) from None
-    if written is not None:
+    if written is not None and os.environ.get("RANK", "0") == "0":  # one of several processes
         print(f"Written: {written}")
 
 

@@ -523,6 +523,7 @@ def test_the_command_shares_a_run_between_two_processes_or_refuses(tmp_path, tol
     if told:
         assert [process.returncode for process in processes] == [0, 0], outputs
         assert [output.count("step 1/2") for output in outputs] == [1, 0]
+        assert [output.count("Written: ") for output in outputs] == [1, 0]
         assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
     else:
         assert all("2 processes were started, which do not know of each other" in output for output in outputs)
