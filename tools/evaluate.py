@@ -334,6 +334,8 @@ def main(arguments: list[str]) -> int:
     references = chosen.references or (20 if chosen.knobs else 96 if chosen.guidance or chosen.encoders else 100)
     if references < 10:  # fewer make no interval, and a draw may hold one person alone
         raise Problem(f"--references is {references}, too few for figures with intervals: give at least 10.")
+    if chosen.first and (chosen.first < 0 or not chosen.encoders):
+        raise Problem(f"--first is {chosen.first}: give a number from 0, and only beside --encoders.")
     if chosen.guidance:
         from .evaluate_guidance import evaluate
 

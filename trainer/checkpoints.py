@@ -129,33 +129,19 @@ def resume(
         stored = torch.load(last / "state.pt", map_location="cpu", weights_only=True)
         before, progress = json.loads(stored["config"]), Progress(**stored["progress"])
     except Exception as error:  # a file cut short raises many kinds
+        why = (str(error).splitlines() or [type(error).__name__])[0]
         older = f"the run goes on from {checkpoints[-2].name}" if len(checkpoints) > 1 else "the run begins anew"
-        raise TrainingError(
-            f"{last / 'state.pt'} is damaged ({error}): delete the folder {last}, and {older}."
-        ) from None
-    other = changes(before, config)
-    free = FREE | PROBES if config.optimiser.schedule == "constant" else (FREE | PROBES) - {"steps"}
-    if fixed := [f"{name} ({was}, now {now})" for name, (was, now) in other.items() if name not in free]:
-        raise TrainingError(
-            f"The run in {folder} was started with other values of {', '.join(fixed)}: give those again, or, for a new "
-            f"run, another `out` (with model.start={last / config.name}.safetensors from the weights of this one)."
-        )
-    if stored.get("data", state.data) != state.data:
-        raise TrainingError(
-            f"{config.data.source} does not hold the pictures, people and captions that the run in {folder} was "
-            "started with: bring those back, or, for a new run, give another `out` (with model.start="
-            f"{last / config.name}.safetensors from the weights of this one)."
-        )
-    base = (about or {}).get("base_model_hash", "")
-    if base and stored.get("base_model_hash", base) != base:
-        raise TrainingError(
-            f"model.base {config.model.base} is another model than the one that the run in {folder} was started with: "
-            "give that one again, or another `out` for a new run."
-        )
+        raise TrainingError(f"{last}/state.pt is damaged ({why}): delete the folder {last}, and {older}.") from None
     if progress.step > config.steps:
         raise TrainingError(
             f"The run in {folder} is at step {progress.step}, beyond steps={config.steps}: give at least "
             f"{progress.step}, or another `out` for a new run."
+        )
+    other = changes(before, config)
+    if differs := _differences(other, stored, config, state, about or {}):
+        raise TrainingError(
+            f"The run in {folder} was started with {differs}: bring that back, or, for a new run, give another `out` "
+            f"(with model.start={last / config.name}.safetensors from the weights of this one)."
         )
     if PROBES & other.keys():
         progress.best = float("-inf")
@@ -165,6 +151,24 @@ def resume(
     if changed := [f"{k} {was[k]}, now {here[k]}" for k in was if was[k] != here.get(k)]:
         say(f"The last checkpoint was made with {'; '.join(changed)}: the run goes on, but not to the same last bits.")
     return progress
+
+
+def _differences(
+    other: Mapping[str, tuple[Any, Any]],
+    stored: Mapping[str, Any],
+    config: Config,
+    state: State,
+    about: Mapping[str, str],
+) -> str:
+    """What of a run may not change and has, for the user; empty where nothing has. other: of `changes`."""
+    free = FREE | PROBES if config.optimiser.schedule == "constant" else (FREE | PROBES) - {"steps"}
+    fixed = [f"{name} ({was}, now {now})" for name, (was, now) in other.items() if name not in free]
+    if fixed:
+        return f"other values of {', '.join(fixed)}"
+    if stored.get("data", state.data) != state.data:
+        return f"other pictures, people or captions than {config.data.source} holds now"
+    base = about.get("base_model_hash", "")
+    return f"another model than {config.model.base}" if stored.get("base_model_hash", base) != base else ""
 
 
 def changes(before: Mapping[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:

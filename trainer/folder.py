@@ -195,7 +195,11 @@ class FolderSource:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_tensors(path, made, {})
             except (OSError, EncoderFileError) as error:
-                raise DataError(f"{error} Or set data.cache to another folder, or data.keep to false.") from None
+                why = error.__cause__ or error  # what the system says, without the advice for files of other kinds
+                raise DataError(
+                    f"What the models see in the pictures cannot be kept in {path.parent} ({why}): free some space, "
+                    "set data.cache to another folder, or data.keep to false."
+                ) from None
         return made
 
     @torch.no_grad()

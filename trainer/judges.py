@@ -54,6 +54,7 @@ class Judges:
                 rows = People(*(values.repeat_interleave(count, 0) for values in each))
                 values, counts = IdentityLoss(self.recogniser.to(device), self.detector, rows, NONE)(pictures * 2 - 1)
                 figures["identity"] = torch.where(counts, 1 - values, torch.nan)
+                self.recogniser.to("cpu")  # (the loss moves its own when it needs it)
             if self.pictures is not None:
                 seen = self.pictures.to(device)(resized(pictures, self.pictures.size))
                 figures["prompt"] = (F.normalize(seen) * self.texts.to(device).repeat(len(shown), 1)).sum(1)

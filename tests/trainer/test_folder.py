@@ -271,8 +271,14 @@ def test_other_pictures_people_or_captions_are_other_data(source, drawn, tmp_pat
 
 def test_a_cache_that_cannot_be_written_is_said_with_what_to_do(source, drawn, tmp_path):
     (tmp_path / "cache").write_text("no folder")
-    with pytest.raises(DataError, match="cannot be written .*(another folder, data.cache|set data.cache to another)"):
-        made = assembling.assemble(settings(drawn, tmp_path / "out", f"data.cache={tmp_path / 'cache'}"))[1]
+    c = settings(drawn, tmp_path / "out", f"data.cache={tmp_path / 'cache'}")
+    with pytest.raises(DataError, match="cannot be written .*: name another folder, data.cache"):
+        assembling.assemble(c)
+    (tmp_path / "cache").unlink()
+    made = assembling.assemble(c)[1]
+    for n in range(256):  # where the folders of what is kept would be
+        (tmp_path / "cache" / f"{n:02x}").touch()
+    with pytest.raises(DataError, match="cannot be kept in .*: free some space, set data.cache to another folder"):
         made.batch([0], [0], CPU)
 
 
