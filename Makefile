@@ -2,7 +2,7 @@
 #   HOST_VERSION=0.16.3   another supported ComfyUI        COMFYUI_DIR=/path   a ComfyUI of your own
 #   PYTHON=python3.12     the Python to set up with        ARGS="..."          further arguments for a target
 PYTHON ?= python3
-RUN := .venv/bin/python -m lcm_lookahead.tools
+RUN := .venv/bin/python -m lcm_lookahead
 export HOST_VERSION COMFYUI_DIR PORT
 
 .PHONY: help setup host demo test matrix browser evaluate bench lint clean
@@ -16,31 +16,31 @@ setup: ## make the environment in .venv (about a minute)
 
 host: ## fetch the pinned ComfyUI into .host
 	@$(PYTHON) -m tools.start
-	@$(RUN).host $(ARGS)
+	@$(RUN).host.host $(ARGS)
 
 demo: ## draw reference faces under new prompts in a real ComfyUI
 	@$(PYTHON) -m tools.start
-	@$(RUN).demo $(ARGS)
+	@$(RUN).mini.demo $(ARGS)
 
 test: ## lint and all tests that need no GPU, on the newest and the oldest ComfyUI
 	@$(PYTHON) -m tools.start
-	@$(RUN).testing $(ARGS)
+	@$(RUN).tools.testing $(ARGS)
 
 matrix: ## the host tests on every supported ComfyUI
 	@$(PYTHON) -m tools.start
-	@$(RUN).testing --matrix $(ARGS)
+	@$(RUN).tools.testing --matrix $(ARGS)
 
 browser: ## the workflows and help pages in ComfyUI's own web page (needs Chromium)
 	@$(PYTHON) -m tools.start
-	@$(RUN).testing --browser $(ARGS)
+	@$(RUN).tools.testing --browser $(ARGS)
 
 evaluate: ## measure image prompt, KV injection and guidance over held-out references
 	@$(PYTHON) -m tools.start
-	@$(RUN).evaluate $(ARGS)
+	@$(RUN).mini.studies.reference $(ARGS)
 
 bench: ## the performance tables
 	@$(PYTHON) -m tools.start
-	@$(RUN).bench $(ARGS)
+	@$(RUN).tools.bench $(ARGS)
 
 lint: ## ruff alone
 	@$(PYTHON) -m tools.start

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from .apply_image_prompt import LookaheadApplyImagePrompt
-from .apply_kv_injection import LookaheadApplyKVInjection
-from .clip_loss import LookaheadCLIPLoss
-from .combine_losses import LookaheadCombineLosses
-from .convert_encoder import LookaheadConvertEncoder
-from .crop_face import LookaheadCropFace
-from .encode_reference import LookaheadEncodeReference
-from .guidance_report import LookaheadGuidanceReport
-from .guidance_sampler import LookaheadGuidanceSampler
-from .guider import LookaheadGuider
-from .identity_loss import LookaheadIdentityLoss
-from .l1_loss import LookaheadL1Loss
-from .load_encoder import LookaheadLoadEncoder, register_folders
-from .load_face_analysis import LookaheadLoadFaceAnalysis, register_insightface_folder
-from .loss_network import register_folder
-from .lpips_loss import LookaheadLPIPSLoss
-from .preview_grid import LookaheadPreviewGrid
-from .shortcut import LookaheadShortcut
+from .conditioning.apply_image_prompt import LookaheadApplyImagePrompt
+from .conditioning.apply_kv_injection import LookaheadApplyKVInjection
+from .conditioning.guider import LookaheadGuider
+from .guidance.guidance_report import LookaheadGuidanceReport
+from .guidance.guidance_sampler import LookaheadGuidanceSampler
+from .guidance.preview_grid import LookaheadPreviewGrid
+from .guidance.shortcut import LookaheadShortcut
+from .losses.clip_loss import LookaheadCLIPLoss
+from .losses.combine_losses import LookaheadCombineLosses
+from .losses.identity_loss import LookaheadIdentityLoss
+from .losses.l1_loss import LookaheadL1Loss
+from .losses.lpips_loss import LookaheadLPIPSLoss
+from .losses.network import register_folder
+from .reference.convert_encoder import LookaheadConvertEncoder
+from .reference.crop_face import LookaheadCropFace
+from .reference.encode_reference import LookaheadEncodeReference
+from .reference.load_encoder import LookaheadLoadEncoder, register_folders
+from .reference.load_face_analysis import LookaheadLoadFaceAnalysis, register_insightface_folder
 
 
 class LookaheadExtension(ComfyExtension):

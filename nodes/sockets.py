@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..lookahead.losses import Loss
-from .encoder import Encoder
-from .kv_cache import KVCache
+from ..lookahead.losses.base import Loss
+from .reference.encoder import Encoder
+from .reference.kv_cache import KVCache
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
     from comfy.sd import VAE
 
-    from .guidance_report import Run
+    from .guidance.guidance_report import Run
 
 ENCODER = io.Custom("LOOKAHEAD_ENCODER")
 REFERENCE = io.Custom("LOOKAHEAD_REFERENCE")

@@ -10,9 +10,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from ..host.host import EXTENSIONS, environment_python, fetch, mini_models
 from . import bench_training
 from .common import CACHE, ROOT, Problem, run_main, say
-from .host import EXTENSIONS, environment_python, fetch, mini_models
 
 # FLOP of a step at 1024x1024 over that of plain classifier-free guidance (counted from SDXL's layers).
 FLOP_RATIOS = {
@@ -27,7 +27,7 @@ FLOP_RATIOS = {
 
 def sdxl_kv_bytes(side: int = 1024, itemsize: int = 2) -> int:
     """Bytes of one set of reference KV (one role, one step) for SDXL at a size, counted from its blocks."""
-    from ..lookahead.block_names import block_names, level_of
+    from ..lookahead.files.block_names import block_names, level_of
 
     width = {1: 640, 2: 1280}
     levels = (level_of(block.host) for block in block_names())
@@ -44,7 +44,7 @@ def measure(side: int = 0) -> dict[str, Any]:
             (base / name).mkdir()
         mini_models(base)
         script = ROOT / "tools" / "bench_in_host.py"
-        command = [str(script), str(host), folder, str(ROOT), str(EXTENSIONS)]
+        command = [str(script), str(host), folder, str(ROOT), *map(str, EXTENSIONS)]
         without_us = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         return _answer(command + ([str(side)] if side else []), host, without_us)
 

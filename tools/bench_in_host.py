@@ -1,6 +1,6 @@
 """Run by `make bench` inside a ComfyUI tree: times model calls of one run beside each other and prints JSON.
 
-python bench_in_host.py HOST_DIRECTORY BASE_DIRECTORY PACK_DIRECTORY EXTENSIONS_DIRECTORY [SIDE]
+python bench_in_host.py HOST_DIRECTORY BASE_DIRECTORY PACK_DIRECTORY CPU_TORCHVISION MINI_EXTENSION [SIDE]
 
 With SIDE it measures SDXL at full size with random weights in bfloat16, at SIDE x SIDE pixels, else the mini world.
 """
@@ -40,10 +40,10 @@ SDXL = {
 }
 
 
-def main(host: str, base: str, pack: str, extensions: str, side: str = "") -> None:
+def main(host: str, base: str, pack: str, cpu_torchvision: str, mini: str, side: str = "") -> None:
     """Load the pack as the host does, then time every arm in turn."""
     sys.path.insert(0, host)
-    runpy.run_path(f"{extensions}/cpu_torchvision/prestartup_script.py")
+    runpy.run_path(f"{cpu_torchvision}/prestartup_script.py")
     import torch
     from comfy.cli_args import args
 
@@ -57,7 +57,7 @@ def main(host: str, base: str, pack: str, extensions: str, side: str = "") -> No
     folder_paths.set_output_directory(f"{base}/output")
     for name in ("checkpoints", "clip_vision", "ipadapter", "lookahead"):
         folder_paths.add_model_folder_path(name, f"{base}/models/{name}", is_default=True)
-    for folder in (f"{extensions}/mini_world", pack):
+    for folder in (mini, pack):
         if not asyncio.run(nodes.load_custom_node(folder, module_parent="custom_nodes")):
             raise SystemExit(f"{folder} could not be loaded as a custom node")
 

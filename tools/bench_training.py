@@ -66,7 +66,7 @@ def full_size(side: int = 256) -> dict[str, Any]:
     import torch
 
     from ..trainer.log import memory
-    from ..trainer.step import gradients
+    from ..trainer.lookahead.step import gradients
     from ..trainer.train import make_optimiser
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -131,7 +131,7 @@ def full_table(report: dict[str, Any]) -> str:
 def _ours(step: Any, batch: Any, draws: Any, config: Any) -> tuple[Callable[[int], None], int]:
     import torch
 
-    from ..trainer.step import gradients
+    from ..trainer.lookahead.step import gradients
     from ..trainer.train import make_optimiser
 
     optimiser = make_optimiser(config, step.encoder, step.alpha_bar.device)
@@ -163,7 +163,7 @@ class _Separate:
 def _papers(step: Any, batch: Any, draws: Any, config: Any) -> tuple[Callable[[int], None], int]:
     import torch
 
-    from ..trainer.roles import Roles
+    from ..sdxl.shared_unet import Roles
     from ..trainer.train import make_optimiser
 
     plain, shortcut = step.roles.eject(), step.shortcut
@@ -191,9 +191,9 @@ def _reload(config: Any, base: Any, between: Any, fast: Any, strength: float) ->
     """Read the LoRA from disk, put it into one UNet's weights, copy these to another."""
     import torch
 
-    from ..trainer import lora
-    from ..trainer.mini import stage
-    from ..trainer.mini.plan import WEIGHTS
+    from ..mini.plan import WEIGHTS
+    from ..mini.stages import stage
+    from ..sdxl import lora
 
     read = lora.load(stage.read_tensors(WEIGHTS / config.model.shortcut), base)
     with torch.no_grad():
@@ -209,9 +209,9 @@ def _reload(config: Any, base: Any, between: Any, fast: Any, strength: float) ->
 
 
 def _mini(device: Any) -> tuple[Any, Any, Any, Any]:
-    from ..trainer.assemble import assemble
+    from ..cli.assemble import assemble
     from ..trainer.config import CONFIGS, load
-    from ..trainer.draws import draw
+    from ..trainer.lookahead.draws import draw
 
     config = load(CONFIGS / "mini.yaml", [f"batch={BATCH}", "data.people=2", "precision=fp32"])
     step, source, _ = assemble(config)
@@ -224,19 +224,19 @@ def _sdxl(side: int, device: Any) -> tuple[Any, Any, Any, Any]:
     import torch
     from diffusers import AutoencoderTiny
 
-    from ..lookahead.image_prompt import ResamplerSizes
-    from ..lookahead.losses import L1Loss
-    from ..trainer import lora, sdxl
+    from ..lookahead.losses.base import L1Loss
+    from ..lookahead.method.resampler import ResamplerSizes
+    from ..sdxl import configs, lora
+    from ..sdxl.encoder import Encoder
+    from ..sdxl.shared_unet import Condition
     from ..trainer.config import CONFIGS, load
-    from ..trainer.draws import draw
-    from ..trainer.encoder import Encoder
-    from ..trainer.roles import Condition
-    from ..trainer.step import Batch, Step
+    from ..trainer.lookahead.draws import draw
+    from ..trainer.lookahead.step import Batch, Step
 
     overrides = ["batch=1", "checkpointing=blocks", "precision=bf16", "drop.kv=0", "drop.image_prompt=0", "drop.both=0"]
     config = load(CONFIGS / "sdxl_paper.yaml", overrides)
     torch.manual_seed(0)
-    unet = sdxl.unet().to(torch.bfloat16).to_empty(device=device)
+    unet = configs.unet().to(torch.bfloat16).to_empty(device=device)
     for name, p in unet.named_parameters():
         if p.ndim == 1:
             p.data.fill_(float("norm" in name and name.endswith("weight")))

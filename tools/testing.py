@@ -22,7 +22,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import host, page
+from ..host import host, page
 from .common import CACHE, ROOT, Problem, Stopwatch, run_main, say
 
 NO_HOST = ("tests/house", "tests/tools", "tests/unit", "tests/trainer")

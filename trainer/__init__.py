@@ -1,5 +1,3 @@
-"""The trainer: makes the encoder weights that the nodes load, and the mini world that everything is shown on."""
+"""The trainer: makes the encoder weights that the nodes load."""
 
-from .compat import let_torchvision_import
-
-let_torchvision_import()
+from .. import sdxl  # noqa: F401  (first of all: what it cures must be cured before diffusers is imported)

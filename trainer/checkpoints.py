@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..lookahead.tensor_file import EncoderFileError
+from ..lookahead.files.tensors import EncoderFileError
+from ..sdxl.encoder import Encoder
 from .config import Config, named_only
-from .encoder import Encoder
 from .export import export
 
 # May change in a run that goes on: nothing of it changes what is computed, but for the last bits of the rounding.

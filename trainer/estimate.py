@@ -23,17 +23,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from ..lookahead.image_prompt import ResamplerSizes
-from . import lora, sdxl
-from .assemble import DTYPES, of_mini
+from ..cli.assemble import DTYPES, of_mini
+from ..lookahead.method.resampler import ResamplerSizes
+from ..sdxl import configs, lora
+from ..sdxl.encoder import Encoder
+from ..sdxl.load import Preview
+from ..sdxl.shared_unet import Condition
 from .config import Config, ConfigError, from_values
-from .draws import Draws
-from .encoder import Encoder
-from .folder import cache_folder
-from .models import Preview
-from .people import DataError, listing
-from .roles import Condition
-from .step import Batch, Step
+from .data.folder import cache_folder
+from .data.pairs import DataError, listing
+from .lookahead.draws import Draws
+from .lookahead.step import Batch, Step
 
 GB = 1e9
 CARDS = {  # GB, dense TFLOP/s of 16-bit matrix products summed in 32 bit, as the makers state them
@@ -143,14 +143,14 @@ def _key(config: Config) -> _Shape:
     mini = of_mini(config) is not None
     size = 128 if config.data.source == "mini" else config.data.size
     ahead = config.lookahead.arm, config.lookahead.align
-    depths = tuple(sdxl.UNET["transformer_layers_per_block"])
+    depths = tuple(configs.UNET["transformer_layers_per_block"])
     return _Shape(mini, size, config.precision, config.checkpointing, *ahead, ranks, depths)
 
 
 @lru_cache(maxsize=8)
 def _one_sample(shape: _Shape) -> _Sample:
     low, ahead = DTYPES[shape.precision], shape.arm != "none"
-    unet, sizes, patches, rank = _mini() if shape.mini else (sdxl.unet(), ResamplerSizes(), 257, LCM_RANK)
+    unet, sizes, patches, rank = _mini() if shape.mini else (configs.unet(), ResamplerSizes(), 257, LCM_RANK)
     with torch.device("meta"):
         encoder = Encoder(unet, sizes, *shape.ranks)
         shortcut = lora.build(unet, rank).requires_grad_(False) if shape.arm == "shortcut" else None
@@ -172,9 +172,9 @@ def _one_sample(shape: _Shape) -> _Sample:
 
 
 def _mini() -> tuple[UNet2DConditionModel, ResamplerSizes, int, int]:
-    from .mini.base import build_unet
-    from .mini.image_prompt import Adapter
-    from .mini.plan import SIZES
+    from ..mini.plan import SIZES
+    from ..mini.stages.base import build_unet
+    from ..mini.stages.image_prompt import Adapter
 
     with torch.device("meta"):
         unet = build_unet().eval()

@@ -6,9 +6,9 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..lookahead import encoder_file
+from ..lookahead.files import encoder_file
+from ..sdxl.encoder import Encoder
 from .config import Config
-from .encoder import Encoder
 
 
 def export(path: Path, encoder: Encoder, config: Config, steps: int, about: Mapping[str, str] | None = None) -> Path:

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..lookahead import clip, recognisers
-from ..lookahead.faces import Detector
-from ..lookahead.identity import NONE, IdentityLoss, People, embed
-from ..lookahead.recognisers import Recogniser
+from ..lookahead.losses.identity import NONE, IdentityLoss, People, embed
+from ..lookahead.vision import arcface, clip
+from ..lookahead.vision.arcface import Recogniser
+from ..lookahead.vision.faces import Detector
+from ..sdxl.images import resized
+from ..sdxl.load import ModelError, Text, found
 from .config import Config
-from .models import ModelError, Text, found
-from .pictures import resized
 from .validate import Score
 
 
@@ -74,7 +74,7 @@ def read_judges(config: Config, recogniser: Recogniser | None, detector: Detecto
         if detector is None:
             raise ModelError("validation.recogniser needs a detector of faces: set model.detector.")
         path = found("recogniser", settings.recogniser, section="validation")
-        recogniser, by = recognisers.read(path), f"{path.name},"
+        recogniser, by = arcface.read(path), f"{path.name},"
     if settings.clip is None:
         return Judges(recogniser, detector, None, None, by)
     try:

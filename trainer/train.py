@@ -14,15 +14,15 @@ from accelerate.utils import gather_object
 from diffusers import UNet2DConditionModel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from ..sdxl.encoder import Encoder
 from .checkpoints import Progress, State, TrainingError, resume, save
 from .config import Config
-from .draws import draw, order
-from .encoder import Encoder
+from .data.source import Source
 from .export import export
 from .log import Log, check_trackers
+from .lookahead.draws import draw, order
+from .lookahead.step import Batch, Outcome, Step, gradients
 from .memory import out_of_memory, spilled
-from .source import Source
-from .step import Batch, Outcome, Step, gradients
 from .validate import Probes, Probing, validate
 
 __all__ = ["TrainingError", "train"]

@@ -14,12 +14,12 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ..lookahead.guidance import three_scale_guidance
-from ..lookahead.schedule import predicted_original
+from ..lookahead.method.guidance import three_scale_guidance
+from ..lookahead.method.schedule import predicted_original
+from ..sdxl.encoder import Encoder
 from .config import Config, Validation
-from .draws import TIMESTEPS, generator
-from .encoder import Encoder
-from .step import Batch, Step
+from .lookahead.draws import TIMESTEPS, generator
+from .lookahead.step import Batch, Step
 
 STREAM = 7_000_000  # of the noise: apart from the numbers of samples that training draws by
 # Of the guidance, the shares of text, full and KV: the paper's 3, 2, 2 at SDXL's usual guidance of 5.

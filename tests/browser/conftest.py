@@ -3,8 +3,8 @@
 import os
 
 import pytest
-from lcm_lookahead.tools import page as tool
-from lcm_lookahead.tools.host import DEFAULT_VERSION
+from lcm_lookahead.host import page as tool
+from lcm_lookahead.host.host import DEFAULT_VERSION
 
 
 @pytest.fixture(scope="session")

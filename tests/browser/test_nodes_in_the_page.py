@@ -1,8 +1,8 @@
 """ComfyUI's own page says what is missing, and shows the help of our nodes."""
 
 import pytest
+from lcm_lookahead.host.workflow import load
 from lcm_lookahead.tools.common import ROOT
-from lcm_lookahead.tools.workflow import load
 
 
 @pytest.fixture

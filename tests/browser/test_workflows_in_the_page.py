@@ -5,9 +5,9 @@ import itertools
 import urllib.request
 
 import pytest
-from lcm_lookahead.tools import workflow as converter
+from lcm_lookahead.host import workflow as converter
+from lcm_lookahead.host.page import TITLE
 from lcm_lookahead.tools.common import ROOT
-from lcm_lookahead.tools.page import TITLE
 from PIL import Image
 
 FILES = sorted((ROOT / "workflows").glob("*.json"))

@@ -18,8 +18,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-SIZES = json.loads((ROOT / "trainer/mini/sizes.json").read_text())
-runpy.run_path(str(ROOT / "tools/custom_nodes/cpu_torchvision/prestartup_script.py"))  # for diffusers in the tests
+SIZES = json.loads((ROOT / "mini/sizes.json").read_text())
+runpy.run_path(str(ROOT / "host/custom_nodes/cpu_torchvision/prestartup_script.py"))  # for diffusers in the tests
 MINI_UNET, VISION = SIZES["unet"], SIZES["clip_vision"]
 
 
@@ -34,7 +34,7 @@ def host_directory() -> Path:
 
 @pytest.fixture(scope="session")
 def pack(tmp_path_factory):
-    """The host has loaded the pack: `pack.nodes` by node id, `pack.module("nodes.roles")` for the rest."""
+    """The host has loaded the pack: `pack.nodes` by node id, `pack.module("nodes.conditioning.rows")` for the rest."""
     torch.set_num_threads(1)
     sys.path.insert(0, str(host_directory()))
     from comfy.cli_args import args
@@ -46,7 +46,7 @@ def pack(tmp_path_factory):
 
     assert asyncio.run(host_nodes.load_custom_node(str(ROOT), module_parent="custom_nodes"))
     names = [n for n in host_nodes.NODE_CLASS_MAPPINGS if n.startswith("Lookahead")]
-    name = host_nodes.NODE_CLASS_MAPPINGS[names[0]].__module__.removesuffix(".load_encoder").removesuffix(".nodes")
+    name = host_nodes.NODE_CLASS_MAPPINGS[names[0]].__module__.rpartition(".nodes.")[0]
     return SimpleNamespace(
         nodes={n: host_nodes.NODE_CLASS_MAPPINGS[n] for n in names},
         host_nodes=host_nodes,
@@ -316,8 +316,8 @@ def run(pack, node: str, *args, **options):
 
 
 def make_pack_encoder(pack, weights, metadata=None):
-    file = pack.module("lookahead.encoder_file").from_tensors(weights, metadata or {}, "test.safetensors")
-    return pack.module("nodes.encoder").Encoder(file)
+    file = pack.module("lookahead.files.encoder_file").from_tensors(weights, metadata or {}, "test.safetensors")
+    return pack.module("nodes.reference.encoder").Encoder(file)
 
 
 def make_reference(pack, world: World, image, **options):
@@ -354,7 +354,7 @@ OWN_FORMAT = {"format": "lcm-lookahead-encoder", "format_version": "1"}
 
 def make_kv_weights(pack, world: World, rank: int = 2, seed: int = 8) -> dict[str, torch.Tensor]:
     """A KV encoder's low-rank weights for this world, under their names in an encoder file."""
-    names = pack.module("lookahead.block_names").block_names(world.depth, world.middle)
+    names = pack.module("lookahead.files.block_names").block_names(world.depth, world.middle)
     last = max(name.diffusers for name in names if name.diffusers.startswith("up_blocks"))
     g, out = torch.Generator().manual_seed(seed), {}
     for name, width in zip(names, widths_of(world), strict=True):

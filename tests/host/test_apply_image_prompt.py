@@ -89,7 +89,7 @@ def test_every_node_input_and_output_explains_itself(pack, request):
 
 
 def test_schema_fields_that_a_host_lacks_are_dropped(pack):
-    made = pack.module("nodes.compat").schema(node_id="X", category="y", not_a_field_of_any_host=1)
+    made = pack.module("nodes.schema").schema(node_id="X", category="y", not_a_field_of_any_host=1)
     assert made.node_id == "X" and not hasattr(made, "not_a_field_of_any_host")
 
 

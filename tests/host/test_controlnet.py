@@ -16,7 +16,7 @@ SIGMA_STEP = 601
 @pytest.fixture(scope="module")
 def net(pack):
     """A ControlNet in which nothing is zero."""
-    controlnet = pack.module("trainer.mini.controlnet").build()
+    controlnet = pack.module("mini.stages.controlnet").build()
     g = torch.Generator().manual_seed(8)
     for name, value in controlnet.state_dict().items():
         fan = value[0].numel() if value.ndim > 1 else 1
@@ -30,7 +30,7 @@ def stock(pack):
     """The host's own nodes, taught the mini sizes, with a folder in which ControlNetLoader looks."""
     import folder_paths
 
-    extension = ROOT / "tools" / "custom_nodes" / "mini_world"
+    extension = ROOT / "mini" / "host_extension"
     assert asyncio.run(pack.host_nodes.load_custom_node(str(extension), module_parent="custom_nodes"))
     folder = pack.base / "models" / "controlnet"
     folder.mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,7 @@ def stock(pack):
 
 
 def test_the_stock_loader_finds_every_weight(net, stock, pack, caplog):
-    tensors = pack.module("trainer.mini.checkpoint").cldm_controlnet(net.state_dict())
+    tensors = pack.module("mini.files.checkpoint").cldm_controlnet(net.state_dict())
     with caplog.at_level(logging.DEBUG):
         control = stock[0](tensors)
     assert type(control).__name__ == "ControlNet"
@@ -65,7 +65,7 @@ def test_the_host_computes_what_diffusers_computes(mini, net, stock, tools, pack
     text = mini.text(11, width=128, height=128)
     sigma = float(mini.model.get_model_object("model_sampling").sigmas[SIGMA_STEP])
     hint = (tools.picture(5, height=128, width=128) > 0.5).float()
-    control = load(pack.module("trainer.mini.checkpoint").cldm_controlnet(net.state_dict()))
+    control = load(pack.module("mini.files.checkpoint").cldm_controlnet(net.state_dict()))
     unet = tools.diffusers_unet(mini)
 
     def in_host(positive):
@@ -74,7 +74,7 @@ def test_the_host_computes_what_diffusers_computes(mini, net, stock, tools, pack
     def in_diffusers(net):
         added = {"text_embeds": text[0][1]["pooled_output"].expand(2, -1)}
         added["time_ids"] = torch.tensor([[128.0, 128, 0, 0, 128, 128]]).expand(2, -1)
-        predict = pack.module("trainer.mini.controlnet").predict
+        predict = pack.module("mini.stages.controlnet").predict
         scaled = x * sigma / (sigma**2 + 1) ** 0.5
         context, edges = text[0][0].expand(2, -1, -1), hint.movedim(-1, 1).expand(2, -1, -1, -1)
         return predict(unet, net, scaled, torch.tensor(SIGMA_STEP), context, added, edges, strength)
@@ -91,8 +91,8 @@ def test_the_host_computes_what_diffusers_computes(mini, net, stock, tools, pack
 def test_our_edges_are_those_of_the_host_s_canny_node(pack):
     import comfy_extras.nodes_canny
 
-    module = pack.module("trainer.mini.edges")
-    faces = pack.module("trainer.mini.references").reference_faces(4)
+    module = pack.module("mini.world.edges")
+    faces = pack.module("mini.world.references").reference_faces(4)
     noise = torch.rand(2, 3, 96, 128, generator=torch.Generator().manual_seed(1))
     for picture in (faces, noise):
         for low, high in ((module.LOW, module.HIGH), (0.1, 0.3)):

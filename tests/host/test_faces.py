@@ -12,7 +12,7 @@ pytest.importorskip("insightface")
 pytest.importorskip("onnxruntime")
 
 ROOT = Path(__file__).resolve().parents[2]
-MINI = ROOT / "trainer/mini/weights/insightface/models/mini"
+MINI = ROOT / "mini/weights/insightface/models/mini"
 NODES = ("LookaheadLoadFaceAnalysis", "LookaheadCropFace", "LookaheadIdentityLoss")
 
 
@@ -33,7 +33,7 @@ def analysis(pack, models):
 @pytest.fixture(scope="module")
 def people(pack):
     """Photos of four people, two of each: [4, 2, 128, 128, 3], and their landmarks [4, 2, 5, 2]."""
-    faces = pack.module("trainer.mini.faces")
+    faces = pack.module("mini.world.faces")
     g = torch.Generator().manual_seed(77)
     identity = {key: value.repeat_interleave(2) for key, value in faces.sample_identities(4, g).items()}
     nuisance = faces.sample_nuisance(8, g, style=torch.zeros(8).long(), place=torch.zeros(8).long())
@@ -173,7 +173,7 @@ def test_a_crop_has_the_size_that_is_asked_for_and_batches_share_the_largest(cro
 
 
 def test_an_upright_crop_brings_the_landmarks_to_the_template(pack, crop, analysis, people):
-    faces = pack.module("lookahead.faces")
+    faces = pack.module("lookahead.vision.faces")
     pictures, points = people[0][:, 1], people[1][:, 1]
     turned = points[:, 1] - points[:, 0]
     assert (turned[:, 1] / turned[:, 0]).abs().max() > 0.03, "no head is tilted: the test would show nothing"
@@ -255,7 +255,7 @@ def gradient(pack, value, preview):
     """What a sampler does: load the networks, start the loss, differentiate it. Called in inference mode."""
     import comfy.model_management
 
-    started = pack.module("lookahead.losses").started
+    started = pack.module("lookahead.losses.base").started
     with torch.inference_mode(False), torch.enable_grad():
         comfy.model_management.load_models_gpu(list(value.patchers))
         leaf = preview.clone().requires_grad_(True)
@@ -294,7 +294,7 @@ def test_weights_come_through_being_unloaded_and_loaded_again(pack, identity, pe
 
 
 def test_a_recogniser_in_torch_is_read_from_the_losses_folder(pack, identity, people, tools):
-    recognisers = pack.module("lookahead.recognisers")
+    recognisers = pack.module("lookahead.vision.arcface")
     folder = pack.base / "models/lookahead_losses"
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)

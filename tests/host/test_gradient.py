@@ -16,7 +16,7 @@ def relative(a, b) -> float:
 
 @pytest.fixture
 def gradient(pack):
-    return pack.module("nodes.gradient")
+    return pack.module("nodes.guidance.autograd")
 
 
 def small_autoencoder(dtype):

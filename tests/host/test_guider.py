@@ -165,7 +165,7 @@ def test_areas_are_given_to_both_passes(model, watch, mini, tools, texts):
 
 
 def test_presets_are_scales(pack, model, draw, tools, texts):
-    presets = pack.module("nodes.guider").PRESETS
+    presets = pack.module("nodes.conditioning.guider").PRESETS
     assert presets["paper"] == (3.0, 2.0, 2.0) and presets["as set below"] is None
     for name, scales in presets.items():
         guider = tools.three_scales(model, *texts, 1.5, 0.5, 0.25, preset=name)

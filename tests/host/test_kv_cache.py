@@ -10,7 +10,7 @@ import torch
 
 LATENT = (1, 4, 8, 8)
 STEPS = 2
-UNET = json.loads((Path(__file__).resolve().parents[2] / "trainer/mini/sizes.json").read_text())["unet"]
+UNET = json.loads((Path(__file__).resolve().parents[2] / "mini/sizes.json").read_text())["unet"]
 _, MIDDLE, DEEP = (UNET["model_channels"] * m for m in UNET["channel_mult"])
 A_LEVEL = 4 * 2 * 2 * (5 * 16 * MIDDLE + 12 * 4 * DEEP)  # bytes: keys and values of both roles in float32
 
@@ -216,7 +216,7 @@ def test_nodes_of_one_run_do_not_push_each_other_out(mini, tools, reference, dra
 
 @pytest.fixture
 def cache(pack):
-    return pack.module("nodes.kv_cache").KVCache()
+    return pack.module("nodes.reference.kv_cache").KVCache()
 
 
 def entry(size: int):

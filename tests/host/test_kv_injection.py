@@ -293,7 +293,7 @@ def test_weight_and_mask_blend_the_plain_and_the_extended_output(mini, tools, pa
     plain, full = draw(mini.model), draw(tools.inject(mini.model, reference))
     assert not close(half, plain, 1e-3) and not close(half, full, 1e-3)
 
-    patch = pack.module("nodes.kv_patch")
+    patch = pack.module("nodes.conditioning.self_attention")
     self_attention, seen = patch.self_attention, []
 
     def checked(key, references, once):
@@ -317,7 +317,7 @@ def test_weight_and_mask_blend_the_plain_and_the_extended_output(mini, tools, pa
 
 
 def test_the_mask_holds_on_the_tokens_of_its_part_alone(mini, tools, pack, reference, draw, monkeypatch):
-    patch = pack.module("nodes.kv_patch")
+    patch = pack.module("nodes.conditioning.self_attention")
     self_attention, grids = patch.self_attention, set()
 
     def checked(key, references, once):
@@ -453,8 +453,8 @@ def test_attention_asks_the_device_for_nothing(mini, tools, pack, draw, monkeypa
 
         monkeypatch.setattr(module, name, maker)
 
-    guarded(pack.module("nodes.kv_patch"), "self_attention")
-    export = pack.module("nodes.reference_pass")._Export
+    guarded(pack.module("nodes.conditioning.self_attention"), "self_attention")
+    export = pack.module("nodes.conditioning.reference_pass")._Export
     for name in ("_self_attention", "_cross_attention"):
         guarded(export, name)
     mask = torch.ones(1, 64, 64)

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 HERE = Path(__file__).resolve().parent
-WEIGHTS = HERE.parents[1] / "trainer/mini/weights"
+WEIGHTS = HERE.parents[1] / "mini/weights"
 
 
 def sibling(name: str):
@@ -267,7 +267,7 @@ MODELS = "models/lookahead"
 @pytest.fixture(scope="module")
 def encoder_of(pack):
     """A case's encoder file, written and loaded as the nodes do."""
-    files = pack.module("lookahead.encoder_file")
+    files = pack.module("lookahead.files.encoder_file")
     made = []
 
     def load(case: Case, kv=None):

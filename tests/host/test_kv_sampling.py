@@ -87,7 +87,7 @@ def test_an_interrupt_leaves_nothing_behind(mini, trained, tools, draw, texts, w
 
 def test_what_lives_as_long_as_a_run_goes_with_it(mini, trained, tools, draw, pack, monkeypatch):
     made = []
-    patches = pack.module("nodes.patches")
+    patches = pack.module("nodes.conditioning.wrappers")
 
     class Watched(patches.ReferencePass):
         def __init__(self, *args):

@@ -37,7 +37,7 @@ def test_encoders_are_listed_from_both_folders_and_nothing_else(pack, folders):
 def test_folders_that_a_user_configured_stay_and_are_searched(pack, tmp_path, mini):
     import folder_paths
 
-    load = pack.module("nodes.load_encoder")
+    load = pack.module("nodes.reference.load_encoder")
     own = tmp_path / "elsewhere"
     own.mkdir()
     save_file(mini.encoder, own / "far.safetensors")

@@ -113,7 +113,7 @@ def inside(pack, tools, model, texts, shortcut, x, sigma, take, **options):
     """Calls take(previewer, call, conditions) from inside a run of the host."""
     import comfy.samplers
 
-    preview = pack.module("nodes.preview")
+    preview = pack.module("nodes.guidance.preview")
 
     def call_once(model_k, noise, sigmas, extra_args=None, callback=None, disable=None):
         run = preview.Previewer(shortcut, guider, **options)
@@ -169,7 +169,7 @@ def test_the_gradient_beside_the_base_is_that_of_the_lora_merged_by_the_host(
     mini, pack, tools, texts, shortcut, checkpointed
 ):
     """Through branches of all kinds, for each picture by its own strength, also where blocks are computed twice."""
-    gradients = pack.module("nodes.gradient")
+    gradients = pack.module("nodes.guidance.autograd")
     x, strengths = 4 * torch.randn(2, *LATENT[1:], generator=torch.Generator().manual_seed(3)), (1.0, 0.3)
 
     def slope(latent, leaf):
@@ -197,7 +197,7 @@ def test_the_gradient_beside_the_base_is_that_of_the_lora_merged_by_the_host(
         def preview(original, leaf, call, model=of_host):
             z = leaf / (call.sigma.reshape(-1, 1, 1, 1) ** 2 + 1).sqrt()
             t = model.get_model_object("model_sampling").timestep(call.sigma)
-            return pack.module("lookahead.schedule").one_step(original, z, t)
+            return pack.module("lookahead.method.schedule").one_step(original, z, t)
 
         x0 = shortcut(of_host, kind="plain x0")
         expected = found(x[row : row + 1], 4.0, x0, torch.ones(1), of_host, preview)
@@ -316,7 +316,7 @@ def test_without_iterations_it_is_bit_equal_to_the_sampler(guide, draw):
 def test_the_next_run_is_bit_equal_and_nothing_is_kept_alive(guide, draw, tools, mini, pack, loss, end, monkeypatch):
     import comfy.model_management
 
-    made, module = [], pack.module("nodes.guidance_sampler")
+    made, module = [], pack.module("nodes.guidance.guidance_sampler")
 
     class Watched(module.GuidedRun):
         def __init__(self, *args):
@@ -381,7 +381,7 @@ def test_under_an_inpainting_mask_what_is_kept_stays(guide, tools, mini, texts):
 
 def test_a_mask_says_where_the_latent_moves(guide, draw, mini, pack, monkeypatch):
     """Outside of it, the state that the sampler goes on from is the same to the bit."""
-    states, module = [], pack.module("nodes.guidance_sampler")
+    states, module = [], pack.module("nodes.guidance.guidance_sampler")
     guide_once = module.GuidedRun.guide
 
     def watched(self, x, call, step):
@@ -585,7 +585,7 @@ def test_a_fraction_after_the_last_step_is_that_step(mini, texts, shortcut, pack
 
 
 def test_reports_keep_small_pictures_of_the_first_and_the_last_step(pack):
-    run = pack.module("nodes.guidance_report").Run("loss")
+    run = pack.module("nodes.guidance.guidance_report").Run("loss")
     for step in range(5):
         for when in ("before", "after"):
             run.add(f"step {step}, {when}", torch.rand(1, 1024, 512, 3))
@@ -596,5 +596,5 @@ def test_reports_keep_small_pictures_of_the_first_and_the_last_step(pack):
 @pytest.mark.parametrize("text", ["", "0.5, 1", "-0.1", "a half"])
 def test_fractions_that_make_no_sense_are_refused(pack, tools, text):
     with pytest.raises(ValueError, match="give numbers from 0 to below 1") as error:
-        pack.module("nodes.preview_grid").parse_fractions(text)
+        pack.module("nodes.guidance.preview_grid").parse_fractions(text)
     assert str(error.value).endswith("0.5.")

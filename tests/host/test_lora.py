@@ -13,7 +13,7 @@ STRENGTH = 0.7
 def case(request, worlds, tools, pack):
     """A world of the host, diffusers' UNet with its weights, and a random LoRA beside that."""
     world = worlds(request.param)
-    lora = pack.module("trainer.lora")
+    lora = pack.module("sdxl.lora")
     unet = tools.diffusers_unet(world)
     made = lora.build(unet, 4, conv_rank=2)
     g = torch.Generator().manual_seed(4)

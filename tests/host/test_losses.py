@@ -58,7 +58,7 @@ def gradient(pack, value, preview, seed=1):
     """What a sampler does: load the networks, start the loss, differentiate it. Called in inference mode."""
     import comfy.model_management
 
-    started = pack.module("lookahead.losses").started
+    started = pack.module("lookahead.losses.base").started
     with torch.inference_mode(False), torch.enable_grad():
         comfy.model_management.load_models_gpu(list(value.patchers))
         loss = started(value.loss, torch.Generator().manual_seed(seed))
@@ -76,7 +76,7 @@ def test_every_loss_node_explains_itself(pack):
 
 def test_the_picture_loss_is_that_of_transformers_own_embeddings(pack, clip, clip_file, tools):
     references, drawn = tools.picture(1, n=2), tools.picture(2, n=2)
-    lookahead = pack.module("lookahead.clip")
+    lookahead = pack.module("lookahead.vision.clip")
 
     def own(image):
         size = 32
@@ -149,7 +149,7 @@ def test_a_network_is_moved_outside_of_inference_mode_and_whole_whoever_asks(pac
             return super().to(*args, **kwargs)
 
     with torch.inference_mode(False):
-        patcher = pack.module("nodes.loss_network").GradientPatcher(torch.nn.Sequential(Watched(4, 4), Watched(4, 4)))
+        patcher = pack.module("nodes.losses.network").GradientPatcher(torch.nn.Sequential(Watched(4, 4), Watched(4, 4)))
     assert torch.is_inference_mode_enabled()
     comfy.model_management.load_models_gpu([patcher])
     loaded = next(m for m in comfy.model_management.current_loaded_models if m.model is patcher)

@@ -68,7 +68,7 @@ def test_masks_go_to_the_pictures_of_a_batch_in_turn(mini, tools, reference, dra
 
 def test_the_mask_holds_on_the_tokens_of_its_part_alone(mini, tools, reference, draw, pack, monkeypatch):
     """On every grid, what is added is zero on the tokens of the other half and not on those of its own."""
-    patch = pack.module("nodes.image_prompt_patch")
+    patch = pack.module("nodes.conditioning.cross_attention")
     attend, grids = patch.PromptRows.attend, set()
 
     def checked(self, q, key, extra, attention):
@@ -184,7 +184,7 @@ def test_an_attention_override_of_another_node_sees_text_and_image_prompt(mini, 
 
 def test_rows_cut_into_tiles_see_the_image_prompt_of_their_row(mini, tools, pack):
     """HyperTile and its like hand on more, shorter rows than the batch has."""
-    patch = pack.module("nodes.image_prompt_patch")
+    patch = pack.module("nodes.conditioning.cross_attention")
     reference = tools.reference(mini, tools.picture(4, n=2), several="one per picture")
     subject = reference.subjects[0]
     layout = {("middle", 0, 0): (0, 64)}
@@ -192,10 +192,10 @@ def test_rows_cut_into_tiles_see_the_image_prompt_of_their_row(mini, tools, pack
         subject.keys_values[..., :128], subject.null_keys_values[..., :128], layout, torch.tensor(1.0)
     )
     x = torch.randn(2, 4, 16, 16)
-    roles = pack.module("nodes.roles")
+    roles = pack.module("nodes.conditioning.rows")
     layout = roles.RowLayout(x, {"cond_or_uncond": [0]}, roles.Rows((True,), {}, (16, 16), 2))
     term = patch.PromptRows(prompt, layout)
-    plain = pack.module("lookahead.attention").softmax_attention
+    plain = pack.module("lookahead.method.attention").softmax_attention
     q = torch.randn(2, 16, 64)
     extra = {"n_heads": 2, "activations_shape": [2, 64, 4, 4]}
     whole = term.attend(q, ("middle", 0, 0), extra, plain)
@@ -269,10 +269,10 @@ def test_tiles_that_run_one_after_the_other_see_an_image_prompt_without_a_mask(m
 
 def test_a_pass_keeps_no_keys_and_values_of_every_row(mini, tools, reference, pack):
     """For 16 images and four pictures together those of SDXL would be 680 MB."""
-    patch = pack.module("nodes.image_prompt_patch")
+    patch = pack.module("nodes.conditioning.cross_attention")
     model = tools.apply(mini.model, reference)
     prompt = model.model_options["transformer_options"]["lookahead"]["image_prompts"][0]
-    roles = pack.module("nodes.roles")
+    roles = pack.module("nodes.conditioning.rows")
     rows = roles.Rows((True, False), {}, (16, 16), 16)
     layout = roles.RowLayout(torch.zeros(32, 4, 16, 16), {"cond_or_uncond": [0, 1]}, rows)
     term = patch.PromptRows(prompt, layout)
@@ -309,7 +309,7 @@ def test_a_compiled_model_follows_the_weight_and_says_what_it_cannot_follow(mini
 
 def test_attention_asks_the_device_for_nothing(mini, tools, reference, draw, pack, monkeypatch):
     """No value of a tensor is read on the host inside a pass of the UNet."""
-    patch = pack.module("nodes.image_prompt_patch")
+    patch = pack.module("nodes.conditioning.cross_attention")
     attend = patch.PromptRows.attend
 
     def guarded(self, *args):

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderTiny
-from lcm_lookahead.tools.host import Host, PromptRefused
-from lcm_lookahead.trainer.mini import checkpoint
+from lcm_lookahead.host.host import Host, PromptRefused
+from lcm_lookahead.mini.files import checkpoint
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection

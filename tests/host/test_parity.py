@@ -109,17 +109,17 @@ def test_the_public_files_fit_the_real_sdxl(tools, pack):
     config = comfy.supported_models.SDXL({**tools.unet_config([320, 640, 1280], [0, 2, 10], 10, 2048, 1280, 64)})
     model = SimpleNamespace(model=comfy.model_base.SDXL(config, device="meta"))
     model.get_model_object = lambda name: getattr(model.model, name)
-    found = pack.module("nodes.host_model").cross_attentions(model)
+    found = pack.module("nodes.conditioning.unet_blocks").cross_attentions(model)
     assert [a.width for a in found] == [640] * 4 + [1280] * 20 + [1280] * 30 + [640] * 6 + [1280] * 10
     assert {a.context_width for a in found} == {2048}
-    names = pack.module("lookahead.block_names").block_names()
+    names = pack.module("lookahead.files.block_names").block_names()
     assert [a.key for a in found] == [n.host for n in names]
     vision = json.loads((Path(comfy.clip_vision.__file__).parent / "clip_vision_config_h.json").read_text())
-    assert vision["hidden_size"] == pack.module("lookahead.image_prompt").ResamplerSizes().image_width
+    assert vision["hidden_size"] == pack.module("lookahead.method.resampler").ResamplerSizes().image_width
 
 
 def test_every_cross_attention_is_called(world, tools, pack, monkeypatch):
-    patch = pack.module("nodes.image_prompt_patch")
+    patch = pack.module("nodes.conditioning.cross_attention")
     called = []
     attend = patch.PromptRows.attend
 

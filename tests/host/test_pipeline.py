@@ -69,7 +69,7 @@ def image_encoder_of(world):
 def parity_sizes() -> dict:
     import json
 
-    return json.loads((HERE.parents[1] / "trainer/mini/sizes.json").read_text())
+    return json.loads((HERE.parents[1] / "mini/sizes.json").read_text())
 
 
 def components(case, full=False) -> dict:
@@ -115,14 +115,14 @@ def random_parts(world) -> dict:
 
 def file_of(pack, case):
     metadata = OWN_FORMAT | ({} if case.alpha is None else {"kv_alpha": str(case.alpha)})
-    return pack.module("lookahead.encoder_file").from_tensors(
+    return pack.module("lookahead.files.encoder_file").from_tensors(
         case.world.encoder | case.lora, metadata, "mine.safetensors"
     )
 
 
 @pytest.fixture(scope="module")
 def module(pack):
-    return pack.module("trainer.pipeline")
+    return pack.module("sdxl.pipeline")
 
 
 @pytest.fixture(scope="module")
@@ -264,7 +264,7 @@ def test_without_kv_it_draws_what_diffusers_own_ip_adapter_pipeline_draws(full, 
     case = cases("mini")
     file = file_of(pack, case)
     path = tmp_path / "mine.safetensors"
-    pack.module("lookahead.encoder_file").write(path, file.image_proj, file.ip_adapter, {}, file.kv)
+    pack.module("lookahead.files.encoder_file").write(path, file.image_proj, file.ip_adapter, {}, file.kv)
     parts = {**full.components, "unet": copy.deepcopy(case.unet), "scheduler": scheduler(kind)}
     with torch.inference_mode(False):
         theirs = diffusers.StableDiffusionXLPipeline(**parts)
@@ -347,7 +347,7 @@ def test_it_works_in_three_lines_from_files(full, module, cases, pack, tmp_path)
     plain.save_pretrained(tmp_path / "sdxl")
     file = file_of(pack, cases("mini"))
     path = tmp_path / "mine.safetensors"
-    pack.module("lookahead.encoder_file").write(path, file.image_proj, file.ip_adapter, {"size": "96"}, file.kv)
+    pack.module("lookahead.files.encoder_file").write(path, file.image_proj, file.ip_adapter, {"size": "96"}, file.kv)
 
     with torch.inference_mode(False):
         pipe = module.LookaheadPipeline.from_pretrained(tmp_path / "sdxl")

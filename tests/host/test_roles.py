@@ -12,7 +12,7 @@ LATENT = (1, 4, 16, 16)
 @pytest.fixture
 def watched(mini, tools, pack, monkeypatch):
     """A model with an image prompt; `watched.seen` gets (text seed, "reference" or "null") for each row that ran."""
-    patch = pack.module("nodes.image_prompt_patch")
+    patch = pack.module("nodes.conditioning.cross_attention")
     reference = tools.reference(mini, tools.picture(1))
     model = tools.apply(mini.model, reference)
     texts = {seed: mini.text(seed)[0][0] for seed in (POSITIVE, NEGATIVE, OTHER)}
@@ -203,7 +203,7 @@ def test_areas_keep_the_role_of_their_list(watched, mini, texts, tools):
 
 
 def test_one_reference_per_picture_of_the_batch(mini, tools, pack, monkeypatch):
-    patch = pack.module("nodes.image_prompt_patch")
+    patch = pack.module("nodes.conditioning.cross_attention")
     reference = tools.reference(mini, tools.picture(4, n=2), several="one per picture")
     rows = reference.subjects[0].keys_values
     assert len(rows) == 2 and not torch.equal(rows[0], rows[1])

@@ -35,7 +35,7 @@ def all_samplers():
 def test_what_is_written_at_a_guided_step_is_found_in_the_result_of_every_sampler(mini, pack):
     import comfy.samplers
 
-    module = pack.module("nodes.guidance_sampler")
+    module = pack.module("nodes.guidance.guidance_sampler")
     sigmas = comfy.samplers.calculate_sigmas(mini.model.get_model_object("model_sampling"), "normal", 6)
     refused = set()
     for name in all_samplers():
@@ -76,7 +76,7 @@ def test_what_is_written_at_a_guided_step_is_found_in_the_result_of_every_sample
 
 def test_a_sampler_function_of_another_pack_is_understood_or_refused(mini, pack, tools):
     """One with a corrector whose noise level is that of the next step, and one that works on a copy."""
-    steps = pack.module("nodes.sampler_steps").guided_steps
+    steps = pack.module("nodes.guidance.sampler_steps").guided_steps
     sigmas = torch.tensor([8.0, 4.0, 2.0, 1.0, 0.0])
 
     def sample_heun_like(model, x, sigmas, extra_args=None, callback=None, disable=None):
@@ -110,5 +110,5 @@ def test_a_rehearsal_leaves_the_random_numbers_as_they_are(mini, pack):
     torch.manual_seed(7)
     function = comfy.samplers.sampler_object("euler_ancestral").sampler_function
     model = SimpleNamespace(inner_model=StandIn(mini))
-    pack.module("nodes.sampler_steps").guided_steps(function, {}, model, torch.tensor([4.0, 2.0, 0.0]), 9.0, 1)
+    pack.module("nodes.guidance.sampler_steps").guided_steps(function, {}, model, torch.tensor([4.0, 2.0, 0.0]), 9.0, 1)
     assert torch.equal(torch.rand(3), expected)

@@ -110,7 +110,7 @@ def test_520_x_392_pixels(worlds, tools, kind):
 
 
 def test_start_and_end_hold_in_parts_of_the_sampling(mini, texts, reference, tools, pack, monkeypatch):
-    patch = pack.module("nodes.patches")
+    patch = pack.module("nodes.conditioning.wrappers")
     sigmas = []
 
     class Recorded(patch.RowLayout):

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lcm_lookahead.tools.host import MINI_MODELS, Host
-from lcm_lookahead.trainer.mini.edges import edges
-from lcm_lookahead.trainer.mini.faces import STYLES
-from lcm_lookahead.trainer.mini.references import reference_faces
-from lcm_lookahead.trainer.mini.weights import evaluators
+from lcm_lookahead.host.host import MINI_MODELS, Host
+from lcm_lookahead.mini.files.weights import evaluators
+from lcm_lookahead.mini.world.edges import edges
+from lcm_lookahead.mini.world.faces import STYLES
+from lcm_lookahead.mini.world.references import reference_faces
 from PIL import Image
 
 DRAWN = ("photo", "comic")

@@ -64,7 +64,7 @@ class Trainer:
     def __init__(self, pack, step, case):
         from comfy.clip_model import clip_preprocess
 
-        self.condition, self.step, self.case = pack.module("trainer.roles").Condition, step, case
+        self.condition, self.step, self.case = pack.module("sdxl.shared_unet").Condition, step, case
         clip = case.world.clip_vision
         pixels = clip_preprocess(case.image, size=clip.image_size, mean=clip.image_mean, std=clip.image_std)
         seen = clip.model(pixel_values=pixels, intermediate_output=-2)[1].float()
@@ -127,13 +127,13 @@ def test_training_has_changed_what_both_answer(sides, trained):
 
 def test_sampling_for_validation_draws_what_the_pipeline_draws(pack, trained, sides):
     """The same latents after three steps of DDIM under the guidance with three scales."""
-    pipelines, validate = pack.module("trainer.pipeline"), pack.module("trainer.validate")
-    batches = pack.module("trainer.step")
+    pipelines, validate = pack.module("sdxl.pipeline"), pack.module("trainer.validate")
+    batches = pack.module("trainer.lookahead.step")
     step, name = trained
     case, condition = sides[1].case, sides[1].condition
     pipe_tests = sibling("test_pipeline")
     with torch.inference_mode(False):
-        mini = pack.module("trainer.mini.models").load()
+        mini = pack.module("mini.files.models").load()
     parts = dict.fromkeys(("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "image_encoder"))
     pipe = pipelines.LookaheadPipeline(unet=mini.unet, scheduler=pipe_tests.scheduler(), **parts)
     pipe.load_encoder(pack.base / parity.MODELS / name)

@@ -6,7 +6,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from lcm_lookahead.tools import host
+from lcm_lookahead.host import host
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
@@ -100,9 +100,9 @@ def test_every_pin_is_exact_and_stands_once():
 def test_every_package_of_ours_is_listed_and_exists():
     listed = set(SETUPTOOLS["packages"])
     found = {"lcm_lookahead"}
-    for part in ("lookahead", "nodes", "trainer", "tools"):
+    for part in ("lookahead", "nodes", "sdxl", "evaluation", "trainer", "mini", "host", "cli", "tools"):
         for init in (ROOT / part).rglob("__init__.py"):
-            if "custom_nodes" not in init.parts:  # host extensions, loaded by the host alone
+            if not {"custom_nodes", "host_extension"} & set(init.parts):  # host extensions, loaded by the host alone
                 found.add("lcm_lookahead." + ".".join(init.parent.relative_to(ROOT).parts))
     assert listed == found
     assert SETUPTOOLS["package-dir"] == {"lcm_lookahead": "."}

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from lcm_lookahead.tools.contact_sheet import GAP, PAPER, Cell, contact_sheet, fit, wrap
+from lcm_lookahead.evaluation.contact_sheet import GAP, PAPER, Cell, contact_sheet, fit, wrap
 from PIL import Image, ImageFont
 
 COLOURS = [(200, 10, 10), (10, 200, 10), (10, 10, 200), (200, 200, 10), (200, 10, 200), (10, 200, 200)]

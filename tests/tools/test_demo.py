@@ -1,8 +1,8 @@
 """The demo with the shipped weights, in the real host: pictures, a sheet, and people who are recognised again."""
 
 import pytest
-from lcm_lookahead.tools import demo
-from lcm_lookahead.tools.host import Host
+from lcm_lookahead.host.host import Host
+from lcm_lookahead.mini import demo
 from PIL import Image
 
 PEOPLE = 4

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lcm_lookahead.tools import evaluate_encoders as tool
+from lcm_lookahead.mini.studies import encoders as tool
 from lcm_lookahead.tools.common import Problem
 
 STOCK = Path(tool.WEIGHTS) / "mini_ip_adapter_plus_face.safetensors"

@@ -15,9 +15,10 @@ import time
 from pathlib import Path
 
 import pytest
-from lcm_lookahead.tools import host, setup
+from lcm_lookahead.host import host
+from lcm_lookahead.host.host import Host, PromptRefused
+from lcm_lookahead.tools import setup
 from lcm_lookahead.tools.common import Problem
-from lcm_lookahead.tools.host import Host, PromptRefused
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -388,7 +389,7 @@ def test_the_pack_is_linked_under_any_folder_name(make_host, tmp_path):
 def test_the_host_extensions_of_the_tools_are_linked(make_host):
     with make_host(extensions=None) as running:
         linked = {path.name for path in running.folder("custom_nodes").iterdir()}
-    assert linked == {"cpu_torchvision", "mini_world"}
+    assert linked == {"cpu_torchvision", "host_extension"}
 
 
 def test_no_half_made_link_is_left_where_links_are_not_allowed(tmp_path, monkeypatch):

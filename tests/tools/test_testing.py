@@ -3,7 +3,8 @@
 import re
 
 import pytest
-from lcm_lookahead.tools import host, page, testing
+from lcm_lookahead.host import host, page
+from lcm_lookahead.tools import testing
 from lcm_lookahead.tools.common import Problem
 from lcm_lookahead.tools.testing import Outcome
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from lcm_lookahead.tools import workflow
+from lcm_lookahead.host import workflow
 from lcm_lookahead.tools.common import Problem
 
 OBJECT_INFO = {

@@ -6,10 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lcm_lookahead.lookahead import clip, identity, losses, perceptual, recognisers
-from lcm_lookahead.lookahead.face_models import FaceModels
-from lcm_lookahead.tools import demo, workflow
-from lcm_lookahead.tools.host import WEIGHTS, Host
+from lcm_lookahead.host import workflow
+from lcm_lookahead.host.host import WEIGHTS, Host
+from lcm_lookahead.lookahead.losses import base, identity
+from lcm_lookahead.lookahead.vision import arcface, clip, perceptual
+from lcm_lookahead.lookahead.vision.face_models import FaceModels
+from lcm_lookahead.mini import demo
 from PIL import Image
 
 WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
@@ -74,18 +76,18 @@ def tensor(picture):
 
 def identity_loss(reference):
     faces = FaceModels(WEIGHTS / "insightface/models/mini", threads=1)
-    recogniser = recognisers.read(faces.recogniser, faces.preprocessing)
+    recogniser = arcface.read(faces.recogniser, faces.preprocessing)
     people = identity.read_people(recogniser, faces, [(reference[0] + 1) / 2], True)
     return identity.IdentityLoss(recogniser, faces, people)
 
 
 def clip_loss(reference):
     network = clip.CLIPPictures(clip.read(WEIGHTS / "mini_clip/model.safetensors"))
-    return losses.EmbeddingLoss(network, losses.embed(network, reference))
+    return base.EmbeddingLoss(network, base.embed(network, reference))
 
 
 def lpips_loss(reference):
-    return losses.LPIPSLoss(perceptual.lpips_network("squeeze"), reference)
+    return base.LPIPSLoss(perceptual.lpips_network("squeeze"), reference)
 
 
 MEASURES = {"lookahead_identity": identity_loss, "lookahead_style": clip_loss, "lookahead_layout": lpips_loss}

@@ -5,13 +5,15 @@ import json
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from lcm_lookahead.trainer import assemble as assembling
-from lcm_lookahead.trainer import config, models, sdxl
+from lcm_lookahead.cli import assemble as assembling
+from lcm_lookahead.mini import drawn_people
+from lcm_lookahead.mini.files import checkpoint, insightface_pack
+from lcm_lookahead.mini.plan import WEIGHTS
+from lcm_lookahead.mini.stages.text import tokenize, tokenizer
+from lcm_lookahead.sdxl import configs, load
+from lcm_lookahead.trainer import config
 from lcm_lookahead.trainer.config import CONFIGS
-from lcm_lookahead.trainer.draws import draw
-from lcm_lookahead.trainer.mini import checkpoint, insightface_pack, world
-from lcm_lookahead.trainer.mini.plan import WEIGHTS
-from lcm_lookahead.trainer.mini.text import tokenize, tokenizer
+from lcm_lookahead.trainer.lookahead.draws import draw
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -20,7 +22,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return world.write_folder(tmp_path_factory.mktemp("sdxl"))
+    return drawn_people.write_folder(tmp_path_factory.mktemp("sdxl"))
 
 
 def public(folder, **values):
@@ -70,7 +72,7 @@ def test_in_16_bit_all_but_the_autoencoders_is_and_the_losses_stay(folder):
 
 
 def test_the_text_is_padded_and_cut_as_the_mini_world_was_trained(folder):
-    text = models.load_base(folder, torch.float32)[1]
+    text = load.load_base(folder, torch.float32)[1]
     for caption in ("a photo of a face", "", "a face " * 60):
         ids = tokenize(tokenizer(), [caption])[0]
         for n, t in enumerate(text.tokenizers):
@@ -79,7 +81,7 @@ def test_the_text_is_padded_and_cut_as_the_mini_world_was_trained(folder):
 
 
 def small_text(kind, width, act):
-    values = sdxl.TEXT | {"hidden_size": width, "projection_dim": width, "intermediate_size": 2 * width}
+    values = configs.TEXT | {"hidden_size": width, "projection_dim": width, "intermediate_size": 2 * width}
     values |= {"num_hidden_layers": 3, "num_attention_heads": 2, "hidden_act": act}
     return values, kind(CLIPTextConfig(**values)).eval()
 
@@ -87,7 +89,7 @@ def small_text(kind, width, act):
 def test_a_single_checkpoint_is_read_as_the_folder_of_the_same_weights(folder, tmp_path):
     """In the layout of SDXL's release, with text encoders of two widths, by which diffusers tells them apart."""
     torch.manual_seed(0)
-    unet = world.frozen().unet
+    unet = drawn_people.frozen().unet
     first, second = (
         small_text(kind, *rest)
         for kind, *rest in ((CLIPTextModel, 32, "quick_gelu"), (CLIPTextModelWithProjection, 48, "gelu"))
@@ -96,32 +98,32 @@ def test_a_single_checkpoint_is_read_as_the_folder_of_the_same_weights(folder, t
     tensors = {k: v for k, v in checkpoint.sdxl_checkpoint(*parts).items() if not k.startswith("first_stage")}
     save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "sdxl.safetensors")
     values = {k: v for k, v in unet.config.items() if not k.startswith("_")}
-    configs = sdxl.write_configs(tmp_path / "configs", values, first[0], second[0])
+    written = configs.write_configs(tmp_path / "configs", values, first[0], second[0])
 
-    vae = models.load_vae(folder / "vae")
-    read, text, _ = models.read_checkpoint(tmp_path / "sdxl.safetensors", configs, torch.float32, vae)
+    vae = load.load_vae(folder / "vae")
+    read, text, _ = load.read_checkpoint(tmp_path / "sdxl.safetensors", written, torch.float32, vae)
     assert all(torch.equal(v, unet.state_dict()[k]) for k, v in read.state_dict().items())
-    expected = models.Text(sdxl.tokenizers(), first[1], second[1])
+    expected = load.Text(configs.tokenizers(), first[1], second[1])
     for mine, theirs in zip(text("a face"), expected("a face"), strict=True):
         assert torch.allclose(mine, theirs, atol=1e-5)
 
 
 def test_the_configs_of_a_single_checkpoint_are_sdxl_s(tmp_path):
-    sdxl.write_configs(tmp_path)
+    configs.write_configs(tmp_path)
     assert json.loads((tmp_path / "model_index.json").read_text())["vae"] == ["diffusers", "AutoencoderKL"]
-    assert sum(p.numel() for p in sdxl.unet().parameters()) == 2_567_463_684
+    assert sum(p.numel() for p in configs.unet().parameters()) == 2_567_463_684
     with torch.device("meta"):
         sizes = [
-            CLIPTextModel(CLIPTextConfig(**sdxl.TEXT)),
-            CLIPTextModelWithProjection(CLIPTextConfig(**sdxl.TEXT_2)),
-            AutoencoderKL(**sdxl.VAE),
+            CLIPTextModel(CLIPTextConfig(**configs.TEXT)),
+            CLIPTextModelWithProjection(CLIPTextConfig(**configs.TEXT_2)),
+            AutoencoderKL(**configs.VAE),
         ]
     assert [sum(p.numel() for p in m.parameters()) for m in sizes] == [123_060_480, 694_659_840, 83_653_863]
 
 
 def test_both_kinds_of_autoencoder_read_pictures(folder, tmp_path):
     torch.manual_seed(0)
-    AutoencoderKL(**sdxl.VAE | {"block_out_channels": [8] * 4, "norm_num_groups": 4}).save_pretrained(tmp_path)
+    AutoencoderKL(**configs.VAE | {"block_out_channels": [8] * 4, "norm_num_groups": 4}).save_pretrained(tmp_path)
     pictures = torch.rand(2, 3, 64, 64)
     tiny, large = (outcome_of(folder, vae, pictures) for vae in (folder / "vae", tmp_path))
     assert tiny.shape == large.shape == (2, 4, 8, 8)
@@ -132,20 +134,20 @@ def test_both_kinds_of_autoencoder_read_pictures(folder, tmp_path):
 
 
 def outcome_of(folder, vae, pictures):
-    frozen = models.Frozen(*models.load_base(folder, torch.float32, vae), world.frozen().vision)
+    frozen = load.Frozen(*load.load_base(folder, torch.float32, vae), drawn_people.frozen().vision)
     return frozen.latents(pictures)
 
 
 @pytest.mark.parametrize("names", ["diffusers", "author"])
 def test_taesd_is_read_under_either_names(folder, tmp_path, names):
-    vae = models.load_vae(folder / "vae")
+    vae = load.load_vae(folder / "vae")
     tensors = vae.decoder.state_dict()
     if names == "author":
         own = {f"decoder.{k}": v for k, v in tensors.items()}
         tensors = {k.removeprefix("taesd_decoder."): v for k, v in checkpoint.taesd(own).items() if "decoder" in k}
     save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "taesdxl_decoder.safetensors")
     latents = torch.randn(1, 4, 8, 8)
-    preview = models.load_preview(tmp_path / "taesdxl_decoder.safetensors")
+    preview = load.load_preview(tmp_path / "taesdxl_decoder.safetensors")
     assert torch.equal(preview(latents), vae.decode(latents).sample)
 
 
@@ -154,17 +156,17 @@ def test_an_image_encoder_is_read_from_its_weights_alone():
     with torch.device("meta"):
         from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-        model = CLIPVisionModelWithProjection(CLIPVisionConfig(**sdxl.VIT_H))
+        model = CLIPVisionModelWithProjection(CLIPVisionConfig(**configs.VIT_H))
     assert sum(p.numel() for p in model.parameters()) == 632_076_800
-    shipped = world.frozen().vision
+    shipped = drawn_people.frozen().vision
     with torch.device("meta"):
         empty = CLIPVisionModelWithProjection(shipped.config)
     own = {k if k.startswith("v") else f"vision_model.{k}": v for k, v in shipped.state_dict().items()}
-    read = models.fill_image_encoder(empty, own)
+    read = load.fill_image_encoder(empty, own)
     seen = torch.rand(1, 3, 128, 128)
     assert torch.equal(read(pixel_values=seen).image_embeds, shipped(pixel_values=seen).image_embeds)
-    with pytest.raises(models.ModelError, match="it lacks .* more weights"):
-        models.fill_image_encoder(empty.to("meta"), {})
+    with pytest.raises(load.ModelError, match="it lacks .* more weights"):
+        load.fill_image_encoder(empty.to("meta"), {})
 
 
 @pytest.mark.parametrize(

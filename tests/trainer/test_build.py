@@ -7,12 +7,13 @@ import json
 
 import pytest
 import torch
-from lcm_lookahead.lookahead import encoder_file
-from lcm_lookahead.trainer import cli
-from lcm_lookahead.trainer.mini import build as build_module
-from lcm_lookahead.trainer.mini import measure, measure_faces, measure_few_step, report, report_page, shipped, weights
-from lcm_lookahead.trainer.mini.build import build, stages
-from lcm_lookahead.trainer.mini.plan import QUICK
+from lcm_lookahead.cli import main
+from lcm_lookahead.lookahead.files import encoder_file
+from lcm_lookahead.mini import build as build_module
+from lcm_lookahead.mini.build import build, stages
+from lcm_lookahead.mini.files import shipped, weights
+from lcm_lookahead.mini.plan import QUICK
+from lcm_lookahead.mini.report import measure, measure_faces, measure_few_step, report
 from PIL import Image
 from safetensors import safe_open
 
@@ -72,7 +73,7 @@ def check_report(folder):
         assert f"<h3>{m['title']}</h3>" in page and m["figures"]
         for name, figure in m["figures"].items():
             assert html.escape(name) in page
-            assert all(html.escape(text) in page for text in report_page._value(figure))
+            assert all(html.escape(text) in page for text in page._value(figure))
     listed = shipped.manifest(folder / "weights")
     assert len(listed) == len(shipped.table()) and all(entry["sha256"] in page for entry in listed)
     assert set(made["stages"]) == set(stages(folder, TINY))
@@ -90,10 +91,10 @@ def test_builds_of_the_two_plans_have_folders_of_their_own(tmp_path, monkeypatch
     for name, value in build_module._KEEP_MEMORY.items():  # else the command would start this process anew
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit, match="no stage 'vea'"):
-        cli.main(["mini", "build", "--only", "vea", *extra])
+        main.main(["mini", "build", "--only", "vea", *extra])
     assert [p.name for p in tmp_path.iterdir()] == [folder]
 
 
 def test_the_sheet_command_draws_a_row_a_person(tmp_path):
-    cli.main(["mini", "sheet", "--people", "2", "--out", str(tmp_path / "sheet.png")])
+    main.main(["mini", "sheet", "--people", "2", "--out", str(tmp_path / "sheet.png")])
     assert Image.open(tmp_path / "sheet.png").size == (8 * 128, 2 * 128)

@@ -2,8 +2,9 @@
 
 import torch
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
-from lcm_lookahead.trainer.mini import base, checkpoint, text, vae
-from lcm_lookahead.trainer.mini.plan import SIZES
+from lcm_lookahead.mini.files import checkpoint
+from lcm_lookahead.mini.plan import SIZES
+from lcm_lookahead.mini.stages import base, text, vae
 
 
 def test_the_unet_reads_back_through_diffusers_converter_bit_for_bit():
@@ -38,7 +39,7 @@ def test_bigg_text_projection_is_transposed_as_openclip_has_it():
 
 
 def test_attention_is_called_where_block_names_say():
-    from lcm_lookahead.trainer.mini.image_prompt import blocks
+    from lcm_lookahead.mini.stages.image_prompt import blocks
 
     unet = base.build_unet()
     ours = [f"{b.diffusers}.attn2.processor" for b in blocks()]

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from lcm_lookahead.trainer.mini import clip, data, stage
-from lcm_lookahead.trainer.mini.shipped import table
-from lcm_lookahead.trainer.mini.text import tokenizer
+from lcm_lookahead.mini.files.shipped import table
+from lcm_lookahead.mini.stages import clip, stage
+from lcm_lookahead.mini.stages.text import tokenizer
+from lcm_lookahead.mini.world import data
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 

@@ -1,9 +1,10 @@
 """The ControlNet's condition and its start: edges of a picture, and a net that changes nothing before it is trained."""
 
 import torch
-from lcm_lookahead.trainer.mini import base, checkpoint, controlnet
-from lcm_lookahead.trainer.mini.edges import edges
-from lcm_lookahead.trainer.mini.shipped import table
+from lcm_lookahead.mini.files import checkpoint
+from lcm_lookahead.mini.files.shipped import table
+from lcm_lookahead.mini.stages import base, controlnet
+from lcm_lookahead.mini.world.edges import edges
 
 
 def test_edges_follow_an_outline_and_nothing_else():

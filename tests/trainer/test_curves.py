@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from lcm_lookahead.trainer import cli, curves
+from lcm_lookahead.cli import main
+from lcm_lookahead.trainer import curves
 from PIL import Image
 
 
@@ -40,7 +41,7 @@ def test_the_command_draws_every_run_and_leaves_nothing_else(tmp_path, capsys):
     steps = [{"step": n, "diffusion": 1 / n, "norm_diffusion": 0.1} for n in range(1, 101)]
     folders = [log(tmp_path / name / "run", steps) for name in ("a", "b")]  # of one name: told apart by their path
     target = tmp_path / "out" / "curves.png"
-    cli.main(["curves", *map(str, folders), "--to", str(target)])
+    main.main(["curves", *map(str, folders), "--to", str(target)])
     assert f"Written: {target}" in capsys.readouterr().out
     with Image.open(target) as picture:
         one, colours = picture.convert("RGB"), {c for _, c in picture.convert("RGB").getcolors(1 << 16)}
@@ -56,5 +57,5 @@ def test_what_is_no_log_is_said_in_one_sentence(tmp_path, text, says):
     if text is not None:
         (tmp_path / "log.jsonl").write_text(text)
     with pytest.raises(SystemExit, match=says):
-        cli.main(["curves", str(tmp_path), "--to", str(tmp_path / "c.png")])
+        main.main(["curves", str(tmp_path), "--to", str(tmp_path / "c.png")])
     assert not (tmp_path / "c.png").exists()

@@ -5,11 +5,11 @@ import re
 
 import pytest
 import torch
-from lcm_lookahead.trainer import cli
-from lcm_lookahead.trainer.mini import insightface_pack
-from lcm_lookahead.trainer.mini.data import group_of_people
-from lcm_lookahead.trainer.mini.faces import STYLES, render
-from lcm_lookahead.trainer.mini.plan import WEIGHTS
+from lcm_lookahead.cli import main
+from lcm_lookahead.mini.files import insightface_pack
+from lcm_lookahead.mini.plan import WEIGHTS
+from lcm_lookahead.mini.world.data import group_of_people
+from lcm_lookahead.mini.world.faces import STYLES, render
 from PIL import Image
 
 PACK = (WEIGHTS / insightface_pack.DETECTOR).parent
@@ -32,7 +32,7 @@ def doctor(capsys, data, *more):
     """(exit status, number by row, the text)."""
     status = 0
     try:
-        cli.main(["doctor", str(data), "size=128", *more, "--detector", str(PACK)])
+        main.main(["doctor", str(data), "size=128", *more, "--detector", str(PACK)])
     except SystemExit as stop:
         status = stop.code
     text = capsys.readouterr().out
@@ -95,5 +95,5 @@ def test_small_pictures_and_small_faces_are_said(faces, tmp_path, capsys):
 def test_a_folder_that_is_none_is_said_in_a_sentence(tmp_path, capsys):
     for path, said in ((tmp_path / "none", "There is no folder"), (tmp_path, "holds no pictures")):
         with pytest.raises(SystemExit) as stop:
-            cli.main(["doctor", str(path)])
+            main.main(["doctor", str(path)])
         assert stop.value.code == 1 and said in capsys.readouterr().out or said in str(stop.value)

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from lcm_lookahead.trainer import cli, sdxl
+from lcm_lookahead.cli import main
+from lcm_lookahead.sdxl import configs
 from lcm_lookahead.trainer.config import CONFIGS, ConfigError, load
 from lcm_lookahead.trainer.estimate import Ledger, describe, estimate, savings, unet_forward
 from torch import nn
@@ -11,11 +12,11 @@ from torch import nn
 @pytest.fixture
 def shallow(monkeypatch):
     """SDXL's UNet with few transformer blocks, for what does not depend on their number."""
-    monkeypatch.setitem(sdxl.UNET, "transformer_layers_per_block", [1, 1, 2])
+    monkeypatch.setitem(configs.UNET, "transformer_layers_per_block", [1, 1, 2])
 
 
 def test_sdxl_s_unet_has_its_known_size_work_and_activations():
-    unet = sdxl.unet().eval()
+    unet = configs.unet().eval()
     assert sum(p.numel() for p in unet.parameters()) == 2_567_463_684
     work, kept = unet_forward(unet)
     assert work == pytest.approx(6.761e12, rel=1e-3)
@@ -35,7 +36,7 @@ def test_the_paper_s_run_costs_what_was_derived_by_hand():
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_shipped_configuration_dry_runs(path, shallow, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    cli.main(["train", str(path), "--dry-run"])
+    main.main(["train", str(path), "--dry-run"])
     text = capsys.readouterr().out
     for title in ("Trained parameters", "Memory of a process", "Work of a step", "Expected time", "Files, GB"):
         assert title in text
@@ -72,16 +73,16 @@ def test_the_arms_cost_what_they_compute(shallow):
 
 def test_a_card_that_is_unknown_is_said():
     with pytest.raises(SystemExit, match="The card 'big' is not known: give its memory in GB, or one of"):
-        cli.main(["estimate", str(CONFIGS / "mini.yaml"), "--card", "big"])
+        main.main(["estimate", str(CONFIGS / "mini.yaml"), "--card", "big"])
 
 
 def test_no_process_at_all_is_said():
     with pytest.raises(SystemExit, match="processes is 0: give at least 1"):
-        cli.main(["estimate", str(CONFIGS / "mini.yaml"), "--processes", "0"])
+        main.main(["estimate", str(CONFIGS / "mini.yaml"), "--processes", "0"])
 
 
 def test_mini_fits_anywhere(capsys):
-    cli.main(["estimate", str(CONFIGS / "mini.yaml"), "--card", "8"])
+    main.main(["estimate", str(CONFIGS / "mini.yaml"), "--card", "8"])
     assert "It fits into 8 GB" in capsys.readouterr().out
 
 

@@ -6,21 +6,16 @@ import socket
 import numpy as np
 import pytest
 import torch
-from lcm_lookahead.lookahead import faces
-from lcm_lookahead.lookahead.face_models import as_bgr
-from lcm_lookahead.trainer.evaluate import auc
-from lcm_lookahead.trainer.mini import (
-    data,
-    detector,
-    face_recogniser,
-    insightface_pack,
-    measure_faces,
-    stage,
-    weights,
-)
-from lcm_lookahead.trainer.mini.face_networks import CROP, DETECTOR_SIZE, Detector, FaceRecogniser
-from lcm_lookahead.trainer.mini.faces import STYLES, landmarks, render
-from lcm_lookahead.trainer.mini.plan import QUICK, WEIGHTS
+from lcm_lookahead.evaluation.stats import auc
+from lcm_lookahead.lookahead.vision import faces
+from lcm_lookahead.lookahead.vision.face_models import as_bgr
+from lcm_lookahead.mini.files import insightface_pack, weights
+from lcm_lookahead.mini.plan import QUICK, WEIGHTS
+from lcm_lookahead.mini.report import measure_faces
+from lcm_lookahead.mini.stages import detector, face_recogniser, stage
+from lcm_lookahead.mini.stages.face_networks import CROP, DETECTOR_SIZE, Detector, FaceRecogniser
+from lcm_lookahead.mini.world import data
+from lcm_lookahead.mini.world.faces import STYLES, landmarks, render
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("insightface")

@@ -1,7 +1,7 @@
 """The drawn faces: the same seed gives the same picture, and what is known about a picture is true of it."""
 
 import torch
-from lcm_lookahead.trainer.mini.faces import (
+from lcm_lookahead.mini.world.faces import (
     IDENTITY_SIZE,
     STYLES,
     Faces,

@@ -4,10 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lcm_lookahead.trainer import lora
-from lcm_lookahead.trainer.mini import base, collapsed, lcm, measure_few_step, stage, style_lora, vae
-from lcm_lookahead.trainer.mini.networks import Recogniser, StyleScorer
-from lcm_lookahead.trainer.mini.text import TextEncoders
+from lcm_lookahead.mini.report import measure_few_step
+from lcm_lookahead.mini.stages import base, collapsed, lcm, stage, style_lora, vae
+from lcm_lookahead.mini.stages.networks import Recogniser, StyleScorer
+from lcm_lookahead.mini.stages.text import TextEncoders
+from lcm_lookahead.sdxl import lora
 
 
 def noise(*shape, seed=0):

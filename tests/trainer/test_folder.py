@@ -7,19 +7,21 @@ import shutil
 
 import pytest
 import torch
-from lcm_lookahead.lookahead import encoder_file
-from lcm_lookahead.trainer import assemble as assembling
-from lcm_lookahead.trainer import cli, config
+from lcm_lookahead.cli import assemble as assembling
+from lcm_lookahead.cli import main
+from lcm_lookahead.lookahead.files import encoder_file
+from lcm_lookahead.mini import drawn_people
+from lcm_lookahead.mini.files import insightface_pack
+from lcm_lookahead.mini.plan import WEIGHTS
+from lcm_lookahead.mini.world.data import group_of_people
+from lcm_lookahead.mini.world.faces import STYLES, captions, render
+from lcm_lookahead.sdxl.images import read
+from lcm_lookahead.sdxl.load import ModelError
+from lcm_lookahead.trainer import config
 from lcm_lookahead.trainer.config import CONFIGS
-from lcm_lookahead.trainer.draws import order
-from lcm_lookahead.trainer.folder import cache_folder, square_of
-from lcm_lookahead.trainer.mini import insightface_pack, world
-from lcm_lookahead.trainer.mini.data import group_of_people
-from lcm_lookahead.trainer.mini.faces import STYLES, captions, render
-from lcm_lookahead.trainer.mini.plan import WEIGHTS
-from lcm_lookahead.trainer.models import ModelError
-from lcm_lookahead.trainer.people import DataError, Entry, Seen, alike, listing, look_of, people
-from lcm_lookahead.trainer.pictures import read
+from lcm_lookahead.trainer.data.folder import cache_folder, square_of
+from lcm_lookahead.trainer.data.pairs import DataError, Entry, Seen, alike, listing, look_of, people
+from lcm_lookahead.trainer.lookahead.draws import order
 from lcm_lookahead.trainer.train import train
 from PIL import Image
 
@@ -148,7 +150,7 @@ def test_what_is_kept_is_read_again_and_gives_the_same_bits(source, drawn, tmp_p
 
 def test_the_command_trains_on_files_alone(drawn, tmp_path, capsys, monkeypatch):
     """Nothing of the mini world is named but as public files: a diffusers folder, an ONNX pack, pictures; in 16 bit."""
-    sdxl, pack = world.write_folder(tmp_path / "sdxl"), (WEIGHTS / insightface_pack.DETECTOR).parent
+    sdxl, pack = drawn_people.write_folder(tmp_path / "sdxl"), (WEIGHTS / insightface_pack.DETECTOR).parent
     run = {
         "name": "mine",
         "out": str(tmp_path / "out"),
@@ -169,7 +171,7 @@ def test_the_command_trains_on_files_alone(drawn, tmp_path, capsys, monkeypatch)
         "log_every": 1,
     }
     (tmp_path / "run.yaml").write_text(json.dumps(run))  # JSON is YAML
-    cli.main(["train", str(tmp_path / "run.yaml")])
+    main.main(["train", str(tmp_path / "run.yaml")])
     file = encoder_file.read(tmp_path / "out/mine.safetensors")
     assert (file.metadata["steps"], file.metadata["size"], file.metadata["data"]) == ("2", "128", drawn.name)
     assert str(tmp_path.parent) not in json.dumps(file.metadata)  # folders tell who somebody is
@@ -181,19 +183,19 @@ def test_the_command_trains_on_files_alone(drawn, tmp_path, capsys, monkeypatch)
     def look(path, *_):
         raise AssertionError(f"{path} is looked at again")
 
-    monkeypatch.setattr("lcm_lookahead.trainer.people._look", look)
+    monkeypatch.setattr("lcm_lookahead.trainer.data.pairs._look", look)
     capsys.readouterr()
-    cli.main(["doctor", str(tmp_path / "run.yaml")])
+    main.main(["doctor", str(tmp_path / "run.yaml")])
     found = capsys.readouterr().out
     assert "targets" in found
     # Nor with the detector's folder called otherwise, nor without one, after which it is still known.
     run["model"]["detector"] = os.path.relpath(pack)
     (tmp_path / "other.yaml").write_text(json.dumps(run))
-    cli.main(["doctor", str(tmp_path / "other.yaml")])
+    main.main(["doctor", str(tmp_path / "other.yaml")])
     assert capsys.readouterr().out == found
-    cli.main(["doctor", str(drawn), f"cache={tmp_path / 'cache'}", "size=128"])
+    main.main(["doctor", str(drawn), f"cache={tmp_path / 'cache'}", "size=128"])
     assert capsys.readouterr().out != found
-    cli.main(["doctor", str(tmp_path / "run.yaml")])
+    main.main(["doctor", str(tmp_path / "run.yaml")])
     assert capsys.readouterr().out == found
 
 

@@ -5,15 +5,15 @@ import logging
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
-from lcm_lookahead.lookahead import encoder_file
-from lcm_lookahead.lookahead.image_prompt import ResamplerSizes
-from lcm_lookahead.trainer import sdxl
+from lcm_lookahead.lookahead.files import encoder_file
+from lcm_lookahead.lookahead.method.resampler import ResamplerSizes
+from lcm_lookahead.mini import drawn_people
+from lcm_lookahead.mini.plan import WEIGHTS
+from lcm_lookahead.sdxl import configs
+from lcm_lookahead.sdxl.encoder import Encoder
+from lcm_lookahead.sdxl.shared_unet import Condition, Roles
 from lcm_lookahead.trainer.config import CONFIGS, load
-from lcm_lookahead.trainer.encoder import Encoder
 from lcm_lookahead.trainer.export import export
-from lcm_lookahead.trainer.mini import world
-from lcm_lookahead.trainer.mini.plan import WEIGHTS
-from lcm_lookahead.trainer.roles import Condition, Roles
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def exported(tmp_path_factory):
     """An encoder file as a run leaves it, with a KV encoder, and the encoder."""
     torch.manual_seed(0)
     start = encoder_file.read(WEIGHTS / "mini_ip_adapter_plus_face.safetensors")
-    encoder = Encoder.start_from(start, world.frozen().unet, 4, 4)
+    encoder = Encoder.start_from(start, drawn_people.frozen().unet, 4, 4)
     for parameter in encoder.parameters():
         parameter.data += 0.01 * torch.randn_like(parameter)
     path = tmp_path_factory.mktemp("run") / "mine.safetensors"
@@ -30,11 +30,11 @@ def exported(tmp_path_factory):
 
 def test_diffusers_loads_it_and_predicts_what_the_trainer_does(exported, tmp_path, caplog):
     path, encoder = exported
-    pipe = StableDiffusionXLPipeline.from_pretrained(world.write_folder(tmp_path))
+    pipe = StableDiffusionXLPipeline.from_pretrained(drawn_people.write_folder(tmp_path))
     with caplog.at_level(logging.WARNING):
         pipe.load_ip_adapter(str(path.parent), subfolder="", weight_name=path.name, image_encoder_folder=None)
     pipe.set_ip_adapter_scale(1.0)
-    frozen = world.frozen()
+    frozen = drawn_people.frozen()
     x, t, context = torch.randn(2, 4, 16, 16), torch.tensor([500, 500]), torch.randn(2, 77, 64)
     pooled, time_ids = torch.randn(2, 32), torch.full((2, 6), 128.0)
     features = frozen.features(torch.rand(2, 3, 128, 128))
@@ -51,7 +51,7 @@ def test_diffusers_loads_it_and_predicts_what_the_trainer_does(exported, tmp_pat
 
 def test_at_full_size_every_name_and_shape_has_its_place():
     """On the meta device: diffusers' processors and projection take each tensor, and miss none."""
-    unet = sdxl.unet()
+    unet = configs.unet()
     with torch.device("meta"):
         encoder = Encoder(unet, ResamplerSizes())
     own = {f"{2 * n + 1}.{k}": v for n, p in enumerate(encoder.ip_adapter) for k, v in p.state_dict().items()}

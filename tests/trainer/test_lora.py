@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from lcm_lookahead.trainer import lora
-from lcm_lookahead.trainer.mini import base
-from lcm_lookahead.trainer.mini.plan import CONTEXT, SIZES
+from lcm_lookahead.mini.plan import CONTEXT, SIZES
+from lcm_lookahead.mini.stages import base
+from lcm_lookahead.sdxl import lora
 
 
 @pytest.fixture

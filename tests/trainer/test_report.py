@@ -6,12 +6,15 @@ import re
 
 import pytest
 import torch
-from lcm_lookahead.trainer import cli
-from lcm_lookahead.trainer.evaluate import Interval
-from lcm_lookahead.trainer.mini import data, measure, report, report_page, shipped, stage
-from lcm_lookahead.trainer.mini.faces import IDENTITY_SIZE, identity_vector, sample_identities, skin_class
-from lcm_lookahead.trainer.mini.measure import Result
-from lcm_lookahead.trainer.mini.plan import QUICK
+from lcm_lookahead.cli import main
+from lcm_lookahead.evaluation.stats import Interval
+from lcm_lookahead.mini.files import shipped
+from lcm_lookahead.mini.plan import QUICK
+from lcm_lookahead.mini.report import measure, page, report
+from lcm_lookahead.mini.report.measure import Result
+from lcm_lookahead.mini.stages import stage
+from lcm_lookahead.mini.world import data
+from lcm_lookahead.mini.world.faces import IDENTITY_SIZE, identity_vector, sample_identities, skin_class
 
 SECTIONS = ("What is asked", "Files", "Training", "Pictures", "Curves", "All figures", "Made with")
 
@@ -52,11 +55,11 @@ def test_the_page_holds_every_section_figure_and_interval_and_says_what_is_missi
 def test_a_threshold_is_met_not_met_or_not_measured(folder, counted):
     rows = {r["claim"]: r for r in report.collect(folder, QUICK, folder / "weights")["claims"]}
     kept = rows["autoencoder keeps who it is"]
-    assert kept["met"] and report_page._verdict(kept) == "met; the interval reaches below"
+    assert kept["met"] and page._verdict(kept) == "met; the interval reaches below"
     assert rows["all files under 60 MB"]["met"] is None, "decided without the files"
-    assert report_page._verdict(rows["base draws the style"]) == "not measured"
+    assert page._verdict(rows["base draws the style"]) == "not measured"
     low = kept | {"met": False}
-    assert report_page._verdict(low) == "not met"
+    assert page._verdict(low) == "not met"
 
 
 def test_what_has_not_changed_is_not_measured_again(folder, counted):
@@ -133,8 +136,8 @@ def test_the_roc_curve_rises_and_encloses_the_auc():
 
 
 def test_the_weight_of_the_image_prompt_is_its_share_in_attention():
-    from lcm_lookahead.trainer.mini.image_prompt import ImagePromptAttention
-    from lcm_lookahead.trainer.mini.plan import CONTEXT
+    from lcm_lookahead.mini.plan import CONTEXT
+    from lcm_lookahead.mini.stages.image_prompt import ImagePromptAttention
 
     class Attention(torch.nn.Module):
         heads = 2
@@ -158,5 +161,5 @@ def test_the_weight_of_the_image_prompt_is_its_share_in_attention():
 
 def test_the_report_command_names_a_folder_that_is_not_there(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        cli.main(["mini", "report", "--folder", str(tmp_path / "nowhere")])
+        main.main(["mini", "report", "--folder", str(tmp_path / "nowhere")])
     assert "there is no folder" in capsys.readouterr().err

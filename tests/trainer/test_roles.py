@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from lcm_lookahead.lookahead.image_prompt import ResamplerSizes
-from lcm_lookahead.trainer import lora
-from lcm_lookahead.trainer.encoder import Encoder
-from lcm_lookahead.trainer.mini import base
-from lcm_lookahead.trainer.mini.plan import CONTEXT, SIZES
-from lcm_lookahead.trainer.roles import CHECKPOINTING, Condition, Roles
+from lcm_lookahead.lookahead.method.resampler import ResamplerSizes
+from lcm_lookahead.mini.plan import CONTEXT, SIZES
+from lcm_lookahead.mini.stages import base
+from lcm_lookahead.sdxl import lora
+from lcm_lookahead.sdxl.encoder import Encoder
+from lcm_lookahead.sdxl.shared_unet import CHECKPOINTING, Condition, Roles
 
 RESAMPLER = ResamplerSizes(4, 64, 1, 1, 32, CONTEXT, 64)
 

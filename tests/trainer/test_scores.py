@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lcm_lookahead.trainer.evaluate import auc, bootstrap, identity_auc, own_and_other, proportion, share
+from lcm_lookahead.evaluation.stats import auc, bootstrap, identity_auc, own_and_other, proportion, share
 
 
 def test_auc_is_the_chance_that_an_own_value_is_higher():

@@ -4,8 +4,9 @@ import hashlib
 import json
 
 import torch
-from lcm_lookahead.trainer import cli
-from lcm_lookahead.trainer.mini import shipped, stage, weights
+from lcm_lookahead.cli import main
+from lcm_lookahead.mini.files import shipped, weights
+from lcm_lookahead.mini.stages import stage
 
 
 def finished(folder, name, steps, **tensors):
@@ -55,7 +56,7 @@ def test_every_planned_file_has_one_line_and_a_name_of_its_own_in_the_host():
 
 
 def test_the_sizes_command_prints_every_planned_file_and_their_sum(capsys):
-    cli.main(["mini", "sizes"])
+    main.main(["mini", "sizes"])
     printed = capsys.readouterr().out
     for line in shipped.table():
         assert line.file in printed

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from lcm_lookahead.lookahead import encoder_file
+from lcm_lookahead.evaluation.stats import auc
+from lcm_lookahead.lookahead.files import encoder_file
+from lcm_lookahead.mini.files import shipped, weights
+from lcm_lookahead.mini.plan import QUICK, SIZES, WEIGHTS
+from lcm_lookahead.mini.world import data
+from lcm_lookahead.mini.world.faces import STYLES, render
+from lcm_lookahead.mini.world.references import reference_faces
 from lcm_lookahead.trainer.config import CONFIGS, from_values, load
-from lcm_lookahead.trainer.evaluate import auc
-from lcm_lookahead.trainer.mini import data, shipped, weights
-from lcm_lookahead.trainer.mini.faces import STYLES, render
-from lcm_lookahead.trainer.mini.plan import QUICK, SIZES, WEIGHTS
-from lcm_lookahead.trainer.mini.references import reference_faces
 from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -5,8 +5,8 @@ import os
 
 import pytest
 import torch
-from lcm_lookahead.lookahead.tensor_file import EncoderFileError
-from lcm_lookahead.trainer.mini import stage
+from lcm_lookahead.lookahead.files.tensors import EncoderFileError
+from lcm_lookahead.mini.stages import stage
 from torch import nn
 
 

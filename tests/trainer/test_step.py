@@ -5,18 +5,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lcm_lookahead.lookahead.faces import TEMPLATE, Face
-from lcm_lookahead.lookahead.identity import NONE, IdentityLoss, People
-from lcm_lookahead.lookahead.image_prompt import ResamplerSizes
-from lcm_lookahead.lookahead.recognisers import Recogniser
-from lcm_lookahead.trainer import config, lora
-from lcm_lookahead.trainer.align import consistency, score_distillation
-from lcm_lookahead.trainer.draws import density, draw, order, timestep
-from lcm_lookahead.trainer.encoder import Encoder
-from lcm_lookahead.trainer.mini import base, vae, weights
-from lcm_lookahead.trainer.mini.plan import CONTEXT, SIZES
-from lcm_lookahead.trainer.roles import Condition
-from lcm_lookahead.trainer.step import Batch, Step, gradients
+from lcm_lookahead.lookahead.losses.identity import NONE, IdentityLoss, People
+from lcm_lookahead.lookahead.method.resampler import ResamplerSizes
+from lcm_lookahead.lookahead.vision.arcface import Recogniser
+from lcm_lookahead.lookahead.vision.faces import TEMPLATE, Face
+from lcm_lookahead.mini.files import weights
+from lcm_lookahead.mini.plan import CONTEXT, SIZES
+from lcm_lookahead.mini.stages import base, vae
+from lcm_lookahead.sdxl import lora
+from lcm_lookahead.sdxl.encoder import Encoder
+from lcm_lookahead.sdxl.shared_unet import Condition
+from lcm_lookahead.trainer import config
+from lcm_lookahead.trainer.lookahead.alignment import consistency, score_distillation
+from lcm_lookahead.trainer.lookahead.draws import density, draw, order, timestep
+from lcm_lookahead.trainer.lookahead.step import Batch, Step, gradients
 
 RESAMPLER = ResamplerSizes(4, 64, 1, 1, 32, CONTEXT, 64)
 FILES = {"base": "mini", "start": "a", "shortcut": "b", "vae": "c", "recogniser": "d"}

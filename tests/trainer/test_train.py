@@ -11,15 +11,16 @@ import sys
 import pytest
 import torch
 from diffusers import AutoencoderTiny, UNet2DConditionModel
-from lcm_lookahead.lookahead import encoder_file
-from lcm_lookahead.lookahead.image_prompt import ResamplerSizes
-from lcm_lookahead.lookahead.losses import L1Loss
-from lcm_lookahead.trainer import config, lora
-from lcm_lookahead.trainer.draws import generator
-from lcm_lookahead.trainer.encoder import Encoder
+from lcm_lookahead.lookahead.files import encoder_file
+from lcm_lookahead.lookahead.losses.base import L1Loss
+from lcm_lookahead.lookahead.method.resampler import ResamplerSizes
+from lcm_lookahead.sdxl import lora
+from lcm_lookahead.sdxl.encoder import Encoder
+from lcm_lookahead.sdxl.shared_unet import Condition
+from lcm_lookahead.trainer import config
+from lcm_lookahead.trainer.lookahead.draws import generator
+from lcm_lookahead.trainer.lookahead.step import Batch, Step
 from lcm_lookahead.trainer.memory import out_of_memory, spilled
-from lcm_lookahead.trainer.roles import Condition
-from lcm_lookahead.trainer.step import Batch, Step
 from lcm_lookahead.trainer.train import TrainingError, compile_blocks, train
 from lcm_lookahead.trainer.validate import Probes, validate
 from PIL import Image
@@ -511,7 +512,7 @@ def test_the_command_shares_a_run_between_two_processes_or_refuses(tmp_path, tol
     command = [
         sys.executable,
         "-m",
-        "lcm_lookahead.trainer.cli",
+        "lcm_lookahead.cli.main",
         "train",
         str(config.CONFIGS / "mini_none.yaml"),
         *values,

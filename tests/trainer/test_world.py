@@ -5,12 +5,15 @@ import json
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from lcm_lookahead.trainer import cli, config, validate
-from lcm_lookahead.trainer.assemble import assemble
+from lcm_lookahead.cli import main
+from lcm_lookahead.cli.assemble import assemble
+from lcm_lookahead.mini import drawn_people
+from lcm_lookahead.mini.files import checkpoint, models
+from lcm_lookahead.mini.plan import WEIGHTS
+from lcm_lookahead.mini.stages import stage
+from lcm_lookahead.sdxl.pipeline import LookaheadPipeline
+from lcm_lookahead.trainer import config, validate
 from lcm_lookahead.trainer.config import CONFIGS
-from lcm_lookahead.trainer.mini import checkpoint, models, stage, world
-from lcm_lookahead.trainer.mini.plan import WEIGHTS
-from lcm_lookahead.trainer.pipeline import LookaheadPipeline
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +32,11 @@ def test_the_shipped_checkpoint_reads_back_to_itself(mini):
 
 
 def test_a_reference_is_a_photo_of_the_same_person_and_never_the_target():
-    for number, target in enumerate(range(3 * world.PER_PERSON)):
-        reference = world.reference_of(target, number)
-        assert reference != target and reference // world.PER_PERSON == target // world.PER_PERSON
-        assert reference % world.PER_PERSON < 2
-    assert {world.reference_of(5, number) for number in range(20)} == {0, 1}
+    for number, target in enumerate(range(3 * drawn_people.PER_PERSON)):
+        reference = drawn_people.reference_of(target, number)
+        assert reference != target and reference // drawn_people.PER_PERSON == target // drawn_people.PER_PERSON
+        assert reference % drawn_people.PER_PERSON < 2
+    assert {drawn_people.reference_of(5, number) for number in range(20)} == {0, 1}
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +57,7 @@ def test_a_sample_does_not_depend_on_its_batch(assembled):
 
 def test_the_identity_loss_of_a_preview_is_low_for_the_person_and_high_for_another(assembled):
     step, source, _ = assembled
-    batch = source.batch([0, world.PER_PERSON], [0, 1], torch.device("cpu"))
+    batch = source.batch([0, drawn_people.PER_PERSON], [0, 1], torch.device("cpu"))
     pictures = step.decode(batch.reference)
     values, counts = batch.loss(pictures)
     swapped, _ = batch.loss(pictures.flip(0))
@@ -63,7 +66,7 @@ def test_the_identity_loss_of_a_preview_is_low_for_the_person_and_high_for_anoth
 
 def test_the_command_trains_and_writes_an_encoder_file(tmp_path, capsys):
     arguments = [f"out={tmp_path}", "data.people=3", "batch=2", "steps=2", "validate_every=0"]
-    cli.main(["train", str(CONFIGS / "mini.yaml"), *arguments])
+    main.main(["train", str(CONFIGS / "mini.yaml"), *arguments])
     assert (tmp_path / "mini_encoder.safetensors").exists() and "Written" in capsys.readouterr().out
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert lines[0]["norm_diffusion"] > 0 and "counted" in lines[0]
@@ -71,9 +74,9 @@ def test_the_command_trains_and_writes_an_encoder_file(tmp_path, capsys):
 
 def test_a_mistake_on_the_command_line_is_a_sentence():
     with pytest.raises(SystemExit, match="did you mean steps"):
-        cli.main(["train", str(CONFIGS / "mini.yaml"), "step=9"])
+        main.main(["train", str(CONFIGS / "mini.yaml"), "step=9"])
     with pytest.raises(SystemExit, match="get SDXL as a diffusers folder"):
-        cli.main(["train", str(CONFIGS / "sdxl_paper.yaml")])
+        main.main(["train", str(CONFIGS / "sdxl_paper.yaml")])
 
 
 def test_a_validation_draws_what_the_pipeline_draws_for_users(tmp_path):
@@ -91,7 +94,7 @@ def test_a_validation_draws_what_the_pipeline_draws_for_users(tmp_path):
     noise = torch.randn(1, *source.latent_shape, generator=torch.Generator().manual_seed(3))
     drawn = validate.sample(step, step.encoder, probes.batch, noise, 4, 3.0)
 
-    folder = world.write_folder(tmp_path / "sdxl")
+    folder = drawn_people.write_folder(tmp_path / "sdxl")
     pipe = LookaheadPipeline.from_pretrained(folder)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False)
     pipe.load_encoder(trained, image_encoder=folder / "image_encoder")

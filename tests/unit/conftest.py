@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from lcm_lookahead.lookahead.block_names import ip_adapter_key
-from lcm_lookahead.lookahead.image_prompt import Resampler, ResamplerSizes
-from lcm_lookahead.trainer.compat import let_torchvision_import
+from lcm_lookahead.lookahead.files.block_names import ip_adapter_key
+from lcm_lookahead.lookahead.method.resampler import Resampler, ResamplerSizes
+from lcm_lookahead.sdxl.torchvision_cure import let_torchvision_import
 
 let_torchvision_import()  # diffusers imports it
 

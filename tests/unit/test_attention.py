@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lcm_lookahead.lookahead.attention import LowRank, extended_self_attention, softmax_attention
+from lcm_lookahead.lookahead.method.attention import LowRank, extended_self_attention, softmax_attention
 
 HEADS, WIDTH = 2, 8
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from lcm_lookahead.lookahead import convert as conversion
-from lcm_lookahead.lookahead import encoder_file
-from lcm_lookahead.lookahead.convert import AS_STORED, ENCODER, IP_ADAPTER, PublishedNames, convert
-from lcm_lookahead.lookahead.encoder_file import EncoderFileError
-from lcm_lookahead.lookahead.image_prompt import ResamplerSizes
+from lcm_lookahead.lookahead.files import convert as conversion
+from lcm_lookahead.lookahead.files import encoder_file
+from lcm_lookahead.lookahead.files.convert import AS_STORED, ENCODER, IP_ADAPTER, PublishedNames, convert
+from lcm_lookahead.lookahead.files.encoder_file import EncoderFileError
+from lcm_lookahead.lookahead.method.resampler import ResamplerSizes
 from safetensors.torch import load_file, save_file
 
 ATTENTIONS = [f"attn{a}.{to}" for a in (1, 2) for to in ("to_q", "to_k", "to_v", "to_out.0")]

@@ -6,10 +6,10 @@ import re
 
 import pytest
 import torch
-from lcm_lookahead.lookahead import encoder_file
-from lcm_lookahead.lookahead.block_names import block_names
-from lcm_lookahead.lookahead.encoder_file import EncoderFileError
-from lcm_lookahead.lookahead.tensor_file import write_tensors
+from lcm_lookahead.lookahead.files import encoder_file
+from lcm_lookahead.lookahead.files.block_names import block_names
+from lcm_lookahead.lookahead.files.encoder_file import EncoderFileError
+from lcm_lookahead.lookahead.files.tensors import write_tensors
 from safetensors.torch import save_file
 
 
@@ -289,7 +289,7 @@ def test_a_newer_format(stock):
 def test_an_adapter_for_sd15(stock, sizes):
     from dataclasses import replace
 
-    from lcm_lookahead.lookahead.image_prompt import Resampler
+    from lcm_lookahead.lookahead.method.resampler import Resampler
 
     sd15 = Resampler(replace(sizes, context_width=768))
     tensors = {f"image_proj.{k}": v for k, v in sd15.state_dict().items()}

@@ -6,11 +6,11 @@ import sys
 
 import pytest
 import torch
-from lcm_lookahead.lookahead import face_models
-from lcm_lookahead.lookahead.face_models import FaceModelError, FaceModels, licence_of, pack_folder
-from lcm_lookahead.trainer.mini import data
-from lcm_lookahead.trainer.mini.faces import STYLES, landmarks, render
-from lcm_lookahead.trainer.mini.plan import WEIGHTS
+from lcm_lookahead.lookahead.vision import face_models
+from lcm_lookahead.lookahead.vision.face_models import FaceModelError, FaceModels, licence_of, pack_folder
+from lcm_lookahead.mini.plan import WEIGHTS
+from lcm_lookahead.mini.world import data
+from lcm_lookahead.mini.world.faces import STYLES, landmarks, render
 from torch.nn import functional as F
 
 pytest.importorskip("insightface")

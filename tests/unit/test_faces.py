@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from lcm_lookahead.lookahead.faces import (
+from lcm_lookahead.lookahead.vision.faces import (
     CROP,
     TEMPLATE,
     Face,

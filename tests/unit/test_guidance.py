@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lcm_lookahead.lookahead.guidance import three_scale_guidance
+from lcm_lookahead.lookahead.method.guidance import three_scale_guidance
 
 GENERATOR = torch.Generator().manual_seed(0)
 E_NU, E_NT, E_FU, E_FT = (torch.randn(2, 4, 8, 8, generator=GENERATOR) for _ in range(4))

@@ -4,14 +4,14 @@ import logging
 
 import pytest
 import torch
-from lcm_lookahead.lookahead.face_models import FaceModels
-from lcm_lookahead.lookahead.faces import Face
-from lcm_lookahead.lookahead.identity import IdentityLoss, NoFaceError, People, embed, read_people
-from lcm_lookahead.lookahead.losses import Combined, L1Loss, started
-from lcm_lookahead.lookahead.recognisers import read
-from lcm_lookahead.trainer.mini import data
-from lcm_lookahead.trainer.mini.faces import STYLES, render
-from lcm_lookahead.trainer.mini.plan import WEIGHTS
+from lcm_lookahead.lookahead.losses.base import Combined, L1Loss, started
+from lcm_lookahead.lookahead.losses.identity import IdentityLoss, NoFaceError, People, embed, read_people
+from lcm_lookahead.lookahead.vision.arcface import read
+from lcm_lookahead.lookahead.vision.face_models import FaceModels
+from lcm_lookahead.lookahead.vision.faces import Face
+from lcm_lookahead.mini.plan import WEIGHTS
+from lcm_lookahead.mini.world import data
+from lcm_lookahead.mini.world.faces import STYLES, render
 from torch.nn import functional as F
 
 pytest.importorskip("insightface")
@@ -55,7 +55,7 @@ def preview(pictures: torch.Tensor) -> torch.Tensor:
 
 
 def test_the_value_is_one_minus_the_cosine_of_insightface_s_own_embeddings(identity, drawn):
-    from lcm_lookahead.lookahead.face_models import find_and_embed, open_app
+    from lcm_lookahead.lookahead.vision.face_models import find_and_embed, open_app
 
     app = open_app(PACK, threads=1)
     pictures = drawn[:4, :2].flatten(0, 1)

@@ -5,8 +5,8 @@ import re
 import pytest
 import torch
 from diffusers.models.embeddings import IPAdapterPlusImageProjection
-from lcm_lookahead.lookahead import attention
-from lcm_lookahead.lookahead.image_prompt import Resampler, ResamplerSizes
+from lcm_lookahead.lookahead.method import attention
+from lcm_lookahead.lookahead.method.resampler import Resampler, ResamplerSizes
 
 
 def diffusers_twin(weights, sizes):

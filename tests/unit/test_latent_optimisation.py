@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lcm_lookahead.lookahead import guidance
+from lcm_lookahead.lookahead.method import guidance
 
 SHAPE = (3, 4, 8, 8)
 

@@ -5,9 +5,9 @@ import re
 
 import pytest
 import torch
-from lcm_lookahead.lookahead import clip, perceptual
-from lcm_lookahead.lookahead.losses import UNLIKE, Combined, EmbeddingLoss, L1Loss, LPIPSLoss, embed, started
-from lcm_lookahead.lookahead.views import Views, resized
+from lcm_lookahead.lookahead.losses.base import UNLIKE, Combined, EmbeddingLoss, L1Loss, LPIPSLoss, embed, started
+from lcm_lookahead.lookahead.losses.views import Views, resized
+from lcm_lookahead.lookahead.vision import clip, perceptual
 from safetensors.torch import save_file
 from torch.nn import functional as F
 

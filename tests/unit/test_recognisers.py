@@ -4,10 +4,10 @@ import sys
 
 import pytest
 import torch
-from lcm_lookahead.lookahead import recognisers
-from lcm_lookahead.lookahead.recognisers import IR, IResNet, RecogniserError, from_onnx, from_weights, read
-from lcm_lookahead.trainer.mini import weights
-from lcm_lookahead.trainer.mini.plan import WEIGHTS
+from lcm_lookahead.lookahead.vision import arcface
+from lcm_lookahead.lookahead.vision.arcface import IR, IResNet, RecogniserError, from_onnx, from_weights, read
+from lcm_lookahead.mini.files import weights
+from lcm_lookahead.mini.plan import WEIGHTS
 from torch import nn
 from torch.nn import functional as F
 
@@ -256,9 +256,9 @@ def test_a_file_that_is_no_recogniser_is_refused(tmp_path):
 
 
 def test_without_onnx2torch_it_is_said_what_to_install(monkeypatch):
-    recognisers.import_onnx2torch()
-    find_spec = recognisers.importlib.util.find_spec
-    monkeypatch.setattr(recognisers.importlib.util, "find_spec", lambda n: None if n == "onnx2torch" else find_spec(n))
+    arcface.import_onnx2torch()
+    find_spec = arcface.importlib.util.find_spec
+    monkeypatch.setattr(arcface.importlib.util, "find_spec", lambda n: None if n == "onnx2torch" else find_spec(n))
     with pytest.raises(
         ImportError, match="no onnx2torch: run .pip install onnx., then .pip install --no-deps onnx2torch"
     ):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lcm_lookahead.lookahead import schedule
+from lcm_lookahead.lookahead.method import schedule
 
 ALPHAS = schedule.alphas_cumprod()
 SIGMAS = schedule.sigma_of(ALPHAS)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lcm_lookahead.lookahead.similarity import root_mean_square, structural_similarity
+from lcm_lookahead.lookahead.vision.image_metrics import root_mean_square, structural_similarity
 
 
 def test_a_picture_is_the_same_as_itself_and_less_so_with_noise():

@@ -1,0 +1,1 @@
+"""The `lookahead` command, which alone puts the rooms together."""

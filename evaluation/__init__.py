@@ -1,0 +1,1 @@
+"""What measures: statistics with intervals, contact sheets."""

@@ -1,0 +1,1 @@
+"""A real ComfyUI: fetched, started, driven over its API, looked at in its page."""

@@ -1,0 +1,358 @@
+"""The real web page of ComfyUI in headless Chromium: what a user's browser makes of a workflow file.
+
+    python -m lcm_lookahead.host.page workflows/image_prompt.json             what the page has to say against it
+    python -m lcm_lookahead.host.page workflows/image_prompt.json --save      write it again as the page saves it
+    python -m lcm_lookahead.host.page workflows/image_prompt.json --picture   draw its thumbnail beside it
+
+The page is ComfyUI's front end, a package of its own (GPL-3), fetched into `.cache` when it is first needed. Chromium
+is the user's, steered through its DevTools protocol; it can reach nothing but 127.0.0.1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..mini.demo import draw_references
+from ..tools.common import CACHE, ROOT, Problem, Stopwatch, one_at_a_time, run_main, say
+from ..tools.setup import pip
+from .host import MINI_MODELS, TAESD, Host, die_with_parent, environment_python
+from .workflow import load, pictures_named
+
+#: The front end that the default ComfyUI names in its requirements, and the hash of its wheel.
+FRONT_END = ("1.47.12", "b2155c1afbf30afd06ed217307a1abd92955b329361353a1b68a5297fc00902e")
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+FLAGS = (
+    "--headless=new",
+    "--no-sandbox",  # a container's root may have none; the page is the project's own server
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--disable-quic",
+    "--disable-sync",
+    "--disable-extensions",
+    "--disable-component-update",
+    "--disable-background-networking",
+    "--no-first-run",
+    "--no-default-browser-check",
+    "--mute-audio",
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+    "--remote-debugging-port=0",
+)
+#: Answers what a first visit asks, and keeps labels and the map off the graph.
+SETTINGS = {
+    "Comfy.InstalledVersion": FRONT_END[0],
+    "Comfy.TutorialCompleted": True,
+    "Comfy.Minimap.Visible": False,
+    "Comfy.NodeBadge.NodeSourceBadgeMode": "None",
+}
+READY = "window.app?.extensionManager && window.app.graph?.nodes.length"  # its default workflow comes last
+TITLE = 30  # height of a node's title, which lies above its position
+
+
+def front_end() -> Path:
+    """The folder of the page's files, fetched once."""
+    version, sha256 = FRONT_END
+    target = CACHE / "frontend" / version
+    static = target / "comfyui_frontend_package" / "static"
+    if not static.is_dir():
+        with one_at_a_time("frontend"):
+            if not static.is_dir():
+                new = target.with_name(f".new-{version}-{os.getpid()}")
+                try:
+                    new.mkdir(parents=True)
+                    pins = new / "pins.txt"
+                    pins.write_text(f"comfyui-frontend-package=={version} --hash=sha256:{sha256}\n")
+                    quick = ["install", "--no-deps", "--no-compile", "--only-binary=:all:", "--require-hashes"]
+                    step = "Fetching ComfyUI's web page"
+                    pip(environment_python(), [*quick, "-r", str(pins), "--target", str(new)], step)
+                    shutil.rmtree(target, ignore_errors=True)
+                    os.replace(new, target)
+                finally:
+                    shutil.rmtree(new, ignore_errors=True)
+    return static
+
+
+def browser() -> str | None:
+    """The path of a Chromium, if there is one."""
+    return next(filter(None, map(shutil.which, BROWSERS)), None)
+
+
+def check_browser() -> str:
+    """The path of a Chromium; a Problem without one."""
+    program = browser()
+    if program is None:
+        raise Problem("there is no Chromium on the PATH: install one (on Debian: `apt install chromium`).")
+    return program
+
+
+@contextlib.contextmanager
+def page_host(**options: Any) -> Iterator[Host]:
+    """A host that serves the page, has all files that the shared workflows name, and can run none of them.
+
+    Its models are empty files: the page reads their names alone.
+    """
+    CACHE.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="page-", dir=CACHE) as folder:
+        base = Path(folder)
+        for path in (base / "input", base / "user" / "default"):
+            path.mkdir(parents=True)
+        for name in (*MINI_MODELS, *TAESD):
+            (base / "models" / name).parent.mkdir(parents=True, exist_ok=True)
+            (base / "models" / name).touch()
+        (base / "user" / "default" / "comfy.settings.json").write_text(json.dumps(SETTINGS))
+        names = pictures_named(sorted((ROOT / "workflows").glob("*.json")))
+        for name, picture in zip(names, draw_references(len(names)), strict=True):
+            picture.save(base / "input" / name)
+        with Host(base=base, weights=None, front_end=front_end(), **options) as host:
+            yield host
+
+
+class Page:
+    """The page of a host in a Chromium of its own; a context manager.
+
+    Args:
+        url: the host's address.
+        size: width and height of the window in pixels.
+    """
+
+    def __init__(self, url: str, size: tuple[int, int] = (1920, 1080)) -> None:
+        self.url, self.size = url, size
+        self.errors: list[str] = []  # what the page's scripts threw
+        self._loop = asyncio.new_event_loop()
+        self._profile: Path | None = None
+        self._process: subprocess.Popen | None = None
+        self._session = self._socket = None
+        self._number = 0
+
+    def __enter__(self) -> Page:
+        program = check_browser()
+        CACHE.mkdir(exist_ok=True)
+        self._profile = Path(tempfile.mkdtemp(prefix="browser-", dir=CACHE))
+        width, height = self.size
+        window = [f"--window-size={width},{height}", f"--user-data-dir={self._profile}", "about:blank"]
+        try:
+            with open(self._profile / "browser.log", "wb") as log:
+                self._process = subprocess.Popen(
+                    [program, *FLAGS, *window],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    preexec_fn=die_with_parent if sys.platform == "linux" else None,
+                )
+            self._loop.run_until_complete(self._connect())
+            self.call("Runtime.enable")
+            self.call("Page.enable")
+            self.resize(width, height)
+            self.load()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._socket is not None:
+            with contextlib.suppress(Exception):
+                self.call("Browser.close")
+        if self._session is not None:
+            self._loop.run_until_complete(self._session.close())
+        self._loop.close()
+        if self._process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=5)
+            if self._process.poll() is None:
+                self._process.kill()
+                self._process.wait()
+        shutil.rmtree(self._profile, ignore_errors=True)
+
+    async def _connect(self) -> None:
+        import aiohttp
+
+        watch, told = Stopwatch(), self._profile / "DevToolsActivePort"
+        while not (told.is_file() and "\n" in told.read_text()):
+            if self._process.poll() is not None or watch.seconds > 60:
+                last = (self._profile / "browser.log").read_text(errors="replace").strip().splitlines()[-3:]
+                raise Problem(f"Chromium did not start; its last words: {' '.join(last)}")
+            await asyncio.sleep(0.05)
+        port = told.read_text().splitlines()[0]
+        self._session = aiohttp.ClientSession()
+        async with self._session.get(f"http://127.0.0.1:{port}/json/list") as answer:
+            tab = next(one for one in await answer.json() if one["type"] == "page")
+        self._socket = await self._session.ws_connect(tab["webSocketDebuggerUrl"], max_msg_size=0)
+
+    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """Call a method of the DevTools protocol."""
+        return self._loop.run_until_complete(asyncio.wait_for(self._call(method, parameters), 60))
+
+    async def _call(self, method: str, parameters: dict[str, Any]) -> dict[str, Any]:
+        self._number += 1
+        await self._socket.send_json({"id": self._number, "method": method, "params": parameters})
+        while True:
+            message = await self._socket.receive_json()
+            if message.get("method") == "Runtime.exceptionThrown":
+                details = message["params"]["exceptionDetails"]
+                self.errors.append(details.get("exception", {}).get("description") or details["text"])
+            if message.get("id") == self._number:
+                if "error" in message:
+                    raise Problem(f"Chromium refused {method}: {message['error'].get('message')}")
+                return message["result"]
+
+    def resize(self, width: int, height: int) -> None:
+        """Give the window another size."""
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+
+    def evaluate(self, expression: str) -> Any:
+        """The value of an expression in the page, a promise awaited."""
+        answer = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+        if "exceptionDetails" in answer:
+            details = answer["exceptionDetails"]
+            raise Problem(f"the page's script failed: {details.get('exception', {}).get('description', details)}")
+        return answer["result"].get("value")
+
+    def wait_for(self, expression: str, timeout: float = 120) -> None:
+        """Wait until an expression is true in the page."""
+        watch = Stopwatch()
+        while not self.evaluate(f"!!({expression})"):
+            if watch.seconds > timeout:
+                raise Problem(f"the page did not get to `{expression}` within {timeout:.0f} s.")
+            time.sleep(0.1)
+
+    def load(self) -> None:
+        """Load the page anew, with no workflow and nothing said against one."""
+        self.call("Page.navigate", url="about:blank")
+        self.wait_for("location.href === 'about:blank'")  # a navigation that overtakes another is never answered
+        self.errors.clear()
+        # Else the page would open again what it showed before.
+        self.call("Storage.clearDataForOrigin", origin=self.url, storageTypes="all")
+        self.call("Page.navigate", url=self.url)
+        self.wait_for(READY)
+
+    def open(self, workflow: dict[str, Any]) -> None:
+        """Open a workflow, as if its file were dropped on the page."""
+        self.evaluate(f"window.app.loadGraphData({json.dumps(workflow)})")
+        time.sleep(1)  # the page looks for missing files after that
+
+    def complaints(self) -> list[str]:
+        """All that is wrong with the open workflow, as the page sees it; empty when it can be run."""
+        if self.evaluate("!!document.querySelector('[data-testid=error-overlay-see-errors]')"):
+            self.evaluate("document.querySelector('[data-testid=error-overlay-see-errors]').click()")
+            self.wait_for("document.querySelector('[data-testid^=error-group-missing]')")
+        groups = self.evaluate(
+            "[...document.querySelectorAll('[data-testid=error-overlay], [data-testid^=error-group-missing]')]"
+            ".map(e => e.innerText.replace(/\\s+/g, ' '))"
+        )
+        nodes = self.evaluate(
+            "app.graph.nodes.filter(n => n.has_errors || !(n.type in LiteGraph.registered_node_types))"
+            ".map(n => `node ${n.id} (${n.type}) is marked as wrong`)"
+        )
+        return groups + nodes + self.errors
+
+    def api(self) -> dict[str, dict[str, Any]]:
+        """What the page would queue for the open workflow."""
+        return self.evaluate("window.app.graphToPrompt().then(prompt => prompt.output)")
+
+    def saved(self) -> dict[str, Any]:
+        """The open workflow as the page saves it, without the place and zoom of the view."""
+        workflow = self.evaluate("window.app.graph.serialize()")
+        workflow["extra"].pop("ds", None)
+        return workflow
+
+    def show_result(self, node_type: str, name: str) -> None:
+        """Show a picture of the host's output folder in the nodes of this type, as after a run."""
+        image = json.dumps({"images": [{"filename": name, "subfolder": "", "type": "output"}]})
+        self.evaluate(
+            f"app.graph.nodes.filter(n => n.type === {json.dumps(node_type)}).forEach(n => app.api.dispatchCustomEvent("
+            f"'executed', {{node: String(n.id), display_node: String(n.id), prompt_id: '', output: {image}}}))"
+        )
+
+    def help_of(self, node_type: str) -> str:
+        """The text that the page's panel shows as help of a node."""
+        node = {"id": 1, "type": node_type, "pos": [0, 0], "size": [300, 200], "flags": {}, "order": 0, "mode": 0}
+        self.open({"nodes": [node], "links": [], "version": 0.4})
+        self.evaluate("app.canvas.selectNode(app.graph.getNodeById(1)), app.canvas.setDirty(true, true)")
+        button, text = "[data-testid=info-button]", "[data-testid=properties-panel] .node-help-content"
+        self.wait_for(f"document.querySelector('{button}')")
+        self.evaluate(f"document.querySelector('{button}').click()")
+        self.wait_for(f"document.querySelector('{text} h1')")
+        return self.evaluate(f"document.querySelector('{text}').innerText.trim()")
+
+    def needed_sizes(self) -> dict[str, list[float]]:
+        """The least width and height in which each node of the open workflow shows all its inputs and values."""
+        return self.evaluate("Object.fromEntries(app.graph.nodes.map(n => [n.id, [...n.computeSize()]]))")
+
+    def picture(self, margin: float = 20):
+        """The open graph in its true size, as a picture of PIL."""
+        from PIL import Image
+
+        left, top, right, bottom = self.evaluate(
+            "app.graph.nodes.map(n => [n.pos[0], n.pos[1], n.pos[0] + n.size[0], n.pos[1] + n.size[1]])"
+            ".reduce((a, b) => [Math.min(a[0], b[0]), Math.min(a[1], b[1]),"
+            " Math.max(a[2], b[2]), Math.max(a[3], b[3])])"
+        )
+        top -= TITLE
+        bars = 150  # more than the page's own bars take on each side
+        width, height = right - left, bottom - top
+        self.resize(int(width) + 2 * bars, int(height) + 2 * bars)
+        self.evaluate(
+            f"app.canvas.ds.scale = 1, app.canvas.ds.offset = [{bars - left}, {bars - top}],"
+            " app.canvas.setDirty(true, true)"
+        )
+        time.sleep(1)
+        clip = {"x": bars - margin, "y": bars - margin, "scale": 1}
+        clip |= {"width": width + 2 * margin, "height": height + 2 * margin}
+        data = self.call("Page.captureScreenshot", format="png", clip=clip)["data"]
+        return Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")
+
+
+def text_of(workflow: dict[str, Any]) -> str:
+    """A workflow as the text of a file in which a change of one node is a change of few lines."""
+    text = json.dumps(workflow, indent=1, ensure_ascii=False)
+
+    def flat(found: re.Match[str]) -> str:
+        return f"[{' '.join(line.strip() for line in found.group(1).splitlines())}]"
+
+    return re.sub(r"\[\s*\n([^\[\]{}]*)\n\s*\]", flat, text) + "\n"
+
+
+def main(arguments: list[str]) -> int:
+    """Entry point of `python -m lcm_lookahead.host.page`."""
+    parser = argparse.ArgumentParser(prog="tools.page", description="Shows a workflow file to ComfyUI's own page.")
+    parser.add_argument("workflow", type=Path)
+    parser.add_argument("--save", action="store_true", help="write the file again as the page saves it")
+    parser.add_argument("--picture", action="store_true", help="draw the thumbnail beside the file")
+    parser.add_argument("--result", type=Path, help="a picture that the thumbnail shows as the saved one")
+    chosen = parser.parse_args(arguments)
+    with page_host() as host, Page(host.url) as page:
+        page.open(load(chosen.workflow))
+        if chosen.save:
+            chosen.workflow.write_text(text_of(page.saved()), encoding="utf-8")
+            say(f"{chosen.workflow} is written as the page saves it")
+        if chosen.result:
+            shutil.copy(chosen.result, host.folder("output"))
+            page.show_result("SaveImage", chosen.result.name)
+        if chosen.picture:
+            picture = page.picture()
+            picture.thumbnail((1200, 1200))
+            picture.save(chosen.workflow.with_suffix(".jpg"), quality=88, optimize=True)
+            print(chosen.workflow.with_suffix(".jpg"))
+        complaints = page.complaints()
+    print("\n".join(complaints) or "The page has nothing to say against it.")
+    return 1 if complaints else 0
+
+
+if __name__ == "__main__":
+    run_main(main)

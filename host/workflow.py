@@ -1,0 +1,93 @@
+"""Workflow files: from the front end's save format to the host's API format, with overrides.
+
+The conversion is comfy-cli's (GPL-3), the official one outside a browser: a tool beside the product, used by the demo
+and the tests, never by the pack.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ..tools.common import Problem
+
+Api = dict[str, dict[str, Any]]
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a workflow file, in either format."""
+    try:
+        workflow = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise Problem(f"the workflow {path} cannot be read: {error.strerror}.") from None
+    except ValueError as error:
+        raise Problem(f"the workflow {path} is not JSON ({error}): export it again from ComfyUI.") from None
+    if not isinstance(workflow, dict) or not (isinstance(workflow.get("nodes"), list) or is_api(workflow)):
+        raise Problem(f"{path} is no ComfyUI workflow: it has neither a list of nodes nor nodes by id.")
+    return workflow
+
+
+def is_api(workflow: dict[str, Any]) -> bool:
+    """Whether a workflow is in the API format already."""
+    return bool(workflow) and all(isinstance(node, dict) and "class_type" in node for node in workflow.values())
+
+
+def to_api(workflow: dict[str, Any], object_info: dict[str, Any]) -> Api:
+    """The API format of a workflow. `object_info` is what the host that shall run it answers to GET /object_info."""
+    if not is_api(workflow):
+        os.environ["DO_NOT_TRACK"] = "1"
+        from comfy_cli.workflow_to_api import WorkflowConversionError, convert_ui_to_api
+
+        try:
+            workflow = convert_ui_to_api(workflow, object_info)
+        except WorkflowConversionError as error:
+            raise Problem(f"the workflow cannot be converted: {error}") from None
+    unknown = sorted({node["class_type"] for node in workflow.values()} - set(object_info))
+    if unknown:
+        raise Problem(f"the host does not know the node {', '.join(unknown)}: is the pack it belongs to installed?")
+    return workflow
+
+
+def convert(path: Path, object_info: dict[str, Any]) -> Api:
+    """`load` and `to_api` in one."""
+    return to_api(load(path), object_info)
+
+
+def pictures_named(paths: Iterable[Path]) -> list[str]:
+    """The files of the input folder that workflows in the save format name, each once."""
+    nodes = (node for path in paths for node in load(path)["nodes"])
+    return list(dict.fromkeys(node["widgets_values"][0] for node in nodes if node["type"] == "LoadImage"))
+
+
+def find(api: Api, where: str) -> list[str]:
+    """The ids of the nodes with this class type or, if there are none, with this title."""
+    by_type = [node_id for node_id, node in api.items() if node["class_type"] == where]
+    return by_type or [n for n, node in api.items() if (node.get("_meta") or {}).get("title") == where]
+
+
+def override(api: Api, where: str, **inputs: Any) -> Api:
+    """A copy of a workflow with other values in all nodes of this class type or title.
+
+    An unknown node or input, or one that is connected to another node, is a Problem: an override that does nothing
+    would go unnoticed.
+    """
+    nodes = find(api, where)
+    if not nodes:
+        names = sorted({node["class_type"] for node in api.values()})
+        raise Problem(f"no node of the workflow has the class or title {where!r}: it has {', '.join(names)}.")
+    changed = copy.deepcopy(api)
+    for node_id in nodes:
+        for name, value in inputs.items():
+            present = changed[node_id]["inputs"]
+            if name not in present:
+                raise Problem(f"node {node_id} ({where}) has no input {name!r}: it has {', '.join(sorted(present))}.")
+            if isinstance(present[name], list):
+                raise Problem(
+                    f"input {name!r} of node {node_id} ({where}) comes from node {present[name][0]}: override it there."
+                )
+            present[name] = value
+    return changed

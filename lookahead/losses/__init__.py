@@ -1,0 +1,1 @@
+"""The lookahead losses: one file a loss."""

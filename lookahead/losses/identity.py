@@ -1,0 +1,147 @@
+"""The identity loss: is the person in a preview the one of the reference? (arXiv 2404.03620, section 4.2 and 5.1.)"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..vision.arcface import Recogniser
+from ..vision.faces import Detector, Face, align, area, elsewhere, nearest, samples_for, usable
+from .base import checked, of_rows
+
+# Where the face of a preview is taken to be when none is found in it: where it was last in this image, else where the
+# reference has it; where it was last alone; nowhere.
+REFERENCE, LAST, NONE = "reference", "last", "none"
+FALLBACKS = (REFERENCE, LAST, NONE)
+
+
+class NoFaceError(ValueError):
+    """No face was found where one is needed: one sentence for the user."""
+
+
+def largest(faces: Sequence[Face]) -> Face | None:
+    """The face with the largest box."""
+    return max(faces, key=area, default=None)
+
+
+def embed(recogniser: Recogniser, pictures: Tensor, points: Tensor) -> Tensor:
+    """Unit vectors [n, d] of the people in pictures [n, 3, h, w] in [0, 1], whose landmarks are [n, 5, 2] (on the CPU).
+
+    Differentiable in the pictures. Shrunken faces are averaged, not sampled (`faces.align`).
+    """
+    size = recogniser.size
+    return recogniser(align(pictures, points, size=size, samples=samples_for(points, size)))
+
+
+@dataclass(frozen=True, eq=False)
+class People:
+    """The references of an identity loss."""
+
+    embeddings: Tensor  # [m, d], of unit length
+    points: Tensor  # [m, 5, 2], where the face was
+    sizes: Tensor  # int64 [m, 2], height and width of the picture that it was in
+
+
+def read_people(recogniser: Recogniser, detector: Detector, pictures: Sequence[Tensor], together: bool) -> People:
+    """The people in pictures [3, h, w] in [0, 1] of any sizes, on the recogniser's device; the largest face of each.
+
+    together: all show one person, whose embedding is the mean; pictures without a face are then left out. Else each is
+    a reference of its own. Raises NoFaceError where no face is left.
+    """
+    faces = [largest(detector(picture[None])[0]) for picture in pictures]
+    without = [i for i, face in enumerate(faces) if face is None]
+    if len(without) == len(faces) or (without and not together):
+        which = "the reference" if len(faces) == 1 else f"reference picture {without[0] + 1} of {len(faces)}"
+        raise NoFaceError(
+            f"No face was found in {which}: use a picture that shows one clearly, with some room around the head."
+        )
+    if without:
+        logging.warning(
+            "[LCM-Lookahead] no face was found in %d of %d reference pictures, which are left out.",
+            len(without),
+            len(faces),
+        )
+    seen = [(picture, face) for picture, face in zip(pictures, faces, strict=True) if face is not None]
+    with torch.no_grad():
+        embeddings = torch.cat([embed(recogniser, picture[None], face.points[None]) for picture, face in seen]).cpu()
+    points = torch.stack([face.points for _, face in seen])
+    sizes = torch.tensor([picture.shape[-2:] for picture, _ in seen])
+    if together:
+        return People(F.normalize(embeddings.mean(0, keepdim=True), dim=-1), points[:1], sizes[:1])
+    return People(embeddings, points, sizes)
+
+
+@dataclass(eq=False)
+class Memory:
+    """What one run remembers of its previews."""
+
+    places: dict[int, Tensor] = field(default_factory=dict)  # the last landmarks [5, 2] by number of the image
+    size: tuple[int, ...] = ()  # of the previews that they are in
+    told: bool = False  # that some have no face
+
+
+@dataclass(frozen=True, eq=False)
+class IdentityLoss:
+    """1 - cosine of the face embeddings of preview and reference, from 0 (the same) to 2; 1 is unlike.
+
+    The preview's face is found without gradient (of several, the nearest to where it was last, at first the largest),
+    cut out by a similarity without reflection, and recognised; the gradient goes through recogniser and cut to the
+    pixels. Whoever calls has the recogniser, a module, on the previews' device. Only a loss that was started remembers
+    where a face was last, in its `memory`, and says, once, that previews show no face: training counts them instead.
+    """
+
+    recogniser: Recogniser
+    detector: Detector
+    people: People
+    fallback: str = REFERENCE
+    memory: Memory | None = None
+
+    def __post_init__(self) -> None:
+        if self.fallback not in FALLBACKS:
+            raise ValueError(f"The fallback is {self.fallback!r}: use one of {', '.join(FALLBACKS)}.")
+
+    def started(self, generator: torch.Generator | None = None) -> IdentityLoss:
+        """The loss for one run (`losses.started`); it draws nothing."""
+        return replace(self, memory=Memory())
+
+    def __call__(self, preview: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As `losses.Loss`. A preview without a face (`fallback`) does not count: it is 0, without a gradient."""
+        pictures = (checked(preview.to(torch.promote_types(preview.dtype, torch.float32))) + 1) / 2
+        memory = self.memory or Memory()
+        rows = torch.arange(len(pictures)) if rows is None else rows.cpu()
+        points, there = self._find(pictures.detach(), rows.tolist(), memory)
+        if self.memory and not self.memory.told and not there.all():
+            self.memory.told = True
+            logging.warning(
+                "[LCM-Lookahead] no face was found in %d of %d previews, which do not count for the identity loss.",
+                int((~there).sum()),
+                len(there),
+            )
+        found = embed(self.recogniser, pictures, points)
+        values = 1 - (found * of_rows(self.people.embeddings, found, rows)).sum(-1)
+        counts = there.to(values.device)
+        return torch.where(counts, values, 0.0), counts
+
+    def _find(self, pictures: Tensor, rows: list[int], memory: Memory) -> tuple[Tensor, Tensor]:
+        """Landmarks [n, 5, 2] and whether they count [n], on the CPU. Those that do not are usable all the same."""
+        size, people = tuple(pictures.shape[-2:]), self.people
+        if memory.size != size:
+            memory.size, memory.places = size, {}
+        points, there = [], []
+        for row, faces in zip(rows, self.detector(pictures), strict=True):
+            faces = [face for face in faces if bool(usable(face.points[None]))]
+            last = memory.places.get(row)
+            if faces:
+                last = (largest(faces) if last is None else nearest(faces, last)).points
+                memory.places[row] = last
+            there.append(bool(faces) or self.fallback == REFERENCE or (self.fallback == LAST and last is not None))
+            if last is None:
+                which = row % len(people.points)
+                last = elsewhere(people.points[which], tuple(people.sizes[which].tolist()), size)
+            points.append(last)
+        return torch.stack(points), torch.tensor(there)

@@ -1,0 +1,1 @@
+"""What a build of the mini world reports of itself."""

@@ -1,0 +1,1 @@
+"""The stages that train the mini world, one file a stage."""

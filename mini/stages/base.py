@@ -1,0 +1,132 @@
+"""Stage: the base model. SDXL's UNet (narrow), trained from scratch together with its two text encoders.
+
+Eps-prediction on SDXL's noise schedule, weighted by min-SNR (arXiv 2303.09556), which favours the steps in which a
+picture takes shape. A tenth of the captions is dropped, half of it to the empty prompt
+(what the host's negative is), half to zero embeddings (what SDXL's own pipelines use).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from torch import Tensor
+
+from ..plan import CONTEXT, IMAGE_SIZE, LATENT_SIZE, SIZES, Plan
+from ..world.data import Pictures
+from . import stage
+from .text import TextEncoders, tokenize, tokenizer
+
+BATCH = 32
+DROP = 0.1
+MIN_SNR = 5.0
+STEPS = 1000
+
+
+def build_unet() -> UNet2DConditionModel:
+    s = SIZES["unet"]
+    widths = tuple(s["model_channels"] * m for m in s["channel_mult"])
+    kinds = ["CrossAttnDownBlock2D" if d else "DownBlock2D" for d in s["transformer_depth"]]
+    unet = UNet2DConditionModel(
+        sample_size=LATENT_SIZE,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=tuple(kinds),
+        up_block_types=tuple(k.replace("Down", "Up") for k in reversed(kinds)),
+        block_out_channels=widths,
+        layers_per_block=2,
+        transformer_layers_per_block=tuple(max(1, d) for d in s["transformer_depth"]),
+        attention_head_dim=tuple(w // s["head_channels"] for w in widths),  # diffusers' name for the number of heads
+        cross_attention_dim=CONTEXT,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=6 * 256 + SIZES["text"]["width_g"],
+        use_linear_projection=True,
+    )
+    # SDPA's backward is slow in bf16 on a CPU; at 256 tokens the plain product costs nothing on a GPU either.
+    unet.set_attn_processor(AttnProcessor())
+    return unet
+
+
+def scheduler() -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+def added(pooled: Tensor) -> dict[str, Tensor]:
+    """SDXL's size conditioning of a whole picture, with the pooled text embedding."""
+    size = torch.tensor([IMAGE_SIZE, IMAGE_SIZE, 0, 0, IMAGE_SIZE, IMAGE_SIZE], device=pooled.device)
+    return {"text_embeds": pooled, "time_ids": size.float().expand(len(pooled), 6)}
+
+
+class Noising:
+    """Timesteps, noise and noised latents of one step, from that step's numbers, and the loss that goes with them."""
+
+    def __init__(self, device: torch.device):
+        self.alphas = scheduler().alphas_cumprod.to(device)
+        snr = self.alphas / (1 - self.alphas)
+        self._weight = snr.clamp(max=MIN_SNR) / snr
+
+    def loss(self, predicted: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Squared error of the predicted noise, weighted by min-SNR."""
+        return (self._weight[t] * (predicted.float() - noise).square().mean((1, 2, 3))).mean()
+
+    def __call__(self, latent: Tensor, numbers: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        t = torch.randint(STEPS, (len(latent),), generator=numbers).to(latent.device)
+        noise = torch.randn(latent.shape, generator=numbers).to(latent.device)
+        a = self.alphas[t].view(-1, 1, 1, 1)
+        return t, noise, a.sqrt() * latent + (1 - a).sqrt() * noise
+
+
+def drop_text(ids: Tensor, empty: Tensor, numbers: torch.Generator) -> tuple[Tensor, Tensor]:
+    """ids with a share replaced by the empty prompt, and keep [n, 1, 1]: 0 where embeddings become zero."""
+    chance = torch.rand(len(ids), generator=numbers)
+    ids = torch.where((chance < DROP / 2).view(-1, 1, 1), empty, ids)
+    return ids, (chance < 1 - DROP / 2).float().view(-1, 1, 1)
+
+
+def train(folder: Path, pictures: Pictures, latents: Tensor, plan: Plan) -> None:
+    out = folder / "base.safetensors"
+    if out.exists():
+        return
+    torch.manual_seed(plan.seed + 1)
+    device = stage.device()
+    unet, text = build_unet().to(device), TextEncoders().to(device)
+    tokens = tokenizer()
+    long, short, empty = (tokenize(tokens, t) for t in (pictures.long, pictures.short, [""]))
+    noised = Noising(device)
+
+    def loss(step: int) -> Tensor:
+        numbers = stage.numbers_of_step(plan.seed + 1, step)
+        index = torch.randint(len(pictures), (BATCH,), generator=numbers)
+        described = torch.rand(BATCH, 1, 1, generator=numbers) < 0.5
+        ids, keep = drop_text(torch.where(described, long[index], short[index]), empty, numbers)
+        t, noise, x = noised(latents[index].float().to(device), numbers)
+        with torch.autocast(device.type, torch.bfloat16):
+            context, pooled = text(ids.to(device))
+            keep = keep.to(device)
+            predicted = unet(x, t, context * keep, added_cond_kwargs=added(pooled.float() * keep[:, 0])).sample
+        return noised.loss(predicted, noise, t)
+
+    models = {"unet": unet, "text": text}
+    stage.train("base", folder, models, loss, steps=plan.base_steps, rate=1e-3, ema=0.999)
+    tensors = {f"{name}.{k}": v for name, m in models.items() for k, v in m.state_dict().items()}
+    stage.write_tensors(out, tensors)
+    stage.finish("base", folder)
+
+
+def load(folder: Path) -> tuple[UNet2DConditionModel, TextEncoders]:
+    saved = stage.read_tensors(folder / "base.safetensors")
+    unet, text = build_unet(), TextEncoders()
+    for name, m in {"unet": unet, "text": text}.items():
+        m.load_state_dict({k.removeprefix(name + "."): v for k, v in saved.items() if k.startswith(name + ".")})
+        m.eval().requires_grad_(False)
+    return unet, text

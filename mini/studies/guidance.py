@@ -1,0 +1,297 @@
+"""Does lookahead guidance steer a picture, and better than guidance by x0? Measured in the real host.
+
+`make evaluate ARGS=--guidance`: each loss (identity, CLIP, LPIPS) steers pictures without guidance, guided by the
+shortcut's preview (lookahead) and by plain x0. Who judges took no part in the loss: another recogniser, a style
+scorer, LPIPS with another network. Writes docs/guidance.md, .json and a picture for each loss.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...host.graph import Graph
+from ...host.host import Host
+from ...tools.common import Stopwatch, say
+from .reference import CFG, SIZE, _pictures, _save, prompt_of
+
+SAMPLER, SCHEDULER, STEPS = "ddim", "ddim_uniform", 50  # the paper's
+BATCH = 8  # pictures drawn at once, each towards a reference of its own
+STYLES = ("photo", "oil painting", "comic", "wanted poster")
+NONE, X0, LOOKAHEAD = "unguided", "plain x0", "lookahead"
+IDENTITY, CLIP, LPIPS = "identity", "CLIP", "LPIPS"
+LOSSES = (IDENTITY, CLIP, LPIPS)
+PLACES = ("in a forest", "on a beach", "in a city", "at night", "in the snow")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """How pictures are guided: kind of preview, and inputs of the guidance sampler that are not its defaults."""
+
+    kind: str = NONE
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+EARLY = {"start": 0.04}  # two of 50 steps are done, instead of six
+ARMS = {NONE: Arm(), X0: Arm(X0), LOOKAHEAD: Arm(LOOKAHEAD)}
+IDENTITY_ARMS = ARMS | {f"{X0}, earlier": Arm(X0, EARLY), f"{LOOKAHEAD}, earlier": Arm(LOOKAHEAD, EARLY)}
+BASELINES = {LOOKAHEAD: X0, f"{LOOKAHEAD}, earlier": f"{X0}, earlier"}
+
+
+def style_of(batch: int) -> str:
+    """The style of a batch's prompt."""
+    return STYLES[batch % len(STYLES)]
+
+
+def words_of(batch: int) -> str:
+    """What the CLIP loss asks for: a style and a place."""
+    return f"{prompt_of(style_of(batch))} {PLACES[batch % len(PLACES)]}"
+
+
+def graph(loss: str, references: Sequence[str], batch: int, seed: int, arms: dict[str, Arm]) -> dict[str, Any]:
+    """Every arm with one batch of references, all from the same noise (API format); SaveImage nodes are the arms."""
+    nodes = Graph()
+    add = nodes.add
+    base = add("base", "CheckpointLoaderSimple", ckpt_name="sd_xl_base_1.0.safetensors")
+    clip, vae = ["base", 1], ["base", 2]
+    lcm = add(
+        "LCM",
+        "LoraLoaderModelOnly",
+        model=base,
+        lora_name="lcm-lora-sdxl.safetensors",
+        strength_model=1.0,
+    )
+    measure = _loss(add, loss, nodes.pictures(references), batch)
+    latent = add("latent", "EmptyLatentImage", width=SIZE, height=SIZE, batch_size=len(references))
+    prompt = "" if loss == CLIP else prompt_of(style_of(batch))  # CLIP is to say it all
+    positive = add("positive", "CLIPTextEncode", clip=clip, text=prompt)
+    negative = add("negative", "CLIPTextEncode", clip=clip, text="")
+    guider = add("guider", "CFGGuider", model=base, positive=positive, negative=negative, cfg=CFG)
+    plain = add("sampler", "KSamplerSelect", sampler_name=SAMPLER)
+    noise = add("noise", "RandomNoise", noise_seed=seed)
+    sigmas = add("sigmas", "BasicScheduler", model=base, scheduler=SCHEDULER, steps=STEPS, denoise=1.0)
+    for name, arm in arms.items():
+        sampler = plain
+        if arm.kind != NONE:
+            kind = {X0: "plain x0", LOOKAHEAD: "one-step"}[arm.kind]
+            shortcut = add(
+                f"{name} shortcut", "LookaheadShortcut", model=base if arm.kind == X0 else lcm, vae=vae, kind=kind
+            )
+            sampler = add(
+                f"{name} guidance",
+                "LookaheadGuidanceSampler",
+                sampler=plain,
+                shortcut=shortcut,
+                loss=measure,
+                **arm.settings,
+            )
+        drawn = add(
+            f"{name} samples",
+            "SamplerCustomAdvanced",
+            noise=noise,
+            guider=guider,
+            sampler=sampler,
+            sigmas=sigmas,
+            latent_image=latent,
+        )
+        pixels = add(f"{name} decode", "VAEDecode", samples=drawn, vae=vae)
+        add(name, "SaveImage", images=pixels, filename_prefix="evaluate/guided")
+    return nodes
+
+
+def _loss(add: Any, loss: str, pictures: list[Any], batch: int) -> list[Any]:
+    if loss == IDENTITY:
+        faces = add("faces", "LookaheadLoadFaceAnalysis", pack_name="buffalo_l", device="cpu")
+        return add("loss", "LookaheadIdentityLoss", face_analysis=faces, image=pictures, several="one per picture")
+    if loss == CLIP:
+        return add("loss", "LookaheadCLIPLoss", clip_name="clip-vit-large-patch14.safetensors", text=words_of(batch))
+    return add("loss", "LookaheadLPIPSLoss", image=pictures, size=SIZE, weights="random")
+
+
+def _complete(nodes: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]:
+    """Nodes in API format with the default of every input that is not given, as the page sends them."""
+    for node in nodes.values():
+        for name, (kind, *options) in info[node["class_type"]]["input"].get("required", {}).items():
+            choices = kind if isinstance(kind, list) and kind else [None]
+            default = (options[0] if options else {}).get("default", choices[0])
+            if default is not None:
+                node["inputs"].setdefault(name, default)
+    return nodes
+
+
+def draw(
+    loss: str, arms: dict[str, Arm], count: int, first: int = 0, seed: int = 0, host: Host | None = None
+) -> tuple[Any, dict[str, Any]]:
+    """References [count, 3, 128, 128], and by arm what the host drew towards them, of the same shape.
+
+    first: number of the first held-out person; seed: of the first batch's noise.
+    """
+    import torch
+
+    from ..world.references import reference_faces
+
+    references = reference_faces(count, first=first)
+    drawn: dict[str, list[Any]] = {name: [] for name in arms}
+    watch = Stopwatch()
+    with host or Host() as running:
+        for batch, begin in enumerate(range(0, count, BATCH)):
+            names = [f"face-{first + number}.png" for number in range(begin, min(begin + BATCH, count))]
+            for name, face in zip(names, references[begin:], strict=False):
+                _save(face, running.folder("input") / name)
+            nodes = graph(loss, names, batch, seed + 1000 * batch, arms)
+            result = running.run(_complete(nodes, running.object_info()), timeout=7200).check()
+            for name, pictures in drawn.items():
+                pictures.append(torch.stack(_pictures(running, result, name)))
+            say(f"{loss}: {begin + len(names)} of {count} drawn in {watch.seconds:.0f} s")
+    return references, {name: torch.cat(pictures) for name, pictures in drawn.items()}
+
+
+def measure(loss: str, references: Any, drawn: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """By arm, a value a picture [n] for each measure: what the loss is about, and what guidance may damage."""
+    import torch
+
+    from ...lookahead.vision.perceptual import lpips_network
+    from ..files.weights import evaluators
+    from ..world.faces import PLACES as ALL_PLACES
+    from ..world.faces import STYLES as ALL_STYLES
+
+    recogniser, scorer = evaluators()
+    batches = [number // BATCH for number in range(len(references))]
+    style = torch.tensor([ALL_STYLES.index(style_of(b)) for b in batches])
+    place = torch.tensor([ALL_PLACES.index(PLACES[b % len(PLACES)]) for b in batches])
+    judge = lpips_network("alex", None) if loss == LPIPS else None
+    found = {}
+    with torch.no_grad():
+        known = recogniser.embed(references)
+        for arm, pictures in drawn.items():
+            styles, places = (part.argmax(1) for part in scorer(pictures))
+            if loss == IDENTITY:
+                figures = {"similarity to the reference": (recogniser.embed(pictures) * known).sum(1)}
+                figures["style of the prompt"] = (styles == style).float()
+            elif loss == CLIP:
+                figures = {"style asked for": (styles == style).float(), "place asked for": (places == place).float()}
+            else:
+                figures = {"LPIPS distance (alex)": judge(pictures * 2 - 1, references * 2 - 1).flatten()}
+                figures["PSNR at 16 pixels (dB)"] = _psnr(pictures, references)
+                figures["style of the prompt"] = (styles == style).float()
+            figures["fine detail"] = _detail(pictures)
+            found[arm] = figures
+    return found
+
+
+def _detail(pictures: Any) -> Any:
+    """Mean size of the Laplacian: noise and artefacts raise it, blur lowers it."""
+    import torch
+
+    grey = pictures.mean(1, keepdim=True)
+    kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]]).view(1, 1, 3, 3)
+    return torch.nn.functional.conv2d(grey, kernel).abs().mean((1, 2, 3))
+
+
+def _psnr(pictures: Any, references: Any) -> Any:
+    from torch.nn.functional import adaptive_avg_pool2d
+
+    error = (adaptive_avg_pool2d(pictures, 16) - adaptive_avg_pool2d(references, 16)).square().mean((1, 2, 3))
+    return -10 * error.log10()
+
+
+def intervals(values: dict[str, dict[str, Any]], together: int = 1) -> dict[str, dict[str, Any]]:
+    """By arm and measure, the mean with its interval; for all arms but the first also what they gain over it.
+
+    together: how many neighbours are no independent pictures, and are drawn as one.
+    """
+    from ...evaluation.stats import share as over_rows
+
+    def share(column: Any) -> Any:
+        return over_rows(column[: len(column) // together * together].reshape(-1, together))
+
+    first, *others = values
+    figures = {arm: {name: share(v[:, None]) for name, v in found.items()} for arm, found in values.items()}
+    for arm in others:
+        for name, v in values[arm].items():
+            figures[arm][f"{name}, gain"] = share((v - values[first][name])[:, None])
+    for arm, baseline in BASELINES.items():
+        for name, v in values.get(arm, {}).items():
+            figures[arm][f"{name}, gain over x0"] = share((v - values[baseline][name])[:, None])
+    return figures
+
+
+ABOUT = {
+    IDENTITY: "The identity loss steers towards the face of a reference (ArcFace of the mini pack); the prompts ask "
+    "for a style and say nothing of a person. The similarity is that of the evaluation recogniser.",
+    CLIP: "The CLIP loss steers by words (the mini image-text model): a style and a place. The prompt is empty, so "
+    "that nothing else asks for them, and no person takes part. The style scorer says whether they came; by chance it "
+    f"is 1 in 8 and 1 in 6. {BATCH} seeds share their words, and the intervals draw words.",
+    LPIPS: "The LPIPS loss (the real package, VGG with seeded random weights, since the published ones cannot be had "
+    "here) steers towards the layout of the reference picture. Judges: LPIPS with AlexNet, also random, where less is "
+    "better, and the PSNR of pictures shrunken to 16 pixels.",
+}
+
+
+def page(figures: dict[str, dict[str, dict[str, Any]]], count: int) -> str:
+    """docs/guidance.md."""
+    parts = []
+    for loss, arms in figures.items():
+        names = [name for name in arms[NONE]]
+        extra = [f"{name}, {what}" for name in names[:2] for what in ("gain", "gain over x0")]
+        extra = [name for name in extra if any(name in f for f in arms.values())]
+        rows = [
+            f"| {name} | " + " | ".join(str(f[name]) if name in f else "" for f in arms.values()) + " |"
+            for name in [*names, *extra]
+        ]
+        first = "" if loss == CLIP else "the references, then "
+        parts.append(f"""## {loss[0].upper()}{loss[1:]}
+
+{ABOUT[loss]}
+
+| | {" | ".join(arms)} |
+|---|{"---|" * len(arms)}
+{chr(10).join(rows)}
+
+![Rows: {first}what the arms of the table drew, in their order](guidance_{loss.lower()}.jpg)
+""")
+    return f"""# What lookahead guidance does on the mini world
+
+Written by `make evaluate ARGS=--guidance`: {count} triples of a held-out person, a prompt and a seed for each loss,
+{STEPS} steps ({SAMPLER}, {SCHEDULER}) at CFG {CFG:g} in the real ComfyUI, guided once with the node's default values.
+95 % intervals by drawing triples; gains are paired. All arms start from the same noise and differ in the preview alone:
+lookahead is the LCM-LoRA's one-step preview, plain x0 what the base itself predicts. *Earlier* is after two of the
+steps, the others after six, as in the paper. Nobody who measures took part in a loss. *Fine detail* is the mean size
+of the Laplacian: it shows noise and artefacts (more) and blur (less).
+
+{chr(10).join(parts)}"""
+
+
+def sheet(drawn: dict[str, Any], path: Path, columns: int = 12) -> None:
+    """A row an arm; the triples are spread over all batches."""
+    import torch
+    from PIL import Image
+
+    count = len(drawn[NONE])
+    chosen = torch.linspace(0, count - 1, min(columns, count)).long()
+    rows = [torch.cat(list(pictures[chosen]), 2) for pictures in drawn.values()]
+    grid = (torch.cat(rows, 1).permute(1, 2, 0) * 255).round().byte().numpy()
+    Image.fromarray(grid).save(path, quality=88)
+
+
+def evaluate(count: int, out: Path, losses: Sequence[str] = LOSSES) -> int:
+    """Draw, measure and write: guidance.md, .json and the pictures, into `out`."""
+    figures = {}
+    out.mkdir(parents=True, exist_ok=True)
+    for loss in losses:
+        references, drawn = draw(loss, IDENTITY_ARMS if loss == IDENTITY else ARMS, count)
+        together = BATCH if loss == CLIP else 1  # the pictures of a batch share the words that steer them
+        figures[loss] = intervals(measure(loss, references, drawn), together)
+        shown = drawn if loss == CLIP else {"reference": references, **drawn}  # words have no picture
+        sheet(shown, out / f"guidance_{loss.lower()}.jpg")
+    plain = {
+        loss: {arm: {k: list(v) for k, v in f.items()} for arm, f in arms.items()} for loss, arms in figures.items()
+    }
+    (out / "guidance.json").write_text(json.dumps(plain, indent=1) + "\n")
+    text = page(figures, count)
+    (out / "guidance.md").write_text(text)
+    print(text)
+    return 0

@@ -1,0 +1,1 @@
+"""The drawn world: faces, styles, places, and pictures of them."""

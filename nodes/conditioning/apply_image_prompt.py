@@ -1,0 +1,131 @@
+"""The node that lets a reference act as image prompt."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..reference.encoder import Encoder
+from ..schema import schema
+from ..sockets import REFERENCE, Reference
+from .cross_attention import ImagePrompt
+from .rows import When
+from .unet_blocks import CrossAttention, cross_attentions
+from .wrappers import add_image_prompt
+
+
+class LookaheadApplyImagePrompt(io.ComfyNode):
+    """MODEL, REFERENCE -> MODEL whose cross-attentions also read the reference."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LookaheadApplyImagePrompt",
+            display_name="Apply Lookahead Image Prompt",
+            category="lookahead/reference",
+            description="Makes an SDXL model draw who is in the reference (IP-Adapter's image prompt). Several of "
+            "these in a row add up; give each a mask to place several people.",
+            search_aliases=["ip-adapter", "ipadapter apply", "image prompt", "face", "identity", "reference"],
+            inputs=[
+                io.Model.Input("model", tooltip="An SDXL model; LoRAs and other patches may come before or after."),
+                REFERENCE.Input("reference", tooltip="From Encode Lookahead Reference."),
+                io.Float.Input(
+                    "weight",
+                    default=1.0,
+                    min=0.0,
+                    max=3.0,
+                    step=0.05,
+                    tooltip="How strongly the reference acts; 0 is exactly the model without this node. Lower it when "
+                    "the picture follows the reference more than the prompt.",
+                ),
+                io.Float.Input(
+                    "start",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Where in the sampling it begins to act: 0 at the first step. A later start leaves the "
+                    "layout of the picture to the prompt.",
+                ),
+                io.Float.Input(
+                    "end",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Where in the sampling it ceases to act: 1 after the last step.",
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="Where in the picture it acts (white), stretched over the picture. One mask for all images "
+                    "of a batch, or several in turn.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output("MODEL", display_name="model", tooltip="The model with the image prompt applied."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        reference: Reference,
+        weight: float = 1.0,
+        start: float = 0.0,
+        end: float = 1.0,
+        mask: Tensor | None = None,
+    ) -> io.NodeOutput:
+        if start > end:
+            raise ValueError(f"The start ({start}) is later than the end ({end}): set an end that is not before it.")
+        attentions = cross_attentions(model)
+        if any(subject.keys_values is None for subject in reference.subjects):
+            raise ValueError(
+                "The reference was read without an encoder, which the image prompt needs: connect encoder and "
+                "clip_vision at Encode Lookahead Reference."
+            )
+        layouts = [key_layout(subject.encoder, attentions) for subject in reference.subjects]
+        if mask is not None and not (mask > 0).any():
+            logging.warning(
+                "[LCM-Lookahead] the mask of an image prompt is empty, so it acts nowhere: leave it open, or invert it."
+            )
+        if weight != 0:
+            for subject, layout in zip(reference.subjects, layouts, strict=True):
+                prompt = ImagePrompt(
+                    keys_values=subject.keys_values,
+                    null_keys_values=subject.null_keys_values,
+                    layout=layout,
+                    weight=torch.tensor(weight, dtype=torch.float32),
+                    when=When(start, end),
+                    mask=None if mask is None else mask.reshape(-1, *mask.shape[-2:]).float().clamp(0, 1),
+                )
+                model = add_image_prompt(model, prompt)
+        return io.NodeOutput(model)
+
+
+def key_layout(encoder: Encoder, attentions: list[CrossAttention]) -> dict[tuple[str, int, int], tuple[int, int]]:
+    """For each cross-attention of a model where its keys begin in the encoder's packed channels, and their width.
+
+    Raises ValueError, one sentence, where the encoder was made for a model of another layout.
+    """
+    widths = tuple(attention.width for attention in attentions)
+    contexts = {attention.context_width for attention in attentions}
+    if widths != encoder.widths or contexts != {encoder.sizes.context_width}:
+        raise ValueError(
+            f"{encoder.name} was made for another base model: it has {len(encoder.widths)} cross-attentions of widths "
+            f"{_set(encoder.widths)} and a text width of {encoder.sizes.context_width}, and this MODEL has "
+            f"{len(widths)} of widths {_set(widths)} and {_set(contexts)}: use the encoder made for this model."
+        )
+    layout, offset = {}, 0
+    for attention in attentions:
+        layout[attention.key] = (offset, attention.width)
+        offset += 2 * attention.width
+    return layout
+
+
+def _set(numbers) -> str:
+    return "/".join(str(n) for n in sorted(set(numbers)))

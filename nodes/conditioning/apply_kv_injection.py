@@ -1,0 +1,206 @@
+"""The node that lets a reference act through the self-attentions (reference KV)."""
+
+from __future__ import annotations
+
+import logging
+
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..schema import schema
+from ..sockets import REFERENCE, Reference, Subject
+from .rows import When
+from .self_attention import FIXED, SHARED, KVBlock, KVInjection
+from .unet_blocks import self_attentions
+from .wrappers import add_kv_injection
+
+ALL, COARSE, FINE, UP, MIDDLE_UP = "all", "coarse", "fine", "up", "middle and up"
+
+
+class LookaheadApplyKVInjection(io.ComfyNode):
+    """MODEL, REFERENCE -> MODEL whose self-attentions also read the reference."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LookaheadApplyKVInjection",
+            display_name="Apply Lookahead KV Injection",
+            category="lookahead/reference",
+            description="Runs the reference through the same SDXL model at every step and lets the picture's "
+            "self-attention read what the model sees there: fine detail of the face, and some of the reference's look. "
+            "Works without training, better with an encoder trained for it. Use it with the Lookahead Guider.",
+            search_aliases=["reference only", "kv injection", "shared attention", "reference attention", "face"],
+            inputs=[
+                io.Model.Input("model", tooltip="An SDXL model; LoRAs and other patches may come before or after."),
+                REFERENCE.Input(
+                    "reference", tooltip="From Encode Lookahead Reference, with its vae and clip connected."
+                ),
+                io.Float.Input(
+                    "weight",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    tooltip="How far self-attention moves from the picture alone (0, exactly the model without this "
+                    "node) to picture and reference together (1). Between them each step takes a little longer.",
+                ),
+                io.Float.Input(
+                    "start",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Where in the sampling it begins to act: 0 at the first step. A later start leaves layout "
+                    "and style to the prompt.",
+                ),
+                io.Float.Input(
+                    "end",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Where in the sampling it ceases to act: 1 after the last step.",
+                ),
+                io.Combo.Input(
+                    "blocks",
+                    options=[ALL, COARSE, FINE, UP, MIDDLE_UP],
+                    default=ALL,
+                    tooltip="Which self-attentions read the reference: all 70, the coarse ones (deepest level: who it "
+                    "is and the layout), the fine ones (the other levels: texture, detail), those of the decoder half "
+                    "(up), or these with the middle block. Fewer are faster and take less memory.",
+                ),
+                io.Combo.Input(
+                    "noise",
+                    options=[SHARED, FIXED],
+                    default=SHARED,
+                    tooltip="What the reference is noised with: the picture's own noise, as in training (where the "
+                    "sizes agree, else the picture's seed), or always the same noise. With fixed noise it is "
+                    "read once for all pictures of a batch and for all seeds.",
+                ),
+                io.Int.Input(
+                    "noise_seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=io.ControlAfterGenerate.fixed,
+                    tooltip="Seed of the fixed noise; not used with shared noise.",
+                ),
+                io.Float.Input(
+                    "cache_gb",
+                    default=2.0,
+                    min=0.0,
+                    max=1024.0,
+                    step=0.5,
+                    tooltip="How many gigabytes of main memory may keep what the reference gave, for the next run with "
+                    "the same reference, noise and steps. A step at 1024x1024 takes 0.84 GB in 16 bit. 0 keeps none.",
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="Where in the picture the reference is read (white), stretched over the picture. One mask "
+                    "for all images of a batch, or several in turn.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output("MODEL", display_name="model", tooltip="The model with the KV injection applied."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        reference: Reference,
+        weight: float = 1.0,
+        start: float = 0.0,
+        end: float = 1.0,
+        blocks: str = ALL,
+        noise: str = SHARED,
+        noise_seed: int = 0,
+        cache_gb: float = 2.0,
+        mask: Tensor | None = None,
+    ) -> io.NodeOutput:
+        if start > end:
+            raise ValueError(f"The start ({start}) is later than the end ({end}): set an end that is not before it.")
+        everything = self_attentions(model)
+        chosen = choose_blocks(everything, blocks)
+        for subject in reference.subjects:
+            check_subject(subject, everything)
+        if mask is not None and not (mask > 0).any():
+            logging.warning(
+                "[LCM-Lookahead] the mask of a KV injection is empty, so it acts nowhere: leave it open, or invert it."
+            )
+        if weight != 0:
+            for subject in reference.subjects:
+                injection = KVInjection(
+                    subject=subject,
+                    blocks=chosen,
+                    all_blocks=tuple(everything),
+                    weight=weight,
+                    noise=noise,
+                    noise_seed=noise_seed,
+                    cache_bytes=int(cache_gb * 2**30),
+                    network=None if subject.encoder is None else subject.encoder.kv,
+                    mask=None if mask is None else mask.reshape(-1, *mask.shape[-2:]).float().clamp(0, 1),
+                    when=When(start, end),
+                )
+                model = add_kv_injection(model, injection)
+        return io.NodeOutput(model)
+
+
+def choose_blocks(blocks: list[KVBlock], name: str) -> tuple[KVBlock, ...]:
+    """The self-attentions that a choice of the node means, in the order in which the host runs them."""
+    deepest = max(block.level for block in blocks)
+    chosen = {
+        ALL: lambda block: True,
+        COARSE: lambda block: block.level == deepest,
+        FINE: lambda block: block.level < deepest,
+        UP: lambda block: block.key[0] == "output",
+        MIDDLE_UP: lambda block: block.key[0] != "input",
+    }[name]
+    return tuple(block for block in blocks if chosen(block))
+
+
+def check_subject(subject: Subject, blocks: list[KVBlock]) -> None:
+    """Raise ValueError, one sentence, where a reference lacks what KV injection needs or is of another base model."""
+    if subject.latents is None:
+        raise ValueError(
+            "The reference was read without a VAE, which KV injection needs: connect vae at Encode Lookahead Reference."
+        )
+    if subject.kv_prompt is None:
+        raise ValueError(
+            "The reference has no prompt of its own, which KV injection needs: connect clip (or conditioning) at "
+            "Encode Lookahead Reference."
+        )
+    channels = subject.latents.shape[1]
+    if subject.latents.ndim != 4 or channels != 4:
+        raise ValueError(
+            f"The reference's latents have {channels} channels, and SDXL has 4: connect the VAE of the SDXL checkpoint."
+        )
+    text, values = subject.kv_prompt[0]
+    context_width = blocks[0].context_width
+    if text.shape[-1] != context_width or values.get("pooled_output") is None:
+        raise ValueError(
+            f"The reference's own prompt has text of width {text.shape[-1]}, and this MODEL reads {context_width} with "
+            "a pooled output: connect the CLIP of the SDXL checkpoint at Encode Lookahead Reference."
+        )
+    if subject.encoder is not None and subject.encoder.kv is not None:
+        check_kv_encoder(subject.encoder.name, subject.encoder.kv.model.widths, blocks)
+
+
+def check_kv_encoder(name: str, widths: dict[str, tuple[int, int]], blocks: list[KVBlock]) -> None:
+    """Raise ValueError, one sentence, where a KV encoder's layers, name -> (in, out), are not those of a model."""
+    paths = {layer: layer.split(".", 1)[1].partition(".attn")[0] for layer in widths}
+    known = {block.path: block for block in blocks}
+
+    def fits(layer: str) -> bool:
+        block = known.get(paths[layer])
+        reads_text = layer.endswith(("attn2.to_k", "attn2.to_v"))
+        return block is not None and widths[layer] == (block.context_width if reads_text else block.width, block.width)
+
+    wrong = [layer for layer in widths if not fits(layer)] + sorted(known.keys() - paths.values())
+    if wrong:
+        raise ValueError(
+            f"{name} was made for another base model: its KV encoder does not fit this MODEL, which has {len(blocks)} "
+            f"self-attentions, at {wrong[0]}: use the encoder made for this model."
+        )

@@ -1,0 +1,163 @@
+"""The node for guidance with three scales: text, text with reference KV, reference KV alone."""
+
+from __future__ import annotations
+
+import math
+import uuid
+from typing import Any
+
+import comfy.samplers
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ...lookahead.method.guidance import three_scale_guidance
+from ..schema import schema
+from .wrappers import ours, without_kv
+
+AS_SET = "as set below"
+PRESETS = {  # text, full, kv
+    AS_SET: None,
+    "paper": (3.0, 2.0, 2.0),
+    "more likeness": (2.0, 4.0, 2.0),
+    "more prompt": (4.0, 1.5, 0.5),
+    "faster": (3.0, 3.0, 0.0),
+    "without KV": (5.0, 0.0, 0.0),
+}
+
+
+class ThreeScaleGuider(comfy.samplers.CFGGuider):
+    """Guidance over text, image prompt and reference KV; the host calls `predict_noise` once a model call.
+
+    Where no reference KV acts it is plain classifier-free guidance at text + full (at text, when both other scales are
+    0: nothing is then asked of the KV).
+    """
+
+    def set_scales(self, text: float, full: float, kv: float) -> None:
+        self.text, self.full, self.kv = text, full, kv
+        self.cfg = text + full  # what nodes see that ask for the scale
+
+    def predict_noise(
+        self, x: Tensor, timestep: Tensor, model_options: dict[str, Any] | None = None, seed=None
+    ) -> Tensor:
+        options = model_options or {}
+        positive, negative = self.conds.get("positive"), self.conds.get("negative")
+        if "sampler_cfg_function" in options:
+            raise ValueError(
+                "Another node replaces the guidance (a sampler CFG function, such as RescaleCFG or the old Perp-Neg), "
+                "and the Lookahead Guider has its own: remove that node, or use CFGGuider."
+            )
+        call = ours(options).get("call")
+        if call is None or not call.passes or (self.full == 0 and self.kv == 0):
+            unread = {"positive": positive, "negative": negative}
+            return comfy.samplers.sampling_function(
+                self.inner_model, x, timestep, negative, positive, self.cfg, without_kv(options, unread), seed=seed
+            )
+        # Nodes that keep something for each condition know it by its uuid, so the passes must differ in it.
+        apart = {"positive": _renamed(positive), "negative": _renamed(negative)}
+        total = self.text + self.full + self.kv
+        alone = math.isclose(total, 1.0) and not options.get("disable_cfg1_optimization", False)
+        unconditional = None if alone else apart["negative"]
+        text = apart["positive"] if self.text else None
+        e_nt = e_nu = torch.zeros_like(x)  # as the host has it for what is not evaluated
+        if text is not None or unconditional is not None:
+            e_nt, e_nu = self._evaluate([text, unconditional], x, timestep, without_kv(options, apart))
+        conds = [positive if self.full else None, negative if self.kv else None]
+        e_ft, e_fu = self._evaluate(conds, x, timestep, options)
+        cond = e_ft if self.full else e_nt if self.text else e_nu  # the last: only the reference guides
+        out = [cond, e_nu]
+        shown = [positive, None if alone else negative]
+        common = {"timestep": timestep, "input": x, "sigma": timestep, "model": self.inner_model}
+        for function in options.get("sampler_pre_cfg_function", []):
+            arguments = {"conds": shown, "conds_out": out, "cond_scale": self.cfg, "model_options": options, **common}
+            out = function(arguments)
+        cond, e_nu = out[0], out[1]
+        if self.full:
+            e_ft = cond
+        else:
+            e_nt = cond
+        result = three_scale_guidance(e_nu, e_nt, e_fu, e_ft, self.text, self.full, self.kv)
+        for function in options.get("sampler_post_cfg_function", []):
+            arguments = {
+                "denoised": result,
+                "cond": positive,
+                "uncond": shown[1],
+                "cond_scale": self.cfg,
+                "cond_denoised": cond,
+                "uncond_denoised": e_nu,
+                "model_options": options,
+                **common,
+            }
+            result = function(arguments)
+        return result
+
+    def _evaluate(self, conds: list, x: Tensor, timestep: Tensor, options: dict[str, Any]) -> list[Tensor]:
+        if "sampler_calc_cond_batch_function" in options:
+            arguments = {"conds": conds, "input": x, "sigma": timestep, "model": self.inner_model}
+            return options["sampler_calc_cond_batch_function"]({**arguments, "model_options": options})
+        return comfy.samplers.calc_cond_batch(self.inner_model, conds, x, timestep, options)
+
+
+def _renamed(conds: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+    """Copies of conditions under other names, the same in every step of a run."""
+    return None if conds is None else [{**c, "uuid": uuid.uuid5(c["uuid"], "without KV")} for c in conds]
+
+
+class LookaheadGuider(io.ComfyNode):
+    """MODEL, CONDITIONING, CONDITIONING -> GUIDER."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        def scale(name: str, default: float, tooltip: str) -> io.Float.Input:
+            return io.Float.Input(name, default=default, min=0.0, max=30.0, step=0.1, round=0.01, tooltip=tooltip)
+
+        return schema(
+            node_id="LookaheadGuider",
+            display_name="Lookahead Guider",
+            category="lookahead/sampling",
+            description="Guidance with three scales, for SamplerCustomAdvanced: how much the prompt counts without and "
+            "with the KV injection, and how much the KV injection itself. Without a KV injection it is the usual "
+            "guidance at text + full.",
+            search_aliases=["cfg guider", "guidance", "three scale", "kv guidance"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model, with KV injection and image prompt applied."),
+                io.Conditioning.Input("positive", tooltip="What the picture should show."),
+                io.Conditioning.Input("negative", tooltip="What it should not show."),
+                scale(
+                    "text",
+                    3.0,
+                    "How much prompt and image prompt count, without the KV injection: raise it when the picture "
+                    "ignores the prompt's style. 0 saves one evaluation a step.",
+                ),
+                scale(
+                    "full",
+                    2.0,
+                    "How much prompt and image prompt count together with the KV injection: raise it for likeness. 0 "
+                    "saves one evaluation a step.",
+                ),
+                scale(
+                    "kv",
+                    2.0,
+                    "How much the KV injection counts without any prompt: raise it to bring in the reference as it is, "
+                    "lower it for freedom. 0 saves one evaluation and half of the reference pass a step.",
+                ),
+                io.Combo.Input(
+                    "preset",
+                    options=list(PRESETS),
+                    default=AS_SET,
+                    optional=True,
+                    tooltip="Known good scales (text, full, kv), in place of those above: paper 3, 2, 2; more likeness "
+                    "2, 4, 2; more prompt 4, 1.5, 0.5; faster 3, 3, 0; without KV 5, 0, 0.",
+                ),
+            ],
+            outputs=[io.Guider.Output("GUIDER", display_name="guider", tooltip="For SamplerCustomAdvanced.")],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, positive, negative, text: float = 3.0, full: float = 2.0, kv: float = 2.0, preset: str = AS_SET
+    ) -> io.NodeOutput:
+        guider = ThreeScaleGuider(model)
+        guider.set_conds(positive, negative)
+        guider.set_scales(*(PRESETS[preset] or (text, full, kv)))
+        return io.NodeOutput(guider)

@@ -1,0 +1,267 @@
+"""The reference pass: the host's own UNet, run once more over the noised reference, exports keys and values.
+
+LCM-Lookahead (arXiv 2404.03620), section 4.3. One UNet in memory: what makes it the KV encoder are low-rank changes
+that are added beside its projections while it runs, with model options that hold nothing else: no patches of the
+picture, no ControlNet, no image prompt. The pass ends in the last block that exports.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, Any
+from weakref import ref
+
+import comfy.sampler_helpers
+import comfy.samplers
+import torch
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from ...lookahead.method.attention import mask_on_tokens
+from ..reference.kv_cache import KeysValues, Rows
+from .cross_attention import BlockKey, host_attention
+from .self_attention import SHARED, KVBlock, KVInjection
+
+if TYPE_CHECKING:
+    from comfy.model_base import BaseModel
+    from comfy.model_patcher import ModelPatcher
+
+_KEY = "lookahead_reference_pass"
+_INPUT, _OUTPUT = "lookahead_input", "lookahead_output"  # what one block passes to itself, in its own extra_options
+
+
+class _LastExport(Exception):
+    """Everything is exported: the rest of the UNet need not run."""
+
+
+class ReferencePass:
+    """Keys and values of one KV injection in one run.
+
+    noise: that of the run, [images, 4, h, w] on the CPU; seed: the guider's; evaluations: how many were made in this
+    run, 0 when all came from the cache.
+    """
+
+    def __init__(self, injection: KVInjection, patcher: ModelPatcher, noise: Tensor, seed: int):
+        self.injection, self.evaluations, self._patcher = injection, 0, patcher
+        latents = injection.subject.latents
+        fits = noise.ndim == 4 and noise.shape[-2:] == latents.shape[-2:] and bool(noise.any())
+        if injection.noise == SHARED and fits:
+            self._noise = noise.float().cpu()
+        else:
+            generator = torch.Generator().manual_seed(seed if injection.noise == SHARED else injection.noise_seed)
+            self._noise = torch.randn(1, *latents.shape[1:], generator=generator)
+        # How many images read something of their own; the others read the same in turn.
+        self._images = max(len(self._noise), min(len(latents), len(noise)) if injection.subject.one_each else 1)
+        self._signature: tuple | None = None
+        self._now: tuple[float, KeysValues] = (-1.0, {})
+        self._conds: dict[bool, list[dict[str, Any]]] = {}
+        self._under_masks: dict[tuple[int, int], list[Tensor]] | None = None
+        self._levels: dict[float, bool] = {}  # by sigma, whether everything is kept or was
+
+    def keys_values(
+        self, model: BaseModel, timestep: Tensor, roles: set[bool], current: Collection[tuple] = ()
+    ) -> KeysValues:
+        """Keys and values at this noise level for the roles asked for: from this step, the cache, or a pass.
+
+        current: signatures of all that goes on in this run, which never make way in the cache.
+        """
+        sigma = float(timestep.flatten()[0])
+        if self._now[0] != sigma:
+            self._now = (sigma, {})
+        known = self._now[1]
+        run = self.signature(model)
+        cache = self.injection.subject.cache
+        self._levels.setdefault(sigma, True)
+        for role in roles - known.keys():
+            rows = cache.get(run, (sigma, role))
+            if rows is not None:
+                known[role] = rows
+        missing = sorted(roles - known.keys(), reverse=True)
+        if missing:
+            self.evaluations += 1
+            found = dict(zip(missing, self._evaluate(model, timestep[:1], sigma, missing), strict=True))
+            known.update(found)
+            if not cache.put(run, sigma, found, self.injection.cache_bytes, current):
+                self._levels[sigma] = False
+        return {role: known[role] for role in roles}
+
+    def signature(self, model: BaseModel) -> tuple:
+        """All that the exported keys and values depend on, beside what the reference itself holds."""
+        if self._signature is None:
+            sampling, i = model.model_sampling, self.injection
+            digest = hashlib.sha256(self._noise.numpy().tobytes())
+            digest.update(sampling.sigmas.float().cpu().numpy().tobytes())
+            injected = [x for group in getattr(self._patcher, "injections", {}).values() for x in group]
+            blocks = tuple(b.key for b in i.blocks)
+            precision = model.get_dtype_inference(), str(self._patcher.load_device), type(sampling).__mro__
+            base = ref(model), self._patcher.patches_uuid, *injected
+            self._signature = (digest.hexdigest(), self._images, blocks, precision, base)
+        return self._signature
+
+    def _evaluate(self, model: BaseModel, timestep: Tensor, sigma: float, roles: list[bool]) -> list[Rows]:
+        subject, device = self.injection.subject, timestep.device
+        latents = model.process_latent_in(subject.latents.to(device, torch.float32))
+        noise = self._noise.to(device)
+        pictures = len(latents)
+        if subject.one_each:  # image i reads picture i
+            turn = torch.arange(self._images, device=device)
+            x = latents[turn % pictures] + sigma * noise[turn % len(noise)]
+        else:  # every image reads all pictures: these are neighbours among the rows
+            x = (latents[None] + sigma * noise[:, None]).flatten(0, 1)
+        export = _Export(self.injection, 1 if subject.one_each else pictures, self._tokens_under_masks(device))
+        conds = [self._condition(model, role, x, device) for role in roles]
+        comfy.samplers.calc_cond_batch(model, conds, x, timestep.expand(len(x)), export.model_options())
+        return [export.rows[index] for index in range(len(roles))]
+
+    def _condition(self, model: BaseModel, conditional: bool, x: Tensor, device: torch.device) -> list[dict[str, Any]]:
+        """The reference's own prompt, or nothing (zeros), built as the host builds conditions, at its own size."""
+        if conditional not in self._conds:
+            text, values = self.injection.subject.kv_prompt[0]
+            pooled = values.get("pooled_output")
+            if not conditional:
+                text, pooled = torch.zeros_like(text), None if pooled is None else torch.zeros_like(pooled)
+            height, width = (8 * n for n in x.shape[-2:])
+            values = {"width": width, "height": height} | ({} if pooled is None else {"pooled_output": pooled})
+            conds = comfy.sampler_helpers.convert_cond([[text, values]])
+            kind = "positive" if conditional else "negative"
+            # An inpainting UNet looks for a latent picture, and without a mask takes it for one to be painted anew.
+            self._conds[conditional] = comfy.samplers.encode_model_conds(
+                model.extra_conds, conds, x, device, kind, latent_image=x
+            )
+        return self._conds[conditional]
+
+    def _tokens_under_masks(self, device: torch.device) -> dict[tuple[int, int], list[Tensor]]:
+        """By grid, for each picture the numbers of the tokens under its mask (at least the most covered); empty without
+        masks. Found before the pass, since that asks for values of tensors."""
+        masks = self.injection.subject.mask
+        if self._under_masks is None:
+            self._under_masks = {}
+            for level in {block.level for block in self.injection.blocks} if masks is not None else ():
+                grid = self.injection.grid(level)
+                covered = mask_on_tokens(masks.float().cpu(), *grid).squeeze(-1)
+                enough = (covered > 0.5) | (covered == covered.amax(1, keepdim=True))
+                self._under_masks[grid] = [row.nonzero().squeeze(1).to(device) for row in enough]
+        return self._under_masks
+
+    def summary(self) -> str | None:
+        """What to tell of the cache after a run: nothing where all was kept, or came from it, or should not be kept."""
+        held, bound = sum(self._levels.values()), self.injection.cache_bytes
+        if held == len(self._levels) or bound == 0:
+            return None
+        return (
+            f"the reference KV of {held} of {len(self._levels)} noise levels fits into the cache of "
+            f"{bound / 2**30:.3g} GB: the others are computed again in every run (a larger cache_gb or fewer blocks "
+            "would change that)."
+        )
+
+
+class _Export:
+    """The patches of one reference pass and what they collect, by index of the condition list. Lives as long as it.
+
+    together: how many rows of the pass (pictures of one subject) are read by one image; under_masks: by grid, for each
+    picture the numbers of the tokens that are exported, empty for all.
+    """
+
+    def __init__(self, injection: KVInjection, together: int, under_masks: dict[tuple[int, int], list[Tensor]]):
+        self.rows: dict[int, Rows] = {}
+        self._injection, self._network = injection, injection.low_rank
+        self._exported = {block.key for block in injection.blocks}
+        self._last = injection.blocks[-1].key
+        self._together, self._under_masks = together, under_masks
+
+    def model_options(self) -> dict[str, Any]:
+        """Fresh model options: nothing of the picture's or of other nodes is in them."""
+        options: dict[str, Any] = {"wrappers": {WrappersMP.APPLY_MODEL: {_KEY: [_until_last_export]}}}
+        if self._network is None:
+            attn1 = {block.key: self._self_attention(block) for block in self._injection.blocks}
+            options["patches_replace"] = {"attn1": attn1}
+        else:  # blocks that export nothing are tuned as well, since later ones read what they put out
+            everything = self._injection.all_blocks
+            options["patches_replace"] = {
+                "attn1": {block.key: self._self_attention(block) for block in everything},
+                "attn2": {block.key: self._cross_attention(block) for block in everything},
+            }
+            paths = {block.key: block.path for block in everything}
+            options["patches"] = {
+                f"{attention}_{kind}": [make(attention, paths)]
+                for attention in ("attn1", "attn2")
+                for kind, make in (("patch", self._note_input), ("output_patch", self._change_output))
+            }
+        return {"transformer_options": options}
+
+    def _self_attention(self, block: KVBlock) -> Callable:
+        def replacement(q, k, v, extra):
+            k_out, v_out = k, v  # exported from the base's own projections, not from the tuned ones
+            if self._network is not None:
+                seen, _ = extra[_INPUT]
+                k_out = self._changed(k, "kv_export", block.path, "attn1.to_k", seen)
+                v_out = self._changed(v, "kv_export", block.path, "attn1.to_v", seen)
+                q, k, v = self._tuned(q, k, v, block.path, "attn1", extra)
+            if block.key in self._exported:
+                self._export(block.key, k_out, v_out, extra)
+            return self._attend(q, k, v, extra)
+
+        return replacement
+
+    def _cross_attention(self, block: KVBlock) -> Callable:
+        def replacement(q, k, v, extra):
+            return self._attend(*self._tuned(q, k, v, block.path, "attn2", extra), extra)
+
+        return replacement
+
+    def _changed(self, projected: Tensor, half: str, path: str, projection: str, seen: Tensor) -> Tensor:
+        change = self._network.change(half, path, projection)
+        return projected if change is None else projected + change(seen)
+
+    def _tuned(self, q: Tensor, k: Tensor, v: Tensor, path: str, attention: str, extra: dict[str, Any]):
+        seen, context = extra[_INPUT]
+        q = self._changed(q, "kv_encoder", path, f"{attention}.to_q", seen)
+        k = self._changed(k, "kv_encoder", path, f"{attention}.to_k", context)
+        v = self._changed(v, "kv_encoder", path, f"{attention}.to_v", context)
+        return q, k, v
+
+    @staticmethod
+    def _attend(q: Tensor, k: Tensor, v: Tensor, extra: dict[str, Any]) -> Tensor:
+        out = extra[_OUTPUT] = host_attention(extra)(q, k, v, extra["n_heads"])
+        return out
+
+    @staticmethod
+    def _note_input(attention: str, paths: dict[BlockKey, str]) -> Callable:
+        """What the projections read: the low-rank changes read the same."""
+
+        def patch(n, context, value, extra):
+            extra[_INPUT] = (n, context)
+            return n, context, value
+
+        return patch
+
+    def _change_output(self, attention: str, paths: dict[BlockKey, str]) -> Callable:
+        def patch(n, extra):
+            key = (*extra["block"], extra["block_index"])
+            return self._changed(n, "kv_encoder", paths[key], f"{attention}.to_out.0", extra.pop(_OUTPUT))
+
+        return patch
+
+    def _export(self, key: BlockKey, k: Tensor, v: Tensor, extra: dict[str, Any]) -> None:
+        chunks = extra.get("cond_or_uncond") or [0]
+        kept = self._under_masks[tuple(extra["activations_shape"][-2:])] if self._under_masks else []
+        for index, k_part, v_part in zip(chunks, k.chunk(len(chunks)), v.chunk(len(chunks)), strict=True):
+            pairs = list(zip(k_part, v_part, strict=True))
+            if kept:
+                pairs = [(k[kept[n % len(kept)]], v[kept[n % len(kept)]]) for n, (k, v) in enumerate(pairs)]
+            if self._together > 1:
+                groups = [pairs[at : at + self._together] for at in range(0, len(pairs), self._together)]
+                pairs = [tuple(torch.cat(parts) for parts in zip(*group, strict=True)) for group in groups]
+            self.rows.setdefault(index, {})[key] = pairs
+        if key == self._last:
+            raise _LastExport
+
+
+def _until_last_export(executor, x, *args, **kwargs):
+    """The pass ends where everything is exported; nobody reads its prediction."""
+    try:
+        executor(x, *args, **kwargs)
+    except _LastExport:
+        pass
+    return torch.zeros_like(x)

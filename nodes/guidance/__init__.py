@@ -1,0 +1,1 @@
+"""Lookahead guidance: preview, loss, gradient, moved noise."""

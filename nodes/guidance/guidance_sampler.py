@@ -1,0 +1,398 @@
+"""The node that wraps a SAMPLER with lookahead guidance."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+from typing import Any
+
+import comfy.samplers
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ...lookahead.method.guidance import RAW, RELATIVE, UNIT_RMS, Optimisation
+from ...lookahead.method.schedule import chosen_steps
+from ..schema import schema
+from ..sockets import GUIDANCE_REPORT, LOSS, SHORTCUT, GuidanceReport, LookaheadLoss, Shortcut
+from .guidance_report import keep
+from .guided_run import ALWAYS, AUTO, JITTER, NEVER, Guidance, GuidedRun
+from .preview import Call
+from .sampler_steps import Step, guided_steps
+
+_NOTHING = "[LCM-Lookahead] no step of this run is guided: it ends at noise level %.3g, before start (%.3g)."
+
+
+def guided(sampler: Any, guidance: Guidance, report: GuidanceReport) -> Any:
+    """A SAMPLER that runs `sampler` with lookahead guidance.
+
+    One of the host's KSAMPLER kind keeps its class and its function, which is guided from within; of any other kind the
+    schedule is split at the guided steps.
+    """
+    if hasattr(sampler, "lookahead"):
+        raise ValueError(
+            "The sampler comes from another Lookahead Guidance Sampler, and one of them guides a run: connect "
+            "KSamplerSelect here; for several losses there is Combine Lookahead Losses, for several steps guided_steps."
+        )
+    own_sample = type(sampler).sample is comfy.samplers.KSAMPLER.sample
+    if isinstance(sampler, comfy.samplers.KSAMPLER) and own_sample:
+        out = copy.copy(sampler)
+        out.__class__ = _guided_class(type(sampler))
+        out.sampler_function = _refused(sampler.sampler_function)
+        out.lookahead = guidance, report
+        return out
+    return SplitSampler(sampler, guidance, report)
+
+
+def _refused(function: Any) -> Any:
+    """In the place of a guided sampler's function: who calls that by itself would draw without guidance."""
+
+    @functools.wraps(function)
+    def sample(*_: Any, **__: Any) -> Tensor:
+        raise ValueError(
+            "Another node runs the function of the sampler of Lookahead Guidance Sampler, which leaves the guidance "
+            "out: connect that node's sampler to Lookahead Guidance Sampler, not the other way round."
+        )
+
+    return sample
+
+
+@functools.cache
+def _guided_class(base: type) -> type:
+    """A subclass whose runs are guided; nodes that look for the class of a sampler find the one they know."""
+
+    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, *args, **kwargs):
+        guidance, report = self.lookahead
+        run = GuidedRun(guidance, model_wrap, noise, latent_image, extra_args.get("seed"))
+        plain = copy.copy(self)
+        plain.__class__ = base
+        plain.sampler_function = _guided_function(self.sampler_function.__wrapped__, run)
+        try:
+            run.load()
+            samples = plain.sample(model_wrap, sigmas, extra_args, callback, noise, latent_image, *args, **kwargs)
+        finally:
+            run.close()
+        keep(report, model_wrap.inner_model.process_latent_out(samples.to(torch.float32)), run.report)
+        return samples
+
+    return type(f"Guided{base.__name__}", (base,), {"sample": sample})
+
+
+def _guided_function(function: Any, run: GuidedRun) -> Any:
+    @functools.wraps(function, updated=())
+    def sample(model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
+        guidance, total = run.guidance, len(sigmas) - 1
+        steps = []
+        if guidance.optimisation.iterations and total > 0:
+            steps = guided_steps(function, options, model, sigmas, run.start_sigma, guidance.steps)
+            if not steps:
+                logging.warning(_NOTHING, float(sigmas[-1]), run.start_sigma)
+        interceptor = Interceptor(model, run, {step.call: step for step in steps})
+
+        def show(info):
+            if callback is not None:
+                callback(info)
+            n = info["i"]
+            if guidance.live and n % guidance.live == 0 and n + 1 < total:
+                run.live(info["x"], interceptor.last, n, total)
+
+        return function(interceptor, x, sigmas, extra_args=extra_args, callback=show, disable=disable, **options)
+
+    return sample
+
+
+class Interceptor:
+    """In the place of what a sampler function calls: guides at the first call of a guided step, and passes it on."""
+
+    def __init__(self, model: Any, run: GuidedRun, steps: dict[int, Step]):
+        self.__dict__.update(_model=model, _run=run, _steps=steps, _calls=0, last=None)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__:
+            self.__dict__[name] = value
+        else:
+            setattr(self._model, name, value)
+
+    def __call__(self, x: Tensor, sigma: Tensor, **options: Any) -> Tensor:
+        self.last = Call(self._model, sigma, options)
+        step = self._steps.get(self._calls)
+        self._calls += 1
+        if step is not None:
+            self._run.guide(x, Call(self._model, sigma, options), step)
+        return self._model(x, sigma, **options)
+
+
+class SplitSampler(comfy.samplers.Sampler):
+    """Guides a Sampler of another kind between two runs of it; its history begins anew there."""
+
+    def __init__(self, sampler: Any, guidance: Guidance, report: GuidanceReport):
+        self._sampler, self.lookahead = sampler, (guidance, report)
+
+    def sample(
+        self,
+        model_wrap,
+        sigmas,
+        extra_args,
+        callback,
+        noise,
+        latent_image=None,
+        denoise_mask=None,
+        disable_pbar=False,
+    ):
+        if denoise_mask is not None:
+            raise ValueError(
+                f"The sampler {type(self._sampler).__name__} is of a kind that cannot be guided under an inpainting "
+                "mask: use a sampler of KSamplerSelect, or take the mask off."
+            )
+        guidance, report = self.lookahead
+        run = GuidedRun(guidance, model_wrap, noise, latent_image, extra_args.get("seed"))
+        sampling = model_wrap.inner_model.model_sampling
+        levels = sigmas.tolist()
+        steps = chosen_steps(levels[:-1], run.start_sigma, guidance.steps if guidance.optimisation.iterations else 0)
+        total = len(levels) - 1
+
+        def part(first: int, last: int, noise: Tensor, latent_image: Tensor | None) -> Tensor:
+            def told(step, denoised, x, _):
+                if callback is not None:
+                    callback(first + step, denoised, x, total)
+
+            return self._sampler.sample(
+                model_wrap, sigmas[first : last + 1], extra_args, told, noise, latent_image, None, disable_pbar
+            )
+
+        try:
+            run.load()
+            x, begin = None, 0
+            for n in steps:
+                if n > begin:
+                    x = part(
+                        begin, n, noise if x is None else torch.zeros_like(noise), latent_image if x is None else x
+                    )
+                elif x is None:
+                    at_most = self.max_denoise(model_wrap, sigmas)
+                    x = sampling.noise_scaling(sigmas[0], noise.clone(), latent_image, at_most)
+                sigma = sigmas[n].expand(len(x))
+                call = Call(model_wrap, sigma, {"model_options": extra_args["model_options"], "seed": run.seed})
+                x = x.clone()
+                run.guide(x, call, Step(n, n, levels[n], levels[n + 1]))
+                begin = n
+            if not steps and guidance.optimisation.iterations:
+                logging.warning(_NOTHING, levels[-1], run.start_sigma)
+            if x is None:
+                samples = part(0, total, noise, latent_image)
+            else:
+                samples = part(begin, total, torch.zeros_like(noise), x)
+        finally:
+            run.close()
+        keep(report, model_wrap.inner_model.process_latent_out(samples.to(torch.float32)), run.report)
+        return samples
+
+
+class LookaheadGuidanceSampler(io.ComfyNode):
+    """SAMPLER, SHORTCUT, LOSS -> SAMPLER."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        defaults = Optimisation()
+        return schema(
+            node_id="LookaheadGuidanceSampler",
+            display_name="Lookahead Guidance Sampler",
+            category="lookahead/sampling",
+            description="At an early step it looks ahead in one step, measures what the picture will be like, and "
+            "moves the picture's noise until that is closer to what you want: a face, a look, words. Then the "
+            "sampling goes on as usual. For SamplerCustomAdvanced.",
+            search_aliases=[
+                "gradient guidance",
+                "classifier guidance",
+                "identity",
+                "lcm lookahead",
+                "latent optimisation",
+            ],
+            inputs=[
+                io.Sampler.Input("sampler", tooltip="The sampler to guide, for example from KSamplerSelect."),
+                SHORTCUT.Input("shortcut", tooltip="How to look ahead, from Lookahead Shortcut."),
+                LOSS.Input("loss", tooltip="What to steer by: identity, CLIP, LPIPS, or several combined."),
+                io.Float.Input(
+                    "start",
+                    default=0.12,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Where in the sampling to guide: 0 is pure noise, 1 the finished picture. At 0.12 it is "
+                    "the paper's step (44 of 50 remain): the layout is decided, and the face is not.",
+                ),
+                io.Int.Input(
+                    "iterations",
+                    default=defaults.iterations,
+                    min=0,
+                    max=1000,
+                    tooltip="How often the noise is moved at a guided step. Each takes as long as two to five steps "
+                    "without guidance. 0 does not guide.",
+                ),
+                io.Float.Input(
+                    "step_size",
+                    default=defaults.step_size,
+                    min=0.0,
+                    max=1000.0,
+                    step=0.001,
+                    round=0.0001,
+                    tooltip="How far the noise is moved each time. Lower it when the picture gets noisy or odd, "
+                    "raise it when the loss hardly falls.",
+                ),
+                io.Int.Input(
+                    "guided_steps",
+                    default=1,
+                    min=1,
+                    max=1000,
+                    advanced=True,
+                    tooltip="How many steps in a row are guided, from start on.",
+                ),
+                io.Combo.Input(
+                    "normalisation",
+                    options=[RELATIVE, UNIT_RMS, RAW],
+                    default=defaults.normalisation,
+                    advanced=True,
+                    tooltip="What step_size is measured in: parts of the latent's own size (relative), 1 (unit rms), "
+                    "or the gradient as it is (raw), where weights of the loss count.",
+                ),
+                io.Float.Input(
+                    "momentum",
+                    default=defaults.momentum,
+                    min=0.0,
+                    max=0.99,
+                    step=0.01,
+                    advanced=True,
+                    tooltip="How much of the last move goes on. 0 follows each gradient alone.",
+                ),
+                io.Float.Input(
+                    "clamp",
+                    default=defaults.clamp,
+                    min=0.0,
+                    max=10.0,
+                    step=0.001,
+                    advanced=True,
+                    tooltip="The most that any number of the latent may move at once; 0 for no bound.",
+                ),
+                io.Boolean.Input(
+                    "keep_norm",
+                    default=defaults.keep_norm,
+                    advanced=True,
+                    tooltip="Keep the strength of the noise as it was. Off, pictures may get washed out or burnt.",
+                ),
+                io.Boolean.Input(
+                    "keep_best",
+                    default=defaults.keep_best,
+                    advanced=True,
+                    tooltip="Go on from the best of all iterations, else from the last one.",
+                ),
+                io.Float.Input(
+                    "preview_cfg",
+                    default=1.0,
+                    min=1.0,
+                    max=20.0,
+                    step=0.1,
+                    advanced=True,
+                    tooltip="Guidance of the preview. 1 is right for few-step models; with plain x0 more may help, and "
+                    "takes twice the time.",
+                ),
+                io.Int.Input(
+                    "time_travel",
+                    default=0,
+                    min=0,
+                    max=20,
+                    advanced=True,
+                    tooltip="How often to go a step on, back by fresh noise, and guide again: it mends what the "
+                    "guidance has made unlikely.",
+                ),
+                io.Float.Input(
+                    "jitter",
+                    default=JITTER,
+                    min=0.0,
+                    max=0.9,
+                    step=0.05,
+                    advanced=True,
+                    tooltip="How far the few-step LoRA is weakened by chance, anew each time: against changes that "
+                    "please this one preview alone. 0.9 draws its strength from 0.1 to 1, as the paper does.",
+                ),
+                io.Int.Input(
+                    "live_previews",
+                    default=0,
+                    min=0,
+                    max=1000,
+                    advanced=True,
+                    tooltip="Every how many steps a sharp one-step preview is shown while sampling, at the cost of one "
+                    "evaluation; 0 for the host's own previews.",
+                ),
+                io.Combo.Input(
+                    "checkpointing",
+                    options=[AUTO, ALWAYS, NEVER],
+                    default=AUTO,
+                    advanced=True,
+                    tooltip="Whether parts of the network are computed twice to save memory: as many as must be "
+                    "(auto), all (always), none (never).",
+                ),
+                io.Conditioning.Input(
+                    "positive",
+                    optional=True,
+                    tooltip="What the preview should show, in place of the guider's own positive.",
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="Where in the picture the noise may be moved (white), stretched over the picture. One mask "
+                    "for all images of a batch, or several in turn.",
+                ),
+            ],
+            outputs=[
+                io.Sampler.Output("SAMPLER", display_name="sampler", tooltip="For SamplerCustomAdvanced."),
+                GUIDANCE_REPORT.Output(
+                    "REPORT", display_name="report", tooltip="For Lookahead Guidance Report: losses and previews."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        sampler,
+        shortcut: Shortcut,
+        loss: LookaheadLoss,
+        start: float = 0.12,
+        iterations: int = 20,
+        step_size: float = 0.02,
+        guided_steps: int = 1,
+        normalisation: str = RELATIVE,
+        momentum: float = 0.9,
+        clamp: float = 0.0,
+        keep_norm: bool = True,
+        keep_best: bool = True,
+        preview_cfg: float = 1.0,
+        time_travel: int = 0,
+        jitter: float = JITTER,
+        live_previews: int = 0,
+        checkpointing: str = AUTO,
+        positive=None,
+        mask: Tensor | None = None,
+    ) -> io.NodeOutput:
+        if mask is not None and not (mask > 0).any():
+            logging.warning("[LCM-Lookahead] the mask of the guidance is empty, so nothing is moved: invert it.")
+        guidance = Guidance(
+            shortcut=shortcut,
+            loss=loss,
+            optimisation=Optimisation(iterations, step_size, normalisation, momentum, clamp, keep_norm, keep_best),
+            start=start,
+            steps=guided_steps,
+            cfg=preview_cfg,
+            positive=positive,
+            time_travel=time_travel,
+            jitter=jitter,
+            mask=None if mask is None else mask.reshape(-1, *mask.shape[-2:]).float().clamp(0, 1),
+            checkpointing=checkpointing,
+            live=live_previews,
+        )
+        report = GuidanceReport()
+        return io.NodeOutput(guided(sampler, guidance, report), report)

@@ -1,0 +1,115 @@
+"""The node for likeness of a person."""
+
+from __future__ import annotations
+
+import comfy.model_management
+import folder_paths
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ...lookahead.losses.identity import LAST, NONE, REFERENCE, IdentityLoss, read_people
+from ...lookahead.vision import arcface
+from ...lookahead.vision.face_models import FaceModels
+from ...lookahead.vision.perceptual import BACKBONES
+from ..reference.images import split_alpha
+from ..schema import schema
+from ..sockets import FACE_ANALYSIS, LOSS, LookaheadLoss
+from .network import AVERAGE, EXTENSIONS, FOLDER, ONE_EACH, GradientPatcher, fingerprint
+
+OF_THE_PACK = "of the face pack"
+FALLBACKS = {"last place, else the reference's": REFERENCE, "last place": LAST, "does not count": NONE}
+
+
+def recogniser_files() -> list[str]:
+    """Files of models/lookahead_losses that may be recognisers: not LPIPS's."""
+    others = tuple(begins for begins, _ in BACKBONES.values())
+    names = (name for name in folder_paths.get_filename_list(FOLDER) if not name.startswith(others))
+    return [name for name in names if name.lower().endswith((*EXTENSIONS, ".onnx"))]
+
+
+def load_recogniser(face_analysis: FaceModels, name: str) -> arcface.Recogniser:
+    """The pack's recogniser, or that of a file. Raises ValueError or FileNotFoundError, one sentence."""
+    if name != OF_THE_PACK:
+        return arcface.read(folder_paths.get_full_path_or_raise(FOLDER, name))
+    if face_analysis.recogniser is None:
+        raise ValueError(
+            f"The face pack {face_analysis.name} has no recogniser: use a whole pack, or choose a file of "
+            "models/lookahead_losses as recogniser."
+        )
+    return arcface.read(face_analysis.recogniser, face_analysis.preprocessing)
+
+
+class LookaheadIdentityLoss(io.ComfyNode):
+    """FACE_ANALYSIS, pictures of a person -> LOOKAHEAD_LOSS."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LookaheadIdentityLoss",
+            display_name="Lookahead Identity Loss",
+            category="lookahead/losses",
+            description="How unlike the person in a picture is to the one of the reference, by a face recogniser "
+            "(ArcFace). For the Lookahead Guidance Sampler.",
+            search_aliases=["identity loss", "arcface", "face similarity", "likeness", "id loss", "insightface"],
+            inputs=[
+                FACE_ANALYSIS.Input(
+                    "face_analysis",
+                    tooltip="From Load Lookahead Face Analysis: finds the faces, and brings a recogniser.",
+                ),
+                io.Image.Input(
+                    "image",
+                    tooltip="Who the picture should show: one picture, or several as a batch. The largest face of each "
+                    "counts.",
+                ),
+                io.Combo.Input(
+                    "several",
+                    options=[AVERAGE, ONE_EACH],
+                    default=AVERAGE,
+                    tooltip="What to do with several pictures: they show one person, whose likeness is averaged; or "
+                    "the first is for the first image of the batch, the second for the second, and so on.",
+                ),
+                io.Combo.Input(
+                    "recogniser",
+                    options=[OF_THE_PACK, *recogniser_files()],
+                    default=OF_THE_PACK,
+                    tooltip="The network that tells people apart: that of the face pack (through onnx2torch), or a "
+                    "file of models/lookahead_losses, such as model_ir_se50.pth, the paper's. It has a licence of its "
+                    "own.",
+                ),
+                io.Combo.Input(
+                    "no_face",
+                    options=list(FALLBACKS),
+                    default=next(iter(FALLBACKS)),
+                    tooltip="Where the face of a preview is taken to be when none is found in it: where it was last, "
+                    "else at its place in the reference; where it was last, else the preview does not count; or it "
+                    "never counts.",
+                ),
+            ],
+            outputs=[
+                LOSS.Output("LOSS", display_name="loss", tooltip="For the Lookahead Guidance Sampler, or to combine."),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, recogniser: str = OF_THE_PACK, **_) -> str:
+        """Load again when the file was replaced."""
+        path = None if recogniser == OF_THE_PACK else folder_paths.get_full_path(FOLDER, recogniser)
+        return fingerprint(path) if path else recogniser
+
+    @classmethod
+    def execute(
+        cls,
+        face_analysis: FaceModels,
+        image: Tensor,
+        several: str = AVERAGE,
+        recogniser: str = OF_THE_PACK,
+        no_face: str = next(iter(FALLBACKS)),
+    ) -> io.NodeOutput:
+        with torch.inference_mode(False):  # else the weights could not take part in gradients
+            patcher = GradientPatcher(load_recogniser(face_analysis, recogniser))
+            comfy.model_management.load_model_gpu(patcher)
+            pictures = split_alpha(image)[0].movedim(-1, 1).clone().to(patcher.load_device)
+            people = read_people(patcher.model, face_analysis, list(pictures), several == AVERAGE)
+        loss = IdentityLoss(patcher.model, face_analysis, people, FALLBACKS[no_face])
+        return io.NodeOutput(LookaheadLoss(loss, (patcher,), "identity"))

@@ -1,0 +1,119 @@
+"""The node that makes an encoder file of another kind of file, or an IP-Adapter of an encoder file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import folder_paths
+from comfy_api.latest import io, ui
+
+from ...lookahead.files import convert
+from ..schema import schema
+from .load_encoder import FOLDERS, encoder_path
+
+EXTENSIONS = (".safetensors", ".bin", ".pt")
+NO_BASE = "do not compare"
+
+
+def source_names() -> list[str]:
+    """Names of all files that may be converted, those of `models/lookahead` first."""
+    names = [n for folder in FOLDERS for n in folder_paths.get_filename_list(folder) if n.lower().endswith(EXTENSIONS)]
+    return list(dict.fromkeys(names))
+
+
+def base_names() -> list[str]:
+    """Checkpoints that a published checkpoint's copy of SDXL can be compared with."""
+    return [n for n in folder_paths.get_filename_list("checkpoints") if n.lower().endswith(".safetensors")]
+
+
+def target_path(file_name: str) -> Path:
+    """Where a new file of this name goes: the first `models/lookahead`. Raises ValueError for what is no plain name."""
+    name = file_name.strip()
+    if not name or name in (".", "..") or "/" in name or "\\" in name:
+        raise ValueError(f"The file_name is {file_name!r}, and a name without folders is needed, such as my_encoder.")
+    if not name.lower().endswith(".safetensors"):
+        name += ".safetensors"
+    folder = Path(folder_paths.get_folder_paths("lookahead")[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / name
+
+
+class LookaheadConvertEncoder(io.ComfyNode):
+    """File in `models/lookahead` or `models/ipadapter` -> another file in `models/lookahead`."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LookaheadConvertEncoder",
+            display_name="Convert Lookahead Encoder",
+            category="lookahead/loaders",
+            description="Makes an encoder file of a stock IP-Adapter Plus or of the checkpoint of the paper's authors "
+            "(model_ckpt.pt), or a stock IP-Adapter Plus of an encoder file. Needed once a file.",
+            search_aliases=["model_ckpt.pt", "lcm lookahead checkpoint", "export ip-adapter"],
+            is_output_node=True,
+            inputs=[
+                io.Combo.Input(
+                    "source_name",
+                    options=source_names(),
+                    tooltip="A .safetensors, .bin or .pt file in models/lookahead or models/ipadapter.",
+                ),
+                io.String.Input(
+                    "file_name",
+                    default="my_encoder",
+                    tooltip="Name of the new file, which goes to models/lookahead. A file of that name must not exist.",
+                ),
+                io.Combo.Input(
+                    "to",
+                    options=[convert.ENCODER, convert.IP_ADAPTER],
+                    default=convert.ENCODER,
+                    tooltip="encoder: our own format, with everything. ip-adapter: the image prompt alone, in the "
+                    "public format that other packs read.",
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=list(convert.PRECISIONS),
+                    default="float16",
+                    tooltip="Of the weights in the new file. float16 is what public files have.",
+                ),
+                io.Combo.Input(
+                    "base_name",
+                    options=[NO_BASE, *base_names()],
+                    default=NO_BASE,
+                    optional=True,
+                    tooltip="Only for the paper's checkpoint, which holds a copy of the SDXL that it was trained on: "
+                    "the checkpoint to compare that copy with. Another base model is then refused.",
+                ),
+            ],
+            outputs=[
+                io.String.Output(
+                    "REPORT", display_name="report", tooltip="What was read and written, and what was left out."
+                ),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, source_name: str) -> bool | str:
+        """Say where the file was looked for, instead of the host's 'value not in list'."""
+        try:
+            encoder_path(source_name)
+        except FileNotFoundError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(
+        cls,
+        source_name: str,
+        file_name: str,
+        to: str = convert.ENCODER,
+        precision: str = "float16",
+        base_name: str = NO_BASE,
+    ) -> io.NodeOutput:
+        target = target_path(file_name)
+        base = None if base_name == NO_BASE else folder_paths.get_full_path("checkpoints", base_name)
+        if base_name != NO_BASE and base is None:
+            raise ValueError(f"There is no checkpoint {base_name!r}: choose one that is in models/checkpoints.")
+        report = convert.convert(encoder_path(source_name), target, to, base, precision)
+        report = f"Written: {os.path.join('models', 'lookahead', target.name)}\n{report}"
+        return io.NodeOutput(report, ui=ui.PreviewText(report))

@@ -1,0 +1,175 @@
+"""The node that reads reference pictures."""
+
+from __future__ import annotations
+
+import comfy.model_management
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ...lookahead.losses.views import centre_square
+from ..schema import schema
+from ..sockets import ENCODER, REFERENCE, Reference, Subject
+from .encoder import DEFAULT_SIZE, Encoder
+from .images import centre_square_masks, clip_pixels, join_masks, split_alpha
+
+KV_PROMPT = "a photo of a face"
+TOGETHER, AVERAGE, ONE_EACH = "together", "average", "one per picture"
+
+
+class LookaheadEncodeReference(io.ComfyNode):
+    """ENCODER, CLIP_VISION, IMAGE -> REFERENCE."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LookaheadEncodeReference",
+            display_name="Encode Lookahead Reference",
+            category="lookahead/reference",
+            description="Reads one or several pictures of a person (or thing) with an encoder. Crop to the face first; "
+            "a picture that is not square is cropped about its centre.",
+            search_aliases=["ip-adapter encode", "reference image", "face", "image prompt", "identity"],
+            inputs=[
+                ENCODER.Input(
+                    "encoder",
+                    optional=True,
+                    tooltip="From Load Lookahead Encoder. Only KV injection without training works without it.",
+                ),
+                io.ClipVision.Input(
+                    "clip_vision",
+                    optional=True,
+                    tooltip="The image encoder that the encoder was trained with; CLIP ViT-H/14 for the public files. "
+                    "Needed for the image prompt.",
+                ),
+                io.Image.Input("image", tooltip="The reference: one picture, or several of one person as a batch."),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="Which part of the reference counts (white), for example without clothes or background. "
+                    "One mask for all pictures or one for each. Transparency counts as masked out, so the mask of Load "
+                    "Image (white where transparent) is not needed here.",
+                ),
+                io.Vae.Input(
+                    "vae",
+                    optional=True,
+                    tooltip="Only for KV injection: the VAE of the checkpoint. Else leave it open.",
+                ),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="Only for KV injection: reads the encoder's own prompt of the reference, such as "
+                    f'"{KV_PROMPT}". Else leave it open.',
+                ),
+                io.Conditioning.Input(
+                    "conditioning",
+                    optional=True,
+                    tooltip="Only for KV injection: a prompt for the reference of your own, in place of clip.",
+                ),
+                io.Int.Input(
+                    "size",
+                    default=0,
+                    min=0,
+                    max=4096,
+                    step=8,
+                    tooltip="Side in pixels of the square that the VAE sees of the reference; 0 takes what the encoder "
+                    "was trained with (1024 where the file does not say).",
+                ),
+                io.Combo.Input(
+                    "several",
+                    options=[TOGETHER, AVERAGE, ONE_EACH],
+                    default=TOGETHER,
+                    tooltip="What to do with several pictures: let all of them speak together, average them (KV "
+                    "injection reads them together), or give the first picture to the first image of the batch, the "
+                    "second to the second, and so on.",
+                ),
+            ],
+            outputs=[
+                REFERENCE.Output(
+                    "REFERENCE", display_name="reference", tooltip="The reference, for the nodes that apply it."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        encoder: Encoder | None = None,
+        clip_vision=None,
+        image: Tensor | None = None,
+        size: int = 0,
+        several: str = TOGETHER,
+        mask: Tensor | None = None,
+        vae=None,
+        clip=None,
+        conditioning=None,
+    ) -> io.NodeOutput:
+        if size and size < 64:
+            raise ValueError(f"size is {size}, and a reference needs at least 64 pixels: use 0 for the encoder's own.")
+        colour, alpha = split_alpha(image)
+        mask = join_masks(colour, mask, alpha)
+        keys_values = null_keys_values = None
+        if encoder is not None and clip_vision is not None:
+            check_clip_vision(encoder, clip_vision)
+            seen = clip_pixels(colour, mask, clip_vision)
+            keys_values, null_keys_values = image_prompt(encoder, clip_vision, seen, several)
+        elif vae is None:
+            raise ValueError(
+                "Nothing says how to read the reference: connect encoder and clip_vision for an image prompt, or vae "
+                "and clip for KV injection."
+            )
+        side = size or (DEFAULT_SIZE if encoder is None else encoder.size)
+        pixels = centre_square(colour, side)
+        subject = Subject(
+            encoder=encoder,
+            pixels=pixels,
+            mask=None if mask is None else centre_square_masks(mask, side),
+            keys_values=keys_values,
+            null_keys_values=null_keys_values,
+            latents=None if vae is None else vae.encode(pixels),
+            kv_prompt=conditioning if clip is None or conditioning is not None else encode_prompt(clip, encoder),
+            one_each=several == ONE_EACH,
+        )
+        return io.NodeOutput(Reference((subject,)))
+
+
+def check_clip_vision(encoder: Encoder, clip_vision) -> None:
+    """Raise ValueError, one sentence, where the CLIP_VISION is not a CLIP image encoder at all."""
+    kind = getattr(clip_vision, "model_type", None)
+    if kind != "clip_vision_model":
+        raise ValueError(
+            f"The CLIP_VISION is of kind {kind}, but {encoder.name} reads a CLIP image encoder: load CLIP ViT-H/14."
+        )
+
+
+def image_prompt(encoder: Encoder, clip_vision, pixels: Tensor, several: str) -> tuple[Tensor, Tensor]:
+    """Keys and values of the image prompt and of the null tokens, packed as `Encoder.keys_values`, in float32.
+
+    pixels: [pictures, 3, S, S], the image encoder's input. Null tokens are those of an input of zeros (the mean
+    colour), as in training, not of a black picture. Raises ValueError, one sentence, for a wrong image encoder.
+    """
+    comfy.model_management.load_model_gpu(clip_vision.patcher)
+    null = torch.zeros_like(pixels[:1])
+    inputs = torch.cat([null, pixels]).to(clip_vision.load_device)
+    features = clip_vision.model(pixel_values=inputs, intermediate_output=-2)[1]
+    if features.shape[-1] != encoder.sizes.image_width:
+        raise ValueError(
+            f"The CLIP_VISION gives features of width {features.shape[-1]}, but {encoder.name} reads "
+            f"{encoder.sizes.image_width}: load the image encoder that it was trained with"
+            + (" (CLIP ViT-H/14)." if encoder.sizes.image_width == 1280 else ".")
+        )
+    tokens = encoder.tokens(features)
+    null, tokens = tokens[:1], tokens[1:]
+    if several == AVERAGE:
+        tokens = tokens.mean(dim=0, keepdim=True)
+    elif several == TOGETHER:
+        # Doubling every null token leaves its softmax average as it is, so both sides keep one length.
+        null = null.repeat(1, tokens.shape[0], 1)
+        tokens = tokens.flatten(0, 1).unsqueeze(0)
+    device = comfy.model_management.intermediate_device()
+    return encoder.keys_values(tokens).to(device), encoder.keys_values(null).to(device)
+
+
+def encode_prompt(clip, encoder: Encoder | None):
+    """Conditioning of the prompt that the KV encoder was trained with (from the file, else "a photo of a face")."""
+    prompt = (encoder.metadata.get("kv_prompt") if encoder else None) or KV_PROMPT
+    return clip.encode_from_tokens_scheduled(clip.tokenize(prompt))

@@ -1,0 +1,93 @@
+"""Which face of a picture is meant, what is cut out around it, and a drawing of all that was found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...lookahead.vision.faces import CROP, Face, align, area, middle, pixels_per_sample, samples_for, template
+
+SMALLEST = 64  # side of a crop in pixels
+_CHOSEN, _OTHER, _POINTS = (80, 220, 100), (240, 180, 60), (240, 80, 80)
+
+
+def _from_the_middle(face: Face, height: int, width: int) -> float:
+    x, y = middle(face)
+    return (x - (width - 1) / 2) ** 2 + (y - (height - 1) / 2) ** 2
+
+
+# (face, height and width of the picture) -> what faces are sorted by, smallest first
+ORDERS: dict[str, Callable[[Face, int, int], float]] = {
+    "largest first": lambda face, h, w: -area(face),
+    "left to right": lambda face, h, w: middle(face)[0],
+    "top to bottom": lambda face, h, w: middle(face)[1],
+    "middle first": _from_the_middle,
+    "surest first": lambda face, h, w: -face.score,
+}
+
+
+def in_order(faces: list[Face], order: str, height: int, width: int) -> list[Face]:
+    """The faces of a picture sorted by one of ORDERS."""
+    return sorted(faces, key=lambda face: ORDERS[order](face, height, width))
+
+
+def square_around(face: Face, height: int, width: int, margin: float) -> tuple[int, int, int]:
+    """(left, top, side) of the square around a face's box with a margin (share of its longer side) on each side.
+
+    Moved into the picture where it reaches over the edge, and no larger than the picture's shorter side.
+    """
+    x0, y0, x1, y1 = face.box.tolist()
+    side = max(1, min(round(max(x1 - x0, y1 - y0) * (1 + 2 * margin)), height, width))
+    x, y = middle(face)
+    left, top = (min(max(round(centre + 0.5 - side / 2), 0), size - side) for centre, size in ((x, width), (y, height)))
+    return left, top, side
+
+
+def plain_crop(picture: Tensor, square: tuple[int, int, int], size: int) -> Tensor:
+    """The square (left, top, side) of a picture [3, h, w] in [0, 1], resized: [3, size, size]."""
+    left, top, side = square
+    crop = picture[:, top : top + side, left : left + side]
+    if side == size:
+        return crop
+    return F.interpolate(crop[None], (size, size), mode="bicubic", antialias=True)[0].clamp(0, 1)
+
+
+def natural_size(face: Face, margin: float) -> int:
+    """Side in pixels of an aligned crop that is about as fine as the picture."""
+    return max(SMALLEST, round(CROP * (1 + 2 * margin) * pixels_per_sample(face.points[None]).item()))
+
+
+def aligned_crop(picture: Tensor, face: Face, size: int, margin: float) -> Tensor:
+    """The face of a picture [3, h, w] in [0, 1], upright, its landmarks as in ArcFace's crop: [3, size, size].
+
+    Black where the picture ends.
+    """
+    points = face.points[None]
+    samples = samples_for(points, max(1, round(size / (1 + 2 * margin))))
+    return align(picture[None], points, template(size, margin), size, samples)[0].clamp(0, 1)
+
+
+def drawing(picture: Tensor, faces: list[Face], chosen: int | None) -> Tensor:
+    """A picture [3, h, w] in [0, 1] with the box, landmarks, number and score of each face: IMAGE [h, w, 3].
+
+    chosen: the number of the face in the list that is drawn in green, None where there is none.
+    """
+    bytes_ = (picture.permute(1, 2, 0).clamp(0, 1) * 255).round().byte().cpu().numpy()
+    image = Image.fromarray(np.ascontiguousarray(bytes_))
+    draw, line = ImageDraw.Draw(image), max(1, round(min(image.size) / 200))
+    font = ImageFont.load_default(size=max(9, min(image.size) // 24))
+    for number, face in enumerate(faces):
+        colour = _CHOSEN if number == chosen else _OTHER
+        x0, y0, x1, y1 = face.box.tolist()
+        draw.rectangle([x0, y0, max(x0, x1), max(y0, y1)], outline=colour, width=line)
+        for x, y in face.points.tolist():
+            draw.ellipse([x - line, y - line, x + line, y + line], fill=_POINTS)
+        words, at = f"{number}  {face.score:.2f}", (max(x0, 0) + 2 * line, max(y0, 0) + line)
+        draw.rectangle(draw.textbbox(at, words, font=font), fill=(0, 0, 0))
+        draw.text(at, words, fill=colour, font=font)
+    return torch.from_numpy(np.asarray(image).copy()).float() / 255

@@ -1,0 +1,94 @@
+"""The node that loads an encoder file."""
+
+from __future__ import annotations
+
+import os
+
+import folder_paths
+from comfy_api.latest import io, ui
+
+from ...lookahead.files import encoder_file
+from ..schema import schema
+from ..sockets import ENCODER
+from .encoder import Encoder
+
+FOLDERS = ("lookahead", "ipadapter")
+EXTENSIONS = (".safetensors", ".bin")
+
+
+def register_folders() -> None:
+    """Make `models/lookahead` and `models/ipadapter` known to the host, beside what users configured for them."""
+    for name in FOLDERS:
+        folder_paths.add_model_folder_path(name, os.path.join(folder_paths.models_dir, name))
+
+
+def encoder_names() -> list[str]:
+    """Names of all files that may be encoders, those of `models/lookahead` first."""
+    names = [n for folder in FOLDERS for n in folder_paths.get_filename_list(folder) if n.lower().endswith(EXTENSIONS)]
+    return list(dict.fromkeys(names))
+
+
+def encoder_path(name: str) -> str:
+    """Path of an encoder file. Raises FileNotFoundError, one sentence, naming the folders that were searched."""
+    for folder in FOLDERS:
+        path = folder_paths.get_full_path(folder, name)
+        if path is not None:
+            return path
+    searched = ", ".join(path for folder in FOLDERS for path in folder_paths.get_folder_paths(folder))
+    raise FileNotFoundError(f"There is no encoder file {name!r} in {searched}: put it into one of these folders.")
+
+
+class LookaheadLoadEncoder(io.ComfyNode):
+    """Encoder file -> ENCODER."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LookaheadLoadEncoder",
+            display_name="Load Lookahead Encoder",
+            category="lookahead/loaders",
+            description="Loads an encoder: an LCM-Lookahead encoder file, or a stock IP-Adapter Plus (Face) for SDXL. "
+            "What the file is follows from its contents, not from its name.",
+            search_aliases=["ip-adapter loader", "ipadapter", "face encoder", "lcm lookahead", "identity"],
+            inputs=[
+                io.Combo.Input(
+                    "encoder_name",
+                    options=encoder_names(),
+                    tooltip="A .safetensors or .bin file in models/lookahead or models/ipadapter.",
+                ),
+            ],
+            outputs=[
+                ENCODER.Output(
+                    "ENCODER", display_name="encoder", tooltip="The loaded encoder, for Encode Lookahead Reference."
+                ),
+                io.String.Output(
+                    "PROVENANCE",
+                    display_name="provenance",
+                    tooltip="What the file says about itself: base model, image encoder, data, recogniser and licence.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, encoder_name: str) -> bool | str:
+        """Say where the file was looked for, instead of the host's 'value not in list'."""
+        try:
+            encoder_path(encoder_name)
+        except FileNotFoundError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, encoder_name: str) -> str:
+        """Load again when the file was replaced."""
+        try:
+            stat = os.stat(encoder_path(encoder_name))
+        except OSError:
+            return encoder_name
+        return f"{encoder_name} {stat.st_size} {stat.st_mtime_ns}"
+
+    @classmethod
+    def execute(cls, encoder_name: str) -> io.NodeOutput:
+        file = encoder_file.read(encoder_path(encoder_name))
+        text = encoder_file.provenance(file)
+        return io.NodeOutput(Encoder(file), text, ui=ui.PreviewText(text))

@@ -1,0 +1,253 @@
+"""One frozen UNet in three roles: decoder, KV encoder, shortcut model (arXiv 2404.03620, sections 4.1 to 4.3).
+
+Four UNets are resident in the paper's code; here all roles share one. What a pass does is written in one frozen object
+(`Pass`), and nothing else changes from role to role: no weight, no requires_grad, no flag of a layer. So a pass that is
+repeated in backward, as checkpointing does it, only has to find its own `Pass` again, and `Roles` sees to that. (The
+public switching calls of peft lose gradients in silence there: they switch requires_grad along with the activity.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..lookahead.method.attention import (
+    Attention,
+    LowRank,
+    decoupled_cross_attention,
+    extended_self_attention,
+    softmax_attention,
+)
+from .encoder import Encoder, KeysValues
+from .lora import LoRA
+
+CHECKPOINTING = ("none", "blocks", "all")
+_FUNCTION = "_gradient_checkpointing_func"  # of diffusers' modules
+
+
+@dataclass(frozen=True, eq=False)
+class Condition:
+    """What the UNet reads beside the latent: text [B, 77, context], pooled text [B, p], time ids [B, 6]."""
+
+    context: Tensor
+    pooled: Tensor
+    time_ids: Tensor
+
+    def rows(self, chosen: slice) -> Condition:
+        """Some of the rows."""
+        return Condition(self.context[chosen], self.pooled[chosen], self.time_ids[chosen])
+
+    def where(self, keep: Tensor) -> Condition:
+        """With no text (zero embeddings, zero pooled text) where keep, bool [B], is false."""
+        return replace(self, context=self.context * keep.view(-1, 1, 1), pooled=self.pooled * keep.view(-1, 1))
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """What one pass of the UNet does, the same in forward and in the recomputation of backward.
+
+    exported: where the KV encoder puts keys and values; None: the pass is a decoder's. tokens [B, T, context] of the
+    image prompt; kv: the reference's keys and values; absent: bool [B], samples that do without them; shortcut:
+    strength of the few-step LoRA, a number or one for each sample.
+    """
+
+    exported: KeysValues | None = None
+    tokens: Tensor | None = None
+    kv: KeysValues | None = None
+    absent: Tensor | None = None
+    shortcut: float | Tensor = 0.0
+
+
+PLAIN = Pass()
+
+
+class Roles:
+    """A frozen UNet that can decode with an encoder's help, export keys and values, and take the shortcut.
+
+    `inject` gives it our attention, `eject` leaves it as it was, bit for bit. attention: see `lookahead.attention`.
+    """
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        encoder: Encoder,
+        shortcut: LoRA | None = None,
+        attention: Attention = softmax_attention,
+    ):
+        self.unet, self.encoder, self.shortcut, self.attention = unet, encoder, shortcut, attention
+        self.now = PLAIN
+
+    def inject(self, checkpointing: str = "none") -> Roles:
+        """checkpointing: what is computed again in backward instead of being kept: "none", "blocks" (the transformer
+        blocks, which keep most and cost least), or "all" (residual blocks too)."""
+        if checkpointing not in CHECKPOINTING:
+            raise ValueError(f"checkpointing is {checkpointing!r}: use one of {', '.join(CHECKPOINTING)}.")
+        self._before = self.unet.attn_processors
+        own = {f"{path}.attn1.processor": _SelfAttention(self, path) for path in self.encoder.paths}
+        own |= {f"{path}.attn2.processor": _CrossAttention(self, path) for path in self.encoder.paths}
+        self.unet.set_attn_processor(own)
+        self._stop = _after_the_last_block(self.unet).register_forward_pre_hook(self._stop_export)
+        if self.shortcut is not None:
+            self.shortcut.attach(self.unet).scale = 0.0
+        self._flags = [
+            (m, {k: v for k, v in vars(m).items() if "gradient_checkpointing" in k})
+            for m in self.unet.modules()
+            if hasattr(m, "gradient_checkpointing")
+        ]
+        for module, _ in self._flags:
+            module.gradient_checkpointing = checkpointing == "all" or (
+                checkpointing == "blocks" and isinstance(module, Transformer2DModel)
+            )
+            setattr(module, _FUNCTION, self._checkpoint)
+        return self
+
+    def eject(self) -> UNet2DConditionModel:
+        """Undo `inject`."""
+        self.unet.set_attn_processor(self._before)
+        self._stop.remove()
+        if self.shortcut is not None:
+            self.shortcut.detach()
+        for module, before in self._flags:
+            vars(module).pop(_FUNCTION, None)
+            vars(module).update(before)
+        return self.unet
+
+    def export(self, x: Tensor, t: Tensor, condition: Condition) -> KeysValues:
+        """KV encoder: a noised reference [B, 4, h, w] at t [B] -> keys and values of all self-attentions.
+
+        The UNet stops after the last of them.
+        """
+        found: KeysValues = {}
+        try:
+            self._run(Pass(exported=found), x, t, condition)
+        except _Exported:
+            return found
+        raise RuntimeError("the UNet has no layer after its last attention: it is not SDXL's")
+
+    def decode(
+        self,
+        x: Tensor,
+        t: Tensor,
+        condition: Condition,
+        tokens: Tensor | None = None,
+        kv: KeysValues | None = None,
+        absent: Tensor | None = None,
+        shortcut: float | Tensor = 0.0,
+    ) -> Tensor:
+        """Decoder, and shortcut model where `shortcut` (a number, or [B]) is above 0: the predicted noise [B, 4, h, w].
+
+        The other arguments are those of `Pass`.
+        """
+        return self._run(Pass(None, tokens, kv, absent, shortcut), x, t, condition)
+
+    @contextmanager
+    def using(self, encoder: Encoder) -> Iterator[None]:
+        """With another encoder of the same sizes for a while, such as an average of this one."""
+        before, self.encoder = self.encoder, encoder
+        try:
+            yield
+        finally:
+            self.encoder = before
+
+    def _run(self, what: Pass, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        added = {"text_embeds": condition.pooled, "time_ids": condition.time_ids}
+        with self._during(what):
+            return self.unet(x, t, condition.context, added_cond_kwargs=added).sample
+
+    @contextmanager
+    def _during(self, what: Pass) -> Iterator[None]:
+        before, self.now = self.now, what
+        try:
+            with nullcontext() if self.shortcut is None else self.shortcut.at(what.shortcut):
+                yield
+        finally:
+            self.now = before
+
+    def _checkpoint(self, module: nn.Module, *inputs: object) -> object:
+        again = self.now
+        if again.exported is not None:
+            again = replace(again, exported={})  # what was handed on must not be replaced by its recomputed double
+        return checkpoint(
+            module.__call__,
+            *inputs,
+            use_reentrant=False,
+            preserve_rng_state=False,  # a frozen UNet in evaluation mode draws nothing
+            context_fn=lambda: (nullcontext(), self._during(again)),
+        )
+
+    def _stop_export(self, *_: object) -> None:
+        if self.now.exported is not None:
+            raise _Exported
+
+
+class _Exported(Exception):
+    """All keys and values are there. Raised outside of every checkpointed part."""
+
+
+def _after_the_last_block(unet: UNet2DConditionModel) -> nn.Module:
+    for number in reversed(range(len(unet.up_blocks))):
+        if getattr(unet.up_blocks[number], "has_cross_attention", False):
+            following = unet.up_blocks[number + 1 :]
+            return following[0] if len(following) else unet.conv_norm_out
+    return unet.conv_norm_out
+
+
+def _changed(layer: nn.Module, change: LowRank | None, x: Tensor) -> Tensor:
+    return layer(x) if change is None else layer(x) + change(x)
+
+
+class _Processor:
+    """An attention of one block, as the pass that is under way wants it."""
+
+    def __init__(self, roles: Roles, path: str):
+        self.roles, self.path = roles, path
+
+    def _tuned(self, attn: nn.Module, name: str, x: Tensor, context: Tensor) -> Tensor:
+        """The KV encoder's own attention."""
+
+        def change(layer: str) -> LowRank | None:
+            return self.roles.encoder.change("kv_encoder", self.path, f"{name}.{layer}")
+
+        q = _changed(attn.to_q, change("to_q"), x)
+        k, v = _changed(attn.to_k, change("to_k"), context), _changed(attn.to_v, change("to_v"), context)
+        return _changed(attn.to_out[0], change("to_out.0"), self.roles.attention(q, k, v, attn.heads))
+
+
+class _SelfAttention(_Processor):
+    @torch.compiler.disable  # what it reads is another in every block, and would make a graph of its own for each
+    def __call__(self, attn: nn.Module, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
+        roles, now, x = self.roles, self.roles.now, hidden_states
+        if now.exported is not None:
+            k, v = (roles.encoder.change("kv_export", self.path, f"attn1.{layer}") for layer in ("to_k", "to_v"))
+            now.exported[self.path] = (_changed(attn.to_k, k, x), _changed(attn.to_v, v, x))
+            return self._tuned(attn, "attn1", x, x)
+        q, k, v = attn.to_q(x), attn.to_k(x), attn.to_v(x)
+        if now.kv is None:
+            out = roles.attention(q, k, v, attn.heads)
+        else:
+            out = extended_self_attention(q, k, v, *now.kv[self.path], attn.heads, now.absent, roles.attention)
+        return attn.to_out[0](out)
+
+
+class _CrossAttention(_Processor):
+    @torch.compiler.disable
+    def __call__(
+        self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor, *_: object, **__: object
+    ) -> Tensor:
+        roles, now = self.roles, self.roles.now
+        if now.exported is not None:
+            return self._tuned(attn, "attn2", hidden_states, encoder_hidden_states)
+        q, k, v = attn.to_q(hidden_states), attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
+        if now.tokens is None:
+            out = roles.attention(q, k, v, attn.heads)
+        else:
+            k_ip, v_ip = roles.encoder.projections(self.path)(now.tokens)
+            out = decoupled_cross_attention(q, k, v, k_ip, v_ip, attn.heads, attention=roles.attention)
+        return attn.to_out[0](out)

@@ -1,0 +1,55 @@
+"""What keeps previews of the shortcut model close to the base model's pictures, other than a strength drawn at random.
+
+The paper (arXiv 2404.03620, supplement) compares drawing the LoRA's strength, which it keeps, with score distillation
+on the preview and with a consistency loss. Its formulas for these two are not published: what is here is OUR
+RECONSTRUCTION, from the publications of each loss. Previews are then by the shortcut model at full strength.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ...lookahead.method.schedule import predicted_original, preview_latent
+from .draws import Draws
+
+STRIDE, HUBER = 20, 1e-3  # of latent consistency models (arXiv 2310.04378)
+GUIDANCE = 5.0  # of the teacher's step
+
+# predict(latents, draws, t, strength): the noise [B, 4, h, w] that is predicted in latents that are at t already.
+Predict = Callable[[Tensor, Draws, Tensor, float], Tensor]
+
+
+def score_distillation(predict: Predict, alpha_bar: Tensor, latent: Tensor, draws: Draws) -> Tensor:
+    """Score distillation (arXiv 2209.14988, eq. 3) on preview latents [B, 4, h, w]: values [B].
+
+    The preview is noised again, to a time step of its own, and the base says in which direction it would rather have
+    it: the gradient in `latent` is w(t) (e(z_t) - e), w(t) = 1 - alpha_bar. The value, half that direction's mean
+    square, is written so that it has this gradient (divided by the number of elements).
+    """
+    noise, t = draws.noise_align, draws.t_align
+    a = alpha_bar[t].view(-1, 1, 1, 1)
+    with torch.no_grad():
+        z_t = a.sqrt() * latent + (1 - a).sqrt() * noise
+        wanted = latent - (1 - a) * (predict(z_t, replace(draws, noise=noise), t, 0.0) - noise)
+    return 0.5 * (latent - wanted).square().mean((1, 2, 3))
+
+
+def consistency(predict: Predict, alpha_bar: Tensor, latent: Tensor, z_t: Tensor, t: Tensor, draws: Draws) -> Tensor:
+    """The consistency loss (arXiv 2310.04378, algorithm 1) of preview latents [B, 4, h, w], made from z_t: values [B].
+
+    From z_t the base takes one guided step of DDIM; what the shortcut model previews there is what it should have
+    previewed at z_t. Distance: pseudo-Huber.
+    """
+    everything = torch.ones_like(draws.no_text)
+    nothing = replace(draws, no_text=everything, no_image_prompt=everything, no_kv=everything)
+    with torch.no_grad():
+        blind, seeing = predict(z_t, nothing, t, 0.0), predict(z_t, draws, t, 0.0)
+        e, s = blind + GUIDANCE * (seeing - blind), (t - STRIDE).clamp(min=0)
+        a_s = alpha_bar[s].view(-1, 1, 1, 1)
+        z_s = a_s.sqrt() * predicted_original(z_t, e, alpha_bar[t]) + (1 - a_s).sqrt() * e
+        wanted = preview_latent(z_s, predict(z_s, draws, s, 1.0), s, alpha_bar[s])
+    return ((latent - wanted).square() + HUBER**2).sqrt().sub(HUBER).mean((1, 2, 3))

@@ -1,1 +1,0 @@
-"""The mini world: a tiny SDXL family trained on procedurally drawn faces whose identity is known exactly."""
