@@ -27,10 +27,11 @@ from torch import Tensor, nn
 from ..lookahead.files import encoder_file
 from ..lookahead.files.encoder_file import EncoderFile
 from ..lookahead.losses.views import centre_square
-from ..lookahead.method.attention import LowRank, decoupled_cross_attention, extended_self_attention, softmax_attention
+from ..lookahead.method.attention import decoupled_cross_attention, extended_self_attention, softmax_attention
 from ..lookahead.method.guidance import three_scale_guidance
+from ..lookahead.method.kv_encoder import LowRank, last_path
 from ..lookahead.method.resampler import Resampler
-from .encoder import KeysValues, block_paths, last_path, module_key
+from .encoder import KeysValues, block_paths
 from .images import clip_input
 
 __all__ = ["KeptKV", "LookaheadPipeline", "Reference", "Scales", "Text"]
@@ -114,7 +115,7 @@ class Pass:
 
     def changed(self, out: Tensor, half: str, block: str, projection: str, x: Tensor) -> Tensor:
         """A projection's output plus the encoder's low-rank change of it, where there is one."""
-        name = module_key(f"{half}.{block}.{projection}")
+        name = f"{half}.{block}.{projection}".replace(".", "/")
         return out + self.low_rank[name](x) if name in self.low_rank else out
 
 
@@ -191,7 +192,7 @@ class EncoderNetwork(nn.Module):
             with torch.device("meta"):
                 layer = LowRank(a.shape[1], b.shape[0], rank, file.kv_scale(rank))
             layer.load_state_dict({"lora_A.weight": a, "lora_B.weight": b}, assign=True)
-            self.low_rank[module_key(name)] = layer
+            self.low_rank[name.replace(".", "/")] = layer
         self.requires_grad_(False).eval()
 
     def keys_values(self, tokens: Tensor, blocks: Sequence[str]) -> KeysValues:
@@ -335,7 +336,7 @@ class LookaheadPipeline(StableDiffusionXLPipeline):
         text = reference.text if conditional else reference.text.zeros
         exported: KeysValues = {}
         try:
-            call = Pass(low_rank=self._network().low_rank, exported=exported, last=last_path(self.unet))
+            call = Pass(low_rank=self._network().low_rank, exported=exported, last=last_path(self.blocks))
             self._unet(x, t, text, call)
         except _LastExport:
             pass

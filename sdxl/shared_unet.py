@@ -20,7 +20,6 @@ from torch.utils.checkpoint import checkpoint
 
 from ..lookahead.method.attention import (
     Attention,
-    LowRank,
     decoupled_cross_attention,
     extended_self_attention,
     softmax_attention,
@@ -199,10 +198,6 @@ def _after_the_last_block(unet: UNet2DConditionModel) -> nn.Module:
     return unet.conv_norm_out
 
 
-def _changed(layer: nn.Module, change: LowRank | None, x: Tensor) -> Tensor:
-    return layer(x) if change is None else layer(x) + change(x)
-
-
 class _Processor:
     """An attention of one block, as the pass that is under way wants it."""
 
@@ -212,12 +207,12 @@ class _Processor:
     def _tuned(self, attn: nn.Module, name: str, x: Tensor, context: Tensor) -> Tensor:
         """The KV encoder's own attention."""
 
-        def change(layer: str) -> LowRank | None:
-            return self.roles.encoder.change("kv_encoder", self.path, f"{name}.{layer}")
+        def tuned(layer: str, of: Tensor) -> Tensor:
+            projected = attn.get_submodule(layer)(of)
+            return self.roles.encoder.kv.tuned(self.path, f"{name}.{layer}", projected, of)
 
-        q = _changed(attn.to_q, change("to_q"), x)
-        k, v = _changed(attn.to_k, change("to_k"), context), _changed(attn.to_v, change("to_v"), context)
-        return _changed(attn.to_out[0], change("to_out.0"), self.roles.attention(q, k, v, attn.heads))
+        q, k, v = tuned("to_q", x), tuned("to_k", context), tuned("to_v", context)
+        return tuned("to_out.0", self.roles.attention(q, k, v, attn.heads))
 
 
 class _SelfAttention(_Processor):
@@ -225,8 +220,10 @@ class _SelfAttention(_Processor):
     def __call__(self, attn: nn.Module, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
         roles, now, x = self.roles, self.roles.now, hidden_states
         if now.exported is not None:
-            k, v = (roles.encoder.change("kv_export", self.path, f"attn1.{layer}") for layer in ("to_k", "to_v"))
-            now.exported[self.path] = (_changed(attn.to_k, k, x), _changed(attn.to_v, v, x))
+            now.exported[self.path] = tuple(
+                roles.encoder.kv.exported(self.path, f"attn1.{layer}", attn.get_submodule(layer)(x), x)
+                for layer in ("to_k", "to_v")
+            )
             return self._tuned(attn, "attn1", x, x)
         q, k, v = attn.to_q(x), attn.to_k(x), attn.to_v(x)
         if now.kv is None:

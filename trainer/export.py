@@ -33,5 +33,5 @@ def export(path: Path, encoder: Encoder, config: Config, steps: int, about: Mapp
         metadata |= {"kv_rank": str(config.model.kv_rank)}
     path.parent.mkdir(parents=True, exist_ok=True)
     pairs = [(p.to_k_ip.weight, p.to_v_ip.weight) for p in encoder.ip_adapter]
-    encoder_file.write(path, encoder.image_proj.state_dict(), pairs, metadata | dict(about or {}), encoder.kv_tensors())
+    encoder_file.write(path, encoder.image_proj.state_dict(), pairs, metadata | dict(about or {}), encoder.kv.tensors())
     return path

@@ -38,7 +38,7 @@ def encoder(unet):
     """With random weights everywhere: a new KV encoder has zeros, which would hide what is not connected."""
     torch.manual_seed(1)
     made = Encoder(unet, RESAMPLER, kv_rank=2, export_rank=3)
-    made.load_kv({k: torch.randn_like(v) * 0.05 for k, v in made.kv_tensors().items()})
+    made.kv.copy_from({k: torch.randn_like(v) * 0.05 for k, v in made.kv.tensors().items()})
     return made
 
 
@@ -127,7 +127,7 @@ def test_keys_and_values_and_predictions_are_those_of_the_plain_reference(unet, 
     i, plain = inputs, copy.deepcopy(unet)
     roles = Roles(unet, encoder, shortcut).inject("blocks")
     kv = roles.export(i["z_c"], i["t"], i["own_text"])
-    stored = {k: v.detach() for k, v in encoder.kv_tensors().items()}
+    stored = {k: v.detach() for k, v in encoder.kv.tensors().items()}
     own, text = ((c.context, c.pooled, c.time_ids) for c in (i["own_text"], i["text"]))
     expected = oracle.export(plain, i["z_c"], i["t"], *own, stored)
     assert kv.keys() == expected.keys() and len(kv) == len(encoder.paths)
