@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
@@ -12,6 +15,7 @@ from ..lookahead.method.kv_encoder import KVEncoder
 from ..lookahead.method.resampler import ResamplerSizes
 
 KeysValues = dict[str, tuple[Tensor, Tensor]]  # by path of the block: [B, tokens, C] each, heads not split
+ImagePrompt = Callable[[str], tuple[Tensor, Tensor]]  # path of a block -> keys and values that it reads beside the text
 
 
 def block_paths(unet: UNet2DConditionModel) -> list[str]:
@@ -50,14 +54,12 @@ class Encoder(ImagePromptNetwork):
     def start_from(
         cls, file: EncoderFile, unet: UNet2DConditionModel, kv_rank: int = 4, export_rank: int = 4
     ) -> Encoder:
-        """Go on from an encoder file; a stock IP-Adapter Plus gets a new KV encoder of these ranks."""
+        """Go on from an encoder file, in 32 bit; a stock IP-Adapter Plus gets a new KV encoder of these ranks.
+
+        Raises ValueError, one sentence, for a file of another base model or of other ranks.
+        """
+        check_base(file, unet)
         encoder = cls(unet, file.sizes, kv_rank, export_rank)
-        widths = tuple(p.to_k_ip.out_features for p in encoder.ip_adapter)
-        if widths != file.widths:
-            raise ValueError(
-                f"{file.name} has {len(file.widths)} cross-attentions, and the base model has {len(widths)} or others: "
-                "start from an encoder that was made for this base."
-            )
         encoder.image_proj.load_state_dict(file.image_proj)
         for projections, (k, v) in zip(encoder.ip_adapter, file.ip_adapter, strict=True):
             projections.load_state_dict({"to_k_ip.weight": k, "to_v_ip.weight": v})
@@ -65,11 +67,54 @@ class Encoder(ImagePromptNetwork):
             encoder.kv.copy_from(file.kv)
         return encoder
 
+    @classmethod
+    def from_file(cls, file: EncoderFile, unet: UNet2DConditionModel) -> Encoder:
+        """An encoder file as it is, frozen, in its own precision; its tensors are taken, not copied.
+
+        Raises ValueError, one sentence, for a file of another base model.
+        """
+        check_base(file, unet)
+        with torch.device("meta"):  # the file's tensors take these places
+            encoder = cls(unet, file.sizes, 0, 0)
+        encoder.assign(file.image_proj, file.ip_adapter)
+        encoder.kv = KVEncoder.from_weights(file.kv_layers, file.kv_scale)
+        return encoder.requires_grad_(False).eval()
+
     def projections(self, path: str) -> Projections:
         """The image prompt's projections of a block."""
         return self.ip_adapter[self.paths.index(path)]
+
+    def image_prompt(self, tokens: Tensor) -> ImagePrompt:
+        """Tokens [B, T, context] as an image prompt that is projected where it is read, and so again in a pass that is
+        repeated in backward."""
+        return lambda path: self.projections(path)(tokens)
+
+    def all_keys_values(self, tokens: Tensor) -> KeysValues:
+        """The same of all blocks at once, for many passes with one image prompt."""
+        return dict(zip(self.paths, self.keys_values(tokens), strict=True))
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         """The trained tensors by learning rate: "adapter" (Resampler, projections) and, where there is one, "kv"."""
         adapter = [*self.image_proj.parameters(), *self.ip_adapter.parameters()]
         return {"adapter": adapter} | ({"kv": list(self.kv.parameters())} if self.kv else {})
+
+
+def check_base(file: EncoderFile, unet: UNet2DConditionModel) -> None:
+    """Raise ValueError, one sentence, where an encoder file was not made for this UNet."""
+    paths = block_paths(unet)
+    widths = tuple(unet.get_submodule(f"{path}.attn2.to_q").out_features for path in paths)
+    context = unet.config.cross_attention_dim
+    if widths != file.widths or context != file.sizes.context_width:
+        raise ValueError(
+            f"{file.name} was made for another base model: it has {len(file.widths)} cross-attentions and text of "
+            f"width {file.sizes.context_width}, this UNet {len(widths)} and {context}: use SDXL, or the encoder "
+            "made for this model."
+        )
+    for layer, (a, b) in file.kv_layers.items():
+        path = layer.split(".", 1)[1]
+        module = unet.get_submodule(path) if path.partition(".attn")[0] in paths else None
+        if module is None or (module.in_features, module.out_features) != (a.shape[1], b.shape[0]):
+            raise ValueError(
+                f"{file.name} was made for another base model: its KV encoder does not fit this UNet at {path}: "
+                "use the encoder made for this model."
+            )

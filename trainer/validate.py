@@ -65,7 +65,10 @@ def sample(step: Step, encoder: Encoder, batch: Batch, noise: Tensor, steps: int
     no_text = torch.zeros(n, dtype=torch.bool, device=noise.device)
     tokens = encoder.image_proj(batch.features)
     null = encoder.image_proj(step.null_features).expand_as(tokens)
-    conditions = (batch.text.where(no_text), null), (batch.text, tokens)
+    conditions = (
+        (batch.text.where(no_text), encoder.image_prompt(null)),
+        (batch.text, encoder.image_prompt(tokens)),
+    )
     stride = TIMESTEPS // steps
     times = range(1 + stride * (steps - 1), 0, -stride)
     x = noise
@@ -73,11 +76,11 @@ def sample(step: Step, encoder: Encoder, batch: Batch, noise: Tensor, steps: int
         for now in times:
             t = torch.full((n,), now, device=noise.device)
             # (float32: three scales multiply the rounding of 16 bit)
-            (e_u, e_t) = (roles.decode(x, t, text, prompt).float() for text, prompt in conditions)
+            (e_u, e_t) = (roles.predict(x, t, text, prompt).float() for text, prompt in conditions)
             if has_kv:
                 z_c, own = step.noised(batch.reference, noise, t), batch.reference_text
                 exports = (roles.export(z_c, t, c) for c in (own.where(no_text), own))
-                e_fu, e_ft = (roles.decode(x, t, *c, kv).float() for c, kv in zip(conditions, exports, strict=True))
+                e_fu, e_ft = (roles.predict(x, t, *c, kv).float() for c, kv in zip(conditions, exports, strict=True))
                 e = three_scale_guidance(e_u, e_t, e_fu, e_ft, text_scale, full_scale, kv_scale)
             else:
                 e = e_u + guidance * (e_t - e_u)

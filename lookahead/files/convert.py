@@ -142,9 +142,7 @@ def convert(
 
 def write_ip_adapter(path: str | os.PathLike[str], file: EncoderFile) -> None:
     """Write the image prompt of an encoder file as a stock IP-Adapter Plus (.safetensors), with its provenance."""
-    tensors = {f"image_proj.{k}": v for k, v in file.image_proj.items()}
-    for n, pair in enumerate(file.ip_adapter):
-        tensors |= {ip_adapter_key(n, which): value for which, value in zip("kv", pair, strict=True)}
+    tensors = encoder_file.image_prompt_tensors(file.image_proj, file.ip_adapter)
     metadata = {k: v for k, v in file.metadata.items() if k not in ("format", "format_version")}
     write_tensors(path, {k: v.contiguous() for k, v in tensors.items()}, metadata)
 

@@ -131,6 +131,16 @@ def from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], nam
     return EncoderFile(name, OWN_KIND if own else STOCK_KIND, sizes, image_proj, ip_adapter, kv, dict(metadata))
 
 
+def image_prompt_tensors(
+    image_proj: Mapping[str, Tensor], ip_adapter: Sequence[tuple[Tensor, Tensor]]
+) -> dict[str, Tensor]:
+    """The image prompt's weights under the names of the public IP-Adapter Plus files; arguments as in `write`."""
+    tensors = {f"image_proj.{k}": v for k, v in image_proj.items()}
+    for n, pair in enumerate(ip_adapter):
+        tensors |= {ip_adapter_key(n, which): weight for which, weight in zip("kv", pair, strict=True)}
+    return tensors
+
+
 def write(
     path: str | os.PathLike[str],
     image_proj: Mapping[str, Tensor],
@@ -148,10 +158,7 @@ def write(
     unknown = [k for k in metadata if k not in METADATA_FIELDS and not k.startswith("modelspec.")]
     if unknown:
         raise EncoderFileError(f"Encoder files have no metadata field {_some(unknown)}; known are {METADATA_FIELDS}.")
-    tensors = {f"image_proj.{k}": v for k, v in image_proj.items()}
-    for n, (to_k, to_v) in enumerate(ip_adapter):
-        tensors[ip_adapter_key(n, "k")], tensors[ip_adapter_key(n, "v")] = to_k, to_v
-    tensors.update(kv or {})
+    tensors = image_prompt_tensors(image_proj, ip_adapter) | dict(kv or {})
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     metadata = {
         **metadata,

@@ -60,6 +60,11 @@ class ImagePromptNetwork(nn.Module):
         for projections, (to_k, to_v) in zip(self.ip_adapter, ip_adapter, strict=True):
             projections.load_state_dict({"to_k_ip.weight": to_k, "to_v_ip.weight": to_v}, assign=True)
 
+    @property
+    def projection_weights(self) -> list[tuple[Tensor, Tensor]]:
+        """to_k and to_v [width, context] of every cross-attention, as encoder files are written with."""
+        return [(p.to_k_ip.weight, p.to_v_ip.weight) for p in self.ip_adapter]
+
     def keys_values(self, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Tokens [rows, T, context] -> keys and values [rows, T, width] of every cross-attention."""
         return [projections(tokens) for projections in self.ip_adapter]
