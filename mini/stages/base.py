@@ -61,10 +61,10 @@ def scheduler() -> DDIMScheduler:
     )
 
 
-def added(pooled: Tensor) -> dict[str, Tensor]:
-    """SDXL's size conditioning of a whole picture, with the pooled text embedding."""
+def condition(context: Tensor, pooled: Tensor) -> Condition:
+    """A text with SDXL's size conditioning of a whole picture."""
     size = torch.tensor([IMAGE_SIZE, IMAGE_SIZE, 0, 0, IMAGE_SIZE, IMAGE_SIZE], device=pooled.device)
-    return {"text_embeds": pooled, "time_ids": size.float().expand(len(pooled), 6)}
+    return Condition(context, pooled, size.float().expand(len(pooled), 6))
 
 
 class Noising:
