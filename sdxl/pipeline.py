@@ -26,11 +26,11 @@ from ..lookahead.files import encoder_file
 from ..lookahead.files.encoder_file import EncoderFile
 from ..lookahead.losses.views import centre_square
 from ..lookahead.method.guidance import Scales, guided
-from ..lookahead.method.schedule import alpha_bar_of, sigma_at, sigma_of
+from ..lookahead.method.schedule import add_noise, alpha_bar_of, sigma_at, sigma_of
 from .encoder import Encoder, KeysValues
 from .images import as_pixels, clip_input
 from .reference import EncodedReference, KeptKV, Text
-from .shared_unet import Condition, SharedUNet
+from .shared_unet import Condition, SharedUNet, rows_of_each
 
 __all__ = ["EncodedReference", "KeptKV", "LookaheadPipeline", "Scales", "Text"]
 
@@ -168,8 +168,8 @@ class LookaheadPipeline(StableDiffusionXLPipeline):
         self._encoder_on_device()
         # Between two steps, where some schedulers go, log sigma is interpolated.
         sigmas = sigma_of(self.scheduler.alphas_cumprod.double().to(t.device))
-        abar, latents = alpha_bar_of(sigma_at(t, sigmas)), reference.latents
-        x = abar.sqrt().to(latents) * latents + (1 - abar).sqrt().to(latents) * noise.to(latents)
+        latents = reference.latents
+        x = add_noise(latents, noise.to(latents), alpha_bar_of(sigma_at(t, sigmas)))
         text = reference.text if conditional else reference.text.zeros
         return self._shared_unet.export(x, t, self._condition([text], x))
 
@@ -217,8 +217,7 @@ class LookaheadPipeline(StableDiffusionXLPipeline):
         """The texts one after another, each for all rows of x."""
         height, width = (self.vae_scale_factor * side for side in x.shape[-2:])
         time_ids = torch.tensor([height, width, 0, 0, height, width], dtype=x.dtype, device=x.device)
-        context, pooled = (_rows([getattr(t, name) for t in texts], len(x)) for name in ("context", "pooled"))
-        return Condition(context, pooled, time_ids.expand(len(pooled), -1))
+        return Condition.stacked([Condition(text.context, text.pooled, time_ids[None]) for text in texts], len(x))
 
     # --- a whole run
 
@@ -312,16 +311,11 @@ class LookaheadPipeline(StableDiffusionXLPipeline):
         return self.image_processor.postprocess(pixels, output_type=output_type)
 
 
-def _rows(parts: Sequence[Tensor], n: int) -> Tensor:
-    """Parts of one or n rows -> n rows of each, one part after another."""
-    return torch.cat([part.expand(n, *part.shape[1:]) for part in parts])
-
-
 def _joined(parts: Sequence[KeysValues | None], n: int) -> KeysValues | None:
     """Keys and values of several groups of n rows as one batch; None where there are none."""
     if parts[0] is None:
         return None
-    return {path: tuple(_rows([part[path][i] for part in parts], n) for i in (0, 1)) for path in parts[0]}
+    return {path: tuple(rows_of_each([part[path][i] for part in parts], n) for i in (0, 1)) for path in parts[0]}
 
 
 def _moved(kv: KeysValues | None, device) -> KeysValues | None:

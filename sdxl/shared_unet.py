@@ -8,7 +8,7 @@ repeated in backward, as checkpointing does it, only has to find its own `Pass` 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -39,9 +39,20 @@ class Condition:
     pooled: Tensor
     time_ids: Tensor
 
+    @property
+    def added(self) -> dict[str, Tensor]:
+        """Beside the text's context, as diffusers names it (`added_cond_kwargs`)."""
+        return {"text_embeds": self.pooled, "time_ids": self.time_ids}
+
     def rows(self, chosen: slice) -> Condition:
         """Some of the rows."""
         return Condition(self.context[chosen], self.pooled[chosen], self.time_ids[chosen])
+
+    @staticmethod
+    def stacked(conditions: Sequence[Condition], n: int) -> Condition:
+        """Conditions of one or n rows as one batch: n rows of each, one after another."""
+        names = ("context", "pooled", "time_ids")
+        return Condition(*(rows_of_each([getattr(c, name) for c in conditions], n) for name in names))
 
     def where(self, keep: Tensor) -> Condition:
         """With no text (zero embeddings, zero pooled text) where keep, bool [B], is false."""
@@ -158,9 +169,8 @@ class SharedUNet:
             self.encoder = before
 
     def _run(self, now: Pass, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        added = {"text_embeds": condition.pooled, "time_ids": condition.time_ids}
         with self._during(now):
-            return self.unet(x, t, condition.context, added_cond_kwargs=added).sample
+            return self.unet(x, t, condition.context, added_cond_kwargs=condition.added).sample
 
     @contextmanager
     def _during(self, now: Pass) -> Iterator[None]:
@@ -186,6 +196,11 @@ class SharedUNet:
     def _stop_export(self, *_: object) -> None:
         if self.now.exported is not None:
             raise _Exported
+
+
+def rows_of_each(parts: Sequence[Tensor], n: int) -> Tensor:
+    """Tensors of one or n rows as one batch: n rows of each, one after another."""
+    return torch.cat([part.expand(n, *part.shape[1:]) for part in parts])
 
 
 class _Exported(Exception):
