@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from ..lookahead.files.tensors import EncoderFileError, read_tensors
+from ..lookahead.vision import clip
 from . import configs
 from .images import clip_input
 
@@ -248,7 +249,7 @@ def load_image_encoder(path: Path, dtype: torch.dtype) -> CLIPVisionModelWithPro
         tensors, _ = read_tensors(path)
         with torch.device("meta"):
             model = CLIPVisionModelWithProjection(CLIPVisionConfig(**configs.VIT_H))
-        return fill_image_encoder(model, tensors).to(dtype)
+        return clip.fill(model, tensors, dtype)
     except ModelError:
         raise
     except (Exception, EncoderFileError) as error:
@@ -256,21 +257,6 @@ def load_image_encoder(path: Path, dtype: torch.dtype) -> CLIPVisionModelWithPro
             f"{path} cannot be read as an image encoder ({_short(error)}): get {_from('image_encoder')}; another one "
             "than ViT-H/14 needs its folder with config.json."
         ) from error
-
-
-def fill_image_encoder(model: CLIPVisionModelWithProjection, tensors: dict[str, Tensor]) -> nn.Module:
-    """Load weights in transformers' layout, as its own versions name them and as ComfyUI's files do."""
-    own = model.state_dict()
-    # transformers leaves "vision_model." out in some versions
-    names = {k if k in own else k.removeprefix("vision_model."): v for k, v in tensors.items()}
-    model.load_state_dict({k: v for k, v in names.items() if k in own}, assign=True, strict=False)
-    if missing := [k for k, v in model.state_dict().items() if v.is_meta and not k.endswith("position_ids")]:
-        raise ModelError(f"it lacks {missing[0]} and {len(missing) - 1} more weights")
-    for name, buffer in list(model.named_buffers()):
-        if buffer.is_meta:  # position_ids, which newer files leave out
-            parent, _, leaf = name.rpartition(".")
-            model.get_submodule(parent).register_buffer(leaf, torch.arange(buffer.shape[-1])[None], persistent=False)
-    return model
 
 
 def _from(field: str) -> str:

@@ -15,6 +15,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 
+from ...lookahead.files.unet_layout import UNetLayout
 from ...lookahead.method.guidance import Scales, guided
 from ...lookahead.method.sampling import Predict
 from ...lookahead.method.schedule import TIMESTEPS, add_noise, alphas_cumprod
@@ -27,28 +28,18 @@ from .text import TextEncoders, tokenize, tokenizer
 BATCH = 32
 DROP = 0.1
 MIN_SNR = 5.0
+_S = SIZES["unet"]
+LAYOUT = UNetLayout(
+    tuple(_S["model_channels"] * m for m in _S["channel_mult"]),
+    tuple(_S["transformer_depth"]),
+    CONTEXT,
+    SIZES["text"]["width_g"],
+    _S["head_channels"],
+)
 
 
 def build_unet() -> UNet2DConditionModel:
-    s = SIZES["unet"]
-    widths = tuple(s["model_channels"] * m for m in s["channel_mult"])
-    kinds = ["CrossAttnDownBlock2D" if d else "DownBlock2D" for d in s["transformer_depth"]]
-    unet = UNet2DConditionModel(
-        sample_size=LATENT_SIZE,
-        in_channels=4,
-        out_channels=4,
-        down_block_types=tuple(kinds),
-        up_block_types=tuple(k.replace("Down", "Up") for k in reversed(kinds)),
-        block_out_channels=widths,
-        layers_per_block=2,
-        transformer_layers_per_block=tuple(max(1, d) for d in s["transformer_depth"]),
-        attention_head_dim=tuple(w // s["head_channels"] for w in widths),  # diffusers' name for the number of heads
-        cross_attention_dim=CONTEXT,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=6 * 256 + SIZES["text"]["width_g"],
-        use_linear_projection=True,
-    )
+    unet = UNet2DConditionModel(sample_size=LATENT_SIZE, **LAYOUT.diffusers())
     # SDPA's backward is slow in bf16 on a CPU; at 256 tokens the plain product costs nothing on a GPU either.
     unet.set_attn_processor(AttnProcessor())
     return unet

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...sdxl.shared_unet import Condition
 from ..files.checkpoint import cldm_controlnet
-from ..plan import SIZES, Plan
+from ..plan import Plan
 from ..world.data import Pictures
 from ..world.edges import edges
 from . import base, stage
@@ -27,18 +27,14 @@ THRESHOLDS = (0.3, 1.0)  # of strong edges, drawn anew every step: users choose 
 
 
 def build() -> ControlNetModel:
-    s = SIZES["unet"]
-    widths = tuple(s["model_channels"] * m for m in s["channel_mult"])
+    same = ("block_out_channels", "layers_per_block", "addition_embed_type", "addition_time_embed_dim")
+    same += ("projection_class_embeddings_input_dim", "attention_head_dim")  # there is no attention; diffusers asks
+    layout = base.LAYOUT.diffusers()
     return ControlNetModel(
-        down_block_types=("DownBlock2D",) * len(widths),
+        down_block_types=("DownBlock2D",) * len(base.LAYOUT.channels),
         mid_block_type="UNetMidBlock2D",
-        block_out_channels=widths,
-        layers_per_block=2,
         conditioning_embedding_out_channels=(16, 32, 96, 256),  # the host knows no other
-        addition_embed_type="text_time",
-        addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=6 * 256 + SIZES["text"]["width_g"],
-        attention_head_dim=tuple(w // s["head_channels"] for w in widths),  # there is no attention; diffusers asks
+        **{name: layout[name] for name in same},
     )
 
 
