@@ -15,7 +15,7 @@ from ..lookahead.vision.arcface import Recogniser
 from ..lookahead.vision.face_models import FaceModels
 from ..lookahead.vision.faces import Detector, Face
 from ..sdxl.configs import tokenizers
-from ..sdxl.load import Frozen, ModelError, Text, found
+from ..sdxl.load import Frozen, ModelError, PromptEncoder, found
 from ..sdxl.shared_unet import Condition
 from ..trainer.config import Config
 from ..trainer.lookahead.draws import generator
@@ -126,7 +126,7 @@ def reference_of(target: int, number: int) -> int:
 def frozen(weights: Path = WEIGHTS) -> Frozen:
     """The shipped models as the trainer takes them. Raises FileNotFoundError, one sentence, for one that is missing."""
     mini = models.load(weights)
-    text = Text(tokenizers(), mini.text.l, mini.text.g)
+    text = PromptEncoder(tokenizers(), mini.text.l, mini.text.g)
     return Frozen(mini.unet, text, mini.vae, models.load_image_encoder(weights))
 
 

@@ -62,7 +62,7 @@ def found(field: str, name: str | None, *beside: Path, section: str = "model") -
     )
 
 
-class Text(nn.Module):
+class PromptEncoder(nn.Module):
     """SDXL's two text encoders with their tokenizers."""
 
     def __init__(self, tokenizers: Sequence[CLIPTokenizer], first: CLIPTextModel, second: CLIPTextModelWithProjection):
@@ -97,7 +97,7 @@ class Frozen:
     """What SDXL is made of, in evaluation mode and with no gradients of its weights."""
 
     unet: UNet2DConditionModel
-    text: Text
+    text: PromptEncoder
     vae: AutoencoderKL | AutoencoderTiny
     vision: CLIPVisionModelWithProjection
 
@@ -136,7 +136,10 @@ class Frozen:
         return self.vision(pixel_values=seen, output_hidden_states=True).hidden_states[-2]
 
 
-def load_base(path: Path, dtype: torch.dtype, vae: Path | None = None) -> tuple[UNet2DConditionModel, Text, nn.Module]:
+BaseModels = tuple[UNet2DConditionModel, PromptEncoder, nn.Module]  # the last reads pictures
+
+
+def load_base(path: Path, dtype: torch.dtype, vae: Path | None = None) -> BaseModels:
     """UNet, text encoders and the autoencoder that reads pictures, of a diffusers folder or a single checkpoint.
 
     vae: folder of an autoencoder in place of the base's. Autoencoders stay in 32 bit: SDXL's own overflows in 16, and
@@ -158,7 +161,7 @@ def load_base(path: Path, dtype: torch.dtype, vae: Path | None = None) -> tuple[
     return unet, text, own
 
 
-def _folder(path: Path, dtype: torch.dtype, vae: nn.Module | None) -> tuple[UNet2DConditionModel, Text, nn.Module]:
+def _folder(path: Path, dtype: torch.dtype, vae: nn.Module | None) -> BaseModels:
     parts = ("unet", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", *(() if vae else ("vae",)))
     if missing := [name for name in parts if not (path / name).is_dir()]:
         raise ModelError(f"{path} has no folder {' and no '.join(missing)}: get {_from('base')}, all of it.")
@@ -168,7 +171,7 @@ def _folder(path: Path, dtype: torch.dtype, vae: nn.Module | None) -> tuple[UNet
         for name, kind in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection))
     )
     tokenizers = [CLIPTokenizer.from_pretrained(path / name, local_files_only=True) for name in parts[3:5]]
-    return unet, Text(tokenizers, first, second), vae or load_vae(path / "vae")
+    return unet, PromptEncoder(tokenizers, first, second), vae or load_vae(path / "vae")
 
 
 def _files(folder: Path) -> dict[str, Any]:
@@ -180,21 +183,19 @@ def _files(folder: Path) -> dict[str, Any]:
     return {"local_files_only": True} | ({"variant": "fp16"} if only_16 else {})
 
 
-def _checkpoint(path: Path, dtype: torch.dtype, vae: nn.Module | None) -> tuple[UNet2DConditionModel, Text, nn.Module]:
+def _checkpoint(path: Path, dtype: torch.dtype, vae: nn.Module | None) -> BaseModels:
     with tempfile.TemporaryDirectory() as folder:
         written = configs.write_configs(Path(folder))
         return read_checkpoint(path, written, dtype, vae)
 
 
-def read_checkpoint(
-    path: Path, configs: Path, dtype: torch.dtype, vae: nn.Module | None = None
-) -> tuple[UNet2DConditionModel, Text, nn.Module]:
+def read_checkpoint(path: Path, configs: Path, dtype: torch.dtype, vae: nn.Module | None = None) -> BaseModels:
     """As `load_base`, of one file in the layout of SDXL's release; configs: a folder of `configs.write_configs`."""
     given = {} if vae is None else {"vae": vae}
     pipe = StableDiffusionXLPipeline.from_single_file(
         str(path), config=str(configs), local_files_only=True, torch_dtype=dtype, **given
     )
-    text = Text((pipe.tokenizer, pipe.tokenizer_2), pipe.text_encoder, pipe.text_encoder_2)
+    text = PromptEncoder((pipe.tokenizer, pipe.tokenizer_2), pipe.text_encoder, pipe.text_encoder_2)
     return pipe.unet, text, vae or pipe.vae.float()
 
 

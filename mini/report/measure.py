@@ -1,6 +1,6 @@
 """What a build reports of itself, on held-out people, prompts and seeds: autoencoder, judges, base, image prompt.
 
-Every function reads the stages' results from `folder`, returns a `Result` and draws its pictures into `folder/report`.
+Every function reads the stages' results from `folder`, returns a `Measurement` and draws pictures into `folder/report`.
 Figures over people have bootstrap intervals (people are drawn); shares among samples, each with a noise of its own,
 have Wilson's, which stay honest where all samples are right.
 """
@@ -36,7 +36,7 @@ SAMPLES = "samples.safetensors"  # of the base, in `folder/report`: pictures (by
 
 
 @dataclass(frozen=True)
-class Result:
+class Measurement:
     """Figures with their intervals (a plain number is a count or a limit, not an estimate), and what they stand on."""
 
     figures: dict[str, Interval | float]
@@ -70,7 +70,7 @@ def roc(own: Tensor, other: Tensor, points: int = 61) -> list[list[float]]:
 
 
 @torch.no_grad()
-def autoencoder(folder: Path, plan: Plan) -> Result:
+def autoencoder(folder: Path, plan: Plan) -> Measurement:
     """Who is it, in a picture and in its reconstruction; noise of the reconstruction by style."""
     pictures, net = held_out(folder, plan), vae.load(folder)
     recogniser, _ = evaluators.load(folder)
@@ -99,14 +99,14 @@ def autoencoder(folder: Path, plan: Plan) -> Result:
     rows = min(len(c) for c in columns)
     grid = torch.stack([c[:rows] for c in columns], 1).flatten(0, 1)
     save_grid(grid, len(plan.styles), drawings(folder) / "reconstructions.png")
-    return Result(figures, f"{people * per_person} pictures of {people} held-out people")
+    return Measurement(figures, f"{people * per_person} pictures of {people} held-out people")
 
 
 # The networks that only measure
 
 
 @torch.no_grad()
-def judges(folder: Path, plan: Plan) -> Result:
+def judges(folder: Path, plan: Plan) -> Measurement:
     """How well do the evaluation recogniser and the scorer know drawn pictures of people they have not seen?"""
     pictures = held_out(folder, plan)
     recogniser, scorer = evaluators.load(folder)
@@ -132,7 +132,7 @@ def judges(folder: Path, plan: Plan) -> Result:
     for name, answer in zip(("style", "place"), torch.cat(said, 1), strict=True):
         right = answer == pictures.labels[name]
         figures[f"scorer accuracy, {name}"] = share(right.view(people, per_person))
-    return Result(figures, f"{len(pictures)} drawn pictures of {people} held-out people", curves)
+    return Measurement(figures, f"{len(pictures)} drawn pictures of {people} held-out people", curves)
 
 
 # Samples of the base
@@ -189,7 +189,7 @@ class Painter:
 
 
 @torch.no_grad()
-def samples(folder: Path, plan: Plan) -> Result:
+def samples(folder: Path, plan: Plan) -> Measurement:
     """Style and place of samples on short prompts. Keeps the pictures for measure_found.py, with further
     photos, which count there alone."""
     paint = Painter(folder)
@@ -219,7 +219,7 @@ def samples(folder: Path, plan: Plan) -> Result:
     save_grid(by_style[:, :rows].transpose(0, 1).flatten(0, 1), len(index), drawings(folder) / "samples.png")
     basis = f"{len(style)} samples ({plan.report_samples} a style, places in turn)"
     how = f"{STEPS} DDIM steps, guidance {GUIDANCE:g}"
-    return Result(figures, f"{basis}, {how}; further {photos} photos for the faces below")
+    return Measurement(figures, f"{basis}, {how}; further {photos} photos for the faces below")
 
 
 # Attributes of long captions
@@ -236,7 +236,7 @@ def read_attributes(vector: Tensor) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def captions(folder: Path, plan: Plan) -> Result:
+def captions(folder: Path, plan: Plan) -> Measurement:
     """Do samples show what long captions say? Read by the evaluation recogniser, smiles by the image-text model where
     there is one. A caption is that of a drawn held-out picture, on which the same reading is done: what the readers
     themselves reach; and the share of the most frequent answer is what a guess reaches."""
@@ -280,14 +280,16 @@ def captions(folder: Path, plan: Plan) -> Result:
             figures[f"all, smile (AUC of closeness to 'smiling'): {k}"] = bootstrap(
                 lambda i, c=close: auc(c[i][smiling[i]], c[i][~smiling[i]]), len(close), 300
             )
-    return Result(figures, f"{sum(len(r) for r in groups.values())} long captions of {len(person)} held-out people")
+    return Measurement(
+        figures, f"{sum(len(r) for r in groups.values())} long captions of {len(person)} held-out people"
+    )
 
 
 # The image prompt alone
 
 
 @torch.no_grad()
-def backbone(folder: Path, plan: Plan) -> Result:
+def backbone(folder: Path, plan: Plan) -> Measurement:
     """Identity in photos at weight 1, and what the weight does to style, place and identity in the other styles."""
     n = plan.report_references
     faces, paint = reference_faces(n, IMAGE_SIZE), Painter(folder)
@@ -338,7 +340,7 @@ def backbone(folder: Path, plan: Plan) -> Result:
         figures[f"fall of style accuracy from weight 0 to {weight}"] = share(fall[:, None])
     save_grid(torch.cat(rows), len(rows[0]), drawings(folder) / "backbone.png")
     basis = f"{n} held-out references; {2 * n} photos, and {n} pictures in other styles for each weight"
-    return Result(figures, basis, curves)
+    return Measurement(figures, basis, curves)
 
 
 def save_grid(pictures: Tensor, columns: int, path: Path) -> None:

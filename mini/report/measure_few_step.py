@@ -21,7 +21,7 @@ from ...lookahead.method.schedule import preview_latent
 from ...sdxl import lora
 from ..plan import IMAGE_SIZE, LATENT_SIZE, Plan
 from ..stages import base, evaluators, lcm, style_lora, vae
-from ..stages.networks import Recogniser, StyleScorer
+from ..stages.networks import EvaluationRecogniser, StyleScorer
 from ..stages.text import TextEncoders, tokenize, tokenizer
 from ..world import data
 from ..world.faces import STYLES, Faces, render, sample_identities, sample_nuisance
@@ -41,7 +41,7 @@ class World(NamedTuple):
     text: TextEncoders
     autoencoder: AutoencoderTiny
     loras: dict[str, lora.LoRA]
-    recogniser: Recogniser
+    recogniser: EvaluationRecogniser
     scorer: StyleScorer
     held_out: data.Pictures
 
@@ -83,7 +83,7 @@ def _chosen(world: World, n: int, seed: int) -> Tensor:
 # One-step previews (figure 2 of the paper)
 
 
-class Run(NamedTuple):
+class PreviewedRun(NamedTuple):
     """A finished run of the base and what could be foreseen on the way; a list entry for each of SHARES."""
 
     finished: Tensor
@@ -92,7 +92,7 @@ class Run(NamedTuple):
 
 
 @torch.no_grad()
-def run_with_previews(world: World, prompts: list[str], seed: int, personal: bool = False) -> Run:
+def run_with_previews(world: World, prompts: list[str], seed: int, personal: bool = False) -> PreviewedRun:
     """DDIM with guidance, 50 steps, and the previews by each of METHODS at SHARES of them.
 
     `personal`: base and few-step model both with the LoRA of one person.
@@ -117,7 +117,7 @@ def run_with_previews(world: World, prompts: list[str], seed: int, personal: boo
     with world.loras["style_lora"].at(1.0) if personal else world.loras["lcm_lora"].at(0.0):
         guided = base.classifier_free(predict, positive, negative, lcm.GUIDANCE)
         z = sample_ddim(guided, z, ddim_timesteps(DDIM_STEPS), alpha_bar, foresee)
-    return Run(z, steps, foreseen)
+    return PreviewedRun(z, steps, foreseen)
 
 
 @torch.no_grad()

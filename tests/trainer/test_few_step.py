@@ -6,7 +6,7 @@ import pytest
 import torch
 from lcm_lookahead.mini.report import measure_few_step
 from lcm_lookahead.mini.stages import base, collapsed, lcm, stage, style_lora, vae
-from lcm_lookahead.mini.stages.networks import Recogniser, StyleScorer
+from lcm_lookahead.mini.stages.networks import EvaluationRecogniser, StyleScorer
 from lcm_lookahead.mini.stages.text import TextEncoders
 from lcm_lookahead.sdxl import lora
 
@@ -117,7 +117,7 @@ def test_everything_is_measured_and_drawn(folder, monkeypatch):
     some_lcm_lora(folder)
     for name in ("collapsed", "style_lora"):
         (folder / f"{name}.safetensors").symlink_to(folder / "lcm_lora.safetensors")
-    stage.write_tensors(folder / "recogniser.safetensors", Recogniser().state_dict())
+    stage.write_tensors(folder / "recogniser.safetensors", EvaluationRecogniser().state_dict())
     stage.write_tensors(folder / "style_scorer.safetensors", StyleScorer().state_dict())
     monkeypatch.setattr(measure_few_step, "DDIM_STEPS", 2)
     monkeypatch.setattr(measure_few_step, "SHARES", (0.0, 0.5))

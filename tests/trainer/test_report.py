@@ -11,7 +11,7 @@ from lcm_lookahead.evaluation.stats import Interval
 from lcm_lookahead.mini.files import shipped
 from lcm_lookahead.mini.plan import QUICK
 from lcm_lookahead.mini.report import measure, page, report
-from lcm_lookahead.mini.report.measure import Result
+from lcm_lookahead.mini.report.measure import Measurement
 from lcm_lookahead.mini.stages import stage
 from lcm_lookahead.mini.world import data
 from lcm_lookahead.mini.world.faces import IDENTITY_SIZE, identity_vector, sample_identities, skin_class
@@ -27,7 +27,7 @@ def counted(monkeypatch):
     def run(folder, plan, weights):
         runs.append("done")
         figures = {"identity similarity": Interval(0.961, 0.942, 0.973), "noise": Interval(float("nan"), 0.0, 1.0)}
-        return Result(figures | {"a limit": 7.5}, "12 pictures", {"by weight": [[0.0, 0.5, 0.4, 0.6]]})
+        return Measurement(figures | {"a limit": 7.5}, "12 pictures", {"by weight": [[0.0, 0.5, 0.4, 0.6]]})
 
     entries = {name: report.Measure(m.title, ("never",), run) for name, m in report.MEASURES.items()}
     monkeypatch.setattr(report, "MEASURES", entries | {"vae": report.Measure("Autoencoder", ("vae",), run)})
