@@ -90,7 +90,7 @@ class Encoder(ImagePromptNetwork):
         return lambda path: self.projections(path)(tokens)
 
     def all_keys_values(self, tokens: Tensor) -> KeysValues:
-        """The same of all blocks at once, for many passes with one image prompt."""
+        """The image prompt of all blocks, projected at once, for many passes with the same tokens."""
         return dict(zip(self.paths, self.keys_values(tokens), strict=True))
 
     def groups(self) -> dict[str, list[nn.Parameter]]:

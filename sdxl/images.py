@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+from ..lookahead.vision.clip import MEAN, STD
 
 
 class PictureError(ValueError):
@@ -70,5 +70,5 @@ def clip_input(pictures: Tensor, size: int) -> Tensor:
         top, left = (pictures.shape[2] - size) // 2, (pictures.shape[3] - size) // 2
         pictures = pictures[:, :, top : top + size, left : left + size]
     pictures = (255 * pictures).clamp(0, 255).round() / 255
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1).to(pictures) for values in (CLIP_MEAN, CLIP_STD))
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1).to(pictures) for values in (MEAN, STD))
     return (pictures - mean) / std

@@ -1,7 +1,7 @@
 """The frozen models that an encoder is trained with, from the public files, on this machine alone: nothing is fetched.
 
 SDXL as a diffusers folder or as one checkpoint; an image encoder; a tiny autoencoder that decodes previews. (The
-few-step LoRA is read by `lora`, the recogniser by `lookahead.recognisers`, the detector by `lookahead.face_models`.)
+few-step LoRA is read by `lora`, the recogniser by `lookahead.vision.arcface`, the detector by `face_models` there.)
 """
 
 from __future__ import annotations
@@ -76,9 +76,9 @@ class PromptEncoder(nn.Module):
         for tokenizer, model in zip(self.tokenizers, (self.first, self.second), strict=True):
             length = model.config.max_position_embeddings
             ids = tokenizer(caption, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-            said = model(ids.input_ids.to(model.device), output_hidden_states=True)
-            hidden.append(said.hidden_states[-2])
-        return torch.cat(hidden, -1), said.text_embeds
+            output = model(ids.input_ids.to(model.device), output_hidden_states=True)
+            hidden.append(output.hidden_states[-2])
+        return torch.cat(hidden, -1), output.text_embeds
 
 
 class Preview(nn.Module):
@@ -121,19 +121,19 @@ class Frozen:
     @torch.no_grad()
     def features(self, pictures: Tensor) -> Tensor:
         """Pictures [n, 3, H, W] in [0, 1] -> what the image prompt reads: penultimate hidden states [n, patches, w]."""
-        seen = clip_input(pictures, self.vision.config.image_size)
-        return self._hidden(seen)
+        pixels = clip_input(pictures, self.vision.config.image_size)
+        return self._hidden(pixels)
 
     def null_features(self) -> Tensor:
-        """Of no picture, [1, patches, width]: of zeros in the encoder's own, normalised pixel space (not of a black
-        picture), as the public pipelines have it."""
+        """Features of no picture, [1, patches, width]: those of zeros in the encoder's normalised pixel space, not of
+        a black picture, as the public pipelines have it."""
         size = self.vision.config.image_size
         return self._hidden(torch.zeros(1, 3, size, size))
 
     @torch.no_grad()
-    def _hidden(self, seen: Tensor) -> Tensor:
-        seen = seen.to(self.vision.device, self.vision.dtype)
-        return self.vision(pixel_values=seen, output_hidden_states=True).hidden_states[-2]
+    def _hidden(self, pixels: Tensor) -> Tensor:
+        pixels = pixels.to(self.vision.device, self.vision.dtype)
+        return self.vision(pixel_values=pixels, output_hidden_states=True).hidden_states[-2]
 
 
 BaseModels = tuple[UNet2DConditionModel, PromptEncoder, nn.Module]  # the last reads pictures
@@ -147,7 +147,7 @@ def load_base(path: Path, dtype: torch.dtype, vae: Path | None = None) -> BaseMo
     """
     try:
         reader = load_vae(vae) if vae else None
-        unet, text, own = (_folder if path.is_dir() else _checkpoint)(path, dtype, reader)
+        unet, text, own_vae = (_folder if path.is_dir() else _checkpoint)(path, dtype, reader)
     except ModelError:
         raise
     except Exception as error:  # diffusers and transformers have many ways to say that a file is missing or misshapen
@@ -158,7 +158,7 @@ def load_base(path: Path, dtype: torch.dtype, vae: Path | None = None) -> BaseMo
             f"{path} is no SDXL base model ({channels} input channels, {kind or 'no'} added conditions): use "
             f"{_from('base')}."
         )
-    return unet, text, own
+    return unet, text, own_vae
 
 
 def _folder(path: Path, dtype: torch.dtype, vae: nn.Module | None) -> BaseModels:
@@ -176,10 +176,10 @@ def _folder(path: Path, dtype: torch.dtype, vae: nn.Module | None) -> BaseModels
 
 def _files(folder: Path) -> dict[str, Any]:
     """How to load the weights in a folder: from here, and the 16-bit variant where there is no other."""
-    there = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin"))
-    if not there:
+    weights = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin"))
+    if not weights:
         raise ModelError(f"{folder} holds no weights (.safetensors): the download is incomplete, get the folder again.")
-    only_16 = all(".fp16." in file.name for file in there)
+    only_16 = all(".fp16." in file.name for file in weights)
     return {"local_files_only": True} | ({"variant": "fp16"} if only_16 else {})
 
 
@@ -190,7 +190,7 @@ def _checkpoint(path: Path, dtype: torch.dtype, vae: nn.Module | None) -> BaseMo
 
 
 def read_checkpoint(path: Path, configs: Path, dtype: torch.dtype, vae: nn.Module | None = None) -> BaseModels:
-    """As `load_base`, of one file in the layout of SDXL's release; configs: a folder of `configs.write_configs`."""
+    """What `load_base` returns, of a file in the layout of SDXL's release; configs: of `configs.write_configs`."""
     given = {} if vae is None else {"vae": vae}
     pipe = StableDiffusionXLPipeline.from_single_file(
         str(path), config=str(configs), local_files_only=True, torch_dtype=dtype, **given

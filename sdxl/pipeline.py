@@ -34,9 +34,6 @@ from .shared_unet import Condition, SharedUNet, rows_of_each
 
 __all__ = ["EncodedReference", "KeptKV", "LookaheadPipeline", "Scales", "Text"]
 
-KV_PROMPT = "a photo of a face"
-SIZE = 1024  # side of the reference in pixels where the file does not say
-
 
 @dataclass
 class LookaheadOutput(BaseOutput):
@@ -105,9 +102,8 @@ class LookaheadPipeline(StableDiffusionXLPipeline):
         own prompt, by default the file's. Raises ValueError where there is no encoder or no image encoder.
         """
         pixels = as_pixels(image)
-        said = self.encoder_metadata.get("size", "")
-        size = size or (int(said) if said.isdecimal() and int(said) >= 64 else SIZE)
-        prompt = kv_prompt or self.encoder_metadata.get("kv_prompt") or KV_PROMPT
+        size = size or encoder_file.reference_size(self.encoder_metadata)
+        prompt = kv_prompt or encoder_file.kv_prompt(self.encoder_metadata)
         image_prompt, null = self.encode_image_prompt(pixels)
         latents, text = self._encode(centre_square(pixels, size)), self._encode_text(prompt)
         return EncodedReference(image_prompt, null, latents, text)
@@ -127,8 +123,8 @@ class LookaheadPipeline(StableDiffusionXLPipeline):
             )
         if not hasattr(clip, "_hf_hook"):  # it came after pipe.to(...), or after offloading was turned on
             clip.to(self._execution_device)
-        seen = clip_input(pixels.movedim(-1, 1), clip.config.image_size)
-        both = torch.cat([seen, torch.zeros_like(seen)]).to(self._execution_device, clip.dtype)
+        picture = clip_input(pixels.movedim(-1, 1), clip.config.image_size)
+        both = torch.cat([picture, torch.zeros_like(picture)]).to(self._execution_device, clip.dtype)
         features = clip(both, output_hidden_states=True).hidden_states[-2].to(self.unet.dtype)
         tokens, null = encoder.image_proj(features).chunk(2)
         return encoder.all_keys_values(tokens), encoder.all_keys_values(null)

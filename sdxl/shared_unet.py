@@ -103,9 +103,9 @@ class SharedUNet:
         if checkpointing not in CHECKPOINTING:
             raise ValueError(f"checkpointing is {checkpointing!r}: use one of {', '.join(CHECKPOINTING)}.")
         self._before = self.unet.attn_processors
-        own = {f"{path}.attn1.processor": _SelfAttention(self, path) for path in block_paths(self.unet)}
-        own |= {f"{path}.attn2.processor": _CrossAttention(self, path) for path in block_paths(self.unet)}
-        self.unet.set_attn_processor(own)
+        processors = {f"{path}.attn1.processor": _SelfAttention(self, path) for path in block_paths(self.unet)}
+        processors |= {f"{path}.attn2.processor": _CrossAttention(self, path) for path in block_paths(self.unet)}
+        self.unet.set_attn_processor(processors)
         self._stop = _after_the_last_block(self.unet).register_forward_pre_hook(self._stop_export)
         if self.shortcut is not None:
             self.shortcut.attach(self.unet).scale = 0.0

@@ -21,7 +21,16 @@ from ..method.resampler import ResamplerSizes
 from .block_names import ip_adapter_key
 from .tensors import EncoderFileError, read_tensors, write_tensors
 
-__all__ = ["EncoderFile", "EncoderFileError", "METADATA_FIELDS", "provenance", "read", "write"]
+__all__ = [
+    "EncoderFile",
+    "EncoderFileError",
+    "METADATA_FIELDS",
+    "kv_prompt",
+    "provenance",
+    "read",
+    "reference_size",
+    "write",
+]
 
 FORMAT = "lcm-lookahead-encoder"
 FORMAT_VERSION = "1"
@@ -49,6 +58,8 @@ METADATA_FIELDS = {
     "config": "training configuration",
     "steps": "training steps",
 }
+DEFAULT_SIZE = 1024  # of the reference picture where the metadata do not say: SDXL's own
+DEFAULT_KV_PROMPT = "a photo of a face"
 PROVENANCE_UNKNOWN = "no provenance in the file"
 
 _IP_NAME = re.compile(r"ip_adapter\.(\d+)\.to_([kv])_ip\.weight")
@@ -106,29 +117,29 @@ def read(path: str | os.PathLike[str]) -> EncoderFile:
 
 def from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], name: str) -> EncoderFile:
     """Check flat tensors as they stand in a file. `name` is used in messages only; errors as in `read`."""
-    own = metadata.get("format") == FORMAT
-    if own and metadata.get("format_version") != FORMAT_VERSION:
+    is_own = metadata.get("format") == FORMAT
+    if is_own and metadata.get("format_version") != FORMAT_VERSION:
         raise EncoderFileError(
             f"{name} has encoder format version {metadata.get('format_version')}, and this version of the pack reads "
             f"{FORMAT_VERSION}: update the pack."
         )
-    other = None if own else _what_else(tensors)
+    other = None if is_own else _what_else(tensors)
     if other:
         raise EncoderFileError(f"{name} is {other}")
     image_proj = {k.removeprefix("image_proj."): v for k, v in tensors.items() if k.startswith("image_proj.")}
-    kv = {k: v for k, v in tensors.items() if own and _KV_NAME.fullmatch(k)}
+    kv = {k: v for k, v in tensors.items() if is_own and _KV_NAME.fullmatch(k)}
     _check_values(tensors, name)
     sizes = _check_resampler(image_proj, name)
     ip_adapter = _check_projections(tensors, sizes, name)
     _check_kv(kv, len(ip_adapter), metadata, name)
-    known = len(image_proj) + 2 * len(ip_adapter) + len(kv)
-    if known != len(tensors):
+    count = len(image_proj) + 2 * len(ip_adapter) + len(kv)
+    if count != len(tensors):
         surplus = [k for k in tensors if not k.startswith("image_proj.") and not _IP_NAME.fullmatch(k) and k not in kv]
         raise EncoderFileError(
             f"{name} has weights that are not part of an encoder file ({_some(surplus)}): it is of another kind, or "
             "was written by a newer version of the pack."
         )
-    return EncoderFile(name, OWN_KIND if own else STOCK_KIND, sizes, image_proj, ip_adapter, kv, dict(metadata))
+    return EncoderFile(name, OWN_KIND if is_own else STOCK_KIND, sizes, image_proj, ip_adapter, kv, dict(metadata))
 
 
 def image_prompt_tensors(
@@ -170,6 +181,17 @@ def write(
     write_tensors(path, tensors, metadata)
 
 
+def reference_size(metadata: Mapping[str, str]) -> int:
+    """Side in pixels of the square that the VAE sees of a reference: what the encoder was trained with, or 1024."""
+    size = metadata.get("size", "")
+    return int(size) if size.isdecimal() and int(size) >= 64 else DEFAULT_SIZE
+
+
+def kv_prompt(metadata: Mapping[str, str]) -> str:
+    """The prompt that the KV encoder was trained with, or "a photo of a face"."""
+    return metadata.get("kv_prompt") or DEFAULT_KV_PROMPT
+
+
 def provenance(file: EncoderFile) -> str:
     """What the file says about itself, a line a field: kind, sizes, then its metadata."""
     sizes = file.sizes
@@ -180,8 +202,8 @@ def provenance(file: EncoderFile) -> str:
     ]
     fields = [k for k in METADATA_FIELDS if k not in ("format", "format_version", "tokens")]
     fields += sorted(k for k in file.metadata if k.startswith("modelspec."))
-    said = [f"{METADATA_FIELDS.get(k, k)}: {file.metadata[k]}" for k in fields if file.metadata.get(k)]
-    return "\n".join(lines + (said or [PROVENANCE_UNKNOWN]))
+    shown = [f"{METADATA_FIELDS.get(k, k)}: {file.metadata[k]}" for k in fields if file.metadata.get(k)]
+    return "\n".join(lines + (shown or [PROVENANCE_UNKNOWN]))
 
 
 def _check_values(tensors: Mapping[str, Tensor], name: str) -> None:
@@ -300,13 +322,13 @@ def _check_kv(kv: Mapping[str, Tensor], blocks: int, metadata: Mapping[str, str]
                 "and [out, rank] are needed: the file is damaged."
             )
     for half, projections in KV_HALVES.items() if layers else ():
-        own = [layer for layer in layers if layer.startswith(half + ".")]
-        of_block = Counter(layer.partition(".attn")[0] for layer in own)
+        of_half = [layer for layer in layers if layer.startswith(half + ".")]
+        of_block = Counter(layer.partition(".attn")[0] for layer in of_half)
         # The last block's attentions cannot change any key or value that is exported, so files leave it out.
         complete = {blocks} | ({blocks - 1} if half == KV_ENCODER else set())
         if len(of_block) not in complete or any(count != len(projections) for count in of_block.values()):
             raise EncoderFileError(
-                f"{name} has {len(own)} layers of {half} where {blocks * len(projections)} fit its {blocks} "
+                f"{name} has {len(of_half)} layers of {half} where {blocks * len(projections)} fit its {blocks} "
                 "attentions: the file is incomplete; download it again."
             )
 

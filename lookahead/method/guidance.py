@@ -63,7 +63,7 @@ PLAIN, EXTENDED = ("uncond", "text"), ("full_uncond", "full")
 
 @dataclass(frozen=True)
 class Scales:
-    """Of `three_scale_guidance`: the prompt without reference KV, the prompt with it, reference KV alone."""
+    """The scales of `three_scale_guidance`: prompt without reference KV, prompt with it, reference KV alone."""
 
     text: float = 3.0
     full: float = 2.0

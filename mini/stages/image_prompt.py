@@ -98,12 +98,12 @@ def _train(name: str, folder: Path, groups: Groups, seed: int, steps: int, wrong
         style = torch.randint(1, len(STYLES), (BATCH,), generator=numbers) * other
         ids, keep = base.drop_text(short[style, person, target], empty, numbers)
         t, noise, x = noised(latents[person, target].float().to(device), numbers)
-        seen = torch.where(dropped.view(-1, 1, 1).to(device), null, features[person, reference].float().to(device))
+        read = torch.where(dropped.view(-1, 1, 1).to(device), null, features[person, reference].float().to(device))
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
             context, pooled = text(ids.to(device))
         keep = keep.to(device)
         with torch.autocast(device.type, torch.bfloat16):
-            prompt = adapter.image_prompt(adapter.image_proj(seen))
+            prompt = adapter.image_prompt(adapter.image_proj(read))
             condition = base.condition(context * keep, pooled.float() * keep[:, 0])
             predicted = shared.predict(x, t, condition, prompt)
         return noised.loss(predicted, noise, t)
@@ -145,6 +145,6 @@ def _photo_features(folder: Path, groups: list[Pictures], device: torch.device) 
     out = []
     for pictures in groups:
         for chunk in _photo_slots(pictures).split(32):
-            seen = image_encoder.features(encoder, pictures.images(chunk.flatten(), device))
-            out.append(seen.unflatten(0, (len(chunk), 2)).half().cpu())
+            read = image_encoder.features(encoder, pictures.images(chunk.flatten(), device))
+            out.append(read.unflatten(0, (len(chunk), 2)).half().cpu())
     return torch.cat(out), null
