@@ -30,7 +30,7 @@ from ..lookahead.method.schedule import add_noise, alpha_bar_of, sigma_at, sigma
 from .encoder import Encoder, KeysValues
 from .images import as_pixels, clip_input
 from .reference import EncodedReference, KeptKV, Text
-from .shared_unet import Condition, SharedUNet, rows_of_each
+from .shared_unet import Condition, SharedUNet, joined
 
 __all__ = ["EncodedReference", "KeptKV", "LookaheadPipeline", "Scales", "Text"]
 
@@ -201,7 +201,7 @@ class LookaheadPipeline(StableDiffusionXLPipeline):
         def predict(names: Sequence[str]) -> tuple[Tensor, ...]:
             texts, prompts, kvs = zip(*(inputs[name] for name in names), strict=True)
             rows = x.repeat(len(names), 1, 1, 1)
-            prompt, kv = (_joined(parts, len(x)) for parts in (prompts, kvs))
+            prompt, kv = (joined(parts, len(x)) for parts in (prompts, kvs))
             read = None if prompt is None else prompt.__getitem__
             condition = self._condition(texts, x)
             e = self._shared_unet.predict(rows, t, condition, read, kv, image_prompt_scale=image_prompt_scale)
@@ -285,13 +285,12 @@ class LookaheadPipeline(StableDiffusionXLPipeline):
             for n, t in enumerate(timesteps):
                 kv = null_kv = None
                 if use_kv and replay is not None:
-                    _, kv, null_kv = replay.steps[n]
-                    kv, null_kv = _moved(kv, device), _moved(null_kv, device)
+                    kv, null_kv = replay.at(n, device)
                 elif use_kv:
                     kv = self.reference_kv(reference, noise, t) if scales.full else None
                     null_kv = self.reference_kv(reference, noise, t, conditional=False) if scales.kv else None
                 if kept is not None:
-                    kept.steps.append((float(t), _moved(kv, "cpu"), _moved(null_kv, "cpu")))
+                    kept.keep(t, kv, null_kv)
                 scaled = self.scheduler.scale_model_input(x, t)
                 e = self.predict_noise(scaled, t, text, null_text, reference, kv, null_kv, scales, image_prompt_scale)
                 x = self.scheduler.step(e, t, x, **options, return_dict=False)[0].to(dtype)
@@ -305,14 +304,3 @@ class LookaheadPipeline(StableDiffusionXLPipeline):
             latents = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
             pixels = self.vae.decode(latents, return_dict=False)[0]
         return self.image_processor.postprocess(pixels, output_type=output_type)
-
-
-def _joined(parts: Sequence[KeysValues | None], n: int) -> KeysValues | None:
-    """Keys and values of several groups of n rows as one batch; None where there are none."""
-    if parts[0] is None:
-        return None
-    return {path: tuple(rows_of_each([part[path][i] for part in parts], n) for i in (0, 1)) for path in parts[0]}
-
-
-def _moved(kv: KeysValues | None, device) -> KeysValues | None:
-    return None if kv is None else {path: (k.to(device), v.to(device)) for path, (k, v) in kv.items()}

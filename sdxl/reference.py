@@ -50,6 +50,15 @@ class KeptKV:
     reference: EncodedReference
     steps: list[tuple[float, KeysValues | None, KeysValues | None]] = field(default_factory=list)
 
+    def keep(self, t: Tensor, kv: KeysValues | None, null_kv: KeysValues | None) -> None:
+        """Add a step."""
+        self.steps.append((float(t), _moved(kv, "cpu"), _moved(null_kv, "cpu")))
+
+    def at(self, step: int, device: torch.device) -> tuple[KeysValues | None, KeysValues | None]:
+        """KV under the KV prompt and under null text of a step, on a device."""
+        _, kv, null_kv = self.steps[step]
+        return _moved(kv, device), _moved(null_kv, device)
+
     def check(self, timesteps: Tensor, scales: Scales) -> None:
         """Raise ValueError, one sentence, where it is not of these steps, or lacks what a scale needs."""
         asked, kept = [float(t) for t in timesteps], [t for t, _, _ in self.steps]
@@ -65,3 +74,7 @@ class KeptKV:
                     f"The reference KV to replay is of a run whose scale {name} was 0, and here it is not: keep it "
                     "from a run with that scale, or set it to 0."
                 )
+
+
+def _moved(kv: KeysValues | None, device: torch.device | str) -> KeysValues | None:
+    return None if kv is None else {path: (k.to(device), v.to(device)) for path, (k, v) in kv.items()}

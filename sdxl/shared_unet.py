@@ -203,6 +203,13 @@ def rows_of_each(parts: Sequence[Tensor], n: int) -> Tensor:
     return torch.cat([part.expand(n, *part.shape[1:]) for part in parts])
 
 
+def joined(parts: Sequence[KeysValues | None], n: int) -> KeysValues | None:
+    """Keys and values of one or n rows as one batch, n rows of each; None where the first is (all or none are)."""
+    if parts[0] is None:
+        return None
+    return {path: tuple(rows_of_each([part[path][i] for part in parts], n) for i in (0, 1)) for path in parts[0]}
+
+
 class _Exported(Exception):
     """All keys and values are there. Raised outside of every checkpointed part."""
 
