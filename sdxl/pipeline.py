@@ -26,7 +26,7 @@ from ..lookahead.files import encoder_file
 from ..lookahead.files.encoder_file import EncoderFile
 from ..lookahead.losses.views import centre_square
 from ..lookahead.method.guidance import Scales, guided
-from ..lookahead.method.schedule import add_noise, alpha_bar_of, sigma_at, sigma_of
+from ..lookahead.method.schedule import add_noise
 from .encoder import Encoder, KeysValues
 from .images import as_pixels, clip_input
 from .reference import EncodedReference, KeptKV, Text
@@ -162,10 +162,8 @@ class LookaheadPipeline(StableDiffusionXLPipeline):
         the KV prompt, else under null text (never the user's negative prompt).
         """
         self._encoder_on_device()
-        # Between two steps, where some schedulers go, log sigma is interpolated.
-        sigmas = sigma_of(self.scheduler.alphas_cumprod.double().to(t.device))
         latents = reference.latents
-        x = add_noise(latents, noise.to(latents), alpha_bar_of(sigma_at(t, sigmas)))
+        x = add_noise(latents, noise.to(latents), _alpha_bar(self.scheduler, t))
         text = reference.text if conditional else reference.text.zeros
         return self._shared_unet.export(x, t, self._condition([text], x))
 
@@ -304,3 +302,12 @@ class LookaheadPipeline(StableDiffusionXLPipeline):
             latents = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
             pixels = self.vae.decode(latents, return_dict=False)[0]
         return self.image_processor.postprocess(pixels, output_type=output_type)
+
+
+def _alpha_bar(scheduler, t: Tensor) -> Tensor:
+    """alpha_bar at a time step. Between two, where some schedulers go, log sigma is interpolated."""
+    alphas = scheduler.alphas_cumprod.double().to(t.device)
+    below, above = t.floor().long(), t.ceil().long().clamp(max=len(alphas) - 1)
+    log_sigma = [0.5 * torch.log((1 - alphas[i]) / alphas[i]) for i in (below, above)]
+    between = torch.sigmoid(-2 * torch.lerp(log_sigma[0], log_sigma[1], t.double() - below))
+    return torch.where(below == above, alphas[below], between)
