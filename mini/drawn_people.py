@@ -112,7 +112,7 @@ class DrawnPeople:
             self._texts[caption] = self.models.text(caption)
         parts = [self._texts[caption] for caption in captions]
         context, pooled = (torch.cat(part).to(device) for part in zip(*parts, strict=True))
-        return Condition(context, pooled, base.added(pooled)["time_ids"])
+        return base.condition(context, pooled)
 
 
 def reference_of(target: int, number: int) -> int:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..method.kv_encoder import KV_ENCODER, KV_EXPORT, layers
 from . import encoder_file
 from .block_names import block_names, ip_adapter_key
 from .encoder_file import METADATA_FIELDS, EncoderFile, EncoderFileError
@@ -141,9 +142,7 @@ def convert(
 
 def write_ip_adapter(path: str | os.PathLike[str], file: EncoderFile) -> None:
     """Write the image prompt of an encoder file as a stock IP-Adapter Plus (.safetensors), with its provenance."""
-    tensors = {f"image_proj.{k}": v for k, v in file.image_proj.items()}
-    for n, pair in enumerate(file.ip_adapter):
-        tensors |= {ip_adapter_key(n, which): value for which, value in zip("kv", pair, strict=True)}
+    tensors = encoder_file.image_prompt_tensors(file.image_proj, file.ip_adapter)
     metadata = {k: v for k, v in file.metadata.items() if k not in ("format", "format_version")}
     write_tensors(path, {k: v.contiguous() for k, v in tensors.items()}, metadata)
 
@@ -239,20 +238,12 @@ def _kv(tensors: Mapping[str, Tensor], names: PublishedNames, file: str, notes: 
 def _untuned(names: PublishedNames, kv: dict[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Zeros for a half that the paper's code left untuned (rank 0): an encoder file's KV encoder is whole."""
     out = {}
-    last = max((b for b in names.blocks if b.startswith("up_blocks")), key=_order)
-    for half, layers in (
-        ("kv_encoder", [f"attn{a}.{to}" for a in (1, 2) for to in ("to_q", "to_k", "to_v", "to_out.0")]),
-        ("kv_export", ["attn1.to_k", "attn1.to_v"]),
-    ):
-        wanted = [f"{b}.{layer}" for b in names.blocks for layer in layers if half == "kv_export" or b != last]
-        have = {key for key in kv if key.startswith(half)}
-        if have and half == "kv_encoder":
-            continue  # what is missing of it is found when the file is checked
-        for layer in wanted:
-            if f"{half}.{layer}.lora_A.weight" not in have and f"{layer}.weight" in names.copy:
-                rows, columns = tensors[names.copy[f"{layer}.weight"]].shape
-                out[f"{half}.{layer}.lora_A.weight"] = torch.zeros(1, columns)
-                out[f"{half}.{layer}.lora_B.weight"] = torch.zeros(rows, 1)
+    has_encoder = any(key.startswith(KV_ENCODER) for key in kv)  # what is missing of it is found in the file's check
+    for half, path, projection in layers(names.blocks):
+        layer, base = f"{half}.{path}.{projection}", f"{path}.{projection}.weight"
+        if (half == KV_EXPORT or not has_encoder) and f"{layer}.lora_A.weight" not in kv and base in names.copy:
+            rows, columns = tensors[names.copy[base]].shape
+            out[f"{layer}.lora_A.weight"], out[f"{layer}.lora_B.weight"] = torch.zeros(1, columns), torch.zeros(rows, 1)
     return out
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..method.kv_encoder import EXPORTED, KV_ENCODER, KV_EXPORT, TUNED
 from ..method.resampler import ResamplerSizes
 from .block_names import ip_adapter_key
 from .tensors import EncoderFileError, read_tensors, write_tensors
@@ -52,11 +53,9 @@ PROVENANCE_UNKNOWN = "no provenance in the file"
 
 _IP_NAME = re.compile(r"ip_adapter\.(\d+)\.to_([kv])_ip\.weight")
 _BLOCK = r"(?:(?:down|up)_blocks\.\d+|mid_block)\.attentions\.\d+\.transformer_blocks\.\d+"
-_KV_NAME = re.compile(
-    rf"(?P<layer>(?:kv_encoder\.{_BLOCK}\.attn[12]\.(?:to_q|to_k|to_v|to_out\.0)|"
-    rf"kv_export\.{_BLOCK}\.attn1\.(?:to_k|to_v)))\.lora_(?P<half>[AB])\.weight"
-)
-KV_HALVES = {"kv_encoder": 8, "kv_export": 2}  # layers a block: q, k, v, out of both attentions; k, v of the first
+KV_HALVES = {KV_ENCODER: TUNED, KV_EXPORT: EXPORTED}  # the projections of a block that each half changes
+_KV_LAYER = "|".join(rf"{half}\.{_BLOCK}\.(?:{'|'.join(map(re.escape, own))})" for half, own in KV_HALVES.items())
+_KV_NAME = re.compile(rf"(?P<layer>{_KV_LAYER})\.lora_(?P<half>[AB])\.weight")
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,6 +131,16 @@ def from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], nam
     return EncoderFile(name, OWN_KIND if own else STOCK_KIND, sizes, image_proj, ip_adapter, kv, dict(metadata))
 
 
+def image_prompt_tensors(
+    image_proj: Mapping[str, Tensor], ip_adapter: Sequence[tuple[Tensor, Tensor]]
+) -> dict[str, Tensor]:
+    """The image prompt's weights under the names of the public IP-Adapter Plus files; arguments as in `write`."""
+    tensors = {f"image_proj.{k}": v for k, v in image_proj.items()}
+    for n, pair in enumerate(ip_adapter):
+        tensors |= {ip_adapter_key(n, which): weight for which, weight in zip("kv", pair, strict=True)}
+    return tensors
+
+
 def write(
     path: str | os.PathLike[str],
     image_proj: Mapping[str, Tensor],
@@ -149,10 +158,7 @@ def write(
     unknown = [k for k in metadata if k not in METADATA_FIELDS and not k.startswith("modelspec.")]
     if unknown:
         raise EncoderFileError(f"Encoder files have no metadata field {_some(unknown)}; known are {METADATA_FIELDS}.")
-    tensors = {f"image_proj.{k}": v for k, v in image_proj.items()}
-    for n, (to_k, to_v) in enumerate(ip_adapter):
-        tensors[ip_adapter_key(n, "k")], tensors[ip_adapter_key(n, "v")] = to_k, to_v
-    tensors.update(kv or {})
+    tensors = image_prompt_tensors(image_proj, ip_adapter) | dict(kv or {})
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     metadata = {
         **metadata,
@@ -293,15 +299,15 @@ def _check_kv(kv: Mapping[str, Tensor], blocks: int, metadata: Mapping[str, str]
                 f"{name}: {layer} has low-rank weights of shapes {list(a.shape)} and {list(b.shape)}, and [rank, in] "
                 "and [out, rank] are needed: the file is damaged."
             )
-    for half, per_block in KV_HALVES.items() if layers else ():
+    for half, projections in KV_HALVES.items() if layers else ():
         own = [layer for layer in layers if layer.startswith(half + ".")]
         of_block = Counter(layer.partition(".attn")[0] for layer in own)
         # The last block's attentions cannot change any key or value that is exported, so files leave it out.
-        complete = {blocks} | ({blocks - 1} if half == "kv_encoder" else set())
-        if len(of_block) not in complete or any(count != per_block for count in of_block.values()):
+        complete = {blocks} | ({blocks - 1} if half == KV_ENCODER else set())
+        if len(of_block) not in complete or any(count != len(projections) for count in of_block.values()):
             raise EncoderFileError(
-                f"{name} has {len(own)} layers of {half} where {blocks * per_block} fit its {blocks} attentions: the "
-                "file is incomplete; download it again."
+                f"{name} has {len(own)} layers of {half} where {blocks * len(projections)} fit its {blocks} "
+                "attentions: the file is incomplete; download it again."
             )
 
 

@@ -7,14 +7,19 @@ have Wilson's, which stay honest where all samples are right.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderTiny, UNet2DConditionModel
+from diffusers import AutoencoderTiny
 from torch import Tensor
 
 from ...evaluation.stats import Interval, auc, bootstrap, identity_auc, own_and_other, proportion, share
+from ...lookahead.method.attention import eager_attention
+from ...lookahead.method.sampling import ddim_timesteps, sample_ddim
+from ...sdxl.shared_unet import Condition, SharedUNet
 from ..plan import IMAGE_SIZE, LATENT_SIZE, Plan
 from ..stages import base, clip, evaluators, image_encoder, image_prompt, stage, vae
 from ..stages.text import TextEncoders, tokenize, tokenizer
@@ -135,24 +140,20 @@ def judges(folder: Path, plan: Plan) -> Result:
 
 @torch.no_grad()
 def sample(
-    unet: UNet2DConditionModel,
+    predict: Callable[[Tensor, Tensor, Condition], Tensor],
     text: TextEncoders,
     prompts: list[str],
     numbers: torch.Generator,
     steps: int = STEPS,
     guidance: float = GUIDANCE,
 ) -> Tensor:
-    """DDIM samples in plain diffusers: latents [n, 4, h, w]."""
-    steps_of = base.scheduler()
-    steps_of.set_timesteps(steps)
-    tokens = tokenizer()
-    context, pooled = text(torch.cat([tokenize(tokens, [""] * len(prompts)), tokenize(tokens, prompts)]))
-    z = torch.randn(len(prompts), 4, LATENT_SIZE, LATENT_SIZE, generator=numbers)
-    for t in steps_of.timesteps:
-        e = unet(torch.cat([z, z]), t, context, added_cond_kwargs=base.added(pooled)).sample
-        without, with_text = e.chunk(2)
-        z = steps_of.step(without + guidance * (with_text - without), t, z).prev_sample
-    return z
+    """Latents [n, 4, h, w] by DDIM under classifier-free guidance; predict: as `base.predict` of a UNet."""
+    tokens, n = tokenizer(), len(prompts)
+    context, pooled = text(torch.cat([tokenize(tokens, [""] * n), tokenize(tokens, prompts)]))
+    both = base.condition(context, pooled)
+    guided = base.classifier_free(predict, both.rows(slice(n, None)), both.rows(slice(n)), guidance)
+    z = torch.randn(n, 4, LATENT_SIZE, LATENT_SIZE, generator=numbers)
+    return sample_ddim(guided, z, ddim_timesteps(steps), base.alpha_bar())
 
 
 class Painter:
@@ -161,28 +162,29 @@ class Painter:
     def __init__(self, folder: Path):
         self.unet, self.text = base.load(folder)
         self.vae: AutoencoderTiny = vae.load(folder)
-        self.adapter: image_prompt.Adapter | None = None
+        self.shared = SharedUNet(self.unet, attention=eager_attention)
 
     def read(self, folder: Path, references: Tensor) -> Tensor:
         """Attach the image prompt; its tokens of references [n, 3, h, w], and of none as the last: [n + 1, 16, c]."""
-        self.adapter = image_prompt.load(stage.read_tensors(folder / "overfit.safetensors"), self.unet)
-        self.adapter.attach(self.unet)
+        adapter = image_prompt.load(stage.read_tensors(folder / "overfit.safetensors"), self.unet)
+        self.shared = SharedUNet(self.unet, adapter, attention=eager_attention).inject()
         encoder = image_encoder.load(folder)
         seen = torch.cat([image_encoder.features(encoder, x) for x in references.split(CHUNK)])
-        return self.adapter.image_proj(torch.cat([seen, image_encoder.null_features(encoder)]))
+        return adapter.image_proj(torch.cat([seen, image_encoder.null_features(encoder)]))
 
     def __call__(self, prompts: list[str], seed: int, tokens: Tensor | None = None, weight: float = 1.0) -> Tensor:
         """`tokens` [n + 1, 16, c] as `read` gives them. The noise depends on seed and place in the list alone."""
         out = []
         for first in range(0, len(prompts), CHUNK):
             some = prompts[first : first + CHUNK]
-            if self.adapter and tokens is not None:
+            options: dict[str, object] = {}
+            if tokens is not None:
                 mine = tokens[:-1][first : first + CHUNK]
-                self.adapter.set_tokens(torch.cat([tokens[-1:].expand_as(mine), mine]), weight)
-            z = sample(self.unet, self.text, some, stage.numbers_of_step(seed, first), STEPS, GUIDANCE)
+                both = torch.cat([tokens[-1:].expand_as(mine), mine])
+                options = {"image_prompt": self.shared.encoder.image_prompt(both), "image_prompt_scale": weight}
+            predict = partial(self.shared.predict, **options)
+            z = sample(predict, self.text, some, stage.numbers_of_step(seed, first))
             out.append((self.vae.decoder(z) / 2 + 0.5).clamp(0, 1))
-        if self.adapter:
-            self.adapter.set_tokens(None)
         return torch.cat(out)
 
 

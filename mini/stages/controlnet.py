@@ -14,6 +14,7 @@ import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import Tensor
 
+from ...sdxl.shared_unet import Condition
 from ..files.checkpoint import cldm_controlnet
 from ..plan import SIZES, Plan
 from ..world.data import Pictures
@@ -52,17 +53,17 @@ def predict(
     net: ControlNetModel | None,
     x: Tensor,
     t: Tensor,
-    context: Tensor,
-    added: dict[str, Tensor],
+    text: Condition,
     hint: Tensor,
     strength: float = 1.0,
 ) -> Tensor:
     """The base's noise prediction [n, 4, h, w] under edges `hint` [n, 3, 8h, 8w]; without them if `net` is None."""
     extra = {}
     if net is not None:
-        down, middle = net(x, t, context, hint, conditioning_scale=strength, added_cond_kwargs=added, return_dict=False)
+        options = {"conditioning_scale": strength, "added_cond_kwargs": text.added, "return_dict": False}
+        down, middle = net(x, t, text.context, hint, **options)
         extra = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
-    return unet(x, t, context, added_cond_kwargs=added, **extra).sample
+    return unet(x, t, text.context, added_cond_kwargs=text.added, **extra).sample
 
 
 def train(folder: Path, pictures: Pictures, latents: Tensor, plan: Plan) -> None:
@@ -90,7 +91,8 @@ def train(folder: Path, pictures: Pictures, latents: Tensor, plan: Plan) -> None
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
             context, pooled = text(ids.to(device))
         with torch.autocast(device.type, torch.bfloat16):
-            predicted = predict(unet, net, x, t, context * keep, base.added(pooled.float() * keep[:, 0]), hint)
+            condition = base.condition(context * keep, pooled.float() * keep[:, 0])
+            predicted = predict(unet, net, x, t, condition, hint)
         return noised.loss(predicted, noise, t)  # weighted to the steps in which a picture takes shape, as edges do
 
     stage.train("controlnet", folder, {"net": net}, loss, steps=plan.controlnet_steps, rate=1e-3, ema=0.995)

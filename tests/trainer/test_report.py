@@ -135,30 +135,6 @@ def test_the_roc_curve_rises_and_encloses_the_auc():
     assert area == pytest.approx(expected, abs=0.01)
 
 
-def test_the_weight_of_the_image_prompt_is_its_share_in_attention():
-    from lcm_lookahead.mini.plan import CONTEXT
-    from lcm_lookahead.mini.stages.image_prompt import ImagePromptAttention
-
-    class Attention(torch.nn.Module):
-        heads = 2
-
-        def __init__(self):
-            super().__init__()
-            self.to_q, self.to_k, self.to_v = (torch.nn.Linear(d, 32) for d in (32, CONTEXT, CONTEXT))
-            self.to_out = torch.nn.ModuleList([torch.nn.Identity(), torch.nn.Identity()])
-
-    torch.manual_seed(0)
-    attention, prompt = Attention(), ImagePromptAttention(32)
-    x, text, out = torch.randn(1, 5, 32), torch.randn(1, 7, CONTEXT), {}
-    out[None] = prompt(attention, x, text)
-    prompt.tokens = torch.randn(1, 16, CONTEXT)
-    for prompt.scale in (0.0, 0.5, 1.0):
-        out[prompt.scale] = prompt(attention, x, text)
-    assert torch.allclose(out[0.0], out[None], atol=1e-6)
-    assert torch.allclose(out[0.5] - out[None], (out[1.0] - out[None]) / 2, atol=1e-5)
-    assert not torch.allclose(out[1.0], out[None], atol=1e-3)
-
-
 def test_the_report_command_names_a_folder_that_is_not_there(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main.main(["mini", "report", "--folder", str(tmp_path / "nowhere")])

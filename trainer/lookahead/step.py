@@ -20,7 +20,7 @@ from ...lookahead.method.attention import Attention, softmax_attention
 from ...lookahead.method.schedule import add_noise, alphas_cumprod, pred_original_sample, preview_latent
 from ...sdxl.encoder import Encoder
 from ...sdxl.lora import LoRA
-from ...sdxl.shared_unet import Condition, Roles
+from ...sdxl.shared_unet import Condition, SharedUNet
 from ..config import Config
 from .alignment import consistency, score_distillation
 from .draws import Draws
@@ -80,7 +80,7 @@ class Step(nn.Module):
             raise ValueError(f"model.kv is {config.model.kv}, and the encoder was made the other way.")
         self.config = config
         self.unet, self.encoder, self.shortcut = unet.eval().requires_grad_(False), encoder, shortcut
-        self.roles = Roles(self.unet, encoder, shortcut, attention).inject(config.checkpointing)
+        self.roles = SharedUNet(self.unet, encoder, shortcut, attention).inject(config.checkpointing)
         self.decode = decode
         self.register_buffer("null_features", null_features, persistent=False)
         self.register_buffer("alpha_bar", alphas_cumprod().float(), persistent=False)
@@ -140,8 +140,8 @@ class Step(nn.Module):
             z_c = self.noised(batch.reference, draws.noise, t)
             kv = self.roles.export(z_c, t, batch.reference_text.where(text))
         seen = torch.where(draws.no_image_prompt.view(-1, 1, 1), self.null_features, batch.features)
-        tokens = self.encoder.image_proj(seen)
-        return self.roles.decode(z_t, t, batch.text.where(text), tokens, kv, draws.no_kv, shortcut), z_t
+        prompt = self.encoder.image_prompt(self.encoder.image_proj(seen))
+        return self.roles.predict(z_t, t, batch.text.where(text), prompt, kv, draws.no_kv, shortcut), z_t
 
     def noised(self, latent: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Latents [B, 4, h, w] at time steps t [B]."""
