@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 # room: what it may import beside itself. A name stands for all below it, with ".*" for the modules of that folder
-# alone; the longest name that fits a module is its room. Every arrow leads down this list's order of layers, so a circle between rooms cannot be written down.
+# alone; the longest name that fits a module is its room. Every arrow leads down this list's order of layers, so a
+# circle between rooms cannot be written down.
 ROOMS: dict[str, tuple[str, ...]] = {
     # the library: torch alone
     "lookahead.method": (),

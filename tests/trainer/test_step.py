@@ -18,7 +18,7 @@ from lcm_lookahead.sdxl.shared_unet import Condition
 from lcm_lookahead.trainer.gradients import gradients
 from lcm_lookahead.trainer.lookahead import config
 from lcm_lookahead.trainer.lookahead.alignment import consistency, score_distillation
-from lcm_lookahead.trainer.lookahead.draws import density, draw, timestep
+from lcm_lookahead.trainer.lookahead.draws import draw
 from lcm_lookahead.trainer.lookahead.recipe import parts
 from lcm_lookahead.trainer.lookahead.step import Batch, Step
 from lcm_lookahead.trainer.seeds import order
@@ -277,16 +277,6 @@ def test_draws_have_the_shares_that_the_configuration_says():
     assert shares == pytest.approx([0.1, 0.2, 0.15, 0.3, 0.045, 0.5], abs=0.03)
     rest = d.strength[d.strength < 1]
     assert 0.1 <= rest.min() < 0.12 and rest.mean().item() == pytest.approx(0.55, abs=0.02)
-
-
-@pytest.mark.parametrize(("importance", "mean", "late"), [(0.2, 540, 0.564), (0.5, 601, 0.659), (0.0, 499.5, 0.5)])
-def test_time_steps_follow_the_paper_s_density(importance, mean, late):
-    p = density(importance)
-    t = torch.arange(1000)
-    assert (p * t).sum().item() == pytest.approx(mean, abs=1) and p[500:].sum().item() == pytest.approx(late, abs=1e-3)
-    u = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
-    drawn = timestep(u, importance)
-    assert drawn.min() == 0 and drawn.max() == 999 and drawn.float().mean().item() == pytest.approx(mean, abs=1)
 
 
 def test_draws_and_order_belong_to_the_sample_not_to_the_batch():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ...lookahead.losses.base import Loss
 from ...lookahead.method.attention import Attention, softmax_attention
-from ...lookahead.method.schedule import alphas_cumprod, predicted_original, preview_latent
+from ...lookahead.method.schedule import add_noise, alphas_cumprod, pred_original_sample, preview_latent
 from ...sdxl.encoder import Encoder
 from ...sdxl.lora import LoRA
 from ...sdxl.shared_unet import Condition, Roles
@@ -98,7 +98,7 @@ class Step(nn.Module):
         if ahead.arm == "shortcut":
             latent = preview_latent(z_t, predicted, t, alpha_bar)
         else:
-            latent = predicted_original(z_t, predicted, alpha_bar)
+            latent = pred_original_sample(z_t, predicted, alpha_bar)
         values, counts = batch.loss(self.decode_preview(latent).float())
         uncond = draws.no_image_prompt & draws.no_kv if self.config.model.kv else draws.no_image_prompt
         counts = counts & ~uncond
@@ -135,5 +135,4 @@ class Step(nn.Module):
 
     def noised(self, latent: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Latents [B, 4, h, w] at time steps t [B]."""
-        a = self.alpha_bar[t].view(-1, 1, 1, 1)
-        return a.sqrt() * latent + (1 - a).sqrt() * noise
+        return add_noise(latent, noise, self.alpha_bar[t])

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from ...lookahead.method.guidance import three_scale_guidance
-from ...lookahead.method.schedule import predicted_original
+from ...lookahead.method.schedule import TIMESTEPS, ddim_step
 from ...sdxl.encoder import Encoder
 from ..seeds import generator
 from .config import Config, Validation
-from .draws import TIMESTEPS
 from .step import Batch, Step
 
 STREAM = 7_000_000  # of the noise: apart from the numbers of samples that training draws by
@@ -82,8 +81,7 @@ def sample(step: Step, encoder: Encoder, batch: Batch, noise: Tensor, steps: int
                 e = three_scale_guidance(e_u, e_t, e_fu, e_ft, text_scale, full_scale, kv_scale)
             else:
                 e = e_u + guidance * (e_t - e_u)
-            before = step.alpha_bar[max(now - stride, 0)]
-            x = before.sqrt() * predicted_original(x, e, step.alpha_bar[t]) + (1 - before).sqrt() * e
+            x = ddim_step(x, e, step.alpha_bar[t], step.alpha_bar[max(now - stride, 0)])
     return x
 
 
