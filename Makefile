@@ -16,7 +16,7 @@ setup: ## make the environment in .venv (about a minute)
 
 host: ## fetch the pinned ComfyUI into .host
 	@$(PYTHON) -m tools.start
-	@$(RUN).host.host $(ARGS)
+	@$(RUN).host.fetch $(ARGS)
 
 demo: ## draw reference faces under new prompts in a real ComfyUI
 	@$(PYTHON) -m tools.start

@@ -16,8 +16,8 @@ from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ...host.host import WEIGHTS
 from ...tools.common import CACHE, ROOT, Problem, say
+from ..plan import WEIGHTS
 from .reference import _BOTH, ARMS, STYLES, Arm, _how, draw
 
 # What training starts from: as it is, at other weights (the lower ones are what users and the paper choose to get some
@@ -77,9 +77,9 @@ def _surroundings() -> str:
     """All besides arm and people that a picture depends on: weights, settings, host and our own sources."""
     files = [
         WEIGHTS / "manifest.json",
-        *(ROOT / name for name in ("mini/studies/reference.py", "host/graph.py", "host/host.py")),
+        *(ROOT / name for name in ("mini/studies/reference.py", "mini/files/host_models.py")),
     ]
-    files += [file for folder in ("lookahead", "nodes") for file in sorted((ROOT / folder).rglob("*.py"))]
+    files += [file for folder in ("lookahead", "nodes", "host") for file in sorted((ROOT / folder).rglob("*.py"))]
     sources = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
     return repr((sources, os.environ.get("COMFYUI_DIR"), os.environ.get("HOST_VERSION"), STYLES))
 

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from ...host.graph import Graph
-from ...host.host import Host
+from ...host.server import Host
 from ...tools.common import Stopwatch, say
+from ..files.host_models import mini_host
 from .reference import CFG, SIZE, _pictures, _save, prompt_of
 
 SAMPLER, SCHEDULER, STEPS = "ddim", "ddim_uniform", 50  # the paper's
@@ -136,7 +137,7 @@ def draw(
     references = reference_faces(count, first=first)
     drawn: dict[str, list[Any]] = {name: [] for name in arms}
     watch = Stopwatch()
-    with host or Host() as running:
+    with host or mini_host() as running:
         for batch, begin in enumerate(range(0, count, BATCH)):
             names = [f"face-{first + number}.png" for number in range(begin, min(begin + BATCH, count))]
             for name, face in zip(names, references[begin:], strict=False):

@@ -15,9 +15,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ...host.client import Client, Result
 from ...host.graph import Graph
-from ...host.host import Host, link
+from ...host.server import link
 from ...tools.common import ROOT, Problem, Stopwatch, run_main, say
+from ..files.host_models import mini_host
 
 SAMPLER, SCHEDULER, STEPS, CFG = "dpmpp_2m", "karras", 20, 3.0
 SIZE = 128  # of references and pictures: the mini world's
@@ -150,7 +152,7 @@ def draw(
     distinct = {arm: name for name, arm in reversed(arms.items())}  # a knob's usual value is that of every other knob
     drawn: dict[str, list[Any]] = {name: [] for name in distinct.values()}
     watch = Stopwatch()
-    with Host() as host:
+    with mini_host() as host:
         for name, file in (encoders or {}).items():
             link(file, host.folder("models/lookahead") / name)
         for first in range(0, references, BATCH):
@@ -303,7 +305,7 @@ def _save(picture: Any, path: Path) -> None:
     Image.fromarray((picture.permute(1, 2, 0) * 255).round().byte().numpy()).save(path)
 
 
-def _pictures(host: Host, result: Any, node: str) -> list[Any]:
+def _pictures(host: Client, result: Result, node: str) -> list[Any]:
     import numpy as np
     import torch
     from PIL import Image
