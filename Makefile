@@ -16,7 +16,7 @@ setup: ## make the environment in .venv (about a minute)
 
 host: ## fetch the pinned ComfyUI into .host
 	@$(PYTHON) -m tools.start
-	@$(RUN).host.host $(ARGS)
+	@$(RUN).host.fetch $(ARGS)
 
 demo: ## draw reference faces under new prompts in a real ComfyUI
 	@$(PYTHON) -m tools.start
@@ -36,7 +36,7 @@ browser: ## the workflows and help pages in ComfyUI's own web page (needs Chromi
 
 evaluate: ## measure image prompt, KV injection and guidance over held-out references
 	@$(PYTHON) -m tools.start
-	@$(RUN).mini.studies.reference $(ARGS)
+	@$(RUN).mini.studies.evaluate $(ARGS)
 
 bench: ## the performance tables
 	@$(PYTHON) -m tools.start

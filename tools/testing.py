@@ -22,11 +22,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..host import host, page
+from ..host import fetch, page
 from .common import CACHE, ROOT, Problem, Stopwatch, run_main, say
 
 NO_HOST = ("tests/house", "tests/tools", "tests/unit", "tests/trainer")
-TESTED = (host.DEFAULT_VERSION, list(host.VERSIONS)[-1])  # the newest and the oldest
+TESTED = (fetch.DEFAULT_VERSION, list(fetch.VERSIONS)[-1])  # the newest and the oldest
 KINDS = ("failures", "errors", "skipped")
 
 
@@ -88,11 +88,11 @@ def on_hosts(versions: Iterable[str], extra: Sequence[str]) -> list[Outcome]:
     """The host tests on each of these versions, or on the user's own checkout alone."""
     own = os.environ.get("COMFYUI_DIR")
     if own:
-        host.own_checkout(own)
+        fetch.own_checkout(own)
         return [pytest(f"host {own}".replace("/", "_"), ["tests/host"], extra)]
     outcomes = []
     for version in versions:
-        host.fetch(version)
+        fetch.fetch(version)
         outcomes.append(pytest(f"host-{version}", ["tests/host"], extra, HOST_VERSION=version))
     return outcomes
 
@@ -101,7 +101,7 @@ def no_host_and_hosts(versions: Iterable[str], extra: Sequence[str]) -> list[Out
     """All tests but the page's. Each process keeps one core busy, so with two the host tests run beside the others."""
     if not os.environ.get("COMFYUI_DIR"):
         for version in versions:
-            host.fetch(version)  # before all tests: the trainer's read CLIP's vocabulary there
+            fetch.fetch(version)  # before all tests: the trainer's read CLIP's vocabulary there
     if (os.cpu_count() or 1) < 2:
         return [pytest("no-host", NO_HOST, extra), *on_hosts(versions, extra)]
     CACHE.mkdir(exist_ok=True)
@@ -147,12 +147,12 @@ def main(arguments: list[str]) -> int:
     watch = Stopwatch()
     version = os.environ.get("HOST_VERSION")
     if version:
-        host.check_version(version)
+        fetch.check_version(version)
     if chosen.browser:
         page.check_browser()
         outcomes = [in_the_page(chosen.extra)]
     elif chosen.matrix:
-        outcomes = on_hosts(host.VERSIONS, chosen.extra)
+        outcomes = on_hosts(fetch.VERSIONS, chosen.extra)
     else:
         outcomes = [ruff(), *no_host_and_hosts([version] if version else TESTED, chosen.extra)]
         if page.browser() is None:

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from lcm_lookahead.host import host, page
+from lcm_lookahead.host import fetch, page
 from lcm_lookahead.tools import testing
 from lcm_lookahead.tools.common import Problem
 from lcm_lookahead.tools.testing import Outcome
@@ -23,7 +23,7 @@ def runs(monkeypatch):
     recorded = Runs()
     monkeypatch.setattr(testing, "pytest", recorded)
     monkeypatch.setattr(testing, "ruff", lambda: Outcome("ruff", 0, passed=1))
-    monkeypatch.setattr(host, "fetch", lambda version=None: recorded.append(("fetch", version)))
+    monkeypatch.setattr(fetch, "fetch", lambda version=None: recorded.append(("fetch", version)))
     monkeypatch.setattr(page, "front_end", lambda: None)
     monkeypatch.setattr(page, "browser", lambda: None)
     for name in ("COMFYUI_DIR", "HOST_VERSION"):
@@ -41,7 +41,7 @@ def test_it_runs_the_newest_and_the_oldest_host_in_processes_of_their_own(runs, 
 
 def test_the_matrix_is_all_supported_hosts(runs):
     assert testing.main(["--matrix"]) == 0
-    assert [run[1] for run in runs if run[0] == "fetch"] == list(host.VERSIONS)
+    assert [run[1] for run in runs if run[0] == "fetch"] == list(fetch.VERSIONS)
 
 
 def test_a_chosen_version_is_the_only_one(runs, monkeypatch):
