@@ -9,8 +9,9 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..reference.encoder import Encoder
+from ..reference.subject import Reference
 from ..schema import schema
-from ..sockets import REFERENCE, Reference
+from ..sockets import REFERENCE
 from .cross_attention import ImagePrompt
 from .rows import When
 from .unet_blocks import CrossAttention, cross_attentions

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from ..reference.kv_cache import KeysValues
     from ..reference.kv_encoder import KVNetwork
-    from ..sockets import Subject
+    from ..reference.subject import Subject
 
 SHARED, FIXED = "shared", "fixed"
 
