@@ -77,7 +77,7 @@ def test_a_measure_whose_library_is_missing_is_a_sentence(folder, counted, monke
 
     monkeypatch.setitem(report.MEASURES, "faces", report.Measure("Faces", ("vae",), run))
     page = report.report(folder, QUICK, folder / "weights").read_text()
-    assert "Not measured: No module named &#x27;insightface&#x27;." in page
+    assert "Not measured: No module named &#39;insightface&#39;." in page
 
 
 def test_a_measure_that_fails_is_named_and_tried_again(folder, counted, monkeypatch, capsys):

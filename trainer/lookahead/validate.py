@@ -14,12 +14,12 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ..lookahead.method.guidance import Scales, guided
-from ..lookahead.method.sampling import ddim_timesteps, sample_ddim
-from ..sdxl.encoder import Encoder
+from ...lookahead.method.guidance import Scales, guided
+from ...lookahead.method.sampling import ddim_timesteps, sample_ddim
+from ...sdxl.encoder import Encoder
+from ..seeds import generator
 from .config import Config, Validation
-from .lookahead.draws import generator
-from .lookahead.step import Batch, Step
+from .step import Batch, Step
 
 STREAM = 7_000_000  # of the noise: apart from the numbers of samples that training draws by
 # Of the guidance, the shares of text, full and KV: the paper's 3, 2, 2 at SDXL's usual guidance of 5.
@@ -83,6 +83,22 @@ def sample(step: Step, encoder: Encoder, batch: Batch, noise: Tensor, steps: int
         return sample_ddim(predict, noise, ddim_timesteps(steps), step.alpha_bar)
 
 
+@dataclass(frozen=True, eq=False)
+class ProbeValidator:
+    """A validation of the encoder on the same probes each time (`recipe.Validator`)."""
+
+    step: Step
+    probes: Probes
+    settings: Validation
+
+    @property
+    def by(self) -> str:
+        return self.probes.by
+
+    def __call__(self, trained: Encoder, rows: int, grid: Path) -> dict[str, float]:
+        return validate(self.step, trained, self.probes, self.settings, rows, grid)
+
+
 @torch.no_grad()
 def validate(
     step: Step, encoder: Encoder, probes: Probes, settings: Validation, rows: int, grid: Path
@@ -101,7 +117,7 @@ def validate(
         people = [(first + i) // probes.prompts for i in range(len(batch.names))]
         noise = torch.stack([torch.randn(shape, generator=generator(STREAM, person)) for person in people])
         latents = sample(step, encoder, batch, noise.to(batch.target), settings.steps, settings.guidance)
-        pictures.append((step.decode(latents).float() / 2 + 0.5).clamp(0, 1))
+        pictures.append((step.decode_preview(latents).float() / 2 + 0.5).clamp(0, 1))
     drawn = torch.cat(pictures)
     save_grid(torch.cat([probes.shown[:, None], drawn.unflatten(0, (-1, probes.prompts)).to(probes.shown)], 1), grid)
     figures = probes.score(drawn)
