@@ -105,7 +105,7 @@ def test_a_single_checkpoint_is_read_as_the_folder_of_the_same_weights(folder, t
     vae = load.load_vae(folder / "vae")
     read, text, _ = load.read_checkpoint(tmp_path / "sdxl.safetensors", written, torch.float32, vae)
     assert all(torch.equal(v, unet.state_dict()[k]) for k, v in read.state_dict().items())
-    expected = load.Text(configs.tokenizers(), first[1], second[1])
+    expected = load.PromptEncoder(configs.tokenizers(), first[1], second[1])
     for mine, theirs in zip(text("a face"), expected("a face"), strict=True):
         assert torch.allclose(mine, theirs, atol=1e-5)
 
