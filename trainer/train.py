@@ -214,8 +214,8 @@ def _figures(accelerator: Accelerator, outcomes: Mapping[str, Outcome]) -> dict[
     """What the losses came to, over all processes: losses, share of samples that count, their mean distance."""
     figures = {part: outcome.loss for part, outcome in outcomes.items()}
     if ahead := outcomes.get("lookahead"):
-        figures["counted"] = ahead.counts.float().mean()
-        figures["distance"] = torch.where(ahead.counts, ahead.values, 0.0).mean()
+        figures["counted"] = ahead.valid.float().mean()
+        figures["distance"] = torch.where(ahead.valid, ahead.values, 0.0).mean()
         if ahead.alignment is not None:
             figures["alignment"] = ahead.alignment.mean()
     figures = {k: float(accelerator.reduce(v, "mean")) for k, v in figures.items()}

@@ -1,7 +1,7 @@
 """Lookahead losses: how far a preview is from what is wanted, with gradients (arXiv 2404.03620, eq. 4 and section 5.1).
 
 One interface for the sampler and the trainer, `Loss`. A loss knows its references; a preview is compared with the one
-that its row names. A loss never changes: what varies from run to run is drawn from a run's own generator (`started`).
+that its row names. A loss never changes: what varies from run to run is drawn from a run's own generator (`bind_rng`).
 The identity loss is in `identity.py`, the networks come from `clip.py` and `perceptual.py`.
 """
 
@@ -24,9 +24,9 @@ class Loss(Protocol):
     """How far previews are from what is wanted."""
 
     def __call__(self, preview: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """preview [n, 3, h, w] in [-1, 1], float32 -> values [n] and counts [n].
+        """preview [n, 3, h, w] in [-1, 1], float32 -> values [n] and valid [n].
 
-        values: float32, lower is better, 0 is perfect, about 1 is nothing in common. counts: bool, the samples whose
+        values: float32, lower is better, 0 is perfect, about 1 is nothing in common. valid: bool, the samples whose
         value means something; the others carry no gradient (an identity loss that sees no face).
         rows: [n] long, the number in its batch of the image that each preview is of; its reference is that number
         modulo the count of references. None: the previews are a whole batch, in order.
@@ -42,17 +42,17 @@ class PictureEncoder(Protocol):
     def __call__(self, pictures: Tensor) -> Tensor: ...
 
 
-def started(loss: Loss, generator: torch.Generator) -> Loss:
-    """A loss for one run: random views are drawn from `generator` (a CPU one), call after call.
+def bind_rng(loss: Loss, generator: torch.Generator) -> Loss:
+    """Binds a run's random numbers to a loss: random views are drawn from `generator` (a CPU one), call after call.
 
-    The same seed gives the same run. Losses that draw nothing are returned as they are; one that draws and has not
-    been started looks at whole pictures alone.
+    The same seed gives the same run. Losses that draw nothing are returned as they are; one that draws and has no
+    generator looks at whole pictures alone.
     """
-    with_draws = getattr(loss, "started", None)
-    return loss if with_draws is None else with_draws(generator)
+    bind = getattr(loss, "bind_rng", None)
+    return loss if bind is None else bind(generator)
 
 
-def checked(preview: Tensor) -> Tensor:
+def clamp_preview(preview: Tensor) -> Tensor:
     """The preview as it will be seen: clamped to [-1, 1], where a loss must not pay for what saving cuts off.
 
     Raises ValueError, one sentence, where it is no batch of colour pictures.
@@ -64,7 +64,7 @@ def checked(preview: Tensor) -> Tensor:
     return preview.clamp(-1, 1)
 
 
-def of_rows(references: Tensor, preview: Tensor, rows: Tensor | None) -> Tensor:
+def select_references(references: Tensor, preview: Tensor, rows: Tensor | None) -> Tensor:
     """The reference of each preview: references [m, ...] -> [n, ...], on the preview's device and in its precision."""
     n = preview.shape[0]
     if rows is not None and rows.shape != (n,):
@@ -73,8 +73,8 @@ def of_rows(references: Tensor, preview: Tensor, rows: Tensor | None) -> Tensor:
     return references.to(preview)[index % len(references)]
 
 
-def every(preview: Tensor) -> Tensor:
-    """counts [n] of a loss for which every sample counts."""
+def all_valid(preview: Tensor) -> Tensor:
+    """`valid` [n] of a loss for which every sample is valid."""
     return torch.ones(preview.shape[0], dtype=torch.bool, device=preview.device)
 
 
@@ -91,24 +91,24 @@ class EmbeddingLoss:
     views: Views | None = None
     generator: torch.Generator | None = None
 
-    def started(self, generator: torch.Generator) -> EmbeddingLoss:
+    def bind_rng(self, generator: torch.Generator) -> EmbeddingLoss:
         return replace(self, generator=generator)
 
     def __call__(self, preview: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        pictures = (checked(preview) + 1) / 2
+        pictures = (clamp_preview(preview) + 1) / 2
         size, n = self.encoder.size, preview.shape[0]
         seen = [resized(pictures, size, size).clamp(0, 1)]  # bicubic overshoots
         if self.views is not None and self.generator is not None and self.views.count:
             seen += self.views.of(size, self.generator, pictures)
         embeddings = self.encoder(torch.cat(seen)).unflatten(0, (-1, n))
-        values = 1 - F.cosine_similarity(embeddings, of_rows(self.targets, preview, rows), dim=-1)
-        return values.mean(0), every(preview)
+        values = 1 - F.cosine_similarity(embeddings, select_references(self.targets, preview, rows), dim=-1)
+        return values.mean(0), all_valid(preview)
 
 
 @torch.no_grad()
 def embed(encoder: PictureEncoder, pictures: Tensor) -> Tensor:
     """Unit vectors [n, channels] of references [n, 3, h, w] in [-1, 1], read as `EmbeddingLoss` reads previews."""
-    squares = resized((checked(pictures) + 1) / 2, encoder.size, encoder.size).clamp(0, 1)
+    squares = resized((clamp_preview(pictures) + 1) / 2, encoder.size, encoder.size).clamp(0, 1)
     return F.normalize(encoder(squares), dim=-1)
 
 
@@ -128,18 +128,18 @@ class LPIPSLoss:
     views: Views | None = None
     generator: torch.Generator | None = None
 
-    def started(self, generator: torch.Generator) -> LPIPSLoss:
+    def bind_rng(self, generator: torch.Generator) -> LPIPSLoss:
         return replace(self, generator=generator)
 
     def __call__(self, preview: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         n = preview.shape[0]
-        seen, wanted = shorter_side(checked(preview), self.size), of_rows(self.references, preview, rows)
-        wanted = resized(wanted, *seen.shape[-2:]).clamp(-1, 1)
+        seen = shorter_side(clamp_preview(preview), self.size)
+        wanted = resized(select_references(self.references, preview, rows), *seen.shape[-2:]).clamp(-1, 1)
         values = [self.distance(seen, wanted).flatten()]
         if self.views is not None and self.generator is not None and self.views.count:
             a, b = self.views.of(min(seen.shape[-2:]), self.generator, (seen + 1) / 2, (wanted + 1) / 2)
             values.append(self.distance(2 * a - 1, 2 * b - 1).flatten())
-        return torch.cat(values).unflatten(0, (-1, n)).mean(0), every(preview)
+        return torch.cat(values).unflatten(0, (-1, n)).mean(0), all_valid(preview)
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,9 +154,9 @@ class L1Loss:
     size: int = 0
 
     def __call__(self, preview: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        seen = shorter_side(checked(preview), self.size)
-        wanted = resized(of_rows(self.references, preview, rows), *seen.shape[-2:]).clamp(-1, 1)
-        return (seen - wanted).abs().mean(dim=(1, 2, 3)), every(preview)
+        seen = shorter_side(clamp_preview(preview), self.size)
+        wanted = resized(select_references(self.references, preview, rows), *seen.shape[-2:]).clamp(-1, 1)
+        return (seen - wanted).abs().mean(dim=(1, 2, 3)), all_valid(preview)
 
 
 def shorter_side(pictures: Tensor, size: int) -> Tensor:
@@ -172,7 +172,7 @@ def shorter_side(pictures: Tensor, size: int) -> Tensor:
 class Combined:
     """Several losses as one: the mean of their values, weighed; weights are relative, and 0 leaves a part out.
 
-    A sample counts when any part counts for it. A part that does not (no face was found) enters as `UNLIKE`, without a
+    A sample is valid when any part is for it. A part that is not (no face was found) enters as `UNLIKE`, without a
     gradient. Leaving it out of the mean instead would lower the value of a picture that has just lost its face, so the
     best of several pictures would be a faceless one; and it would double the other parts' gradients for that sample.
     Raises ValueError where no part has a weight, or one is negative.
@@ -185,14 +185,14 @@ class Combined:
         if not any(weights) or any(weight < 0 for weight in weights):
             raise ValueError(f"The weights of the losses are {weights}: use 0 or more, and above 0 for one at least.")
 
-    def started(self, generator: torch.Generator) -> Combined:
-        return replace(self, parts=tuple((weight, started(loss, generator)) for weight, loss in self.parts))
+    def bind_rng(self, generator: torch.Generator) -> Combined:
+        return replace(self, parts=tuple((weight, bind_rng(loss, generator)) for weight, loss in self.parts))
 
     def __call__(self, preview: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        total, value, counts = sum(weight for weight, _ in self.parts), 0.0, torch.zeros_like(every(preview))
+        total, value, valid = sum(weight for weight, _ in self.parts), 0.0, torch.zeros_like(all_valid(preview))
         for weight, loss in self.parts:
             if weight:
-                values, known = loss(preview, rows)
-                value = value + weight / total * torch.where(known, values, UNLIKE)
-                counts = counts | known
-        return value, counts
+                values, part_valid = loss(preview, rows)
+                value = value + weight / total * torch.where(part_valid, values, UNLIKE)
+                valid = valid | part_valid
+        return value, valid

@@ -55,7 +55,7 @@ def template(size: int = CROP, margin: float = 0.0) -> Tensor:
     return (TEMPLATE + CROP * margin) * zoom
 
 
-def similarity(points: Tensor, to: Tensor | None = None) -> Tensor:
+def umeyama(points: Tensor, to: Tensor | None = None) -> Tensor:
     """[n, 5, 2] -> [n, 2, 3]: rotation, scale and shift that bring the points nearest to `to` (default: TEMPLATE).
 
     Least squares without reflection (Umeyama), which for points of a plane is a complex regression. Differentiable.
@@ -77,7 +77,7 @@ def misfit(points: Tensor) -> Tensor:
     Some 2 to 8 for faces. Landmarks that form no face, or are named the wrong way round, lie far off, because a
     similarity does not mirror.
     """
-    matrix = similarity(points)
+    matrix = umeyama(points)
     aligned = points @ matrix[:, :, :2].transpose(1, 2) + matrix[:, None, :, 2]
     return (aligned - TEMPLATE.to(points)).norm(dim=-1).mean(1)
 
@@ -90,7 +90,7 @@ def usable(points: Tensor) -> Tensor:
 
 def pixels_per_sample(points: Tensor, size: int = CROP) -> Tensor:
     """[n, 5, 2] -> [n]: how many pixels of the picture one of the crop is wide."""
-    return 1 / similarity(points, template(size))[:, :, 0].norm(dim=1)
+    return 1 / umeyama(points, template(size))[:, :, 0].norm(dim=1)
 
 
 def align(pictures: Tensor, points: Tensor, to: Tensor | None = None, size: int = CROP, samples: int = 1) -> Tensor:
@@ -103,7 +103,7 @@ def align(pictures: Tensor, points: Tensor, to: Tensor | None = None, size: int 
     """
     dtype = torch.promote_types(pictures.dtype, torch.float32)
     pictures, points = pictures.to(dtype), points.to(device=pictures.device, dtype=dtype)
-    matrix = similarity(points, template(size) if to is None else to)
+    matrix = umeyama(points, template(size) if to is None else to)
     turn, shift = matrix[:, :, :2], matrix[:, :, 2]
     axis = (torch.arange(size * samples, device=pictures.device, dtype=dtype) + 0.5) / samples - 0.5
     y, x = torch.meshgrid(axis, axis, indexing="ij")
@@ -141,7 +141,7 @@ def nearest(faces: Sequence[Face], points: Tensor) -> Face:
     return min(faces, key=lambda face: float((face.points - points).norm(dim=-1).mean()))
 
 
-def elsewhere(points: Tensor, seen: tuple[int, int], now: tuple[int, int]) -> Tensor:
+def rescale_landmarks(points: Tensor, seen: tuple[int, int], now: tuple[int, int]) -> Tensor:
     """Landmarks [..., 5, 2] of a picture of (height, width) `seen`, at the same place of one of size `now`.
 
     Relative to the middle, in shares of the shorter side, so that a face keeps its shape.

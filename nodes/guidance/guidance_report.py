@@ -30,7 +30,7 @@ class Iterate(NamedTuple):
 
 
 @dataclass
-class Run:
+class RunReport:
     """One guided run. pictures: previews before and after the first and the last guided step, [n, H, W, 3] in 8 bit,
     at most SHOWN pixels a side; notes: what the user should know of it, a sentence each."""
 
@@ -67,7 +67,7 @@ class Run:
 class GuidanceReport:
     """What travels as LOOKAHEAD_GUIDANCE_REPORT: the last guided runs, by a mark of their latents; it alone changes."""
 
-    runs: dict[str, Run] = field(default_factory=dict)
+    runs: dict[str, RunReport] = field(default_factory=dict)
 
 
 def mean(losses: list[float | None]) -> float | None:
@@ -76,7 +76,7 @@ def mean(losses: list[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def keep(report: GuidanceReport, samples: Tensor, run: Run) -> None:
+def keep(report: GuidanceReport, samples: Tensor, run: RunReport) -> None:
     """Keep a run under the mark of the latents it gave; the oldest makes way."""
     mark = mark_of(samples)
     report.runs.pop(mark, None)
@@ -105,7 +105,7 @@ def shown_while_running(pictures: Tensor, text: str, size: int = 768) -> tuple[s
     return ("JPEG", out, size)
 
 
-def curve(run: Run, width: int = 768, height: int = 432) -> Tensor:
+def curve(run: RunReport, width: int = 768, height: int = 432) -> Tensor:
     """The losses over the iterations as IMAGE [1, H, W, 3]: a line for each picture, a grey one where a step begins.
 
     The run's text stands above; with each line of it beyond the first the picture is taller.
@@ -185,7 +185,7 @@ class LookaheadGuidanceReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, latent: dict, report: GuidanceReport | None = None) -> io.NodeOutput:
-        run = Run("") if report is None else report.runs.get(mark_of(latent["samples"]))
+        run = RunReport("") if report is None else report.runs.get(mark_of(latent["samples"]))
         if run is None:
             raise ValueError(
                 "The report knows no guided run that gave this latent: connect output (not denoised_output) of the "

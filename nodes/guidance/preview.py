@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ...lookahead.method.schedule import consistency_output, to_vp
 from ..conditioning import wrappers
 from . import autograd
-from .lora_bypass import Branches, added_patches, branches_patcher, check_patches
+from .lora_bypass import Bypasses, added_patches, bypass_patcher, check_patches
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -84,7 +84,7 @@ class Previewer:
             if more:
                 logging.info("[LCM-Lookahead] %d weight patches of the sampled model act in the preview as well.", more)
             self.shortcut.networks.clear()
-            self.shortcut.networks[key] = branches_patcher(base.model, added) if added else None
+            self.shortcut.networks[key] = bypass_patcher(base.model, added) if added else None
         self.network = self.shortcut.networks[key]
         if self.network is None:
             self.notes.append(_NO_LORA)
@@ -117,7 +117,7 @@ class Previewer:
         return found if self.network is None else [*found, self.network.model]
 
     @property
-    def branches(self) -> Branches | None:
+    def bypasses(self) -> Bypasses | None:
         return None if self.network is None else self.network.model
 
     # -- conditions
@@ -214,7 +214,7 @@ class Previewer:
             for kind, by_key in transformer.get("wrappers", {}).items()
         }
         if self.network is not None:
-            wrappers.setdefault(WrappersMP.APPLY_MODEL, {})[KEY] = [_with_branches(self.network.model, strength)]
+            wrappers.setdefault(WrappersMP.APPLY_MODEL, {})[KEY] = [_with_bypasses(self.network.model, strength)]
         transformer["wrappers"] = wrappers
         if grad:
             transformer["optimized_attention_override"] = autograd.pytorch_attention
@@ -241,8 +241,8 @@ class Previewer:
     def installed(
         self, checkpointing: autograd.Checkpointing | None = None, others: Iterable[nn.Module] = ()
     ) -> Iterator[None]:
-        """Inside, the branches can be switched on, and gradients flow where autograd is on (also through `others`)."""
-        with autograd.differentiable([*self.networks(), *others], checkpointing, self.branches):
+        """Inside, the bypasses can be switched on, and gradients flow where autograd is on (also through `others`)."""
+        with autograd.differentiable([*self.networks(), *others], checkpointing, self.bypasses):
             yield
 
 
@@ -289,10 +289,10 @@ class _Added(Tensor):
         return args[0] + args[1] if func is Tensor.add_ else func(*args, **(kwargs or {}))
 
 
-def _with_branches(branches: Branches, strength: Tensor) -> Callable:
+def _with_bypasses(bypasses: Bypasses, strength: Tensor) -> Callable:
     def apply_model(executor, x, *args, **kwargs):
         # Images are neighbours within each condition, and conditions within each tile of those who draw in tiles.
-        with branches.switched(strength.repeat(x.shape[0] // len(strength))):
+        with bypasses.switched(strength.repeat(x.shape[0] // len(strength))):
             return executor(x, *args, **kwargs)
 
     return apply_model

@@ -16,7 +16,7 @@ from ...lookahead.vision.image_metrics import root_mean_square, structural_simil
 from ..losses.lookahead_loss import LookaheadLoss
 from ..schema import schema
 from ..sockets import LOSS, SHORTCUT
-from .guidance_sampler import Interceptor
+from .interceptor import Interceptor
 from .preview import Previewer, as_image
 from .shortcut import Shortcut
 
@@ -119,7 +119,7 @@ class LookaheadPreviewGrid(io.ComfyNode):
         def watched(model_k, x, sigmas, extra_args=None, callback=None, disable=None, **options):
             previewer = Previewer(shortcut, guider)
             previewer.load(list(loss.patchers) if loss else [], x, factor=1.0)
-            interceptor = Interceptor(model_k, None, {})
+            interceptor = Interceptor(model_k)
 
             def show(info):
                 if callback is not None:
@@ -187,8 +187,8 @@ def loss_of(images: Tensor, loss: LookaheadLoss | None) -> float | None:
         with torch.inference_mode(False):
             comfy.model_management.load_models_gpu(list(loss.patchers))
         images = images.to(loss.patchers[0].load_device)
-    values, counts = loss.loss(images.movedim(-1, 1) * 2 - 1, None)
-    return float(values[counts].mean()) if bool(counts.any()) else None
+    values, valid = loss.loss(images.movedim(-1, 1) * 2 - 1, None)
+    return float(values[valid].mean()) if bool(valid.any()) else None
 
 
 def text(rows: list[Numbers], loss: LookaheadLoss | None, end: Tensor) -> str:

@@ -58,13 +58,13 @@ def gradient(pack, value, preview, seed=1):
     """What a sampler does: load the networks, start the loss, differentiate it. Called in inference mode."""
     import comfy.model_management
 
-    started = pack.module("lookahead.losses.base").started
+    bind_rng = pack.module("lookahead.losses.base").bind_rng
     with torch.inference_mode(False), torch.enable_grad():
         comfy.model_management.load_models_gpu(list(value.patchers))
-        loss = started(value.loss, torch.Generator().manual_seed(seed))
+        loss = bind_rng(value.loss, torch.Generator().manual_seed(seed))
         leaf = preview.clone().requires_grad_(True)
-        values, counts = loss(leaf)
-        (slope,) = torch.autograd.grad(values[counts].sum(), leaf)
+        values, valid = loss(leaf)
+        (slope,) = torch.autograd.grad(values[valid].sum(), leaf)
     return values.detach(), slope
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lcm_lookahead.lookahead.losses.identity import NONE, IdentityLoss, People
+from lcm_lookahead.lookahead.losses.identity import NONE, FaceReferences, IdentityLoss
 from lcm_lookahead.lookahead.method.resampler import ResamplerSizes
 from lcm_lookahead.lookahead.vision.arcface import Recogniser
 from lcm_lookahead.lookahead.vision.faces import TEMPLATE, Face
@@ -85,7 +85,7 @@ def batch():
     recogniser = Recogniser(weights.face_recogniser(), "mini")
     width = len(recogniser(torch.rand(1, 3, 112, 112, generator=g))[0])
     embeddings = torch.nn.functional.normalize(torch.randn(N, width, generator=g), dim=-1)
-    people = People(embeddings, TEMPLATE.expand(N, 5, 2), torch.full((N, 2), 128))
+    people = FaceReferences(embeddings, TEMPLATE.expand(N, 5, 2), torch.full((N, 2), 128))
     target, reference = torch.randn(2, N, 4, 16, 16, generator=g)
     features = torch.randn(N, 5, 32, generator=g)
     loss = IdentityLoss(recogniser, detect, people, NONE)
@@ -112,7 +112,7 @@ def test_each_loss_reaches_every_trained_tensor_and_nothing_else(make_step, batc
     for part in ("diffusion", "lookahead"):
         step.encoder.zero_grad(set_to_none=True)
         outcome = step(part, batch, draws)
-        assert outcome.counts.all()
+        assert outcome.valid.all()
         outcome.loss.backward()
         silent = [n for n, p in step.encoder.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
         assert not silent, part
@@ -177,7 +177,7 @@ def test_samples_without_a_face_or_without_any_reference_do_not_count(make_step,
         no_kv=torch.tensor([False, True, False]),
     )
     outcome = step("lookahead", batch, blind)
-    assert outcome.counts.tolist() == [True, False, True]
+    assert outcome.valid.tolist() == [True, False, True]
     assert torch.allclose(outcome.loss, outcome.values[[0, 2]].sum() / N)
     decode = step.decode
 
@@ -187,7 +187,7 @@ def test_samples_without_a_face_or_without_any_reference_do_not_count(make_step,
 
     step.decode = faceless
     outcome = step("lookahead", batch, draws)
-    assert outcome.counts.tolist() == [False, True, True]
+    assert outcome.valid.tolist() == [False, True, True]
     assert torch.allclose(outcome.loss, everyone.values[1:].sum() / N, atol=1e-5)
 
 

@@ -23,8 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ...lookahead.files.tensors import EncoderFileError, read_tensors, write_tensors
-from ...lookahead.losses.identity import NONE, IdentityLoss, embed
-from ...lookahead.losses.identity import People as References
+from ...lookahead.losses.identity import NONE, FaceReferences, IdentityLoss, embed
 from ...lookahead.vision.arcface import Recogniser
 from ...lookahead.vision.faces import Detector
 from ...sdxl.images import read, resized
@@ -127,7 +126,7 @@ class FolderSource:
         people_ = [self._get(("person", row), device) for row in references]
         embeddings, points = (torch.stack([one[k] for one in people_]) for k in ("embedding", "points"))
         sizes = torch.full((len(references), 2), self.data.size)
-        return IdentityLoss(self.recogniser, self.detector, References(embeddings, points, sizes), NONE)
+        return IdentityLoss(self.recogniser, self.detector, FaceReferences(embeddings, points, sizes), NONE)
 
     def probes(self, config: Config, device: torch.device) -> Probes:
         with self._reading(device):

@@ -48,11 +48,11 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """loss: what to call backward on; values [B], counts, bool [B], and alignment [B]: of each sample, no gradient."""
+    """loss: what to call backward on; values [B], valid (bool [B]) and alignment [B]: of each sample, no gradient."""
 
     loss: Tensor
     values: Tensor
-    counts: Tensor
+    valid: Tensor
     alignment: Tensor | None = None
 
 
@@ -97,9 +97,9 @@ class Step(nn.Module):
     def lookahead(self, batch: Batch, draws: Draws) -> Outcome:
         """Equations 3 and 4: an image loss on the one-step preview of the shortcut model (or on the base's own x0).
 
-        A sample does not count when the loss says so (no face), nor when it has neither image prompt nor reference KV,
-        since nothing that is trained could change its preview. The sum is divided by B whatever counts: a step in which
-        few previews show a face weighs less, and several processes equal one.
+        A sample is not valid when the loss says so (no face), nor when it has neither image prompt nor reference KV,
+        since nothing that is trained could change its preview. The sum is divided by B whatever is valid: a step in
+        which few previews show a face weighs less, and several processes equal one.
         """
         ahead, t = self.config.lookahead, draws.t_lookahead
         shortcut = draws.strength if ahead.arm == "shortcut" else 0.0
@@ -109,11 +109,11 @@ class Step(nn.Module):
             latent = preview_latent(z_t, predicted, t, alpha_bar)
         else:
             latent = pred_original_sample(z_t, predicted, alpha_bar)
-        values, counts = batch.loss(self.decode(latent).float())
+        values, valid = batch.loss(self.decode(latent).float())
         blind = draws.no_image_prompt & draws.no_kv if self.config.model.kv else draws.no_image_prompt
-        counts = counts & ~blind
-        # Values of samples that do not count may be anything: they must not get into the sum, not even times zero.
-        counted = torch.where(counts, values, 0.0)
+        valid = valid & ~blind
+        # Values of samples that are not valid may be anything: they must not get into the sum, not even times zero.
+        counted = torch.where(valid, values, 0.0)
         weighed = counted * draws.strength if ahead.weigh_by_strength else counted
         loss, alignment = ahead.weight * weighed.sum() / len(values), None
         if ahead.align != "strength":
@@ -127,7 +127,7 @@ class Step(nn.Module):
                 alignment = consistency(predict, self.alpha_bar, latent, z_t, t, draws)
             loss = loss + ahead.align_weight * alignment.mean()
             alignment = alignment.detach()
-        return Outcome(loss, values.detach(), counts, alignment)
+        return Outcome(loss, values.detach(), valid, alignment)
 
     def _predict(
         self, batch: Batch, draws: Draws, t: Tensor, shortcut: float | Tensor = 0.0, z_t: Tensor | None = None
@@ -186,7 +186,7 @@ def gradients(
 
 def _together(found: Sequence[Outcome]) -> Outcome:
     loss = torch.stack([outcome.loss for outcome in found]).mean()
-    parts = ([getattr(o, name) for o in found] for name in ("values", "counts", "alignment"))
+    parts = ([getattr(o, name) for o in found] for name in ("values", "valid", "alignment"))
     return Outcome(loss, *(None if part[0] is None else torch.cat(part) for part in parts))
 
 
