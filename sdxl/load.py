@@ -26,8 +26,8 @@ from transformers import (
 
 from ..lookahead.files.atomic import first_line
 from ..lookahead.files.tensors import EncoderFileError, read_tensors
+from ..lookahead.vision.images import clip_input
 from . import configs
-from .images import clip_input
 
 WANTED = {  # by field of the configuration: what it is, and where it comes from
     "base": ("SDXL as a diffusers folder or one .safetensors", "stabilityai/stable-diffusion-xl-base-1.0"),

@@ -26,12 +26,11 @@ from torch import Tensor, nn
 
 from ..lookahead.files import encoder_file
 from ..lookahead.files.encoder_file import EncoderFile
-from ..lookahead.losses.views import centre_square
 from ..lookahead.method.attention import LowRank, decoupled_cross_attention, extended_self_attention, softmax_attention
 from ..lookahead.method.guidance import three_scale_guidance
 from ..lookahead.method.resampler import Resampler
+from ..lookahead.vision.images import centre_square, clip_input
 from .encoder import KeysValues, block_paths, last_path, module_key
-from .images import clip_input
 
 __all__ = ["KeptKV", "LookaheadPipeline", "Reference", "Scales", "Text"]
 

@@ -17,7 +17,7 @@ from ..lookahead.losses.identity import NONE, FaceReferences, IdentityLoss, embe
 from ..lookahead.vision import arcface, clip
 from ..lookahead.vision.arcface import Recogniser
 from ..lookahead.vision.faces import Detector
-from ..sdxl.images import resized
+from ..lookahead.vision.images import resize_square
 from ..sdxl.load import ModelError, Text, found
 from .config import Config
 from .validate import Score
@@ -56,7 +56,7 @@ class Judges:
                 figures["identity"] = torch.where(valid, 1 - values, torch.nan)
                 self.recogniser.to("cpu")  # (the loss moves its own when it needs it)
             if self.pictures is not None:
-                seen = self.pictures.to(device)(resized(pictures, self.pictures.size))
+                seen = self.pictures.to(device)(resize_square(pictures, self.pictures.size))
                 figures["prompt"] = (F.normalize(seen) * self.texts.to(device).repeat(len(shown), 1)).sum(1)
                 self.pictures.to("cpu")
             return figures

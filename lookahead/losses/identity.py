@@ -40,7 +40,7 @@ def embed(recogniser: Recogniser, pictures: Tensor, points: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class FaceReferences:
-    """The references of an identity loss."""
+    """The m people with whom an identity loss compares."""
 
     embeddings: Tensor  # [m, d], of unit length
     points: Tensor  # [m, 5, 2], where the face was
@@ -50,7 +50,7 @@ class FaceReferences:
 def read_references(
     recogniser: Recogniser, detector: Detector, pictures: Sequence[Tensor], average: bool
 ) -> FaceReferences:
-    """The people in pictures [3, h, w] in [0, 1] of any sizes, on the recogniser's device; the largest face of each.
+    """Reads the largest face of each reference picture [3, h, w] in [0, 1], of any size, on the recogniser's device.
 
     average: all show one person, whose embedding is the mean; pictures without a face are then left out. Else each is
     a reference of its own. Raises NoFaceError where no face is left.
@@ -80,7 +80,7 @@ def read_references(
 
 @dataclass(eq=False)
 class Memory:
-    """What one run remembers of its previews."""
+    """One run remembers here where the faces of its previews were."""
 
     places: dict[int, Tensor] = field(default_factory=dict)  # the last landmarks [5, 2] by number of the image
     size: tuple[int, ...] = ()  # of the previews that they are in
@@ -108,11 +108,11 @@ class IdentityLoss:
             raise ValueError(f"The fallback is {self.fallback!r}: use one of {', '.join(FALLBACKS)}.")
 
     def bind_rng(self, generator: torch.Generator | None = None) -> IdentityLoss:
-        """The loss for one run (`bind_rng`); it draws nothing."""
+        """Gives the loss a memory for one run; it draws nothing."""
         return replace(self, memory=Memory())
 
     def __call__(self, preview: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """As `losses.Loss`. A preview without a face (`fallback`) does not count: it is 0, without a gradient."""
+        """Computes `Loss`. A preview without a face (`fallback`) is not valid: its value is 0, without a gradient."""
         pictures = (clamp_preview(preview.to(torch.promote_types(preview.dtype, torch.float32))) + 1) / 2
         memory = self.memory or Memory()
         rows = torch.arange(len(pictures)) if rows is None else rows.cpu()
@@ -130,7 +130,7 @@ class IdentityLoss:
         return torch.where(valid, values, 0.0), valid
 
     def _find(self, pictures: Tensor, rows: list[int], memory: Memory) -> tuple[Tensor, Tensor]:
-        """Landmarks [n, 5, 2] and whether they count [n], on the CPU. Those that do not are usable all the same."""
+        """Finds landmarks [n, 5, 2] and whether they are valid [n], on the CPU; a crop can be cut by any of them."""
         size, references = tuple(pictures.shape[-2:]), self.references
         if memory.size != size:
             memory.size, memory.places = size, {}

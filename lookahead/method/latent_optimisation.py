@@ -59,7 +59,7 @@ class Evaluation(NamedTuple):
 def evaluate_preview(
     predict: Predict, decode: Decode, loss: Loss, z: Tensor, gradient: bool = True, chunk_size: int | None = None
 ) -> Evaluation:
-    """The loss of each picture's preview is evaluated, and its gradient by the latent z [n, c, h, w].
+    """Evaluates the loss of each picture's preview and its gradient by the latent z [n, c, h, w].
 
     chunk_size: how many pictures are decoded and compared at once (None: all; fewer take less memory).
 

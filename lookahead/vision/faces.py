@@ -125,15 +125,30 @@ def samples_for(points: Tensor, size: int = CROP) -> int:
 
 
 def area(face: Face) -> float:
-    """Of the box, in pixels."""
+    """The area of the face's box, in pixels."""
     x0, y0, x1, y1 = face.box.tolist()
     return max(0.0, x1 - x0) * max(0.0, y1 - y0)
 
 
 def middle(face: Face) -> tuple[float, float]:
-    """Of the box."""
+    """The centre (x, y) of the face's box."""
     x0, y0, x1, y1 = face.box.tolist()
     return (x0 + x1) / 2, (y0 + y1) / 2
+
+
+def square_around(face: Face, height: int, width: int, margin: float | None = None) -> tuple[int, int, int]:
+    """The square (left, top, side) around a face's box with a margin (share of its longer side) on each side; without a
+    margin the largest square of the picture, as near to the face as it goes.
+
+    Moved into the picture [height, width] where it reaches over the edge, and no larger than its shorter side.
+    """
+    side = min(height, width)
+    if margin is not None:
+        x0, y0, x1, y1 = face.box.tolist()
+        side = max(1, min(round(max(x1 - x0, y1 - y0) * (1 + 2 * margin)), side))
+    x, y = middle(face)
+    left, top = (min(max(round(centre + 0.5 - side / 2), 0), size - side) for centre, size in ((x, width), (y, height)))
+    return left, top, side
 
 
 def nearest(faces: Sequence[Face], points: Tensor) -> Face:

@@ -1,4 +1,4 @@
-"""What guided runs tell: losses and previews, live and afterwards. A SAMPLER cannot put out pictures of its run."""
+"""Guided runs report their losses and previews, live and afterwards. A SAMPLER cannot put out pictures of its run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _COLOURS = ("#1b6ca8", "#d1495b", "#2e7d32", "#b8860b", "#6a4c93", "#00838f", "#
 
 
 class Iterate(NamedTuple):
-    """losses: one number an image, None where it did not count; step: of the sampler."""
+    """The losses of one iteration: one number an image, None where it is not valid; step: the sampler's step."""
 
     step: int
     sigma: float
@@ -31,8 +31,11 @@ class Iterate(NamedTuple):
 
 @dataclass
 class RunReport:
-    """One guided run. pictures: previews before and after the first and the last guided step, [n, H, W, 3] in 8 bit,
-    at most SHOWN pixels a side; notes: what the user should know of it, a sentence each."""
+    """The report of one guided run.
+
+    pictures: previews before and after the first and the last guided step, [n, H, W, 3] in 8 bit, at most SHOWN pixels
+    a side; notes: what the user should know of the run, a sentence each.
+    """
 
     loss: str
     iterates: list[Iterate] = field(default_factory=list)
@@ -71,7 +74,7 @@ class GuidanceReport:
 
 
 def mean(losses: list[float | None]) -> float | None:
-    """The mean of those that count, None where none does."""
+    """The mean of the valid losses, None where none is."""
     known = [loss for loss in losses if loss is not None]
     return sum(known) / len(known) if known else None
 

@@ -1,4 +1,4 @@
-"""One run with lookahead guidance: what happens at a guided step, and around it."""
+"""One run with lookahead guidance: at a guided step it optimises the sampler's latent."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ if TYPE_CHECKING:
     from ..losses.lookahead_loss import LookaheadLoss
     from .shortcut import Shortcut
 
-JITTER = 0.9  # the strength of the LoRA is drawn from [0.1, 1], as in the paper's training (section 4.3)
+JITTER = 0.9  # the LoRA scale is drawn from [0.1, 1], as in the paper's training (`schedule.lora_scale`)
 
 
 @dataclass(frozen=True, eq=False)
 class Guidance:
-    """What a guided SAMPLER was made with. Immutable.
+    """The settings of a guided SAMPLER. Immutable.
 
     start: where in the sampling it begins, by the host's convention (0 first step, 1 last); steps: how many in a row;
     cfg, positive: of the preview; time_travel: how often a guided step is gone back and guided again; jitter: how far
-    the strength of the few-step LoRA is lowered by chance; mask: [masks, H, W] in [0, 1] or None, where the latent may
+    the scale of the few-step LoRA is lowered by chance; mask: [masks, H, W] in [0, 1] or None, where the latent may
     move; checkpointing: which blocks are computed twice; live: every how many steps a preview is shown, 0 for none.
     """
 
@@ -90,7 +90,7 @@ class GuidedRun:
         self.previewer.load(list(self.guidance.loss.patchers), self._noise, factor=3.0)
 
     def close(self) -> None:
-        """After the run, also after one that failed."""
+        """Clean up after the run, also after one that failed."""
         self.previewer.close()
 
     def guide(self, x: Tensor, call: Call, step: GuidedStep) -> None:

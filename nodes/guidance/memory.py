@@ -30,7 +30,7 @@ class MemoryLadder:
         self._mode, self._notes = mode, notes
 
     def attempt(self, evaluate: Callable[[], T], z: Tensor, gradient: bool) -> T:
-        """The answer of `evaluate`, which is called again with less memory as long as that runs out.
+        """Returns the answer of `evaluate`, which is called again with less memory as long as that runs out.
 
         z: the latents [n, ...] that it evaluates; gradient: whether with their gradient. Raises ValueError, one
         sentence, where the last step down is not enough.

@@ -36,7 +36,7 @@ _NO_LORA = (
 
 
 class Call:
-    """What the sampler gives to the model at one step, beside the latent.
+    """One call of the model by the sampler: all that it gives beside the latent.
 
     model: what it calls (the host's inpainting wrapper around the guider), or None; options: its keyword arguments.
     """
@@ -48,7 +48,7 @@ class Call:
 
 
 class Previewer:
-    """Looks ahead within one run of a guider; lives as long as it.
+    """Makes the one-step previews of one run of a guider; lives as long as it.
 
     positive: conditions of the preview in place of the guider's own, as CONDITIONING; cfg: guidance of the preview, 1
     for none. Raises ValueError, one sentence, where the shortcut does not fit.
@@ -107,7 +107,7 @@ class Previewer:
             self.second.pre_run()
 
     def close(self) -> None:
-        """After the run."""
+        """Clean up after the run."""
         if self.second is not None:
             self.second.cleanup()
 
@@ -165,7 +165,7 @@ class Previewer:
     # -- prediction and decoder
 
     def prepare(self, call: Call) -> None:
-        """What is read of references at this noise level, before anything of the preview is switched on."""
+        """Reads the references at this noise level, before anything of the preview is switched on."""
         inner, options = self.guider.inner_model, call.model_options
         acting = wrappers.passes_now(options, call.sigma, inner.model_sampling)
         roles = {True, False} if "negative" in self.guider.conds else {True}
@@ -253,7 +253,7 @@ def _load(models: list[ModelPatcher], memory: float) -> None:
 
 
 class _Inner:
-    """In the place of the guider, for the host's inpainting wrapper."""
+    """Stands in the place of the guider, for the host's inpainting wrapper."""
 
     def __init__(self, predicted: Callable, inner_model: Any):
         self._predicted, self.inner_model = predicted, inner_model
@@ -263,7 +263,7 @@ class _Inner:
 
 
 class _Constant:
-    """A ControlNet whose effect on the preview counts, but is not differentiated."""
+    """A ControlNet acts on the preview, but no gradient goes through it."""
 
     def __init__(self, control: Any):
         self._control = control
@@ -281,7 +281,7 @@ class _Constant:
 
 
 class _Added(Tensor):
-    """What a ControlNet adds. The UNet adds it in place, to tensors that autograd still needs: here it does not."""
+    """A ControlNet's residual, which the UNet adds in place, to tensors that autograd still needs: here it does not."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):

@@ -161,7 +161,7 @@ def parse_fractions(text: str) -> list[float]:
 
 
 class Numbers(NamedTuple):
-    """Of one shot: for shortcut and x0 each the means over the batch of rmse, ssim and the loss (None without one)."""
+    """The figures of one shot: for shortcut and x0 the batch's mean rmse, ssim and loss (None without one)."""
 
     fraction: float
     shortcut: tuple[float, float, float | None]
@@ -180,7 +180,7 @@ def numbers(shot: Shot, end: Tensor, loss: LookaheadLoss | None) -> Numbers:
 
 
 def loss_of(images: Tensor, loss: LookaheadLoss | None) -> float | None:
-    """The mean loss of IMAGEs, over those that count; None where there is none."""
+    """The mean loss of IMAGEs over those that are valid; None where none is."""
     if loss is None:
         return None
     if loss.patchers:

@@ -17,7 +17,7 @@ from ...lookahead.method.schedule import chosen_steps
 
 
 class GuidedStep(NamedTuple):
-    """number: of the step; call: number of the model call with which it begins; sigma, sigma_next: noise levels."""
+    """A guided step: its number, that of the model call with which it begins, its noise level and the next one."""
 
     number: int
     call: int

@@ -4,8 +4,9 @@ import logging
 
 import pytest
 import torch
-from lcm_lookahead.lookahead.losses.base import Combined, L1Loss, bind_rng
+from lcm_lookahead.lookahead.losses.base import Combined, bind_rng
 from lcm_lookahead.lookahead.losses.identity import FaceReferences, IdentityLoss, NoFaceError, embed, read_references
+from lcm_lookahead.lookahead.losses.l1 import L1Loss
 from lcm_lookahead.lookahead.vision.arcface import read
 from lcm_lookahead.lookahead.vision.face_models import FaceModels
 from lcm_lookahead.lookahead.vision.faces import Face
