@@ -24,7 +24,7 @@ Patch = tuple[float, Any, float, Any, Any]  # strength, what is added, strength 
 
 
 class Bypass(nn.Module):
-    """A LoRA adds scale * up(mid(down(x))) to one Linear or Conv2d; mid is there where it splits a convolution in three."""
+    """A LoRA adds scale * up(mid(down(x))) to one Linear or Conv2d; mid splits some convolutions in three."""
 
     def __init__(self, layer: nn.Module, shape: torch.Size, patch: Patch):
         super().__init__()
