@@ -10,7 +10,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
-from ..lookahead.losses.identity import NONE, IdentityLoss, People, embed
+from ..lookahead.losses.identity import NONE, FaceReferences, IdentityLoss, embed
 from ..lookahead.vision.arcface import Recogniser
 from ..lookahead.vision.face_models import FaceModels
 from ..lookahead.vision.faces import Detector, Face
@@ -68,7 +68,7 @@ class DrawnPeople:
             points = landmarks(self.faces.rows(torch.tensor(references)), IMAGE_SIZE)
             people = embed(self.recogniser, photos, points).cpu()
             sizes = torch.full((len(points), 2), IMAGE_SIZE)
-            loss = IdentityLoss(self.recogniser, self.detector, People(people, points, sizes), NONE)
+            loss = IdentityLoss(self.recogniser, self.detector, FaceReferences(people, points, sizes), NONE)
         names = [f"picture {t % PER_PERSON} of person {t // PER_PERSON}" for t in targets]
         text, own = (self._text([self.captions[r] for r in rows], device) for rows in (targets, references))
         return Batch(names, z_r, z_c, text, own, features, loss)

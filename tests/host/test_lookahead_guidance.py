@@ -585,7 +585,7 @@ def test_a_fraction_after_the_last_step_is_that_step(mini, texts, shortcut, pack
 
 
 def test_reports_keep_small_pictures_of_the_first_and_the_last_step(pack):
-    run = pack.module("nodes.guidance.guidance_report").Run("loss")
+    run = pack.module("nodes.guidance.guidance_report").RunReport("loss")
     for step in range(5):
         for when in ("before", "after"):
             run.add(f"step {step}, {when}", torch.rand(1, 1024, 512, 3))

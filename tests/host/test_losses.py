@@ -58,13 +58,13 @@ def gradient(pack, value, preview, seed=1):
     """What a sampler does: load the networks, start the loss, differentiate it. Called in inference mode."""
     import comfy.model_management
 
-    started = pack.module("lookahead.losses.base").started
+    bind_rng = pack.module("lookahead.losses.base").bind_rng
     with torch.inference_mode(False), torch.enable_grad():
         comfy.model_management.load_models_gpu(list(value.patchers))
-        loss = started(value.loss, torch.Generator().manual_seed(seed))
+        loss = bind_rng(value.loss, torch.Generator().manual_seed(seed))
         leaf = preview.clone().requires_grad_(True)
-        values, counts = loss(leaf)
-        (slope,) = torch.autograd.grad(values[counts].sum(), leaf)
+        values, valid = loss(leaf)
+        (slope,) = torch.autograd.grad(values[valid].sum(), leaf)
     return values.detach(), slope
 
 
@@ -76,12 +76,12 @@ def test_every_loss_node_explains_itself(pack):
 
 def test_the_picture_loss_is_that_of_transformers_own_embeddings(pack, clip, clip_file, tools):
     references, drawn = tools.picture(1, n=2), tools.picture(2, n=2)
-    lookahead = pack.module("lookahead.vision.clip")
+    images = pack.module("lookahead.vision.images")
 
     def own(image):
         size = 32
         small = torch.nn.functional.interpolate(image.movedim(-1, 1), (size, size), mode="bicubic", antialias=True)
-        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (lookahead.MEAN, lookahead.STD))
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (images.CLIP_MEAN, images.CLIP_STD))
         seen = clip_file[1].vision_model((small.clamp(0, 1) - mean) / std).pooler_output
         return torch.nn.functional.normalize(clip_file[1].visual_projection(seen), dim=-1)
 

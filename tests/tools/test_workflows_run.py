@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from lcm_lookahead.host import workflow
-from lcm_lookahead.lookahead.losses import base, identity
+from lcm_lookahead.lookahead.losses import embedding, identity, lpips
 from lcm_lookahead.lookahead.vision import arcface, clip, perceptual
 from lcm_lookahead.lookahead.vision.face_models import FaceModels
 from lcm_lookahead.mini import demo
@@ -78,17 +78,17 @@ def tensor(picture):
 def identity_loss(reference):
     faces = FaceModels(WEIGHTS / "insightface/models/mini", threads=1)
     recogniser = arcface.read(faces.recogniser, faces.preprocessing)
-    people = identity.read_people(recogniser, faces, [(reference[0] + 1) / 2], True)
+    people = identity.read_references(recogniser, faces, [(reference[0] + 1) / 2], True)
     return identity.IdentityLoss(recogniser, faces, people)
 
 
 def clip_loss(reference):
     network = clip.CLIPPictures(clip.read(WEIGHTS / "mini_clip/model.safetensors"))
-    return base.EmbeddingLoss(network, base.embed(network, reference))
+    return embedding.EmbeddingLoss(network, embedding.embed(network, reference))
 
 
 def lpips_loss(reference):
-    return base.LPIPSLoss(perceptual.lpips_network("squeeze"), reference)
+    return lpips.LPIPSLoss(perceptual.lpips_network("squeeze"), reference)
 
 
 MEASURES = {"lookahead_identity": identity_loss, "lookahead_style": clip_loss, "lookahead_layout": lpips_loss}

@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny, UNet2DConditionModel
 from lcm_lookahead.lookahead.files import encoder_file
-from lcm_lookahead.lookahead.losses.base import L1Loss
+from lcm_lookahead.lookahead.losses.l1 import L1Loss
 from lcm_lookahead.lookahead.method.resampler import ResamplerSizes
 from lcm_lookahead.sdxl import lora
 from lcm_lookahead.sdxl.encoder import Encoder

@@ -87,9 +87,9 @@ class Step(nn.Module):
     def lookahead(self, batch: Batch, draws: Draws) -> Outcome:
         """Equations 3 and 4: an image loss on the one-step preview of the shortcut model (or on the base's own x0).
 
-        A sample does not count when the loss says so (no face), nor when it has neither image prompt nor reference KV,
-        since nothing that is trained could change its preview. The sum is divided by B whatever counts: a step in which
-        few previews show a face weighs less, and several processes equal one.
+        A sample is not valid when the loss says so (no face), nor when it has neither image prompt nor reference KV,
+        since nothing that is trained could change its preview. The sum is divided by B whatever is valid: a step in
+        which few previews show a face weighs less, and several processes equal one.
         """
         ahead, t = self.config.lookahead, draws.t_lookahead
         shortcut = draws.strength if ahead.arm == "shortcut" else 0.0
@@ -99,11 +99,11 @@ class Step(nn.Module):
             latent = preview_latent(z_t, predicted, t, alpha_bar)
         else:
             latent = pred_original_sample(z_t, predicted, alpha_bar)
-        values, counts = batch.loss(self.decode_preview(latent).float())
+        values, valid = batch.loss(self.decode_preview(latent).float())
         uncond = draws.no_image_prompt & draws.no_kv if self.config.model.kv else draws.no_image_prompt
-        counts = counts & ~uncond
-        # Values of samples that do not count may be anything: they must not get into the sum, not even times zero.
-        counted = torch.where(counts, values, 0.0)
+        valid = valid & ~uncond
+        # Values of samples that are not valid may be anything: they must not get into the sum, not even times zero.
+        counted = torch.where(valid, values, 0.0)
         weighed = counted * draws.strength if ahead.weigh_by_strength else counted
         loss, terms = ahead.weight * weighed.sum() / len(values), {}
         if ahead.align != "strength":
@@ -117,7 +117,7 @@ class Step(nn.Module):
                 alignment = consistency(predict, self.alpha_bar, latent, z_t, t, draws)
             loss = loss + ahead.align_weight * alignment.mean()
             terms["alignment"] = alignment.detach()
-        return Outcome(loss, values.detach(), counts, terms)
+        return Outcome(loss, values.detach(), valid, terms)
 
     def _predict(
         self, batch: Batch, draws: Draws, t: Tensor, shortcut: float | Tensor = 0.0, z_t: Tensor | None = None
