@@ -17,7 +17,7 @@ from ..stages.text import TextEncoders, tokenize, tokenizer
 from ..world.data import Pictures
 from ..world.edges import edges
 from ..world.faces import STYLES
-from .measure import save_grid
+from ..world.sheet import save_grid
 
 NEAR = 3  # pixels a side of the window within which two edges count as the same
 
