@@ -10,6 +10,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..lookahead.files.atomic import first_line
+
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -29,8 +31,7 @@ def read(path: Path) -> Tensor:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             bytes_ = np.asarray(image.convert("RGB"))
     except Exception as error:  # Pillow has an exception a format and kind of damage
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise PictureError(f"{path} cannot be read as a picture ({reason[:200]}).") from error
+        raise PictureError(f"{path} cannot be read as a picture ({first_line(error)}).") from error
     return torch.from_numpy(bytes_.copy()).permute(2, 0, 1) / 255
 
 
