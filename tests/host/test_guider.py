@@ -324,4 +324,5 @@ def test_an_interrupt_leaves_nothing_behind(mini, model, tools, texts, draw):
     again = tools.sample(model, *texts, torch.zeros(LATENT), steps=2, guider=guider)
     assert torch.equal(again, guided) and torch.equal(draw(mini.model, 3.0), plain)
     assert guider.model_options is before["model_options"]
-    assert set(guider.model_options["transformer_options"]["lookahead"]) == {"kv_injections"}
+    context = guider.model_options["transformer_options"]["lookahead"]
+    assert (len(context.effects), context.run, context.call, context.batch) == (1, None, None, None)

@@ -82,26 +82,28 @@ def test_an_interrupt_leaves_nothing_behind(mini, trained, tools, draw, texts, w
         hook.remove()
     assert torch.equal(draw(mini.model), plain) and torch.equal(draw(model), patched)
     assert torch.equal(draw(model, guider=guider), patched)
-    assert set(model.model_options["transformer_options"]["lookahead"]) == {"kv_injections"}
+    context = model.model_options["transformer_options"]["lookahead"]
+    assert (len(context.effects), context.run, context.call, context.batch) == (1, None, None, None)
 
 
 def test_what_lives_as_long_as_a_run_goes_with_it(mini, trained, tools, draw, pack, monkeypatch):
     made = []
-    patches = pack.module("nodes.conditioning.wrappers")
+    kv_injection = pack.module("nodes.conditioning.kv_injection")
 
-    class Watched(patches.ReferencePass):
+    class Watched(kv_injection.ReferencePass):
         def __init__(self, *args):
             super().__init__(*args)
             made.append(weakref.ref(self))
 
-    monkeypatch.setattr(patches, "ReferencePass", Watched)
+    monkeypatch.setattr(kv_injection, "ReferencePass", Watched)
     model = tools.inject(mini.model, trained)
-    options = model.model_options["transformer_options"]["lookahead"]
-    before = dict(options)
+    context = model.model_options["transformer_options"]["lookahead"]
+    before = [dict(vars(part)) for part in (context, context.effects[0], context.effects[0].source)]
     draw(model)
     gc.collect()
-    assert [ref() for ref in made] == [None] and options == before
-    assert set(vars(before["kv_injections"][0])) == set(type(before["kv_injections"][0]).__dataclass_fields__)
+    assert [ref() for ref in made] == [None]
+    assert model.model_options["transformer_options"]["lookahead"] is context
+    assert [vars(part) for part in (context, context.effects[0], context.effects[0].source)] == before
 
 
 def test_two_branches_do_not_touch_each_other(mini, tools, draw):
@@ -372,7 +374,7 @@ def test_the_host_is_told_of_what_a_run_needs_and_loads_the_kv_encoder(mini, tra
 
     plain = needed(mini.model)[1]
     models, with_kv = needed(tools.inject(mini.model, trained))
-    network = trained.subjects[0].encoder.kv
+    network = trained.subjects[0].encoder.kv_patcher
     assert any(network.is_clone(model) for model in models)
     assert any(network.is_clone(loaded.model) for loaded in comfy.model_management.current_loaded_models)
     a_set = 4 * 2 * (5 * 16 * 128 + 12 * 4 * 64)

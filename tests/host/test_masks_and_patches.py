@@ -193,7 +193,7 @@ def test_rows_cut_into_tiles_see_the_image_prompt_of_their_row(mini, tools, pack
     )
     x = torch.randn(2, 4, 16, 16)
     roles = pack.module("nodes.conditioning.rows")
-    layout = roles.RowLayout(x, {"cond_or_uncond": [0]}, roles.Rows((True,), {}, (16, 16), 2))
+    layout = roles.RowLayout(x, {"cond_or_uncond": [0]}, roles.CondBatch((True,), {}, (16, 16), 2))
     term = patch.PromptRows(prompt, layout)
     plain = pack.module("lookahead.method.attention").softmax_attention
     q = torch.randn(2, 16, 64)
@@ -271,9 +271,9 @@ def test_a_pass_keeps_no_keys_and_values_of_every_row(mini, tools, reference, pa
     """For 16 images and four pictures together those of SDXL would be 680 MB."""
     patch = pack.module("nodes.conditioning.cross_attention")
     model = tools.apply(mini.model, reference)
-    prompt = model.model_options["transformer_options"]["lookahead"]["image_prompts"][0]
+    prompt = model.model_options["transformer_options"]["lookahead"].effects[0]
     roles = pack.module("nodes.conditioning.rows")
-    rows = roles.Rows((True, False), {}, (16, 16), 16)
+    rows = roles.CondBatch((True, False), {}, (16, 16), 16)
     layout = roles.RowLayout(torch.zeros(32, 4, 16, 16), {"cond_or_uncond": [0, 1]}, rows)
     term = patch.PromptRows(prompt, layout)
     kept = [v for v in vars(term).values() if isinstance(v, torch.Tensor)]
