@@ -115,14 +115,14 @@ def report_of(outputs):
 @pytest.mark.parametrize("path", GUIDED, ids=lambda p: p.stem)
 def test_guidance_lowers_the_loss_of_the_preview_that_it_optimises(host, path):
     """The optimiser's own sequence, from one latent and with the LoRA's strength held: it does not hang on what becomes
-    of the picture afterwards. Measured: a fall of 20 % and more at the first guided step."""
+    of the picture afterwards. Measured: 0.42 -> 0.04, 0.43 -> 0.22 and 0.16 -> 0.11."""
     drawn, outputs = run(host, guided(host, path, iterations=10, jitter=0.0), "reference_0.png", demo.STEPS)
     losses = re.findall(
         r"^step \d+ .*? ([\d.e-]+) -> [\d.e-]+ \(best ([\d.e-]+)\) in 10 iter", report_of(outputs), re.M
     )
     assert losses and all(float(best) <= float(before) for before, best in losses)
     before, best = map(float, losses[0])
-    assert best < 0.9 * before
+    assert best < 0.8 * before
     unguided, outputs = run(host, guided(host, path, iterations=0), "reference_0.png", demo.STEPS)
     assert "Nothing was guided" in report_of(outputs) and abs(drawn - unguided).mean() > 1
 
