@@ -38,7 +38,7 @@ def test_every_module_and_source_file_that_a_text_names_exists(path):
     text = path.read_text(encoding="utf-8")
     modules = re.findall(r"(?:-m|from|import) lcm_lookahead\.([\w.]+)", text)
     files = re.findall(
-        r"\b((?:lookahead|nodes|sdxl|evaluation|trainer|mini|host|cli|tools)/[\w/]+\.(?:py|yaml|json))\b", text
+        r"(?<![\w/])((?:lookahead|nodes|sdxl|evaluation|trainer|mini|host|cli|tools)/[\w/]+\.(?:py|yaml|json))\b", text
     )
     missing = [m for m in modules if not ROOT.joinpath(*m.split(".")).with_suffix(".py").is_file()]
     missing += [f for f in files if not (ROOT / f).is_file()]
