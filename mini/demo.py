@@ -18,8 +18,10 @@ from PIL import Image
 
 from ..evaluation.contact_sheet import Cell, contact_sheet
 from ..host import workflow
-from ..host.host import TRAINED, Host, Progress
+from ..host.client import Progress
+from ..host.server import Host
 from ..tools.common import ROOT, Problem, Stopwatch, run_main, say
+from .files.host_models import TRAINED, mini_host
 
 WORKFLOW = ROOT / "workflows" / "image_prompt_and_kv.json"
 PROMPTS = (
@@ -281,7 +283,7 @@ def main(arguments: list[str]) -> int:
         raise Problem(f"--people is {chosen.people}: the demo needs at least 1 reference.")
     watch = Stopwatch()
     references = draw_references(chosen.people)
-    with Host(port=chosen.port or None) as host:
+    with mini_host(port=chosen.port or None) as host:
         sheet = show_demo(host, references, tuple(chosen.prompts) or PROMPTS, chosen.out, chosen.seed)
         guidance = show_guidance(host, chosen.out, chosen.seed)
     say(f"The pictures are in {chosen.out} ({watch.seconds:.0f} s); all on two sheets, with their likeness below:")

@@ -15,12 +15,12 @@ from ..lookahead.vision.arcface import Recogniser
 from ..lookahead.vision.face_models import FaceModels
 from ..lookahead.vision.faces import Detector, Face
 from ..sdxl.configs import tokenizers
-from ..sdxl.load import Frozen, ModelError, Text, found
+from ..sdxl.load import Frozen, ModelError, PromptEncoder, found
 from ..sdxl.shared_unet import Condition
-from ..trainer.config import Config
-from ..trainer.lookahead.draws import generator
+from ..trainer.lookahead.config import Config
 from ..trainer.lookahead.step import Batch
-from ..trainer.validate import Probes
+from ..trainer.lookahead.validate import Probes
+from ..trainer.seeds import generator
 from .files import insightface_pack, models
 from .files.weights import FACE_RECOGNISER, evaluators, face_recogniser
 from .plan import IMAGE_SIZE, LATENT_SIZE, WEIGHTS
@@ -34,7 +34,7 @@ PER_PERSON = len(STYLES) + 1  # two photos, then each other style once
 
 
 class DrawnPeople:
-    """Pictures of drawn people (`source.Source`), made when they are asked for: each is a function of its number.
+    """Pictures of drawn people (`recipe.Source`), made when they are asked for: each is a function of its number.
 
     The reference is always a photo, and never the target itself. Captions say nothing about the person. Validation
     (`validate.Probing`) is by judges, and shows people, that took part in no training.
@@ -112,7 +112,7 @@ class DrawnPeople:
             self._texts[caption] = self.models.text(caption)
         parts = [self._texts[caption] for caption in captions]
         context, pooled = (torch.cat(part).to(device) for part in zip(*parts, strict=True))
-        return Condition(context, pooled, base.added(pooled)["time_ids"])
+        return base.condition(context, pooled)
 
 
 def reference_of(target: int, number: int) -> int:
@@ -126,7 +126,7 @@ def reference_of(target: int, number: int) -> int:
 def frozen(weights: Path = WEIGHTS) -> Frozen:
     """The shipped models as the trainer takes them. Raises FileNotFoundError, one sentence, for one that is missing."""
     mini = models.load(weights)
-    text = Text(tokenizers(), mini.text.l, mini.text.g)
+    text = PromptEncoder(tokenizers(), mini.text.l, mini.text.g)
     return Frozen(mini.unet, text, mini.vae, models.load_image_encoder(weights))
 
 

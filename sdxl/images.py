@@ -30,3 +30,19 @@ def read(path: Path) -> Tensor:
     except Exception as error:  # Pillow has an exception a format and kind of damage
         raise PictureError(f"{path} cannot be read as a picture ({first_line(error)}).") from error
     return torch.from_numpy(bytes_.copy()).permute(2, 0, 1) / 255
+
+
+def as_pixels(image: Image.Image | Tensor) -> Tensor:
+    """A picture, or pixels [1, H, W, 3] in [0, 1], as such pixels; turned as its camera says.
+
+    Raises ValueError, one sentence, for anything else.
+    """
+    if isinstance(image, Image.Image):
+        rgb = ImageOps.exif_transpose(image).convert("RGB")
+        return torch.from_numpy(np.asarray(rgb).copy()).unsqueeze(0) / 255.0
+    if not isinstance(image, Tensor) or image.ndim != 4 or image.shape[0] != 1 or image.shape[-1] != 3:
+        what = list(image.shape) if isinstance(image, Tensor) else type(image).__name__
+        raise ValueError(
+            f"The reference is {what}, and a picture or pixels of shape [1, H, W, 3] are needed: pass one."
+        )
+    return image.float()

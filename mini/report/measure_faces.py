@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from scipy.stats import spearmanr
 from torch import Tensor
 
 from ...evaluation.stats import Interval, auc, bootstrap, identity_auc, proportion, share
@@ -205,7 +206,7 @@ def rank_correlation(
                 parts = [t[index, :, index].flatten()] if own else []
                 parts += [_of_alike(t, alike, index)] if others else []
                 rows.append(torch.cat(parts))
-            return spearman(*rows)
+            return float(spearmanr(*(row.numpy() for row in rows)).statistic)
 
         return bootstrap(figure, people, rounds)
 
@@ -214,14 +215,3 @@ def rank_correlation(
         "rank correlation, pairs of similar people": over(False, True),
         "rank correlation, a person's own pairs": over(True, False),
     }
-
-
-def spearman(a: Tensor, b: Tensor) -> float:
-    """Rank correlation of two lists of numbers [n]; ties share their mean rank."""
-    ranks = torch.stack([_ranks(a), _ranks(b)])
-    return torch.corrcoef(ranks)[0, 1].item()
-
-
-def _ranks(values: Tensor) -> Tensor:
-    _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
-    return (counts.cumsum(0).double() - (counts.double() - 1) / 2)[inverse]

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lcm_lookahead.host.host import MINI_MODELS, Host
+from lcm_lookahead.mini.files.host_models import MINI_MODELS, mini_host
 from lcm_lookahead.mini.files.weights import evaluators
 from lcm_lookahead.mini.world.edges import edges
 from lcm_lookahead.mini.world.faces import STYLES
@@ -25,7 +25,7 @@ COMPLAINTS = (
 @pytest.fixture(scope="module")
 def server():
     directory = os.environ.get("COMFYUI_DIR")
-    with Host(announce=False, directory=directory and Path(directory)) as host:
+    with mini_host(announce=False, directory=directory and Path(directory)) as host:
         for name, pictures in {"edges.png": edges(reference_faces(1)), "face.png": reference_faces(1)}.items():
             pixels = (pictures[0].movedim(0, -1) * 255).round().byte().numpy()
             Image.fromarray(pixels).save(host.folder("input") / name)

@@ -25,7 +25,8 @@ RATES = ["optimiser.adapter_rate=1e-3", "optimiser.kv_rate=0.02", "optimiser.war
 @pytest.fixture(scope="module")
 def trained(pack, tmp_path_factory):
     """The step after its training, and the encoder file where the nodes look for it."""
-    config, assembling, train = (pack.module(f"trainer.{m}") for m in ("config", "assemble", "train"))
+    names = ("trainer.config", "trainer.lookahead.config", "cli.assemble", "trainer.train")
+    configs, config, assembling, train = map(pack.module, names)
     out = tmp_path_factory.mktemp("run")
     overrides = [
         f"out={out}",
@@ -36,14 +37,14 @@ def trained(pack, tmp_path_factory):
         "validate_every=0",
         "precision=fp32",
     ]
-    c = config.load(config.CONFIGS / "mini.yaml", [*overrides, *RATES])
+    c = config.load(configs.CONFIGS / "mini.yaml", [*overrides, *RATES])
     with torch.inference_mode(False), torch.enable_grad():
-        step, source, about = assembling.assemble(c)
-        written = train.train(c, step, source, about)
+        recipe, source = assembling.assemble(c)
+        written = train.train(c, recipe, source)
     there = pack.base / parity.MODELS / written.name
     there.parent.mkdir(parents=True, exist_ok=True)
     there.write_bytes(written.read_bytes())
-    yield step, there.name
+    yield recipe.losses, there.name
     there.unlink()
 
 
@@ -80,8 +81,8 @@ class Trainer:
         def predict(conditional: bool, kv: dict | None) -> torch.Tensor:
             text = self.case.positive if conditional else self.case.negative
             x, _, *rest = self.case.asked_of_picture(n, text)
-            t, tokens = torch.tensor([STEPS[n]]), self.tokens[conditional]
-            return self.step.roles.decode(x, t, self.condition(*rest), tokens, kv)
+            t, prompt = torch.tensor([STEPS[n]]), self.step.encoder.image_prompt(self.tokens[conditional])
+            return self.step.roles.predict(x, t, self.condition(*rest), prompt, kv)
 
         kv, null_kv = self.export(n, True), self.export(n, False)
         return {
@@ -127,7 +128,7 @@ def test_training_has_changed_what_both_answer(sides, trained):
 
 def test_sampling_for_validation_draws_what_the_pipeline_draws(pack, trained, sides):
     """The same latents after three steps of DDIM under the guidance with three scales."""
-    pipelines, validate = pack.module("sdxl.pipeline"), pack.module("trainer.validate")
+    pipelines, validate = pack.module("sdxl.pipeline"), pack.module("trainer.lookahead.validate")
     batches = pack.module("trainer.lookahead.step")
     step, name = trained
     case, condition = sides[1].case, sides[1].condition
@@ -147,8 +148,8 @@ def test_sampling_for_validation_draws_what_the_pipeline_draws(pack, trained, si
     drawn = validate.sample(step, step.encoder, batch, noise, 3, 5.0)
 
     tokens = [step.encoder.image_proj(features) for features in (seen, step.null_features)]
-    prompts = [pipe.encoder.keys_values(each, pipe.blocks) for each in tokens]
-    reference = pipelines.Reference(*prompts, latents, pipelines.Text(*texts[1]))
+    prompts = [pipe.encoder.all_keys_values(each) for each in tokens]
+    reference = pipelines.EncodedReference(*prompts, latents, pipelines.Text(*texts[1]))
     text = pipelines.Text(*texts[0])
     pipe.scheduler.set_timesteps(3)
     x = noise

@@ -1,8 +1,8 @@
 """The demo with the shipped weights, in the real host: pictures, a sheet, and people who are recognised again."""
 
 import pytest
-from lcm_lookahead.host.host import Host
 from lcm_lookahead.mini import demo
+from lcm_lookahead.mini.files.host_models import mini_host
 from PIL import Image
 
 PEOPLE = 4
@@ -12,7 +12,7 @@ PEOPLE = 4
 def drawn(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo")
     references = demo.draw_references(PEOPLE)
-    with Host(announce=False) as host:
+    with mini_host(announce=False) as host:
         sheet = demo.show_demo(host, references, ("a photo of a face",), out, seed=5)
     return references, out, sheet
 

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 from lcm_lookahead.host import workflow
-from lcm_lookahead.host.host import WEIGHTS, Host
 from lcm_lookahead.lookahead.losses import embedding, identity, lpips
 from lcm_lookahead.lookahead.vision import arcface, clip, perceptual
 from lcm_lookahead.lookahead.vision.face_models import FaceModels
 from lcm_lookahead.mini import demo
+from lcm_lookahead.mini.files.host_models import mini_host
+from lcm_lookahead.mini.plan import WEIGHTS
 from PIL import Image
 
 WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
@@ -24,7 +25,7 @@ PLAIN = [path for path in FILES if path not in (GRID, *GUIDED)]
 
 @contextlib.contextmanager
 def host_with_pictures(*arguments):
-    with Host(announce=False, arguments=arguments) as running:
+    with mini_host(announce=False, arguments=arguments) as running:
         names = ["reference_0.png", "reference_1.png", *workflow.pictures_named(FILES)]
         for name, picture in zip(names, demo.draw_references(len(names)), strict=True):
             picture.save(running.folder("input") / name)

@@ -6,13 +6,14 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from lcm_lookahead.cli import assemble as assembling
+from lcm_lookahead.lookahead.vision import clip
 from lcm_lookahead.mini import drawn_people
 from lcm_lookahead.mini.files import checkpoint, insightface_pack
 from lcm_lookahead.mini.plan import WEIGHTS
 from lcm_lookahead.mini.stages.text import tokenize, tokenizer
 from lcm_lookahead.sdxl import configs, load
-from lcm_lookahead.trainer import config
 from lcm_lookahead.trainer.config import CONFIGS
+from lcm_lookahead.trainer.lookahead import config
 from lcm_lookahead.trainer.lookahead.draws import draw
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -42,11 +43,11 @@ def public(folder, **values):
 
 
 def outcomes(c):
-    step, source, about = assembling.assemble(c)
+    recipe, source = assembling.assemble(c)
     batch = source.batch([4, 11], [0, 1], CPU)
     draws = draw(c, [0, 1], source.latent_shape)
     with torch.no_grad():
-        return {part: step(part, batch, draws) for part in ("diffusion", "lookahead")}, about
+        return {part: recipe.losses(part, batch, draws) for part in recipe.parts}, recipe.about
 
 
 def test_a_diffusers_folder_gives_the_losses_of_the_same_weights(folder):
@@ -62,7 +63,8 @@ def test_a_diffusers_folder_gives_the_losses_of_the_same_weights(folder):
 def test_in_16_bit_all_but_the_autoencoders_is_and_the_losses_stay(folder):
     c = public(folder)
     full, _ = outcomes(c)
-    step, source, _ = assembling.assemble(c.model_copy(update={"precision": "bf16"}))
+    recipe, source = assembling.assemble(c.model_copy(update={"precision": "bf16"}))
+    step = recipe.losses
     assert step.unet.dtype == step.shortcut.branches[0].lora_down.weight.dtype == torch.bfloat16
     assert source.models.vae.dtype == step.encoder.image_proj.latents.dtype == torch.float32
     batch, draws = source.batch([4, 11], [0, 1], CPU), draw(c, [0, 1], source.latent_shape)
@@ -103,7 +105,7 @@ def test_a_single_checkpoint_is_read_as_the_folder_of_the_same_weights(folder, t
     vae = load.load_vae(folder / "vae")
     read, text, _ = load.read_checkpoint(tmp_path / "sdxl.safetensors", written, torch.float32, vae)
     assert all(torch.equal(v, unet.state_dict()[k]) for k, v in read.state_dict().items())
-    expected = load.Text(configs.tokenizers(), first[1], second[1])
+    expected = load.PromptEncoder(configs.tokenizers(), first[1], second[1])
     for mine, theirs in zip(text("a face"), expected("a face"), strict=True):
         assert torch.allclose(mine, theirs, atol=1e-5)
 
@@ -162,11 +164,14 @@ def test_an_image_encoder_is_read_from_its_weights_alone():
     with torch.device("meta"):
         empty = CLIPVisionModelWithProjection(shipped.config)
     own = {k if k.startswith("v") else f"vision_model.{k}": v for k, v in shipped.state_dict().items()}
-    read = load.fill_image_encoder(empty, own)
+    read = clip.fill(empty, own)
     seen = torch.rand(1, 3, 128, 128)
     assert torch.equal(read(pixel_values=seen).image_embeds, shipped(pixel_values=seen).image_embeds)
-    with pytest.raises(load.ModelError, match="it lacks .* more weights"):
-        load.fill_image_encoder(empty.to("meta"), {})
+    with pytest.raises(ValueError, match="patch_embedding.* has the shape .*, not"):
+        clip.fill(empty.to("meta"), {k: v[:1] if "patch" in k else v for k, v in own.items()})
+    del own["visual_projection.weight"]
+    with pytest.raises(ValueError, match="visual_projection.weight is missing"):
+        clip.fill(empty.to("meta"), own)
 
 
 @pytest.mark.parametrize(

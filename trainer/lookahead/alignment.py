@@ -47,8 +47,8 @@ def consistency(predict: Predict, alpha_bar: Tensor, latent: Tensor, z_t: Tensor
     everything = torch.ones_like(draws.no_text)
     nothing = replace(draws, no_text=everything, no_image_prompt=everything, no_kv=everything)
     with torch.no_grad():
-        blind, seeing = predict(z_t, nothing, t, 0.0), predict(z_t, draws, t, 0.0)
-        e, s = blind + GUIDANCE * (seeing - blind), (t - STRIDE).clamp(min=0)
+        e_uncond, e_cond = predict(z_t, nothing, t, 0.0), predict(z_t, draws, t, 0.0)
+        e, s = e_uncond + GUIDANCE * (e_cond - e_uncond), (t - STRIDE).clamp(min=0)
         z_s = ddim_step(z_t, e, alpha_bar[t], alpha_bar[s])
         wanted = preview_latent(z_s, predict(z_s, draws, s, 1.0), s, alpha_bar[s])
     return ((latent - wanted).square() + HUBER**2).sqrt().sub(HUBER).mean((1, 2, 3))

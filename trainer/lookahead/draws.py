@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ...lookahead.method.schedule import TIMESTEPS, lora_scale, sample_timestep
-from ..config import Config
+from ..seeds import generator
+from .config import Config
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,17 +63,3 @@ def draw(config: Config, numbers: Sequence[int], shape: tuple[int, ...]) -> Draw
         torch.stack(noise_align),
         (TIMESTEPS * (0.02 + 0.96 * torch.stack(u_align))).long(),
     )
-
-
-def generator(*key: int) -> torch.Generator:
-    """A CPU generator that belongs to these numbers."""
-    # torch's CPU generator reads 32 bits of a seed only: all numbers must be mixed into them.
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
-
-
-def order(samples: int, seed: int, numbers: Sequence[int]) -> list[int]:
-    """Which example each sample of the run is: all of `samples` once in an epoch, in an order of that epoch's own."""
-    shuffled = {n // samples: None for n in numbers}
-    for epoch in shuffled:
-        shuffled[epoch] = np.random.default_rng([seed, epoch]).permutation(samples)
-    return [int(shuffled[n // samples][n % samples]) for n in numbers]
