@@ -94,7 +94,7 @@ class IdentityLoss:
     The preview's face is found without gradient (of several, the nearest to where it was last, at first the largest),
     cut out by a similarity without reflection, and recognised; the gradient goes through recogniser and cut to the
     pixels. Whoever calls has the recogniser, a module, on the previews' device. Only a loss of one run (`bind_rng`)
-    remembers, in its `memory`, where a face was last, and warns, once, that previews show no face; training counts.
+    remembers, in its `memory`, where a face was last, and warns once where previews show no face (training counts).
     """
 
     recogniser: Recogniser
