@@ -69,9 +69,9 @@ def match_references(preview: Tensor, references: Tensor, rows: Tensor | None, s
     references: [m, 3, H, W] in [-1, 1], cropped about the centre to the preview's shape. size: shorter side in pixels
     to which both are made smaller; 0, or a smaller preview, stays as it is.
     """
-    seen = shorter_side(clamp_preview(preview), size)
-    wanted = cover(select_references(references, preview, rows), *seen.shape[-2:]).clamp(-1, 1)
-    return seen, wanted
+    small = shorter_side(clamp_preview(preview), size)
+    matched = cover(select_references(references, preview, rows), *small.shape[-2:]).clamp(-1, 1)
+    return small, matched
 
 
 def all_valid(preview: Tensor) -> Tensor:

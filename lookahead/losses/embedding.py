@@ -41,10 +41,10 @@ class EmbeddingLoss:
     def __call__(self, preview: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         pictures = (clamp_preview(preview) + 1) / 2
         size, n = self.encoder.size, preview.shape[0]
-        seen = [cover(pictures, size, size).clamp(0, 1)]  # bicubic overshoots
+        crops = [cover(pictures, size, size).clamp(0, 1)]  # bicubic overshoots
         if self.cutouts is not None and self.generator is not None and self.cutouts.count:
-            seen += self.cutouts.cut(size, self.generator, pictures)
-        embeddings = self.encoder(torch.cat(seen)).unflatten(0, (-1, n))
+            crops += self.cutouts.cut(size, self.generator, pictures)
+        embeddings = self.encoder(torch.cat(crops)).unflatten(0, (-1, n))
         values = 1 - F.cosine_similarity(embeddings, select_references(self.targets, preview, rows), dim=-1)
         return values.mean(0), all_valid(preview)
 

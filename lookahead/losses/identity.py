@@ -68,11 +68,11 @@ def read_references(
             len(without),
             len(faces),
         )
-    seen = [(picture, face) for picture, face in zip(pictures, faces, strict=True) if face is not None]
+    shown = [(picture, face) for picture, face in zip(pictures, faces, strict=True) if face is not None]
     with torch.no_grad():
-        embeddings = torch.cat([embed(recogniser, picture[None], face.points[None]) for picture, face in seen]).cpu()
-    points = torch.stack([face.points for _, face in seen])
-    sizes = torch.tensor([picture.shape[-2:] for picture, _ in seen])
+        embeddings = torch.cat([embed(recogniser, picture[None], face.points[None]) for picture, face in shown]).cpu()
+    points = torch.stack([face.points for _, face in shown])
+    sizes = torch.tensor([picture.shape[-2:] for picture, _ in shown])
     if average:
         return FaceReferences(F.normalize(embeddings.mean(0, keepdim=True), dim=-1), points[:1], sizes[:1])
     return FaceReferences(embeddings, points, sizes)
@@ -93,8 +93,8 @@ class IdentityLoss:
 
     The preview's face is found without gradient (of several, the nearest to where it was last, at first the largest),
     cut out by a similarity without reflection, and recognised; the gradient goes through recogniser and cut to the
-    pixels. Whoever calls has the recogniser, a module, on the previews' device. Only a loss that was started remembers
-    where a face was last, in its `memory`, and says, once, that previews show no face: training counts them instead.
+    pixels. Whoever calls has the recogniser, a module, on the previews' device. Only a loss of one run (`bind_rng`)
+    remembers, in its `memory`, where a face was last, and warns once where previews show no face (training counts).
     """
 
     recogniser: Recogniser
@@ -116,17 +116,17 @@ class IdentityLoss:
         pictures = (clamp_preview(preview.to(torch.promote_types(preview.dtype, torch.float32))) + 1) / 2
         memory = self.memory or Memory()
         rows = torch.arange(len(pictures)) if rows is None else rows.cpu()
-        points, there = self._find(pictures.detach(), rows.tolist(), memory)
-        if self.memory and not self.memory.warned and not there.all():
+        points, valid = self._find(pictures.detach(), rows.tolist(), memory)
+        if self.memory and not self.memory.warned and not valid.all():
             self.memory.warned = True
             logging.warning(
                 "[LCM-Lookahead] no face was found in %d of %d previews, which do not count for the identity loss.",
-                int((~there).sum()),
-                len(there),
+                int((~valid).sum()),
+                len(valid),
             )
-        found = embed(self.recogniser, pictures, points)
-        values = 1 - (found * select_references(self.references.embeddings, found, rows)).sum(-1)
-        valid = there.to(values.device)
+        embeddings = embed(self.recogniser, pictures, points)
+        values = 1 - (embeddings * select_references(self.references.embeddings, embeddings, rows)).sum(-1)
+        valid = valid.to(values.device)
         return torch.where(valid, values, 0.0), valid
 
     def _find(self, pictures: Tensor, rows: list[int], memory: Memory) -> tuple[Tensor, Tensor]:
@@ -134,16 +134,16 @@ class IdentityLoss:
         size, references = tuple(pictures.shape[-2:]), self.references
         if memory.size != size:
             memory.size, memory.places = size, {}
-        points, there = [], []
+        points, valid = [], []
         for row, faces in zip(rows, self.detector(pictures), strict=True):
             faces = [face for face in faces if bool(usable(face.points[None]))]
             last = memory.places.get(row)
             if faces:
                 last = (largest(faces) if last is None else nearest(faces, last)).points
                 memory.places[row] = last
-            there.append(bool(faces) or self.fallback == REFERENCE or (self.fallback == LAST and last is not None))
+            valid.append(bool(faces) or self.fallback == REFERENCE or (self.fallback == LAST and last is not None))
             if last is None:
-                which = row % len(references.points)
-                last = rescale_landmarks(references.points[which], tuple(references.sizes[which].tolist()), size)
+                m = row % len(references.points)
+                last = rescale_landmarks(references.points[m], tuple(references.sizes[m].tolist()), size)
             points.append(last)
-        return torch.stack(points), torch.tensor(there)
+        return torch.stack(points), torch.tensor(valid)

@@ -21,5 +21,5 @@ class L1Loss:
     size: int = 0
 
     def __call__(self, preview: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        seen, wanted = match_references(preview, self.references, rows, self.size)
-        return (seen - wanted).abs().mean(dim=(1, 2, 3)), all_valid(preview)
+        preview, references = match_references(preview, self.references, rows, self.size)
+        return (preview - references).abs().mean(dim=(1, 2, 3)), all_valid(preview)

@@ -33,9 +33,9 @@ class LPIPSLoss:
 
     def __call__(self, preview: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         n = preview.shape[0]
-        seen, wanted = match_references(preview, self.references, rows, self.size)
-        values = [self.distance(seen, wanted).flatten()]
+        preview, references = match_references(preview, self.references, rows, self.size)
+        values = [self.distance(preview, references).flatten()]
         if self.cutouts is not None and self.generator is not None and self.cutouts.count:
-            a, b = self.cutouts.cut(min(seen.shape[-2:]), self.generator, (seen + 1) / 2, (wanted + 1) / 2)
+            a, b = self.cutouts.cut(min(preview.shape[-2:]), self.generator, (preview + 1) / 2, (references + 1) / 2)
             values.append(self.distance(2 * a - 1, 2 * b - 1).flatten())
         return torch.cat(values).unflatten(0, (-1, n)).mean(0), all_valid(preview)

@@ -176,10 +176,10 @@ def directions(texts: Tensor, neutral: Tensor) -> Tensor:
 
 def shape(file: CLIPFile, name: str, dimensions: int) -> torch.Size:
     """The shape of a tensor; ValueError where the file lacks it or it has another number of dimensions."""
-    found = file.tensors.get(name)
-    if found is None or found.ndim != dimensions:
+    tensor = file.tensors.get(name)
+    if tensor is None or tensor.ndim != dimensions:
         raise ValueError(f"{file.name} is not a complete CLIP ({name} is missing or damaged): download it again.")
-    return found.shape
+    return tensor.shape
 
 
 def layers(file: CLIPFile, half: str) -> dict[str, int]:

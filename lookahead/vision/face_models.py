@@ -74,8 +74,8 @@ def licence_of(folder: Path) -> str:
         if first:
             return f"{first[:200]} (see {path.name})"
     name = folder.name.lower()
-    found = next((licence for known, licence in _KNOWN.items() if name.startswith(known)), None)
-    return found or "unknown: the pack holds no licence file; ask where it comes from"
+    by_name = next((licence for prefix, licence in _KNOWN.items() if name.startswith(prefix)), None)
+    return by_name or "unknown: the pack holds no licence file; ask where it comes from"
 
 
 def execution_providers(gpu: bool) -> list[str]:
@@ -84,9 +84,9 @@ def execution_providers(gpu: bool) -> list[str]:
         return ["CPUExecutionProvider"]
     import onnxruntime
 
-    there = onnxruntime.get_available_providers()
-    known = ("CUDAExecutionProvider", "ROCMExecutionProvider", "DmlExecutionProvider", "CoreMLExecutionProvider")
-    chosen = [name for name in known if name in there][:1]
+    available = onnxruntime.get_available_providers()
+    gpus = ("CUDAExecutionProvider", "ROCMExecutionProvider", "DmlExecutionProvider", "CoreMLExecutionProvider")
+    chosen = [name for name in gpus if name in available][:1]
     if not chosen:
         raise FaceModelError(
             "The installed onnxruntime computes on the CPU only: choose cpu, or replace it with onnxruntime-gpu."

@@ -124,12 +124,12 @@ def _through_cast(module: nn.Module, forward: Callable, undo: list) -> None:
 
 
 def _set(module: nn.Module, name: str, value: Any, undo: list, still: Callable[[], bool] = lambda: True) -> None:
-    known = {name: module.__dict__[name]} if name in module.__dict__ else {}
+    before = {name: module.__dict__[name]} if name in module.__dict__ else {}
 
     def restore():
         if still():
             module.__dict__.pop(name, None)
-            module.__dict__.update(known)
+            module.__dict__.update(before)
 
     undo.append(restore)
     module.__dict__[name] = value
@@ -221,12 +221,12 @@ def _block(module: nn.Module, checkpointing: Checkpointing, bypasses: Bypasses |
         # The UNet writes into its options while it runs: the block must see the same when it is computed again.
         args = [dict(a) if isinstance(a, dict) else a for a in args]
         kwargs = {name: dict(a) if isinstance(a, dict) else a for name, a in kwargs.items()}
-        rows = None if bypasses is None else bypasses.rows
+        scales = None if bypasses is None else bypasses.scales
 
         def run(x: Tensor) -> Tensor:
             if bypasses is None:
                 return forward(x, *args, **kwargs)
-            with bypasses.switched(rows):
+            with bypasses.switched(scales):
                 return forward(x, *args, **kwargs)
 
         return _Checkpointed.apply(x, run, module, checkpointing)
@@ -246,18 +246,18 @@ class _Checkpointed(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (x,) = ctx.saved_tensors
-        seen: dict[int, int] = {}
+        storages: dict[int, int] = {}
 
         def count(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
             if storage._cdata != x.untyped_storage()._cdata:
-                seen[storage._cdata] = storage.nbytes()
+                storages[storage._cdata] = storage.nbytes()
             return tensor.detach()
 
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
             with saved_tensors_hooks(count, lambda tensor: tensor):
                 out = ctx.run(leaf)
-        ctx.checkpointing.saved[ctx.module] = sum(seen.values())
+        ctx.checkpointing.saved[ctx.module] = sum(storages.values())
         (out,) = torch.autograd.grad(out, leaf, grad)
         return out, None, None, None

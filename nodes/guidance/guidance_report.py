@@ -75,8 +75,8 @@ class GuidanceReport:
 
 def mean(losses: list[float | None]) -> float | None:
     """The mean of the valid losses, None where none is."""
-    known = [loss for loss in losses if loss is not None]
-    return sum(known) / len(known) if known else None
+    valid = [loss for loss in losses if loss is not None]
+    return sum(valid) / len(valid) if valid else None
 
 
 def keep(report: GuidanceReport, samples: Tensor, run: RunReport) -> None:
@@ -113,14 +113,14 @@ def curve(run: RunReport, width: int = 768, height: int = 432) -> Tensor:
 
     The run's text stands above; with each line of it beyond the first the picture is taller.
     """
-    said = [part for line in run.text().splitlines() for part in textwrap.wrap(line, 105)]
-    height += 20 * (len(said) - 1)
-    left, right, top, bottom = 70, width - 16, 16 + 20 * len(said), height - 36
+    caption = [part for line in run.text().splitlines() for part in textwrap.wrap(line, 105)]
+    height += 20 * (len(caption) - 1)
+    left, right, top, bottom = 70, width - 16, 16 + 20 * len(caption), height - 36
     image = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(image)
     draw.font = ImageFont.load_default(15)
-    known = [loss for iterate in run.iterates for loss in iterate.losses if loss is not None]
-    low, high = (min(known), max(known)) if known else (0.0, 1.0)
+    losses = [loss for iterate in run.iterates for loss in iterate.losses if loss is not None]
+    low, high = (min(losses), max(losses)) if losses else (0.0, 1.0)
     if high - low < 1e-12:
         low, high = low - 0.5, high + 0.5
     last = max(len(run.iterates) - 1, 1)
@@ -128,7 +128,7 @@ def curve(run: RunReport, width: int = 768, height: int = 432) -> Tensor:
     def at(n: int, loss: float) -> tuple[float, float]:
         return left + (right - left) * n / last, bottom - (bottom - top) * (loss - low) / (high - low)
 
-    for part in range(5 if known else 0):
+    for part in range(5 if losses else 0):
         loss = low + (high - low) * part / 4
         y = at(0, loss)[1]
         draw.line((left, y, right, y), fill="#e5e5e5")
@@ -147,7 +147,7 @@ def curve(run: RunReport, width: int = 768, height: int = 432) -> Tensor:
             draw.line(points, fill=colour, width=2)
         for x, y in points:
             draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=colour)
-    for number, part in enumerate(said):
+    for number, part in enumerate(caption):
         draw.text((6, 6 + 20 * number), part, fill="black")
     data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return data.reshape(1, height, width, 3).float() / 255

@@ -106,14 +106,14 @@ class GuidedRun:
             x.copy_(moved)  # here, in the host's own mode: x is an inference tensor
         # Both with the few-step LoRA at its full strength, whatever the iterations drew.
         for when, state in (("before", before), ("after", x)):
-            image = self.previewer.look(state, call, conds, self._decode_one_by_one)
+            image = self.previewer.decode_preview(state, call, conds, self._decode_one_by_one)
             self.report.add(f"step {step.number + 1}, {when}", image)
 
     def live(self, x: Tensor, call: Call, step: int, total: int) -> None:
         """Show the one-step preview of the sampler's state in place of the host's preview picture."""
         self.previewer.prepare(call)
         conds = self.previewer.conds(self._noise, self._latent_image, call)
-        image = self.previewer.look(x, call, conds)
+        image = self.previewer.decode_preview(x, call, conds)
         bar = comfy.utils.ProgressBar(total)
         bar.update_absolute(step + 1, total, shown_while_running(image, f"one-step preview at step {step + 1}"))
 

@@ -65,11 +65,11 @@ def _convolution(weight: Tensor, **kernel: Any) -> nn.Module:
 
 
 class Bypasses(nn.Module):
-    """The bypasses of one shortcut on one base. rows: the strength of each row of the pass, None while they are off."""
+    """The bypasses of one shortcut on one base. scales: of each row of the pass, None while they are off."""
 
     def __init__(self, base: nn.Module, patches: dict[str, list[Patch]]):
         super().__init__()
-        self.rows: Tensor | None = None
+        self.scales: Tensor | None = None
         self.beside = nn.ModuleList()
         self._by_layer: dict[int, list[Bypass]] = {}
         for key, added in patches.items():
@@ -83,26 +83,26 @@ class Bypasses(nn.Module):
 
     def of(self, layer: nn.Module):
         """What a layer gets beside its own output now, a function of its input, or None."""
-        if self.rows is None or id(layer) not in self._by_layer:
+        if self.scales is None or id(layer) not in self._by_layer:
             return None
-        found, rows = self._by_layer[id(layer)], self.rows
+        layer_bypasses, scales = self._by_layer[id(layer)], self.scales
 
         def change(x: Tensor) -> Tensor:
             # Each row may have been cut into tiles (as HyperTile does): tiles of a row are neighbours.
-            strength = rows.to(x).repeat_interleave(x.shape[0] // len(rows))
-            out = sum(bypass(x) for bypass in found)
-            return out * strength.reshape(-1, *[1] * (out.ndim - 1))
+            scale = scales.to(x).repeat_interleave(x.shape[0] // len(scales))
+            out = sum(bypass(x) for bypass in layer_bypasses)
+            return out * scale.reshape(-1, *[1] * (out.ndim - 1))
 
         return change
 
     @contextmanager
-    def switched(self, rows: Tensor | None) -> Iterator[None]:
-        """Inside, the bypasses act with a strength for each row."""
-        before, self.rows = self.rows, rows
+    def switched(self, scales: Tensor | None) -> Iterator[None]:
+        """Inside, the bypasses act with a scale for each row."""
+        before, self.scales = self.scales, scales
         try:
             yield
         finally:
-            self.rows = before
+            self.scales = before
 
 
 def bypass_patcher(base: nn.Module, patches: dict[str, list[Patch]]) -> ModelPatcher:
@@ -119,14 +119,14 @@ def added_patches(base: ModelPatcher, shortcut: ModelPatcher) -> tuple[dict[str,
     added: dict[str, list[Patch]] = {}
     more = 0
     for key in {**base.patches, **shortcut.patches}:
-        known = list(base.patches.get(key, ()))
+        left = list(base.patches.get(key, ()))
         for patch in shortcut.patches.get(key, ()):
-            same = next((n for n, other in enumerate(known) if _same(patch, other)), None)
+            same = next((n for n, other in enumerate(left) if _same(patch, other)), None)
             if same is None:
                 added.setdefault(key, []).append(patch)
             else:
-                del known[same]
-        more += len(known)
+                del left[same]
+        more += len(left)
     return added, more
 
 

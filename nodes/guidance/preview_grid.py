@@ -128,7 +128,7 @@ class LookaheadPreviewGrid(io.ComfyNode):
                     if info["i"] == min(round(fraction * (len(sigmas) - 1)), len(sigmas) - 2):
                         call = interceptor.last
                         previewer.prepare(call)
-                        image = previewer.look(info["x"], call, previewer.conds(x, None, call))
+                        image = previewer.decode_preview(info["x"], call, previewer.conds(x, None, call))
                         shots.append(Shot(fraction, image, as_image(previewer.decode(info["denoised"]))))
 
             try:
@@ -150,14 +150,14 @@ class LookaheadPreviewGrid(io.ComfyNode):
 def parse_fractions(text: str) -> list[float]:
     """Numbers from 0 to below 1, rising. Raises ValueError, one sentence."""
     try:
-        found = sorted({float(part) for part in text.replace(";", ",").split(",") if part.strip()})
+        fractions = sorted({float(part) for part in text.replace(";", ",").split(",") if part.strip()})
     except ValueError:
-        found = []
-    if not found or found[0] < 0 or found[-1] >= 1:
+        fractions = []
+    if not fractions or fractions[0] < 0 or fractions[-1] >= 1:
         raise ValueError(
             f'The fractions are "{text}": give numbers from 0 to below 1 with commas, such as 0, 0.1, 0.5.'
         )
-    return found
+    return fractions
 
 
 class Numbers(NamedTuple):
@@ -173,8 +173,8 @@ def numbers(shot: Shot, end: Tensor, loss: LookaheadLoss | None) -> Numbers:
 
     def of(images: Tensor) -> tuple[float, float, float | None]:
         a, b = images.movedim(-1, 1), end.movedim(-1, 1)
-        found = float(root_mean_square(a, b).mean()), float(structural_similarity(a, b).mean())
-        return *found, loss_of(images, loss)
+        distances = float(root_mean_square(a, b).mean()), float(structural_similarity(a, b).mean())
+        return *distances, loss_of(images, loss)
 
     return Numbers(shot.fraction, of(shot.shortcut), of(shot.x0))
 
