@@ -44,7 +44,7 @@ def train(config: RunConfig, recipe: Recipe, source: Source) -> Path | None:
     try:
         return _train(accelerator, config, recipe, source)
     except torch.OutOfMemoryError as error:
-        raise TrainingError(out_of_memory(recipe.savings(accelerator.num_processes))) from error
+        raise TrainingError(out_of_memory(config, recipe.savings(accelerator.num_processes))) from error
 
 
 def _train(accelerator: Accelerator, config: RunConfig, recipe: Recipe, source: Source) -> Path | None:
