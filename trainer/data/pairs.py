@@ -238,10 +238,11 @@ def _save(index: Path, seen: Mapping[str, Seen]) -> None:
 
 @dataclass(frozen=True)
 class PairIndex:
-    """What can be trained on. references[n]: places of the pictures that may be the reference of picture n.
+    """The images that can be trained on, with the references that each may have.
 
-    A reference shows the same person, is another picture (also not a copy of it), and shows a face where faces were
-    looked for. left_out: why a file is not in `pictures`.
+    references[n]: places of the images that may be the reference of image n. A reference shows the same person, is
+    another image (also not a copy of it), and shows a face where faces were looked for. left_out: why a file is not in
+    `pictures`.
     """
 
     pictures: list[Entry]

@@ -89,7 +89,7 @@ class Cost:
         return sum(self.memory.values())
 
     def seconds(self, tflops: float) -> tuple[float, float]:
-        """Of a step on a card of that many TFLOP/s: where it is used well, and where it is used badly."""
+        """Return the seconds of a step on a card of that many TFLOP/s: where it is used well, and where badly."""
         work = sum(self.work.values()) / (tflops * 1e12)
         return work / USED[1], work / USED[0]
 
