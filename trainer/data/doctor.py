@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ...lookahead.files.atomic import atomic
 from ...lookahead.vision.faces import Detector
 from ..lookahead.config import Data, cache_folder
 from .folder import square_of
@@ -102,9 +102,8 @@ def _pairs(report: Report, found: PairIndex, cache: Path) -> None:
     why = {file: reason for file, reason in found.left_out.items() if not found.seen[file].error}
     (cache / "left_out.jsonl").unlink(missing_ok=True)
     if found.left_out:
-        part = cache / f"left_out.{os.getpid()}.part"
-        part.write_text("".join(json.dumps({"file": f, "why": w}) + "\n" for f, w in found.left_out.items()))
-        os.replace(part, cache / "left_out.jsonl")
+        with atomic(cache / "left_out.jsonl") as part:
+            part.write_text("".join(json.dumps({"file": f, "why": w}) + "\n" for f, w in found.left_out.items()))
     report.rows.append(("left out, though readable", len(why), "each with its reason in left_out.jsonl" if why else ""))
     for reason, number in Counter(why.values()).most_common():
         some = [file for file in why if why[file] == reason]

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ...lookahead.files.tensors import EncoderFileError, read_tensors, write_tensors
-from ...lookahead.losses.identity import NONE, IdentityLoss, embed
-from ...lookahead.losses.identity import People as References
+from ...lookahead.losses.identity import NONE, FaceReferences, IdentityLoss, embed
 from ...lookahead.vision.arcface import Recogniser
-from ...lookahead.vision.faces import Detector
-from ...sdxl.images import read, resized
+from ...lookahead.vision.faces import Detector, square_around
+from ...lookahead.vision.images import resize_square
+from ...sdxl.images import read
 from ...sdxl.load import Frozen
 from ...sdxl.shared_unet import Condition
 from ..lookahead.config import Config, Data, cache_folder
@@ -122,7 +122,7 @@ class FolderSource:
         persons = [self._get(("person", row), device) for row in references]
         embeddings, points = (torch.stack([one[k] for one in persons]) for k in ("embedding", "points"))
         sizes = torch.full((len(references), 2), self.data.size)
-        return IdentityLoss(self.recogniser, self.detector, References(embeddings, points, sizes), NONE)
+        return IdentityLoss(self.recogniser, self.detector, FaceReferences(embeddings, points, sizes), NONE)
 
     def probes(self, config: Config, device: torch.device) -> Probes:
         with self._reading(device):
@@ -163,7 +163,7 @@ class FolderSource:
         picture = read(self.folder / entry.file)[None, :, top : top + side, left : left + side]
         zoom = self.data.size / side
         points = None if face is None else (face.points[None] - torch.tensor([left, top]) + 0.5) * zoom - 0.5
-        return resized(picture, self.data.size), points
+        return resize_square(picture, self.data.size), points
 
     def _condition(self, captions: Sequence[str], device: torch.device) -> Condition:
         parts = [self._get(("text", caption), device) for caption in captions]
@@ -275,12 +275,7 @@ def square_of(seen: Seen, margin: float | None) -> tuple[int, int, int]:
     side, face = min(height, width), seen.found()
     if face is None:
         return (width - side) // 2, (height - side) // 2, side
-    x0, y0, x1, y1 = face.box.tolist()
-    if margin is not None:
-        side = max(1, min(round(max(x1 - x0, y1 - y0) * (1 + 2 * margin)), side))
-    centres = ((x0 + x1) / 2, width), ((y0 + y1) / 2, height)
-    left, top = (min(max(round(centre + 0.5 - side / 2), 0), size - side) for centre, size in centres)
-    return left, top, side
+    return square_around(face, height, width, margin)
 
 
 def _fingerprint(*modules: nn.Module | None) -> str:

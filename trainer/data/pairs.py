@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from ...lookahead.files.atomic import atomic
 from ...lookahead.losses.identity import largest
 from ...lookahead.vision.faces import Detector, Face
 from ...sdxl.images import PictureError, read
@@ -227,9 +228,8 @@ def _load(index: Path) -> dict[str, Seen]:
 def _save(index: Path, seen: Mapping[str, Seen]) -> None:
     try:
         index.parent.mkdir(parents=True, exist_ok=True)
-        part = index.with_suffix(f".{os.getpid()}.part")
-        part.write_text("".join(json.dumps(asdict(s)) + "\n" for s in seen.values()), encoding="utf-8")
-        os.replace(part, index)
+        with atomic(index) as part:
+            part.write_text("".join(json.dumps(asdict(s)) + "\n" for s in seen.values()), encoding="utf-8")
     except OSError as error:
         raise DataError(
             f"{index.parent} cannot be written ({error.strerror}): name another folder, data.cache."
