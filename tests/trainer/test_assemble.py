@@ -9,12 +9,13 @@ from diffusers import AutoencoderKL
 from lcm_lookahead.cli import assemble as assembling
 from lcm_lookahead.cli import bases
 from lcm_lookahead.lookahead.files.tensors import sha256
+from lcm_lookahead.lookahead.method.attention import eager_attention, softmax_attention
 from lcm_lookahead.lookahead.vision import clip
 from lcm_lookahead.mini import drawn_people
 from lcm_lookahead.mini.files import checkpoint, insightface_pack
 from lcm_lookahead.mini.plan import WEIGHTS
 from lcm_lookahead.mini.stages.text import tokenize, tokenizer
-from lcm_lookahead.sdxl import configs, load
+from lcm_lookahead.sdxl import configs, cpu_attention, load
 from lcm_lookahead.trainer.config import CONFIGS
 from lcm_lookahead.trainer.lookahead import config
 from lcm_lookahead.trainer.lookahead.draws import draw
@@ -190,6 +191,15 @@ def test_the_name_of_the_mini_world_and_the_paths_of_its_files_are_one_and_the_s
     two, theirs = outcomes(spelled)
     assert all(torch.equal(one[part].values, two[part].values) for part in one)
     assert about["base_model_hash"] == sha256(WEIGHTS / "mini_sdxl.safetensors") != theirs["base_model_hash"]
+
+
+def test_on_a_cpu_attention_is_written_out_where_it_is_small_and_means_the_same(monkeypatch):
+    q, k, v = torch.randn(3, 2, 12, 8).unbind()
+    expected = softmax_attention(q, k, v, 2)
+    assert torch.allclose(cpu_attention.cpu_attention(q, k, v, 2), expected, atol=1e-6)
+    assert torch.equal(cpu_attention.cpu_attention(q, k, v, 2), eager_attention(q, k, v, 2))
+    monkeypatch.setattr(cpu_attention, "MOST", 12 * 12 - 1)
+    assert torch.equal(cpu_attention.cpu_attention(q, k, v, 2), expected)
 
 
 def test_a_file_that_is_named_stays_and_other_bases_know_nothing():
