@@ -4,7 +4,7 @@ Everything is real but the size: the workflow files name the public SDXL files, 
 under these names. The references are drawn people whom nothing was trained on; the number under each picture is
 that of a network or formula that took part in no training and no steering.
 
-    make demo                 two people under three prompts, and each loss with and without lookahead guidance
+    make demo                 two people under two prompts, and each loss with and without lookahead guidance
     make demo ARGS=--all      all five prompts, and guidance by x0 too
 """
 
@@ -34,7 +34,7 @@ PROMPTS = (
     "a wanted poster of a face",
     "a pencil drawing of a face",
 )
-FEWER_PROMPTS = PROMPTS[:3]  # without --all
+FEWER_PROMPTS = PROMPTS[:2]  # without --all
 STOCK = "ip-adapter-plus-face_sdxl_vit-h.safetensors"  # what training began with
 
 
