@@ -47,7 +47,7 @@ def asked(monkeypatch, tmp_path):
 
     def call(*arguments):
         sheets = []
-        monkeypatch.setattr(demo, "Host", lambda port: contextlib.nullcontext())
+        monkeypatch.setattr(demo, "mini_host", lambda port: contextlib.nullcontext())
         monkeypatch.setattr(demo, "draw_references", lambda people: [None] * people)
         monkeypatch.setattr(demo, "show_demo", lambda host, people, *asked: sheets.append((len(people), asked[0])))
         monkeypatch.setattr(demo, "show_guidance", lambda host, *asked: sheets.append(asked[0]))
