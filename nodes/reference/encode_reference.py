@@ -10,7 +10,7 @@ from torch import Tensor
 from ...lookahead.losses.views import centre_square
 from ..schema import schema
 from ..sockets import ENCODER, REFERENCE
-from .encoder import DEFAULT_SIZE, Encoder
+from .encoder import DEFAULT_SIZE, LoadedEncoder
 from .images import centre_square_masks, clip_pixels, join_masks, split_alpha
 from .subject import Reference, Subject
 
@@ -94,7 +94,7 @@ class LookaheadEncodeReference(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        encoder: Encoder | None = None,
+        encoder: LoadedEncoder | None = None,
         clip_vision=None,
         image: Tensor | None = None,
         size: int = 0,
@@ -133,7 +133,7 @@ class LookaheadEncodeReference(io.ComfyNode):
         return io.NodeOutput(Reference((subject,)))
 
 
-def check_clip_vision(encoder: Encoder, clip_vision) -> None:
+def check_clip_vision(encoder: LoadedEncoder, clip_vision) -> None:
     """Raise ValueError, one sentence, where the CLIP_VISION is not a CLIP image encoder at all."""
     kind = getattr(clip_vision, "model_type", None)
     if kind != "clip_vision_model":
@@ -142,8 +142,8 @@ def check_clip_vision(encoder: Encoder, clip_vision) -> None:
         )
 
 
-def image_prompt(encoder: Encoder, clip_vision, pixels: Tensor, several: str) -> tuple[Tensor, Tensor]:
-    """Keys and values of the image prompt and of the null tokens, packed as `Encoder.keys_values`, in float32.
+def image_prompt(encoder: LoadedEncoder, clip_vision, pixels: Tensor, several: str) -> tuple[Tensor, Tensor]:
+    """Keys and values of the image prompt and of the null tokens, packed as `LoadedEncoder.keys_values`, in float32.
 
     pixels: [pictures, 3, S, S], the image encoder's input. Null tokens are those of an input of zeros (the mean
     colour), as in training, not of a black picture. Raises ValueError, one sentence, for a wrong image encoder.
@@ -170,7 +170,7 @@ def image_prompt(encoder: Encoder, clip_vision, pixels: Tensor, several: str) ->
     return encoder.keys_values(tokens).to(device), encoder.keys_values(null).to(device)
 
 
-def encode_prompt(clip, encoder: Encoder | None):
+def encode_prompt(clip, encoder: LoadedEncoder | None):
     """Conditioning of the prompt that the KV encoder was trained with (from the file, else "a photo of a face")."""
     prompt = (encoder.metadata.get("kv_prompt") if encoder else None) or KV_PROMPT
     return clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
