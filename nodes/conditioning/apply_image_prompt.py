@@ -39,8 +39,8 @@ class LookaheadApplyImagePrompt(io.ComfyNode):
                     min=0.0,
                     max=3.0,
                     step=0.05,
-                    tooltip="How strongly the reference acts; 0 is exactly the model without this node. Lower it when "
-                    "the picture follows the reference more than the prompt.",
+                    tooltip="Scale of the image prompt, 0 to 3: 1 as in training, 0 exactly the model without this "
+                    "node. Lower it when the picture follows the reference more than the prompt.",
                 ),
                 io.Float.Input(
                     "start",
@@ -48,8 +48,8 @@ class LookaheadApplyImagePrompt(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Where in the sampling it begins to act: 0 at the first step. A later start leaves the "
-                    "layout of the picture to the prompt.",
+                    tooltip="Start of its part of the sampling, a share from 0 (first step) to 1. A later start leaves "
+                    "the layout of the picture to the prompt.",
                 ),
                 io.Float.Input(
                     "end",
@@ -57,13 +57,13 @@ class LookaheadApplyImagePrompt(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Where in the sampling it ceases to act: 1 after the last step.",
+                    tooltip="End of its part of the sampling, a share from 0 to 1 (after the last step).",
                 ),
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="Where in the picture it acts (white), stretched over the picture. One mask for all images "
-                    "of a batch, or several in turn.",
+                    tooltip="Mask of the picture, stretched over it: the image prompt acts where it is white. One mask "
+                    "for all images of a batch, or several in turn.",
                 ),
             ],
             outputs=[

@@ -46,25 +46,25 @@ class LookaheadEncodeReference(io.ComfyNode):
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="Which part of the reference counts (white), for example without clothes or background. "
+                    tooltip="Mask of the reference: its white part counts, for example without clothes or background. "
                     "One mask for all pictures or one for each. Transparency counts as masked out, so the mask of Load "
                     "Image (white where transparent) is not needed here.",
                 ),
                 io.Vae.Input(
                     "vae",
                     optional=True,
-                    tooltip="Only for KV injection: the VAE of the checkpoint. Else leave it open.",
+                    tooltip="The VAE of the checkpoint, only for KV injection. Else leave it open.",
                 ),
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="Only for KV injection: reads the encoder's own prompt of the reference, such as "
-                    f'"{KV_PROMPT}". Else leave it open.',
+                    tooltip="The CLIP of the checkpoint, only for KV injection: it reads the prompt of the reference "
+                    f'that the encoder was trained with, such as "{KV_PROMPT}". Else leave it open.',
                 ),
                 io.Conditioning.Input(
                     "conditioning",
                     optional=True,
-                    tooltip="Only for KV injection: a prompt for the reference of your own, in place of clip.",
+                    tooltip="A prompt of your own for the reference, only for KV injection, in place of clip.",
                 ),
                 io.Int.Input(
                     "size",
