@@ -8,9 +8,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.nn import functional as F
 
-from ..lookahead.vision.clip import MEAN, STD
+from ..lookahead.files.atomic import first_line
 
 
 class PictureError(ValueError):
@@ -29,8 +28,7 @@ def read(path: Path) -> Tensor:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             bytes_ = np.asarray(image.convert("RGB"))
     except Exception as error:  # Pillow has an exception a format and kind of damage
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise PictureError(f"{path} cannot be read as a picture ({reason[:200]}).") from error
+        raise PictureError(f"{path} cannot be read as a picture ({first_line(error)}).") from error
     return torch.from_numpy(bytes_.copy()).permute(2, 0, 1) / 255
 
 
@@ -48,27 +46,3 @@ def as_pixels(image: Image.Image | Tensor) -> Tensor:
             f"The reference is {what}, and a picture or pixels of shape [1, H, W, 3] are needed: pass one."
         )
     return image.float()
-
-
-def resized(picture: Tensor, size: int) -> Tensor:
-    """Square pictures [n, 3, h, h] in [0, 1] -> [n, 3, size, size]."""
-    if picture.shape[-1] == size:
-        return picture
-    return F.interpolate(picture, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
-
-
-def clip_input(pictures: Tensor, size: int) -> Tensor:
-    """Pictures [n, 3, h, w] in [0, 1] -> a CLIP image encoder's input [n, 3, size, size].
-
-    The shorter side is resized, the rest cut off about the centre, and values are rounded to 8 bit, as the host does.
-    """
-    height, width = pictures.shape[-2:]
-    if (height, width) != (size, size):
-        scale = size / min(height, width)
-        scaled = round(scale * height), round(scale * width)
-        pictures = F.interpolate(pictures, scaled, mode="bicubic", antialias=True)
-        top, left = (pictures.shape[2] - size) // 2, (pictures.shape[3] - size) // 2
-        pictures = pictures[:, :, top : top + size, left : left + size]
-    pictures = (255 * pictures).clamp(0, 255).round() / 255
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1).to(pictures) for values in (MEAN, STD))
-    return (pictures - mean) / std

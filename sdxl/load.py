@@ -24,10 +24,11 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from ..lookahead.files.atomic import first_line
 from ..lookahead.files.tensors import EncoderFileError, read_tensors
 from ..lookahead.vision import clip
+from ..lookahead.vision.images import clip_input
 from . import configs
-from .images import clip_input
 
 WANTED = {  # by field of the configuration: what it is, and where it comes from
     "base": ("SDXL as a diffusers folder or one .safetensors", "stabilityai/stable-diffusion-xl-base-1.0"),
@@ -151,7 +152,7 @@ def load_base(path: Path, dtype: torch.dtype, vae: Path | None = None) -> BaseMo
     except ModelError:
         raise
     except Exception as error:  # diffusers and transformers have many ways to say that a file is missing or misshapen
-        raise ModelError(f"{path} cannot be read as SDXL ({_short(error)}): get {_from('base')}.") from error
+        raise ModelError(f"{path} cannot be read as SDXL ({first_line(error)}): get {_from('base')}.") from error
     kind, channels = unet.config.addition_embed_type, unet.config.in_channels
     if kind != "text_time" or channels != 4:
         raise ModelError(
@@ -225,7 +226,7 @@ def load_preview(path: Path) -> Preview:
     except ModelError:
         raise
     except Exception as error:
-        raise ModelError(f"{path} cannot be read as TAESD ({_short(error)}): get {_from('vae')}.") from error
+        raise ModelError(f"{path} cannot be read as TAESD ({first_line(error)}): get {_from('vae')}.") from error
     return Preview(vae.eval().requires_grad_(False))
 
 
@@ -255,16 +256,11 @@ def load_image_encoder(path: Path, dtype: torch.dtype) -> CLIPVisionModelWithPro
         raise
     except (Exception, EncoderFileError) as error:
         raise ModelError(
-            f"{path} cannot be read as an image encoder ({_short(error)}): get {_from('image_encoder')}; another one "
-            "than ViT-H/14 needs its folder with config.json."
+            f"{path} cannot be read as an image encoder ({first_line(error)}): get {_from('image_encoder')}; another "
+            "one than ViT-H/14 needs its folder with config.json."
         ) from error
 
 
 def _from(field: str) -> str:
     what, source = WANTED[field]
     return f"{what} (from {source})"
-
-
-def _short(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".")[:200]

@@ -24,11 +24,11 @@ from torch import Tensor
 
 from ..lookahead.files import encoder_file
 from ..lookahead.files.encoder_file import EncoderFile
-from ..lookahead.losses.views import centre_square
 from ..lookahead.method.guidance import Scales, guided
 from ..lookahead.method.schedule import add_noise
+from ..lookahead.vision.images import centre_square, clip_input
 from .encoder import Encoder, KeysValues
-from .images import as_pixels, clip_input
+from .images import as_pixels
 from .reference import EncodedReference, KeptKV, Text
 from .shared_unet import Condition, SharedUNet, joined
 

@@ -230,7 +230,7 @@ def _sdxl(side: int, device: Any) -> tuple[Any, Any, Any, Any]:
     import torch
     from diffusers import AutoencoderTiny
 
-    from ..lookahead.losses.base import L1Loss
+    from ..lookahead.losses.l1 import L1Loss
     from ..lookahead.method.resampler import ResamplerSizes
     from ..sdxl import configs, lora
     from ..sdxl.encoder import Encoder

@@ -24,12 +24,11 @@ from .config import RunConfig
 from .gradients import gradients
 from .log import Log, check_trackers
 from .memory import out_of_memory, spilled
+from .precision import MIXED
 from .recipe import Outcome, Recipe, Source, Validator
 from .seeds import order
 
 __all__ = ["TrainingError", "train"]
-
-_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
 def train(config: RunConfig, recipe: Recipe, source: Source) -> Path | None:
@@ -40,12 +39,12 @@ def train(config: RunConfig, recipe: Recipe, source: Source) -> Path | None:
     """
     check_trackers(config.trackers)
     accelerator = Accelerator(
-        mixed_precision=_PRECISION[config.precision], log_with=list(config.trackers) or None, project_dir=config.out
+        mixed_precision=MIXED[config.precision], log_with=list(config.trackers) or None, project_dir=config.out
     )
     try:
         return _train(accelerator, config, recipe, source)
     except torch.OutOfMemoryError as error:
-        raise TrainingError(out_of_memory(recipe.savings(accelerator.num_processes))) from error
+        raise TrainingError(out_of_memory(config, recipe.savings(accelerator.num_processes))) from error
 
 
 def _train(accelerator: Accelerator, config: RunConfig, recipe: Recipe, source: Source) -> Path | None:
@@ -59,7 +58,7 @@ def _train(accelerator: Accelerator, config: RunConfig, recipe: Recipe, source: 
     state = State(recipe, optimiser, average, accelerator.scaler, source.digest())
     progress = resume(folder, config, state, accelerator.print)
     first = progress.step
-    check_alike(accelerator, trained, first)
+    _check_alike(accelerator, trained, first)
     log = Log(folder, config, accelerator, first)
     validations = _Validations(accelerator, config, recipe, source, state, log)
     with contextlib.closing(log), _Stop() as stop:
@@ -97,7 +96,7 @@ def _train(accelerator: Accelerator, config: RunConfig, recipe: Recipe, source: 
             # (who is told to stop may have little time: it saves at once, and validates when it goes on)
             better = not leave and validations.due(done) and validations.run(progress)
             if _due(config.save_every, done):
-                check_alike(accelerator, trained, done)
+                _check_alike(accelerator, trained, done)
             if main and (better or _due(config.save_every, done) or done == config.steps or leave):
                 save(folder, config, progress, state)
             if leave:
@@ -226,7 +225,7 @@ class _Validations:
         return better
 
 
-def check_alike(accelerator: Accelerator, trained: Sequence[nn.Parameter], step: int) -> None:
+def _check_alike(accelerator: Accelerator, trained: Sequence[nn.Parameter], step: int) -> None:
     """Raises TrainingError where the processes are not at one step with the same weights."""
     if accelerator.num_processes == 1:
         return

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..files.tensors import read_tensors
+from .images import CLIP_MEAN, CLIP_STD
 
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of all public CLIP models
 TRANSFORMERS_NAMES = ("model", "pytorch_model")  # beside these lies the config.json that belongs to them
 # Heads and activation of the public picture halves by their width: OpenAI's B and L, OpenCLIP's H, g and bigG.
 PUBLIC = {
@@ -98,7 +98,7 @@ def picture_config(file: CLIPFile) -> Any:
 
 
 def text_config(file: CLIPFile) -> Any:
-    """The same of the text half."""
+    """The package's configuration of the text half: sizes from the shapes, the rest from beside or as published."""
     from transformers import CLIPTextConfig
 
     vocabulary, width = shape(file, "text_model.embeddings.token_embedding.weight", 2)
@@ -138,8 +138,8 @@ class CLIPPictures(nn.Module):
         config = picture_config(file)
         self.size: int = config.image_size
         self.model = loaded(file, CLIPVisionModelWithProjection, config)
-        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(CLIP_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(CLIP_STD).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, pictures: Tensor) -> Tensor:
         return self.model(pixel_values=(pictures - self.mean) / self.std).image_embeds
@@ -176,10 +176,10 @@ def directions(texts: Tensor, neutral: Tensor) -> Tensor:
 
 def shape(file: CLIPFile, name: str, dimensions: int) -> torch.Size:
     """The shape of a tensor; ValueError where the file lacks it or it has another number of dimensions."""
-    found = file.tensors.get(name)
-    if found is None or found.ndim != dimensions:
+    tensor = file.tensors.get(name)
+    if tensor is None or tensor.ndim != dimensions:
         raise ValueError(f"{file.name} is not a complete CLIP ({name} is missing or damaged): download it again.")
-    return found.shape
+    return tensor.shape
 
 
 def layers(file: CLIPFile, half: str) -> dict[str, int]:

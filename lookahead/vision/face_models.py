@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..files.atomic import first_line
 from .faces import Face
 
 if TYPE_CHECKING:
@@ -73,8 +74,8 @@ def licence_of(folder: Path) -> str:
         if first:
             return f"{first[:200]} (see {path.name})"
     name = folder.name.lower()
-    found = next((licence for known, licence in _KNOWN.items() if name.startswith(known)), None)
-    return found or "unknown: the pack holds no licence file; ask where it comes from"
+    by_name = next((licence for prefix, licence in _KNOWN.items() if name.startswith(prefix)), None)
+    return by_name or "unknown: the pack holds no licence file; ask where it comes from"
 
 
 def execution_providers(gpu: bool) -> list[str]:
@@ -83,9 +84,9 @@ def execution_providers(gpu: bool) -> list[str]:
         return ["CPUExecutionProvider"]
     import onnxruntime
 
-    there = onnxruntime.get_available_providers()
-    known = ("CUDAExecutionProvider", "ROCMExecutionProvider", "DmlExecutionProvider", "CoreMLExecutionProvider")
-    chosen = [name for name in known if name in there][:1]
+    available = onnxruntime.get_available_providers()
+    gpus = ("CUDAExecutionProvider", "ROCMExecutionProvider", "DmlExecutionProvider", "CoreMLExecutionProvider")
+    chosen = [name for name in gpus if name in available][:1]
     if not chosen:
         raise FaceModelError(
             "The installed onnxruntime computes on the CPU only: choose cpu, or replace it with onnxruntime-gpu."
@@ -118,10 +119,9 @@ def open_app(folder: Path, gpu: bool = False, threads: int | None = None) -> Fac
             "antelopev2."
         ) from error
     except Exception as error:  # onnxruntime has an exception a kind of damage; insightface adds its own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise FaceModelError(
-            f"{folder.name} cannot be opened ({reason[:200]}): one of {_names(folder)} is damaged or no face model, so "
-            "put the pack's own files there again."
+            f"{folder.name} cannot be opened ({first_line(error)}): one of {_names(folder)} is damaged or no face "
+            "model, so put the pack's own files there again."
         ) from error
     if not getattr(app.det_model, "use_kps", False):
         raise FaceModelError(

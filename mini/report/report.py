@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...evaluation.stats import Interval
+from ...lookahead.files.atomic import atomic
 from ..files import insightface_pack, shipped
 from ..plan import WEIGHTS, Plan
 from ..stages import clip, stage
@@ -170,9 +171,10 @@ _MODULES = {
 
 @dataclass(frozen=True)
 class Claim:
-    """What issue 3 asks for: figures of `measure` whose names match `figure`, each at least (or above) `least`.
+    """A requirement on a build: figures of `measure` whose names match `figure` reach `least` (or exceed it).
 
-    Without `least` the figure is only to be reported."""
+    point: its number in the plan for the mini world. Without `least` the figures are only to be reported.
+    """
 
     point: int
     text: str
@@ -373,6 +375,5 @@ def _machine() -> dict[str, Any]:
 
 
 def _write(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    with atomic(path) as part:
+        part.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What guided runs tell: losses and previews, live and afterwards. A SAMPLER cannot put out pictures of its run."""
+"""Guided runs report their losses and previews, live and afterwards. A SAMPLER cannot put out pictures of its run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _COLOURS = ("#1b6ca8", "#d1495b", "#2e7d32", "#b8860b", "#6a4c93", "#00838f", "#
 
 
 class Iterate(NamedTuple):
-    """losses: one number an image, None where it did not count; step: of the sampler."""
+    """The losses of one iteration: one number an image, None where it is not valid; step: the sampler's step."""
 
     step: int
     sigma: float
@@ -30,9 +30,12 @@ class Iterate(NamedTuple):
 
 
 @dataclass
-class Run:
-    """One guided run. pictures: previews before and after the first and the last guided step, [n, H, W, 3] in 8 bit,
-    at most SHOWN pixels a side; notes: what the user should know of it, a sentence each."""
+class RunReport:
+    """The report of one guided run.
+
+    pictures: previews before and after the first and the last guided step, [n, H, W, 3] in 8 bit, at most SHOWN pixels
+    a side; notes: what the user should know of the run, a sentence each.
+    """
 
     loss: str
     iterates: list[Iterate] = field(default_factory=list)
@@ -67,16 +70,16 @@ class Run:
 class GuidanceReport:
     """What travels as LOOKAHEAD_GUIDANCE_REPORT: the last guided runs, by a mark of their latents; it alone changes."""
 
-    runs: dict[str, Run] = field(default_factory=dict)
+    runs: dict[str, RunReport] = field(default_factory=dict)
 
 
 def mean(losses: list[float | None]) -> float | None:
-    """The mean of those that count, None where none does."""
-    known = [loss for loss in losses if loss is not None]
-    return sum(known) / len(known) if known else None
+    """The mean of the valid losses, None where none is."""
+    valid = [loss for loss in losses if loss is not None]
+    return sum(valid) / len(valid) if valid else None
 
 
-def keep(report: GuidanceReport, samples: Tensor, run: Run) -> None:
+def keep(report: GuidanceReport, samples: Tensor, run: RunReport) -> None:
     """Keep a run under the mark of the latents it gave; the oldest makes way."""
     mark = mark_of(samples)
     report.runs.pop(mark, None)
@@ -105,19 +108,19 @@ def shown_while_running(pictures: Tensor, text: str, size: int = 768) -> tuple[s
     return ("JPEG", out, size)
 
 
-def curve(run: Run, width: int = 768, height: int = 432) -> Tensor:
+def curve(run: RunReport, width: int = 768, height: int = 432) -> Tensor:
     """The losses over the iterations as IMAGE [1, H, W, 3]: a line for each picture, a grey one where a step begins.
 
     The run's text stands above; with each line of it beyond the first the picture is taller.
     """
-    said = [part for line in run.text().splitlines() for part in textwrap.wrap(line, 105)]
-    height += 20 * (len(said) - 1)
-    left, right, top, bottom = 70, width - 16, 16 + 20 * len(said), height - 36
+    caption = [part for line in run.text().splitlines() for part in textwrap.wrap(line, 105)]
+    height += 20 * (len(caption) - 1)
+    left, right, top, bottom = 70, width - 16, 16 + 20 * len(caption), height - 36
     image = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(image)
     draw.font = ImageFont.load_default(15)
-    known = [loss for iterate in run.iterates for loss in iterate.losses if loss is not None]
-    low, high = (min(known), max(known)) if known else (0.0, 1.0)
+    losses = [loss for iterate in run.iterates for loss in iterate.losses if loss is not None]
+    low, high = (min(losses), max(losses)) if losses else (0.0, 1.0)
     if high - low < 1e-12:
         low, high = low - 0.5, high + 0.5
     last = max(len(run.iterates) - 1, 1)
@@ -125,7 +128,7 @@ def curve(run: Run, width: int = 768, height: int = 432) -> Tensor:
     def at(n: int, loss: float) -> tuple[float, float]:
         return left + (right - left) * n / last, bottom - (bottom - top) * (loss - low) / (high - low)
 
-    for part in range(5 if known else 0):
+    for part in range(5 if losses else 0):
         loss = low + (high - low) * part / 4
         y = at(0, loss)[1]
         draw.line((left, y, right, y), fill="#e5e5e5")
@@ -144,7 +147,7 @@ def curve(run: Run, width: int = 768, height: int = 432) -> Tensor:
             draw.line(points, fill=colour, width=2)
         for x, y in points:
             draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=colour)
-    for number, part in enumerate(said):
+    for number, part in enumerate(caption):
         draw.text((6, 6 + 20 * number), part, fill="black")
     data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return data.reshape(1, height, width, 3).float() / 255
@@ -185,7 +188,7 @@ class LookaheadGuidanceReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, latent: dict, report: GuidanceReport | None = None) -> io.NodeOutput:
-        run = Run("") if report is None else report.runs.get(mark_of(latent["samples"]))
+        run = RunReport("") if report is None else report.runs.get(mark_of(latent["samples"]))
         if run is None:
             raise ValueError(
                 "The report knows no guided run that gave this latent: connect output (not denoised_output) of the "

@@ -1,4 +1,4 @@
-"""A few-step LoRA as branches beside the layers of the base that is loaded, with a strength for each picture.
+"""A few-step LoRA bypasses the layers of the base that is loaded, with a strength for each picture.
 
 The base keeps its weights: a second patcher of the same UNet would unload it in the middle of a run, and merged weights
 could not have a strength of their own for each picture.
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 Patch = tuple[float, Any, float, Any, Any]  # strength, what is added, strength of the weight itself, offset, function
 
 
-class Branch(nn.Module):
-    """scale * up(mid(down(x))) beside one Linear or Conv2d; mid is there where a LoRA splits a convolution in three."""
+class Bypass(nn.Module):
+    """A LoRA adds scale * up(mid(down(x))) to one Linear or Conv2d; mid splits some convolutions in three."""
 
     def __init__(self, layer: nn.Module, shape: torch.Size, patch: Patch):
         super().__init__()
@@ -64,51 +64,51 @@ def _convolution(weight: Tensor, **kernel: Any) -> nn.Module:
     return layer
 
 
-class Branches(nn.Module):
-    """The branches of one shortcut on one base. rows: the strength of each row of the pass, None while they are off."""
+class Bypasses(nn.Module):
+    """The bypasses of one shortcut on one base. scales: of each row of the pass, None while they are off."""
 
     def __init__(self, base: nn.Module, patches: dict[str, list[Patch]]):
         super().__init__()
-        self.rows: Tensor | None = None
+        self.scales: Tensor | None = None
         self.beside = nn.ModuleList()
-        self._by_layer: dict[int, list[Branch]] = {}
+        self._by_layer: dict[int, list[Bypass]] = {}
         for key, added in patches.items():
             layer = base.get_submodule(key.removesuffix(".weight"))
             shape = getattr(layer, "_orig_shape", None) or layer.weight.shape
             for patch in added:
-                branch = Branch(layer, torch.Size(shape), patch)
-                self.beside.append(branch)
-                self._by_layer.setdefault(id(layer), []).append(branch)
+                bypass = Bypass(layer, torch.Size(shape), patch)
+                self.beside.append(bypass)
+                self._by_layer.setdefault(id(layer), []).append(bypass)
         self.requires_grad_(False).eval()
 
     def of(self, layer: nn.Module):
         """What a layer gets beside its own output now, a function of its input, or None."""
-        if self.rows is None or id(layer) not in self._by_layer:
+        if self.scales is None or id(layer) not in self._by_layer:
             return None
-        found, rows = self._by_layer[id(layer)], self.rows
+        layer_bypasses, scales = self._by_layer[id(layer)], self.scales
 
         def change(x: Tensor) -> Tensor:
             # Each row may have been cut into tiles (as HyperTile does): tiles of a row are neighbours.
-            strength = rows.to(x).repeat_interleave(x.shape[0] // len(rows))
-            out = sum(branch(x) for branch in found)
-            return out * strength.reshape(-1, *[1] * (out.ndim - 1))
+            scale = scales.to(x).repeat_interleave(x.shape[0] // len(scales))
+            out = sum(bypass(x) for bypass in layer_bypasses)
+            return out * scale.reshape(-1, *[1] * (out.ndim - 1))
 
         return change
 
     @contextmanager
-    def switched(self, rows: Tensor | None) -> Iterator[None]:
-        """Inside, the branches act with a strength for each row."""
-        before, self.rows = self.rows, rows
+    def switched(self, scales: Tensor | None) -> Iterator[None]:
+        """Inside, the bypasses act with a scale for each row."""
+        before, self.scales = self.scales, scales
         try:
             yield
         finally:
-            self.rows = before
+            self.scales = before
 
 
-def branches_patcher(base: nn.Module, patches: dict[str, list[Patch]]) -> ModelPatcher:
-    """The branches as the host manages models."""
+def bypass_patcher(base: nn.Module, patches: dict[str, list[Patch]]) -> ModelPatcher:
+    """The bypasses as a model that the host loads and unloads."""
     return comfy.model_patcher.ModelPatcher(
-        Branches(base, patches),
+        Bypasses(base, patches),
         load_device=comfy.model_management.get_torch_device(),
         offload_device=comfy.model_management.unet_offload_device(),
     )
@@ -119,19 +119,19 @@ def added_patches(base: ModelPatcher, shortcut: ModelPatcher) -> tuple[dict[str,
     added: dict[str, list[Patch]] = {}
     more = 0
     for key in {**base.patches, **shortcut.patches}:
-        known = list(base.patches.get(key, ()))
+        left = list(base.patches.get(key, ()))
         for patch in shortcut.patches.get(key, ()):
-            same = next((n for n, other in enumerate(known) if _same(patch, other)), None)
+            same = next((n for n, other in enumerate(left) if _same(patch, other)), None)
             if same is None:
                 added.setdefault(key, []).append(patch)
             else:
-                del known[same]
-        more += len(known)
+                del left[same]
+        more += len(left)
     return added, more
 
 
 def check_patches(added: dict[str, list[Patch]], base: nn.Module) -> None:
-    """Raise ValueError, one sentence, where a patch cannot run as a branch."""
+    """Raise ValueError, one sentence, where a patch cannot run as a bypass."""
     for key, patches in added.items():
         path = key.removesuffix(".weight")
         for _, value, strength_model, offset, function in patches:

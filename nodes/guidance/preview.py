@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ...lookahead.method.schedule import consistency_output, to_vp
 from ..conditioning import wrappers
 from . import autograd
-from .lora_bypass import Branches, added_patches, branches_patcher, check_patches
+from .lora_bypass import Bypasses, added_patches, bypass_patcher, check_patches
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -36,7 +36,7 @@ _NO_LORA = (
 
 
 class Call:
-    """What the sampler gives to the model at one step, beside the latent.
+    """One call of the model by the sampler: all that it gives beside the latent.
 
     model: what it calls (the host's inpainting wrapper around the guider), or None; options: its keyword arguments.
     """
@@ -48,7 +48,7 @@ class Call:
 
 
 class Previewer:
-    """Looks ahead within one run of a guider; lives as long as it.
+    """Makes the one-step previews of one run of a guider; lives as long as it.
 
     positive: conditions of the preview in place of the guider's own, as CONDITIONING; cfg: guidance of the preview, 1
     for none. Raises ValueError, one sentence, where the shortcut does not fit.
@@ -57,7 +57,7 @@ class Previewer:
     def __init__(self, shortcut: Shortcut, guider: Any, positive: Any = None, cfg: float = 1.0):
         self.shortcut, self.guider, self.cfg = shortcut, guider, cfg
         self.base: ModelPatcher = guider.model_patcher
-        self.model, self.second, self.network = guider.inner_model, None, None
+        self.model, self.second, self.lora_patcher = guider.inner_model, None, None
         self._positive = positive
         self._conds: dict[str, Any] | None = None
         self.notes: list[str] = []  # what the user should know, a sentence each
@@ -84,9 +84,9 @@ class Previewer:
             if more:
                 logging.info("[LCM-Lookahead] %d weight patches of the sampled model act in the preview as well.", more)
             self.shortcut.networks.clear()
-            self.shortcut.networks[key] = branches_patcher(base.model, added) if added else None
-        self.network = self.shortcut.networks[key]
-        if self.network is None:
+            self.shortcut.networks[key] = bypass_patcher(base.model, added) if added else None
+        self.lora_patcher = self.shortcut.networks[key]
+        if self.lora_patcher is None:
             self.notes.append(_NO_LORA)
             logging.warning("[LCM-Lookahead] %s", _NO_LORA)
 
@@ -95,7 +95,7 @@ class Previewer:
     def load(self, others: list[ModelPatcher], latent: Tensor, factor: float) -> None:
         """Have the host load all networks together, so that none unloads another. factor: of a forward's memory."""
         vae = self.shortcut.vae
-        ours = [self.base, *getattr(self.guider, "loaded_models", ()), vae.patcher, self.network, self.second]
+        ours = [self.base, *getattr(self.guider, "loaded_models", ()), vae.patcher, self.lora_patcher, self.second]
         ours = list(dict.fromkeys(patcher for patcher in ours if patcher is not None))
         memory = factor * self.model.memory_required(list(latent.shape))
         memory += factor * vae.memory_used_decode(latent.shape, vae.vae_dtype)
@@ -107,39 +107,39 @@ class Previewer:
             self.second.pre_run()
 
     def close(self) -> None:
-        """After the run."""
+        """Clean up after the run."""
         if self.second is not None:
             self.second.cleanup()
 
     def networks(self) -> list[nn.Module]:
         """All networks between the latent and the picture."""
-        found = [self.model.diffusion_model, self.shortcut.vae.first_stage_model]
-        return found if self.network is None else [*found, self.network.model]
+        networks = [self.model.diffusion_model, self.shortcut.vae.first_stage_model]
+        return networks if self.lora_patcher is None else [*networks, self.lora_patcher.model]
 
     @property
-    def branches(self) -> Branches | None:
-        return None if self.network is None else self.network.model
+    def bypasses(self) -> Bypasses | None:
+        return None if self.lora_patcher is None else self.lora_patcher.model
 
     # -- conditions
 
     def conds(self, noise: Tensor, latent_image: Tensor | None, call: Call) -> dict[str, Any]:
         """The condition lists of the preview, "positive" and "negative" (None without guidance)."""
         if self._conds is None:
-            known = self.guider.conds
-            positive = known.get("positive")
+            conds = self.guider.conds
+            positive = conds.get("positive")
             if self._positive is not None:
-                own = comfy.sampler_helpers.convert_cond(self._positive)
-                own = [{name: value for name, value in c.items() if name != "control"} for c in own]
+                converted = comfy.sampler_helpers.convert_cond(self._positive)
+                converted = [{name: value for name, value in c.items() if name != "control"} for c in converted]
                 arguments = latent_image, call.denoise_mask, call.seed
                 positive = comfy.samplers.process_conds(
-                    self.guider.inner_model, noise, {"positive": own}, noise.device, *arguments
+                    self.guider.inner_model, noise, {"positive": converted}, noise.device, *arguments
                 )["positive"]
             if not positive:
                 raise ValueError(
                     f"The guider {type(self.guider).__name__} has no positive conditions to look ahead with: connect "
                     "positive at the Lookahead Guidance Sampler."
                 )
-            negative = known.get("negative") if self.cfg != 1 else None
+            negative = conds.get("negative") if self.cfg != 1 else None
             if self.cfg != 1 and negative is None:
                 raise ValueError(
                     f"The guider {type(self.guider).__name__} has no negative conditions, which a preview with cfg "
@@ -165,17 +165,17 @@ class Previewer:
     # -- prediction and decoder
 
     def prepare(self, call: Call) -> None:
-        """What is read of references at this noise level, before anything of the preview is switched on."""
+        """Reads the references at this noise level, before anything of the preview is switched on."""
         roles = {True, False} if "negative" in self.guider.conds else {True}
         wrappers.prefetch(call.model_options, self.guider.inner_model, call.sigma, roles)
 
-    def latent(self, x: Tensor, call: Call, conds: dict[str, Any], strength: Tensor, grad: bool) -> Tensor:
+    def latent(self, x: Tensor, call: Call, conds: dict[str, Any], lora_scale: Tensor, grad: bool) -> Tensor:
         """The preview [n, c, h, w] in the host's scale, of the state x at the call's noise level.
 
-        strength: [n], of the few-step LoRA; grad: within `differentiable`.
+        lora_scale: [n], of the few-step LoRA; grad: within `differentiable`.
         """
         sigma = call.sigma.clone()
-        options = self._options(call.model_options, strength, grad)
+        options = self._options(call.model_options, lora_scale, grad)
 
         def predicted(x: Tensor, sigma: Tensor, model_options: dict[str, Any] = options, seed: Any = None) -> Tensor:
             executor = WrapperExecutor.new_class_executor(
@@ -203,14 +203,14 @@ class Previewer:
         out = comfy.samplers.calc_cond_batch(self.model, lists, x, sigma, options)
         return out[0] if len(out) == 1 else out[1] + self.cfg * (out[0] - out[1])
 
-    def _options(self, model_options: dict[str, Any], strength: Tensor, grad: bool) -> dict[str, Any]:
+    def _options(self, model_options: dict[str, Any], lora_scale: Tensor, grad: bool) -> dict[str, Any]:
         transformer = dict(model_options.get("transformer_options", {}))
         wrappers = {
-            kind: {key: list(found) for key, found in by_key.items() if key not in _LEFT_OUT}
+            kind: {key: list(wrapped) for key, wrapped in by_key.items() if key not in _LEFT_OUT}
             for kind, by_key in transformer.get("wrappers", {}).items()
         }
-        if self.network is not None:
-            wrappers.setdefault(WrappersMP.APPLY_MODEL, {})[KEY] = [_with_branches(self.network.model, strength)]
+        if self.lora_patcher is not None:
+            wrappers.setdefault(WrappersMP.APPLY_MODEL, {})[KEY] = [_with_bypasses(self.lora_patcher.model, lora_scale)]
         transformer["wrappers"] = wrappers
         if grad:
             transformer["optimized_attention_override"] = autograd.pytorch_attention
@@ -224,10 +224,10 @@ class Previewer:
         return picture.to(latent.device)  # from the CPU under --cpu-vae: losses stay with the model
 
     @torch.no_grad()
-    def look(self, x: Tensor, call: Call, conds: dict[str, Any], decode: Callable | None = None) -> Tensor:
+    def decode_preview(self, x: Tensor, call: Call, conds: dict[str, Any], decode: Callable | None = None) -> Tensor:
         """The preview as picture, without a gradient: [n, H, W, 3] in [0, 1], float32, on the CPU.
 
-        decode: in the place of this one's.
+        decode: in the place of `decode`.
         """
         with self.installed():
             latent = self.latent(x, call, conds, torch.ones(len(x), device=x.device), grad=False)
@@ -237,19 +237,19 @@ class Previewer:
     def installed(
         self, checkpointing: autograd.Checkpointing | None = None, others: Iterable[nn.Module] = ()
     ) -> Iterator[None]:
-        """Inside, the branches can be switched on, and gradients flow where autograd is on (also through `others`)."""
-        with autograd.differentiable([*self.networks(), *others], checkpointing, self.branches):
+        """Inside, the bypasses can be switched on, and gradients flow where autograd is on (also through `others`)."""
+        with autograd.differentiable([*self.networks(), *others], checkpointing, self.bypasses):
             yield
 
 
 def _load(models: list[ModelPatcher], memory: float) -> None:
-    known = comfy.model_management.loaded_models()
-    if not all(model in known for model in models):
+    loaded = comfy.model_management.loaded_models()
+    if not all(model in loaded for model in models):
         comfy.model_management.load_models_gpu(models, memory_required=memory)
 
 
 class _Inner:
-    """In the place of the guider, for the host's inpainting wrapper."""
+    """Stands in the place of the guider, for the host's inpainting wrapper."""
 
     def __init__(self, predicted: Callable, inner_model: Any):
         self._predicted, self.inner_model = predicted, inner_model
@@ -259,7 +259,7 @@ class _Inner:
 
 
 class _Constant:
-    """A ControlNet whose effect on the preview counts, but is not differentiated."""
+    """A ControlNet acts on the preview, but no gradient goes through it."""
 
     def __init__(self, control: Any):
         self._control = control
@@ -271,13 +271,13 @@ class _Constant:
         with torch.no_grad():
             control = self._control.get_control(x.detach(), *args, **kwargs)
         return control and {
-            place: [t.as_subclass(_Added) if isinstance(t, Tensor) else t for t in found]
-            for place, found in control.items()
+            place: [t.as_subclass(_Added) if isinstance(t, Tensor) else t for t in added]
+            for place, added in control.items()
         }
 
 
 class _Added(Tensor):
-    """What a ControlNet adds. The UNet adds it in place, to tensors that autograd still needs: here it does not."""
+    """A ControlNet's residual, which the UNet adds in place, to tensors that autograd still needs: here it does not."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -285,10 +285,10 @@ class _Added(Tensor):
         return args[0] + args[1] if func is Tensor.add_ else func(*args, **(kwargs or {}))
 
 
-def _with_branches(branches: Branches, strength: Tensor) -> Callable:
+def _with_bypasses(bypasses: Bypasses, lora_scale: Tensor) -> Callable:
     def apply_model(executor, x, *args, **kwargs):
         # Images are neighbours within each condition, and conditions within each tile of those who draw in tiles.
-        with branches.switched(strength.repeat(x.shape[0] // len(strength))):
+        with bypasses.switched(lora_scale.repeat(x.shape[0] // len(lora_scale))):
             return executor(x, *args, **kwargs)
 
     return apply_model

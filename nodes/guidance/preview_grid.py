@@ -16,7 +16,7 @@ from ...lookahead.vision.image_metrics import root_mean_square, structural_simil
 from ..losses.lookahead_loss import LookaheadLoss
 from ..schema import schema
 from ..sockets import LOSS, SHORTCUT
-from .guidance_sampler import Interceptor
+from .interceptor import Interceptor
 from .preview import Previewer, as_image
 from .shortcut import Shortcut
 
@@ -119,7 +119,7 @@ class LookaheadPreviewGrid(io.ComfyNode):
         def watched(model_k, x, sigmas, extra_args=None, callback=None, disable=None, **options):
             previewer = Previewer(shortcut, guider)
             previewer.load(list(loss.patchers) if loss else [], x, factor=1.0)
-            interceptor = Interceptor(model_k, None, {})
+            interceptor = Interceptor(model_k)
 
             def show(info):
                 if callback is not None:
@@ -128,7 +128,7 @@ class LookaheadPreviewGrid(io.ComfyNode):
                     if info["i"] == min(round(fraction * (len(sigmas) - 1)), len(sigmas) - 2):
                         call = interceptor.last
                         previewer.prepare(call)
-                        image = previewer.look(info["x"], call, previewer.conds(x, None, call))
+                        image = previewer.decode_preview(info["x"], call, previewer.conds(x, None, call))
                         shots.append(Shot(fraction, image, as_image(previewer.decode(info["denoised"]))))
 
             try:
@@ -150,18 +150,18 @@ class LookaheadPreviewGrid(io.ComfyNode):
 def parse_fractions(text: str) -> list[float]:
     """Numbers from 0 to below 1, rising. Raises ValueError, one sentence."""
     try:
-        found = sorted({float(part) for part in text.replace(";", ",").split(",") if part.strip()})
+        fractions = sorted({float(part) for part in text.replace(";", ",").split(",") if part.strip()})
     except ValueError:
-        found = []
-    if not found or found[0] < 0 or found[-1] >= 1:
+        fractions = []
+    if not fractions or fractions[0] < 0 or fractions[-1] >= 1:
         raise ValueError(
             f'The fractions are "{text}": give numbers from 0 to below 1 with commas, such as 0, 0.1, 0.5.'
         )
-    return found
+    return fractions
 
 
 class Numbers(NamedTuple):
-    """Of one shot: for shortcut and x0 each the means over the batch of rmse, ssim and the loss (None without one)."""
+    """The figures of one shot: for shortcut and x0 the batch's mean rmse, ssim and loss (None without one)."""
 
     fraction: float
     shortcut: tuple[float, float, float | None]
@@ -173,22 +173,22 @@ def numbers(shot: Shot, end: Tensor, loss: LookaheadLoss | None) -> Numbers:
 
     def of(images: Tensor) -> tuple[float, float, float | None]:
         a, b = images.movedim(-1, 1), end.movedim(-1, 1)
-        found = float(root_mean_square(a, b).mean()), float(structural_similarity(a, b).mean())
-        return *found, loss_of(images, loss)
+        distances = float(root_mean_square(a, b).mean()), float(structural_similarity(a, b).mean())
+        return *distances, loss_of(images, loss)
 
     return Numbers(shot.fraction, of(shot.shortcut), of(shot.x0))
 
 
 def loss_of(images: Tensor, loss: LookaheadLoss | None) -> float | None:
-    """The mean loss of IMAGEs, over those that count; None where there is none."""
+    """The mean loss of IMAGEs over those that are valid; None where none is."""
     if loss is None:
         return None
     if loss.patchers:
         with torch.inference_mode(False):
             comfy.model_management.load_models_gpu(list(loss.patchers))
         images = images.to(loss.patchers[0].load_device)
-    values, counts = loss.loss(images.movedim(-1, 1) * 2 - 1, None)
-    return float(values[counts].mean()) if bool(counts.any()) else None
+    values, valid = loss.loss(images.movedim(-1, 1) * 2 - 1, None)
+    return float(values[valid].mean()) if bool(valid.any()) else None
 
 
 def text(rows: list[Numbers], loss: LookaheadLoss | None, end: Tensor) -> str:

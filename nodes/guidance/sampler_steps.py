@@ -16,8 +16,8 @@ from torch import Tensor
 from ...lookahead.method.schedule import chosen_steps
 
 
-class Step(NamedTuple):
-    """number: of the step; call: number of the model call with which it begins; sigma, sigma_next: noise levels."""
+class GuidedStep(NamedTuple):
+    """A guided step: its number, that of the model call with which it begins, its noise level and the next one."""
 
     number: int
     call: int
@@ -33,7 +33,7 @@ class _Rehearsal(NamedTuple):
 
 def guided_steps(
     function: Callable, options: dict[str, Any], model: Any, sigmas: Tensor, start_sigma: float, count: int
-) -> list[Step]:
+) -> list[GuidedStep]:
     """The steps of a run of the sampler function that are guided: see `chosen_steps`.
 
     Raises ValueError, one sentence, for a sampler that has no fixed steps or keeps its state elsewhere.
@@ -49,21 +49,21 @@ def guided_steps(
 
     with torch.random.fork_rng(devices=[]):
         try:
-            known = {answer: rehearse(answer) for answer in (0.0, 1.0)}
+            rehearsals = {answer: rehearse(answer) for answer in (0.0, 1.0)}
         except Exception as error:
             raise ValueError(refused.format(f"cannot be rehearsed ({error})")) from error
-        plan = known[0.0]
-        if plan.sigmas != known[1.0].sigmas or plan.begins != known[1.0].begins or not plan.begins:
+        plan = rehearsals[0.0]
+        if plan.sigmas != rehearsals[1.0].sigmas or plan.begins != rehearsals[1.0].begins or not plan.begins:
             raise ValueError(refused.format("has no fixed steps"))
         levels = [plan.sigmas[call] for call in plan.begins]
         chosen = chosen_steps(levels, start_sigma, count)
         for call in {plan.begins[n] for n in (1, *chosen[:1]) if n < len(levels) and chosen}:
             # An offset of 1 must either stay in the state, whatever the model answers, or act through the answer alone.
-            stays, through = (rehearse(a, call).result - known[a].result for a in (0.0, 1.0))
+            stays, through = (rehearse(a, call).result - rehearsals[a].result for a in (0.0, 1.0))
             if not (stays.abs().min() > 1e-11 or (through - 1).abs().max() < 1e-6):
                 raise ValueError(refused.format("does not go on from the latent that it shows the model"))
     following = [*levels[1:], 0.0]
-    return [Step(n, plan.begins[n], levels[n], following[n]) for n in chosen]
+    return [GuidedStep(n, plan.begins[n], levels[n], following[n]) for n in chosen]
 
 
 def _rehearse(function, options, model, sigmas: Tensor, answer: float, offset_at: int) -> _Rehearsal:

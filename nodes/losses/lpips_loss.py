@@ -6,8 +6,8 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ...lookahead.losses.base import LPIPSLoss
-from ...lookahead.losses.views import Views
+from ...lookahead.losses.cutouts import Cutouts
+from ...lookahead.losses.lpips import LPIPSLoss
 from ...lookahead.vision.perceptual import BACKBONES, lpips_network
 from ..schema import schema
 from ..sockets import LOSS
@@ -105,6 +105,6 @@ class LookaheadLPIPSLoss(io.ComfyNode):
         with torch.inference_mode(False):  # else the weights could not take part in gradients
             network = lpips_network(backbone, backbone_path(backbone) if weights == FILE else None)
             patcher = GradientPatcher(network)
-            loss = LPIPSLoss(network, pictures_of(image), size, Views(views))
+            loss = LPIPSLoss(network, pictures_of(image), size, Cutouts(views))
         name = "LPIPS" if weights == FILE else "LPIPS (random weights)"
         return io.NodeOutput(LookaheadLoss(loss, (patcher,), name))

@@ -7,7 +7,7 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ...lookahead.losses.views import centre_square
+from ...lookahead.vision.images import centre_square
 from ..schema import schema
 from ..sockets import ENCODER, REFERENCE
 from .encoder import DEFAULT_SIZE, LoadedEncoder

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lcm_lookahead.lookahead.losses.identity import NONE, IdentityLoss, People
+from lcm_lookahead.lookahead.losses.identity import NONE, FaceReferences, IdentityLoss
 from lcm_lookahead.lookahead.method.resampler import ResamplerSizes
 from lcm_lookahead.lookahead.vision.arcface import Recogniser
 from lcm_lookahead.lookahead.vision.faces import TEMPLATE, Face
@@ -19,8 +19,7 @@ from lcm_lookahead.trainer.gradients import gradients
 from lcm_lookahead.trainer.lookahead import config
 from lcm_lookahead.trainer.lookahead.alignment import consistency, score_distillation
 from lcm_lookahead.trainer.lookahead.draws import draw
-from lcm_lookahead.trainer.lookahead.recipe import parts
-from lcm_lookahead.trainer.lookahead.step import Batch, Step
+from lcm_lookahead.trainer.lookahead.step import Batch, Step, parts
 from lcm_lookahead.trainer.seeds import order
 
 RESAMPLER = ResamplerSizes(4, 64, 1, 1, 32, CONTEXT, 64)
@@ -88,7 +87,7 @@ def batch():
     recogniser = Recogniser(weights.face_recogniser(), "mini")
     width = len(recogniser(torch.rand(1, 3, 112, 112, generator=g))[0])
     embeddings = torch.nn.functional.normalize(torch.randn(N, width, generator=g), dim=-1)
-    people = People(embeddings, TEMPLATE.expand(N, 5, 2), torch.full((N, 2), 128))
+    people = FaceReferences(embeddings, TEMPLATE.expand(N, 5, 2), torch.full((N, 2), 128))
     target, reference = torch.randn(2, N, 4, 16, 16, generator=g)
     features = torch.randn(N, 5, 32, generator=g)
     loss = IdentityLoss(recogniser, detect, people, NONE)
