@@ -8,13 +8,13 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..reference.encoder import Encoder
+from ..reference.encoder import LoadedEncoder
 from ..reference.subject import Reference
 from ..schema import schema
 from ..sockets import REFERENCE
 from .cross_attention import ImagePrompt
 from .rows import When
-from .unet_blocks import CrossAttentionBlock, cross_attentions
+from .unet_blocks import BlockKey, CrossAttentionBlock, cross_attentions
 from .wrappers import add_effect
 
 
@@ -39,8 +39,8 @@ class LookaheadApplyImagePrompt(io.ComfyNode):
                     min=0.0,
                     max=3.0,
                     step=0.05,
-                    tooltip="How strongly the reference acts; 0 is exactly the model without this node. Lower it when "
-                    "the picture follows the reference more than the prompt.",
+                    tooltip="Scale of the image prompt, 0 to 3: 1 as in training, 0 exactly the model without this "
+                    "node. Lower it when the picture follows the reference more than the prompt.",
                 ),
                 io.Float.Input(
                     "start",
@@ -48,8 +48,8 @@ class LookaheadApplyImagePrompt(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Where in the sampling it begins to act: 0 at the first step. A later start leaves the "
-                    "layout of the picture to the prompt.",
+                    tooltip="Start of its part of the sampling, a share from 0 (first step) to 1. A later start leaves "
+                    "the layout of the picture to the prompt.",
                 ),
                 io.Float.Input(
                     "end",
@@ -57,13 +57,13 @@ class LookaheadApplyImagePrompt(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Where in the sampling it ceases to act: 1 after the last step.",
+                    tooltip="End of its part of the sampling, a share from 0 to 1 (after the last step).",
                 ),
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="Where in the picture it acts (white), stretched over the picture. One mask for all images "
-                    "of a batch, or several in turn.",
+                    tooltip="Mask of the picture, stretched over it: the image prompt acts where it is white. One mask "
+                    "for all images of a batch, or several in turn.",
                 ),
             ],
             outputs=[
@@ -108,7 +108,7 @@ class LookaheadApplyImagePrompt(io.ComfyNode):
         return io.NodeOutput(model)
 
 
-def key_layout(encoder: Encoder, attentions: list[CrossAttentionBlock]) -> dict[tuple[str, int, int], tuple[int, int]]:
+def key_layout(encoder: LoadedEncoder, attentions: list[CrossAttentionBlock]) -> dict[BlockKey, tuple[int, int]]:
     """For each cross-attention of a model where its keys begin in the encoder's packed channels, and their width.
 
     Raises ValueError, one sentence, where the encoder was made for a model of another layout.

@@ -43,8 +43,9 @@ class LookaheadApplyKVInjection(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.05,
-                    tooltip="How far self-attention moves from the picture alone (0, exactly the model without this "
-                    "node) to picture and reference together (1). Between them each step takes a little longer.",
+                    tooltip="Blend of each self-attention, 0 to 1: from the picture alone (0, exactly the model "
+                    "without this node) to picture and reference together (1). Between them each step takes a little "
+                    "longer.",
                 ),
                 io.Float.Input(
                     "start",
@@ -52,8 +53,8 @@ class LookaheadApplyKVInjection(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Where in the sampling it begins to act: 0 at the first step. A later start leaves layout "
-                    "and style to the prompt.",
+                    tooltip="Start of its part of the sampling, a share from 0 (first step) to 1. A later start leaves "
+                    "layout and style to the prompt.",
                 ),
                 io.Float.Input(
                     "end",
@@ -61,13 +62,13 @@ class LookaheadApplyKVInjection(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Where in the sampling it ceases to act: 1 after the last step.",
+                    tooltip="End of its part of the sampling, a share from 0 to 1 (after the last step).",
                 ),
                 io.Combo.Input(
                     "blocks",
                     options=[ALL, COARSE, FINE, UP, MIDDLE_UP],
                     default=ALL,
-                    tooltip="Which self-attentions read the reference: all 70, the coarse ones (deepest level: who it "
+                    tooltip="Self-attentions that read the reference: all 70, the coarse ones (deepest level: who it "
                     "is and the layout), the fine ones (the other levels: texture, detail), those of the decoder half "
                     "(up), or these with the middle block. Fewer are faster and take less memory.",
                 ),
@@ -75,7 +76,7 @@ class LookaheadApplyKVInjection(io.ComfyNode):
                     "noise",
                     options=[SHARED, FIXED],
                     default=SHARED,
-                    tooltip="What the reference is noised with: the picture's own noise, as in training (where the "
+                    tooltip="Noise of the reference at each step: the picture's own noise, as in training (where the "
                     "sizes agree, else the picture's seed), or always the same noise. With fixed noise it is "
                     "read once for all pictures of a batch and for all seeds.",
                 ),
@@ -85,7 +86,7 @@ class LookaheadApplyKVInjection(io.ComfyNode):
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=io.ControlAfterGenerate.fixed,
-                    tooltip="Seed of the fixed noise; not used with shared noise.",
+                    tooltip="Seed of fixed noise; shared noise does not use it.",
                 ),
                 io.Float.Input(
                     "cache_gb",
@@ -93,13 +94,14 @@ class LookaheadApplyKVInjection(io.ComfyNode):
                     min=0.0,
                     max=1024.0,
                     step=0.5,
-                    tooltip="How many gigabytes of main memory may keep what the reference gave, for the next run with "
-                    "the same reference, noise and steps. A step at 1024x1024 takes 0.84 GB in 16 bit. 0 keeps none.",
+                    tooltip="Size of the cache in gigabytes of main memory. It keeps what the reference gave for the "
+                    "next run with the same reference, noise and steps. A step at 1024x1024 takes 0.84 GB in 16 bit. "
+                    "0 keeps none.",
                 ),
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="Where in the picture the reference is read (white), stretched over the picture. One mask "
+                    tooltip="Mask of the picture, stretched over it: the reference is read where it is white. One mask "
                     "for all images of a batch, or several in turn.",
                 ),
             ],

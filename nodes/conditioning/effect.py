@@ -47,7 +47,7 @@ class EstimatedRows(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class RunStart:
-    """What is known when a run begins.
+    """The run that begins, as an effect sees it.
 
     patcher: of the sampled UNet, to be run on `device` in `dtype`; noise: the run's, [images, 4, h, w]; seed: the
     guider's.
@@ -61,7 +61,7 @@ class RunStart:
 
 
 @dataclass(frozen=True, eq=False)
-class Evaluation:
+class CondEvaluation:
     """One evaluation of condition lists (the host's `calc_cond_batch`).
 
     conds: the lists, None for one that is not evaluated; batch: which of them is conditional, and their areas;
@@ -113,7 +113,7 @@ class Effect:
 
     @classmethod
     def estimated_rows(cls, effects: Sequence[Self], model: BaseModel, noise_shape: Sequence[int]) -> EstimatedRows:
-        """What all effects of this class on one MODEL take; noise_shape is that of the picture's latent."""
+        """The memory that all effects of this class on one MODEL take; noise_shape is that of the picture's latent."""
         return EstimatedRows()
 
     def begin(self, run: RunStart) -> ActiveEffect:
@@ -148,8 +148,8 @@ class ActiveEffect(Generic[E]):
         Called before a gradient is taken through the UNet, so that no pass of the effect's own runs inside of it.
         """
 
-    def evaluate(self, evaluation: Evaluation) -> Any:
-        """What its attentions will read in the passes of one evaluation; handed on in `UNetPass.evaluated`."""
+    def evaluate(self, evaluation: CondEvaluation) -> Any:
+        """Make what its attentions will read in the passes of one evaluation; it comes back in `UNetPass.evaluated`."""
         return None
 
     @classmethod

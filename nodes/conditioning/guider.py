@@ -123,25 +123,25 @@ class LookaheadGuider(io.ComfyNode):
             search_aliases=["cfg guider", "guidance", "three scale", "kv guidance"],
             inputs=[
                 io.Model.Input("model", tooltip="The model, with KV injection and image prompt applied."),
-                io.Conditioning.Input("positive", tooltip="What the picture should show."),
-                io.Conditioning.Input("negative", tooltip="What it should not show."),
+                io.Conditioning.Input("positive", tooltip="The prompt: what the picture should show."),
+                io.Conditioning.Input("negative", tooltip="The negative prompt: what it should not show."),
                 scale(
                     "text",
                     3.0,
-                    "How much prompt and image prompt count, without the KV injection: raise it when the picture "
+                    "Guidance scale of prompt and image prompt without the KV injection: raise it when the picture "
                     "ignores the prompt's style. 0 saves one evaluation a step.",
                 ),
                 scale(
                     "full",
                     2.0,
-                    "How much prompt and image prompt count together with the KV injection: raise it for likeness. 0 "
-                    "saves one evaluation a step.",
+                    "Guidance scale of prompt and image prompt together with the KV injection: raise it for likeness. "
+                    "0 saves one evaluation a step.",
                 ),
                 scale(
                     "kv",
                     2.0,
-                    "How much the KV injection counts without any prompt: raise it to bring in the reference as it is, "
-                    "lower it for freedom. 0 saves one evaluation and half of the reference pass a step.",
+                    "Guidance scale of the KV injection without any prompt: raise it to bring in the reference as it "
+                    "is, lower it for freedom. 0 saves one evaluation and half of the reference pass a step.",
                 ),
                 io.Combo.Input(
                     "preset",

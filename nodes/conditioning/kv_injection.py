@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from . import self_attention
-from .effect import ActiveEffect, Effect, EstimatedRows, Evaluation, Replacements, RunStart, UNetPass
+from .effect import ActiveEffect, CondEvaluation, Effect, EstimatedRows, Replacements, RunStart, UNetPass
 from .reference_pass import SHARED, KVSource, ReferencePass
 from .rows import When
 
@@ -76,7 +76,7 @@ class ActiveKVInjection(ActiveEffect[KVInjection]):
     ) -> None:
         self._keys_values(model, timestep, roles, active)
 
-    def evaluate(self, evaluation: Evaluation) -> KVByRole:
+    def evaluate(self, evaluation: CondEvaluation) -> KVByRole:
         """The reference's keys and values at this noise level, for the roles that are evaluated."""
         return self._keys_values(evaluation.model, evaluation.timestep, evaluation.roles, evaluation.active)
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from comfy.model_base import BaseModel
     from comfy.model_patcher import ModelPatcher
 
-    from ..reference.kv_encoder import KVNetwork
+    from ...lookahead.method.kv_encoder import KVEncoder
     from ..reference.subject import Subject
 
 SHARED, FIXED = "shared", "fixed"
@@ -42,12 +42,12 @@ class _LastExport(Exception):
 
 @dataclass(frozen=True, eq=False)
 class KVSource:
-    """What a reference pass reads and exports.
+    """The settings of a reference pass: what it reads, and which keys and values it exports.
 
     subject: its latents are noised, and its own prompt is the text; blocks: the self-attentions that export, out of
     all_blocks, both in the order in which the host runs them; noise, noise_seed: SHARED for the picture's own noise,
     FIXED for one that is drawn from the seed; cache_bytes: the most that may be kept of the passes; kv_patcher: the
-    host's patcher of the KV encoder's network, or None (without training).
+    host's patcher of the KV encoder, or None (without training).
     """
 
     subject: Subject
@@ -59,7 +59,7 @@ class KVSource:
     kv_patcher: ModelPatcher | None = None
 
     @property
-    def kv_network(self) -> KVNetwork | None:
+    def kv_encoder(self) -> KVEncoder | None:
         return None if self.kv_patcher is None else self.kv_patcher.model
 
     def grid(self, level: int) -> tuple[int, int]:
@@ -125,7 +125,7 @@ class ReferencePass:
         return {role: known[role] for role in roles}
 
     def signature(self, model: BaseModel) -> tuple:
-        """All that the exported keys and values depend on, beside what the reference itself holds."""
+        """The key of this run in the cache: all that exported keys and values depend on, beside the subject itself."""
         if self._signature is None:
             sampling = model.model_sampling
             digest = hashlib.sha256(self._noise.numpy().tobytes())
@@ -183,7 +183,7 @@ class ReferencePass:
         return self._under_masks
 
     def summary(self) -> str | None:
-        """What to tell of the cache after a run: nothing where all was kept, or came from it, or should not be kept."""
+        """A sentence on the cache after a run; None where all was kept, or came from it, or should not be kept."""
         held, bound = sum(self._levels.values()), self.source.cache_bytes
         if held == len(self._levels) or bound == 0:
             return None
@@ -203,7 +203,7 @@ class _Export:
 
     def __init__(self, source: KVSource, pictures_per_image: int, under_masks: dict[tuple[int, int], list[Tensor]]):
         self.rows: dict[int, KVByBlock] = {}
-        self._source, self._network = source, source.kv_network
+        self._source, self._kv_encoder = source, source.kv_encoder
         self._exported = {block.key for block in source.blocks}
         self._last = source.blocks[-1].key
         self._pictures_per_image, self._under_masks = pictures_per_image, under_masks
@@ -211,7 +211,7 @@ class _Export:
     def model_options(self) -> dict[str, Any]:
         """Fresh model options: nothing of the picture's or of other nodes is in them."""
         options: dict[str, Any] = {"wrappers": {WrappersMP.APPLY_MODEL: {_KEY: [_until_last_export]}}}
-        if self._network is None:
+        if self._kv_encoder is None:
             attn1 = {block.key: self._self_attention(block) for block in self._source.blocks}
             options["patches_replace"] = {"attn1": attn1}
         else:  # blocks that export nothing are tuned as well, since later ones read what they put out
@@ -231,10 +231,10 @@ class _Export:
     def _self_attention(self, block: KVBlock) -> Callable:
         def replacement(q, k, v, extra):
             k_out, v_out = k, v  # exported from the base's own projections, not from the tuned ones
-            if self._network is not None:
-                seen, _ = extra[_INPUT]
-                k_out = self._changed(k, "kv_export", block.path, "attn1.to_k", seen)
-                v_out = self._changed(v, "kv_export", block.path, "attn1.to_v", seen)
+            if self._kv_encoder is not None:
+                x, _ = extra[_INPUT]
+                k_out = self._kv_encoder.exported(block.path, "attn1.to_k", k, x)
+                v_out = self._kv_encoder.exported(block.path, "attn1.to_v", v, x)
                 q, k, v = self._tuned(q, k, v, block.path, "attn1", extra)
             if block.key in self._exported:
                 self._export(block.key, k_out, v_out, extra)
@@ -248,15 +248,11 @@ class _Export:
 
         return replacement
 
-    def _changed(self, projected: Tensor, half: str, path: str, projection: str, seen: Tensor) -> Tensor:
-        change = self._network.change(half, path, projection)
-        return projected if change is None else projected + change(seen)
-
     def _tuned(self, q: Tensor, k: Tensor, v: Tensor, path: str, attention: str, extra: dict[str, Any]):
-        seen, context = extra[_INPUT]
-        q = self._changed(q, "kv_encoder", path, f"{attention}.to_q", seen)
-        k = self._changed(k, "kv_encoder", path, f"{attention}.to_k", context)
-        v = self._changed(v, "kv_encoder", path, f"{attention}.to_v", context)
+        x, context = extra[_INPUT]
+        q = self._kv_encoder.tuned(path, f"{attention}.to_q", q, x)
+        k = self._kv_encoder.tuned(path, f"{attention}.to_k", k, context)
+        v = self._kv_encoder.tuned(path, f"{attention}.to_v", v, context)
         return q, k, v
 
     @staticmethod
@@ -266,7 +262,7 @@ class _Export:
 
     @staticmethod
     def _note_input(attention: str, paths: dict[BlockKey, str]) -> Callable:
-        """What the projections read: the low-rank changes read the same."""
+        """A patch that keeps the input of the projections: the KV encoder's low-rank changes read the same."""
 
         def patch(n, context, value, extra):
             extra[_INPUT] = (n, context)
@@ -277,7 +273,7 @@ class _Export:
     def _change_output(self, attention: str, paths: dict[BlockKey, str]) -> Callable:
         def patch(n, extra):
             key = (*extra["block"], extra["block_index"])
-            return self._changed(n, "kv_encoder", paths[key], f"{attention}.to_out.0", extra.pop(_OUTPUT))
+            return self._kv_encoder.tuned(paths[key], f"{attention}.to_out.0", n, extra.pop(_OUTPUT))
 
         return patch
 

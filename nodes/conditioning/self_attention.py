@@ -1,4 +1,4 @@
-"""Reference KV in one pass of the host's UNet: self-attentions also read the keys and values of the reference."""
+"""In a pass of the host's UNet, self-attentions also read the keys and values of references."""
 
 from __future__ import annotations
 
@@ -83,22 +83,22 @@ def self_attention(key: BlockKey, references: list[KVRows], once: Callable[[str]
     References of one weight and without a mask are read together, under one softmax. A weight below 1 and a mask blend:
     out = plain + weight * mask * (extended - plain); the changes of references read apart add up.
     """
-    together: dict[float, list[KVRows]] = {}
-    apart: list[list[KVRows]] = []
+    by_weight: dict[float, list[KVRows]] = {}
+    masked: list[list[KVRows]] = []
     for reference in references:
         if reference.mask is None:
-            together.setdefault(reference.weight, []).append(reference)
+            by_weight.setdefault(reference.weight, []).append(reference)
         else:
-            apart.append([reference])
-    groups = [*together.values(), *apart]
+            masked.append([reference])
+    groups = [*by_weight.values(), *masked]
 
     def replacement(q, k, v, extra):
         attention = host_attention(extra)
         heads, grid = extra["n_heads"], tuple(extra["activations_shape"][-2:])
         rows = references[0].rows
         tiles, rest = divmod(k.shape[0], rows)
-        masked = bool(apart) and (tiles != 1 or q.shape[1] != grid[0] * grid[1])
-        if rest or tiles == 0 or q.shape[0] != k.shape[0] or masked:
+        mask_misfits = bool(masked) and (tiles != 1 or q.shape[1] != grid[0] * grid[1])
+        if rest or tiles == 0 or q.shape[0] != k.shape[0] or mask_misfits:
             once(
                 "another node reshapes the tokens of some self-attentions in a way that the reference KV cannot "
                 "follow: these run without it."

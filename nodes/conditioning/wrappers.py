@@ -21,10 +21,11 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+import comfy.samplers
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from .effect import ActiveEffect, Effect, EstimatedRows, Evaluation, Replacements, RunStart, UNetPass
+from .effect import ActiveEffect, CondEvaluation, Effect, EstimatedRows, Replacements, RunStart, UNetPass
 from .rows import Area, CondBatch, CondList, RowLayout, conditional_roles
 
 if TYPE_CHECKING:
@@ -39,16 +40,18 @@ T = TypeVar("T")
 
 @dataclass
 class SamplingRun:
-    """What lives as long as one run. active: its effects, in the order of their nodes; said: what has been logged, so
-    that each thing is said once."""
+    """The state of one run of the host, dropped when it ends.
+
+    active: its effects, in the order of their nodes; logged: the warnings of this run, so that each is given once.
+    """
 
     active: tuple[ActiveEffect, ...]
-    said: set[str] = field(default_factory=set)
+    logged: set[str] = field(default_factory=set)
 
     def once(self, text: str) -> None:
         """Log a warning, the first time in this run."""
-        if text not in self.said:
-            self.said.add(text)
+        if text not in self.logged:
+            self.logged.add(text)
             logging.warning("[LCM-Lookahead] %s", text)
 
 
@@ -63,7 +66,7 @@ class ModelCall:
 
 @dataclass(frozen=True, eq=False)
 class EffectContext:
-    """What travels in `transformer_options["lookahead"]`; each wrapper adds its part in a copy.
+    """The value of `transformer_options["lookahead"]`; each wrapper adds its part in a copy.
 
     The host copies the dicts around it and hands the object itself on: clones of a MODEL share it.
 
@@ -82,12 +85,12 @@ class EffectContext:
 
     @classmethod
     def of(cls, model_options: Mapping[str, Any]) -> Self:
-        """That of model options; an empty one where there is none."""
+        """The context that model options carry; an empty one where there is none."""
         return cls.of_pass(model_options.get("transformer_options", {}))
 
     @classmethod
     def of_pass(cls, transformer_options: Mapping[str, Any]) -> Self:
-        """That of transformer options; an empty one where there is none."""
+        """The context that transformer options carry; an empty one where there is none."""
         return transformer_options.get(KEY) or cls()
 
     def put_into(self, model_options: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,8 +178,8 @@ def outer_sample(executor, noise, *args, **kwargs):
     context = EffectContext.of(guider.model_options)
     patcher = guider.model_patcher
     device, dtype = patcher.load_device, patcher.model.get_dtype_inference()
-    seed = kwargs.get("seed", args[6] if len(args) > 6 else None)
-    start = RunStart(patcher, device, dtype, noise, int(seed or 0))
+    arguments = inspect.signature(comfy.samplers.CFGGuider.outer_sample).bind(guider, noise, *args, **kwargs).arguments
+    start = RunStart(patcher, device, dtype, noise, int(arguments.get("seed") or 0))
     run = SamplingRun(tuple(effect.begin(start) for effect in context.effects))
     guider.model_options = replace(context, run=run).put_into(guider.model_options)
     try:
@@ -205,7 +208,7 @@ def calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
         areas = {c["uuid"]: Area.of(c) for cond in conds if cond is not None for c in cond if "uuid" in c}
         roles = conditional_roles(conds, call.conds)
         batch = CondBatch(roles, areas, tuple(x_in.shape[-2:]), x_in.shape[0])
-        evaluation = Evaluation(model, conds, batch, timestep, call.run.active)
+        evaluation = CondEvaluation(model, conds, batch, timestep, call.run.active)
         evaluated = {active: active.evaluate(evaluation) for active in call.acting}
         model_options = replace(context, batch=batch, evaluated=evaluated).put_into(model_options)
     return executor(model, conds, x_in, timestep, model_options)

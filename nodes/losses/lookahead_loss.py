@@ -1,4 +1,4 @@
-"""What travels as LOOKAHEAD_LOSS: a loss of previews, with the networks that it reads with."""
+"""A LOOKAHEAD_LOSS carries a loss of previews, with the networks that it reads with."""
 
 from __future__ import annotations
 

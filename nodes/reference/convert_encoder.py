@@ -67,22 +67,22 @@ class LookaheadConvertEncoder(io.ComfyNode):
                     "to",
                     options=[convert.ENCODER, convert.IP_ADAPTER],
                     default=convert.ENCODER,
-                    tooltip="encoder: our own format, with everything. ip-adapter: the image prompt alone, in the "
-                    "public format that other packs read.",
+                    tooltip="Format of the new file. encoder: our own, with everything. ip-adapter: the image prompt "
+                    "alone, in the public format that other packs read.",
                 ),
                 io.Combo.Input(
                     "precision",
                     options=list(convert.PRECISIONS),
                     default="float16",
-                    tooltip="Of the weights in the new file. float16 is what public files have.",
+                    tooltip="Precision of the weights in the new file; public files have float16.",
                 ),
                 io.Combo.Input(
                     "base_name",
                     options=[NO_BASE, *base_names()],
                     default=NO_BASE,
                     optional=True,
-                    tooltip="Only for the paper's checkpoint, which holds a copy of the SDXL that it was trained on: "
-                    "the checkpoint to compare that copy with. Another base model is then refused.",
+                    tooltip="Checkpoint of SDXL to compare with the copy of the base model that the paper's checkpoint "
+                    "holds (only for that file). Another base model is then refused.",
                 ),
             ],
             outputs=[

@@ -46,14 +46,14 @@ class LookaheadCropFace(io.ComfyNode):
                     "order",
                     options=list(ORDERS),
                     default=next(iter(ORDERS)),
-                    tooltip="How the faces of a picture are numbered, from 0.",
+                    tooltip="Order in which the faces of a picture are numbered, from 0.",
                 ),
                 io.Int.Input(
                     "face",
                     default=0,
                     min=-64,
                     max=63,
-                    tooltip="The number of the face that is cut out; -1 is the last one.",
+                    tooltip="Number of the face that is cut out, from 0; -1 is the last one.",
                 ),
                 io.Float.Input(
                     "margin",
@@ -61,14 +61,14 @@ class LookaheadCropFace(io.ComfyNode):
                     min=0.0,
                     max=3.0,
                     step=0.05,
-                    tooltip="How much is seen around the face on each side, as a share of its size.",
+                    tooltip="Margin around the face on each side, as a share of its size, 0 to 3.",
                 ),
                 io.Combo.Input(
                     "alignment",
                     options=[PLAIN, ALIGNED],
                     default=PLAIN,
-                    tooltip="as it is: a square of the picture. upright: turned and scaled so that eyes and mouth lie "
-                    "where face recognisers expect them; black where the picture ends.",
+                    tooltip="Alignment of the crop. as it is: a square of the picture. upright: turned and scaled so "
+                    "that eyes and mouth lie where face recognisers expect them; black where the picture ends.",
                 ),
                 io.Int.Input(
                     "size",
@@ -88,8 +88,8 @@ class LookaheadCropFace(io.ComfyNode):
                 io.String.Input(
                     "detection_sizes",
                     default=", ".join(map(str, SIZES)),
-                    tooltip="The sizes in pixels at which faces are looked for, each a multiple of 32. Large ones find "
-                    "small faces, small ones a face that fills the picture.",
+                    tooltip="Sizes of the picture in pixels at which faces are looked for, each a multiple of 32. "
+                    "Large ones find small faces, small ones a face that fills the picture.",
                 ),
                 io.Float.Input(
                     "threshold",
@@ -97,7 +97,7 @@ class LookaheadCropFace(io.ComfyNode):
                     min=0.05,
                     max=0.99,
                     step=0.01,
-                    tooltip="How sure the detector must be, 0 to 1. Lower it for drawn or hidden faces.",
+                    tooltip="Lowest score of the detector, 0 to 1. Lower it for drawn or hidden faces.",
                 ),
             ],
             outputs=[

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...lookahead.vision.images import centre_square
 from ..schema import schema
 from ..sockets import ENCODER, REFERENCE
-from .encoder import DEFAULT_SIZE, Encoder
+from .encoder import DEFAULT_SIZE, LoadedEncoder
 from .images import centre_square_masks, clip_pixels, join_masks, split_alpha
 from .subject import Reference, Subject
 
@@ -46,25 +46,25 @@ class LookaheadEncodeReference(io.ComfyNode):
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="Which part of the reference counts (white), for example without clothes or background. "
+                    tooltip="Mask of the reference: its white part counts, for example without clothes or background. "
                     "One mask for all pictures or one for each. Transparency counts as masked out, so the mask of Load "
                     "Image (white where transparent) is not needed here.",
                 ),
                 io.Vae.Input(
                     "vae",
                     optional=True,
-                    tooltip="Only for KV injection: the VAE of the checkpoint. Else leave it open.",
+                    tooltip="The VAE of the checkpoint, only for KV injection. Else leave it open.",
                 ),
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="Only for KV injection: reads the encoder's own prompt of the reference, such as "
-                    f'"{KV_PROMPT}". Else leave it open.',
+                    tooltip="The CLIP of the checkpoint, only for KV injection: it reads the prompt of the reference "
+                    f'that the encoder was trained with, such as "{KV_PROMPT}". Else leave it open.',
                 ),
                 io.Conditioning.Input(
                     "conditioning",
                     optional=True,
-                    tooltip="Only for KV injection: a prompt for the reference of your own, in place of clip.",
+                    tooltip="A prompt of your own for the reference, only for KV injection, in place of clip.",
                 ),
                 io.Int.Input(
                     "size",
@@ -94,7 +94,7 @@ class LookaheadEncodeReference(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        encoder: Encoder | None = None,
+        encoder: LoadedEncoder | None = None,
         clip_vision=None,
         image: Tensor | None = None,
         size: int = 0,
@@ -133,7 +133,7 @@ class LookaheadEncodeReference(io.ComfyNode):
         return io.NodeOutput(Reference((subject,)))
 
 
-def check_clip_vision(encoder: Encoder, clip_vision) -> None:
+def check_clip_vision(encoder: LoadedEncoder, clip_vision) -> None:
     """Raise ValueError, one sentence, where the CLIP_VISION is not a CLIP image encoder at all."""
     kind = getattr(clip_vision, "model_type", None)
     if kind != "clip_vision_model":
@@ -142,8 +142,8 @@ def check_clip_vision(encoder: Encoder, clip_vision) -> None:
         )
 
 
-def image_prompt(encoder: Encoder, clip_vision, pixels: Tensor, several: str) -> tuple[Tensor, Tensor]:
-    """Keys and values of the image prompt and of the null tokens, packed as `Encoder.keys_values`, in float32.
+def image_prompt(encoder: LoadedEncoder, clip_vision, pixels: Tensor, several: str) -> tuple[Tensor, Tensor]:
+    """Keys and values of the image prompt and of the null tokens, packed as `LoadedEncoder.keys_values`, in float32.
 
     pixels: [pictures, 3, S, S], the image encoder's input. Null tokens are those of an input of zeros (the mean
     colour), as in training, not of a black picture. Raises ValueError, one sentence, for a wrong image encoder.
@@ -170,7 +170,7 @@ def image_prompt(encoder: Encoder, clip_vision, pixels: Tensor, several: str) ->
     return encoder.keys_values(tokens).to(device), encoder.keys_values(null).to(device)
 
 
-def encode_prompt(clip, encoder: Encoder | None):
+def encode_prompt(clip, encoder: LoadedEncoder | None):
     """Conditioning of the prompt that the KV encoder was trained with (from the file, else "a photo of a face")."""
     prompt = (encoder.metadata.get("kv_prompt") if encoder else None) or KV_PROMPT
     return clip.encode_from_tokens_scheduled(clip.tokenize(prompt))

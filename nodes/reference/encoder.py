@@ -1,4 +1,4 @@
-"""What travels as LOOKAHEAD_ENCODER: the trained networks of an encoder file, under the host's memory management."""
+"""A LOOKAHEAD_ENCODER carries the trained networks of an encoder file, under the host's memory management."""
 
 from __future__ import annotations
 
@@ -6,53 +6,36 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...lookahead.files.encoder_file import EncoderFile
-from ...lookahead.method.resampler import Resampler
-from .kv_encoder import kv_patcher
+from ...lookahead.method.image_prompt import ImagePromptNetwork
+from ...lookahead.method.kv_encoder import KVEncoder
 
 DEFAULT_SIZE = 1024  # side of the reference in pixels: SDXL's own
 
 
-class EncoderNetwork(nn.Module):
-    """The Resampler and one pair of projections a cross-attention, in the file's precision.
+class LoadedEncoder:
+    """An encoder file ready for use, its tensors taken over without a copy and in the file's precision.
 
-    The host's `manual_cast` operations cast each weight to the precision of what comes in.
+    network: of the image prompt, managed by `patcher`; kv_patcher: manages the `KVEncoder`, None where the file has
+    none (training-free). The host's `manual_cast` operations cast each weight to the precision of what comes in.
     """
-
-    def __init__(self, file: EncoderFile):
-        super().__init__()
-        with torch.device("meta"):  # the file's tensors take these places: nothing is allocated or initialised twice
-            self.image_proj = Resampler(file.sizes, comfy.ops.manual_cast)
-            self.to_k = nn.ModuleList(self._projection(file, width) for width in file.widths)
-            self.to_v = nn.ModuleList(self._projection(file, width) for width in file.widths)
-        self.image_proj.load_state_dict(file.image_proj, assign=True)
-        for n, (to_k, to_v) in enumerate(file.ip_adapter):
-            self.to_k[n].load_state_dict({"weight": to_k}, assign=True)
-            self.to_v[n].load_state_dict({"weight": to_v}, assign=True)
-        self.requires_grad_(False).eval()
-
-    @staticmethod
-    def _projection(file: EncoderFile, width: int) -> nn.Module:
-        return comfy.ops.manual_cast.Linear(file.sizes.context_width, width, bias=False)
-
-
-class Encoder:
-    """An encoder file ready for use. `file` is what was read, without its weights' second copy being made."""
 
     def __init__(self, file: EncoderFile):
         self.name = file.name
         self.sizes = file.sizes
         self.widths = file.widths
         self.metadata = file.metadata
-        self.network = EncoderNetwork(file)
-        self.kv_patcher = kv_patcher(file)
+        self.network = ImagePromptNetwork.from_weights(
+            file.sizes, file.image_proj, file.ip_adapter, comfy.ops.manual_cast
+        )
         self.patcher = comfy.model_patcher.ModelPatcher(
             self.network,
             load_device=comfy.model_management.text_encoder_device(),
             offload_device=comfy.model_management.text_encoder_offload_device(),
         )
+        self.kv_patcher = kv_patcher(file)
 
     @property
     def size(self) -> int:
@@ -75,6 +58,16 @@ class Encoder:
         [rows, tokens, 2 * sum(widths)]: for each cross-attention, in the file's order, its keys and then its values.
         They depend on neither the noise nor the step, so they are made once. (SDXL, one row: 16 x 166400 numbers.)
         """
-        tokens = tokens.to(self.load())
-        pairs = zip(self.network.to_k, self.network.to_v, strict=True)
-        return torch.cat([projection(tokens) for pair in pairs for projection in pair], dim=-1)
+        pairs = self.network.keys_values(tokens.to(self.load()))
+        return torch.cat([projected for pair in pairs for projected in pair], dim=-1)
+
+
+def kv_patcher(file: EncoderFile) -> comfy.model_patcher.ModelPatcher | None:
+    """The KV encoder of a file as the host manages models; None where the file has none (training-free)."""
+    if not file.kv:
+        return None
+    return comfy.model_patcher.ModelPatcher(
+        KVEncoder.from_weights(file.kv_layers, file.kv_scale, comfy.ops.manual_cast),
+        load_device=comfy.model_management.get_torch_device(),
+        offload_device=comfy.model_management.unet_offload_device(),
+    )

@@ -1,4 +1,14 @@
-"""What is kept of reference passes, so that a second run with the same reference, noise and schedule makes none."""
+"""The cache keeps keys and values of reference passes: a second run of one reference, noise and schedule makes none.
+
+Keys and values of a reference have three forms on their way to the picture:
+
+1. The image prompt's are packed along the channels, [rows, tokens, 2 * sum(widths)]: `LoadedEncoder.keys_values` makes
+   them once, `Subject` carries them, `cross_attention.PromptRows` takes a layer's slice for the rows of a UNet pass.
+2. A reference pass exports those of KV injection by block (`KVByBlock`), a pair (keys, values) a row, each
+   [tokens, channels], since masks leave rows of different lengths: made by `reference_pass`, kept here.
+3. In a UNet pass `self_attention.KVRows` chooses the pair of each row of the picture, and the replacement stacks these
+   to [rows, tokens, channels], or attends row by row where lengths differ.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +25,10 @@ KVByRole = dict[bool, KVByBlock]  # by role: conditional or not
 
 @dataclass
 class KVCache:
-    """Reference KV of earlier runs, in host memory; lives with the reference.
+    """The cache holds reference KV of earlier runs in main memory, and lives as long as its `Subject`.
 
-    runs: by what a run depends on, its entries by (sigma, role); the run that was used last is at the end.
+    runs: by the signature of a run (all that its keys and values depend on), its entries by (sigma, role); the run that
+    was used last is at the end.
     """
 
     runs: OrderedDict[tuple, dict[tuple[float, bool], KVByBlock]] = field(default_factory=OrderedDict)

@@ -10,7 +10,7 @@ from comfy_api.latest import io, ui
 from ...lookahead.files import encoder_file
 from ..schema import schema
 from ..sockets import ENCODER
-from .encoder import Encoder
+from .encoder import LoadedEncoder
 
 FOLDERS = ("lookahead", "ipadapter")
 EXTENSIONS = (".safetensors", ".bin")
@@ -91,4 +91,4 @@ class LookaheadLoadEncoder(io.ComfyNode):
     def execute(cls, encoder_name: str) -> io.NodeOutput:
         file = encoder_file.read(encoder_path(encoder_name))
         text = encoder_file.provenance(file)
-        return io.NodeOutput(Encoder(file), text, ui=ui.PreviewText(text))
+        return io.NodeOutput(LoadedEncoder(file), text, ui=ui.PreviewText(text))

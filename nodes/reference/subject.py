@@ -1,4 +1,4 @@
-"""What travels as LOOKAHEAD_REFERENCE: the subjects that were read from reference pictures."""
+"""A LOOKAHEAD_REFERENCE carries the subjects that were read from reference pictures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from .kv_cache import KVCache
 
 if TYPE_CHECKING:
-    from .encoder import Encoder
+    from .encoder import LoadedEncoder
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +21,7 @@ class Subject:
     pixels: [pictures, size, size, 3] in [0, 1], shorter side resized and centre-cropped.
     mask: [pictures, size, size] in [0, 1], the part of each picture that counts, or None for all of it.
     keys_values, null_keys_values: the image prompt behind the projections of every cross-attention, packed as
-        `Encoder.keys_values` says, [rows, tokens, channels] and [1, tokens, channels] on the intermediate device.
+        `LoadedEncoder.keys_values` says, [rows, tokens, channels] and [1, tokens, channels] on the intermediate device.
         One row holds for every picture of a batch; several rows go one to each picture, in turn. None without encoder.
     latents: [pictures, 4, size / 8, size / 8] as the VAE gives them, or None without a VAE.
     kv_prompt: conditioning for the reference pass, or None.
@@ -29,7 +29,7 @@ class Subject:
     cache: what is kept of reference passes; it alone changes.
     """
 
-    encoder: Encoder | None
+    encoder: LoadedEncoder | None
     pixels: Tensor
     mask: Tensor | None
     keys_values: Tensor | None
@@ -42,6 +42,6 @@ class Subject:
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """What travels as LOOKAHEAD_REFERENCE: one subject or several. Never changed once made."""
+    """The value of a LOOKAHEAD_REFERENCE socket: one subject or several. It is never changed once made."""
 
     subjects: tuple[Subject, ...]

@@ -317,7 +317,7 @@ def run(pack, node: str, *args, **options):
 
 def make_pack_encoder(pack, weights, metadata=None):
     file = pack.module("lookahead.files.encoder_file").from_tensors(weights, metadata or {}, "test.safetensors")
-    return pack.module("nodes.reference.encoder").Encoder(file)
+    return pack.module("nodes.reference.encoder").LoadedEncoder(file)
 
 
 def make_reference(pack, world: World, image, **options):
@@ -333,7 +333,8 @@ def with_lora(model, seed: int = 8, hook: bool = False):
 
     names = comfy.lora.model_lora_keys_unet(model.model, {})
     weights, g, lora = model.model.state_dict(), torch.Generator().manual_seed(seed), {}
-    for name in (n for n in names if "lora_unet" in n and ("attn1_to_v" in n or "attn2_to_q" in n)):
+    # The host names them in the order of a set, which differs from process to process.
+    for name in sorted(n for n in names if "lora_unet" in n and ("attn1_to_v" in n or "attn2_to_q" in n)):
         out, width = weights[names[name]].shape
         lora[f"{name}.lora_down.weight"] = torch.randn(4, width, generator=g) * 0.3
         lora[f"{name}.lora_up.weight"] = torch.randn(out, 4, generator=g) * 0.3

@@ -31,7 +31,7 @@ def test_a_stock_file_is_converted_and_back(pack, mini, tools, models):
     assert back.keys() == mini.encoder.keys() and all(torch.equal(back[k], v) for k, v in mini.encoder.items())
     assert "mine.safetensors" in pack.nodes["LookaheadLoadEncoder"].define_schema().inputs[0].options
     encoder = tools.run("LookaheadLoadEncoder", "mine.safetensors")
-    assert torch.equal(encoder.network.to_k[0].weight, mini.encoder["ip_adapter.1.to_k_ip.weight"])
+    assert torch.equal(encoder.network.projection_weights[0][0], mini.encoder["ip_adapter.1.to_k_ip.weight"])
 
 
 @pytest.mark.parametrize("name", ["", "..", "../mine", "sub/mine", "sub\\mine", "stock2.safetensors"])

@@ -154,10 +154,6 @@ def broken_rules(path: Path, source: str) -> list[str]:
     return broken
 
 
-# What is still to be mended after the move into rooms; each entry goes with the change that mends it.
-PENDING = pytest.mark.xfail(strict=True, reason="mended with the seams")
-
-
 @pytest.mark.parametrize("part", PARTS)
 def test_each_room_imports_only_what_it_may(part):
     paths = modules(part)
@@ -230,7 +226,6 @@ def test_a_circle_is_found():
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
 
 
-@PENDING
 def test_no_public_class_name_is_declared_twice():
     """One name, one thing: who reads `Run` or `Rows` must not have to ask which."""
     where = defaultdict(list)
