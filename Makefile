@@ -40,7 +40,7 @@ browser: ## the workflows and help pages in ComfyUI's own web page (needs Chromi
 
 evaluate: ## measure image prompt, KV injection and guidance over held-out references
 	@$(PYTHON) -m tools.start
-	@$(RUN).mini.studies.evaluate $(ARGS)
+	@$(RUN).cli.main evaluate $(ARGS)
 
 bench: ## the performance tables
 	@$(PYTHON) -m tools.start

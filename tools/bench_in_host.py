@@ -91,8 +91,8 @@ def main(host: str, base: str, pack: str, cpu_torchvision: str, mini: str, side:
         subject = kept.subjects[0]
         entries = [rows for run_ in subject.cache.runs.values() for rows in run_.values()]
         sizes = {sum(t.nbytes for pairs in rows.values() for pair in pairs for t in pair) for rows in entries}
-        injection = replayed.model_options["transformer_options"]["lookahead"]["kv_injections"][0]
-        counted = injection.numbers_a_row() * model.model.get_dtype_inference().itemsize
+        injection = replayed.model_options["transformer_options"]["lookahead"].effects[0]
+        counted = injection.source.numel_per_row() * model.model.get_dtype_inference().itemsize
         gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
         if side:
             vae, few = _ColourVAE(), _with_random_lora(model)

@@ -27,8 +27,12 @@ from pathlib import Path
 from ..host import fetch, page
 from .common import CACHE, ROOT, Problem, Stopwatch, run_main, say
 
-NO_HOST = ("tests/trainer", "tests/tools", "tests/unit", "tests/house")
 HOST = ("tests/host",)
+NO_HOST = {  # by the name of the job that runs them: small jobs at the end keep both cores busy to the end
+    "trainer": ("tests/trainer",),
+    "tools": ("tests/tools",),
+    "library": ("tests/unit", "tests/house"),
+}
 QUICK, CONTRACT, EVERYTHING = "not slow", "contract and not slow", ""  # expressions for pytest's -m
 NEWEST, OLDEST = fetch.DEFAULT_VERSION, list(fetch.VERSIONS)[-1]
 KINDS = ("failures", "errors", "skipped")
@@ -195,9 +199,10 @@ def in_the_page() -> Job:
 def ordinary_jobs(version: str | None) -> list[Job]:
     """What `make test` runs, longest first. version: the only host to test on, instead of the newest and the oldest."""
     chosen = version or os.environ.get("COMFYUI_DIR")
-    jobs = [on_host(version or NEWEST), Job("no-host", NO_HOST)]
+    jobs = [on_host(version or NEWEST)]
     if not chosen:
         jobs.append(on_host(OLDEST, CONTRACT))
+    jobs += [Job(name, paths) for name, paths in NO_HOST.items()]
     if page.browser() is None:
         say("\n== browser: not run, there is no Chromium on the PATH")
     elif not chosen:
@@ -206,12 +211,12 @@ def ordinary_jobs(version: str | None) -> list[Job]:
 
 
 def jobs_of_a_processor(name: str) -> list[Job]:
-    """What `make portable` runs with one of PROCESSORS: no-host and newest host, on the own one the slow tests too."""
+    """What `make portable` runs with one of PROCESSORS: all, on the newest host; with "own" the slow tests too."""
     environment, of_host = PROCESSORS[name], on_host(os.environ.get("HOST_VERSION") or NEWEST)
     marks = QUICK if environment else EVERYTHING
     return [
         Job(f"{of_host.name} ({name})", HOST, marks, of_host.environment | environment),
-        Job(f"no-host ({name})", NO_HOST, marks, environment),
+        *(Job(f"{job} ({name})", paths, marks, environment) for job, paths in NO_HOST.items()),
     ]
 
 

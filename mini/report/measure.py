@@ -26,6 +26,7 @@ from ..stages.text import TextEncoders, tokenize, tokenizer
 from ..world import data
 from ..world.faces import CONTINUOUS, DISCRETE, PLACES, SKIN_NAMES, STYLES
 from ..world.references import reference_faces
+from ..world.sheet import save_grid
 
 CHUNK = 32
 STEPS, GUIDANCE = 25, 3.0  # of samples
@@ -341,15 +342,3 @@ def backbone(folder: Path, plan: Plan) -> Measurement:
     save_grid(torch.cat(rows), len(rows[0]), drawings(folder) / "backbone.png")
     basis = f"{n} held-out references; {2 * n} photos, and {n} pictures in other styles for each weight"
     return Measurement(figures, basis, curves)
-
-
-def save_grid(pictures: Tensor, columns: int, path: Path) -> None:
-    """Pictures [n, 3, h, w] in [0, 1] as one PNG, row by row."""
-    from PIL import Image
-
-    n, _, h, w = pictures.shape
-    rows = -(-n // columns)
-    sheet = torch.zeros(rows * columns, 3, h, w)
-    sheet[:n] = pictures
-    sheet = sheet.view(rows, columns, 3, h, w).permute(0, 3, 1, 4, 2).reshape(rows * h, columns * w, 3)
-    Image.fromarray((sheet * 255).round().byte().numpy()).save(path)

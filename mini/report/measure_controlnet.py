@@ -17,7 +17,8 @@ from ..stages import base, controlnet, evaluators, stage, vae
 from ..world.data import Pictures
 from ..world.edges import edges
 from ..world.faces import STYLES
-from .measure import sample, save_grid
+from ..world.sheet import save_grid
+from .measure import sample
 
 STEPS = 20  # of DDIM
 NEAR = 3  # pixels a side of the window within which two edges count as the same

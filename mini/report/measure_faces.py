@@ -1,4 +1,4 @@
-"""What insightface finds with the mini face models, on held-out people and on any pictures given.
+"""What insightface finds with the mini face models, on held-out people.
 
 Everything goes through insightface's own FaceAnalysis: it detects, aligns by the landmarks that it found, and embeds.
 Intervals are those of drawing people, or Wilson's for shares of pictures. Lengths are shares of the eye distance.
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...evaluation.stats import Interval, auc, bootstrap, identity_auc, proportion, share
 from ...lookahead.vision.face_models import find_and_embed
-from ...lookahead.vision.faces import align, misfit
+from ...lookahead.vision.faces import align
 from ..plan import IMAGE_SIZE, Plan
 from ..stages.detector import empty_pictures, paste
 from ..stages.face_networks import FaceRecogniser, embed
@@ -139,29 +139,6 @@ def _resized(app: FaceAnalysis, pictures: Tensor, box: Tensor, true: Tensor, siz
     found = look(app, torch.cat([picture * mask for picture, mask in whole]))
     true = (true + 0.5 - centre[:, None]) * zoom[:, None, None] + to[:, None] - 0.5
     return found.there, torch.where(found.there, landmark_error(found.points, true), torch.nan)
-
-
-def report_of_pictures(app: FaceAnalysis, pictures: Tensor, finished: Tensor | None = None) -> dict[str, float]:
-    """Are there faces in generated pictures [n, 3, h, w]? `finished`, [n, 3, h, w], are the pictures that one-step
-    previews are of: then also how well both agree."""
-    found = look(app, pictures)
-    fits = misfit(found.points[found.there])
-    figures = {
-        "pictures": float(len(pictures)),
-        "share with a face": found.there.float().mean().item(),
-        "share with more than one": (found.faces > 1).float().mean().item(),
-        "score where found": found.score[found.there].mean().item(),
-        "landmarks' misfit to the template, pixels": fits.mean().item(),
-    }
-    if finished is not None:
-        other = look(app, finished)
-        both = found.there & other.there
-        figures["share with a face in both"] = both.float().mean().item()
-        figures["landmarks' distance to the finished picture's"] = (
-            landmark_error(found.points[both], other.points[both]).mean().item()
-        )
-        figures["similarity to the finished picture"] = (found.embedding * other.embedding)[both].sum(1).mean().item()
-    return figures
 
 
 def alike_people(identity: Tensor, hardest: float = 0.1) -> Tensor:

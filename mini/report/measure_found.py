@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...evaluation.stats import Interval, identity_auc, own_and_other, proportion, share
+from ...lookahead.vision.faces import misfit
 from ..plan import Plan
 from ..stages import evaluators, stage
 from ..world.faces import PLACES, STYLES
 from . import measure_few_step
 from .measure import CHUNK, SAMPLES, Measurement, held_out, roc, short_prompt
-from .measure_faces import landmark_error, look, misfit, rank_correlation
+from .measure_faces import landmark_error, look, rank_correlation
 
 if TYPE_CHECKING:
     from insightface.app import FaceAnalysis

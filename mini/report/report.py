@@ -170,9 +170,10 @@ _MODULES = {
 
 @dataclass(frozen=True)
 class Claim:
-    """What issue 3 asks for: figures of `measure` whose names match `figure`, each at least (or above) `least`.
+    """A requirement on a build: figures of `measure` whose names match `figure` reach `least` (or exceed it).
 
-    Without `least` the figure is only to be reported."""
+    point: its number in the plan for the mini world. Without `least` the figures are only to be reported.
+    """
 
     point: int
     text: str

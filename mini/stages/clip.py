@@ -7,7 +7,6 @@ too are no mistakes: they share the target. It is no relative of the style score
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -217,11 +216,3 @@ def measure(model: CLIPModel, pictures: Pictures) -> dict[str, Interval]:
             lambda rows, c=close, y=there: auc(c[rows][y[rows]], c[rows][~y[rows]]), len(close), rounds=200
         )
     return figures
-
-
-def report(folder: Path, pictures: Pictures) -> None:
-    """Measure the stage's result on held-out people and keep the figures in `clip_report.json`."""
-    figures = measure(load(folder), pictures)
-    for name, value in figures.items():
-        print(f"{name:32} {value}")
-    (folder / "clip_report.json").write_text(json.dumps({k: list(v) for k, v in figures.items()}, indent=1))

@@ -1,12 +1,11 @@
-"""`make evaluate`: one of the studies, drawn in the real host, its figures and page written into docs/."""
+"""`lookahead evaluate`: one of the studies, drawn in the real host, its figures and page written into docs/."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...tools.common import ROOT, Problem, run_main
+from ...tools.common import Problem
 
 PEOPLE = {"reference": 100, "knobs": 20, "guidance": 96, "encoders": 96}  # by study, how many unless said
 FEWEST = 10  # fewer make no interval, and a draw may hold one person alone
@@ -43,25 +42,3 @@ def evaluate(study: str, out: Path, references: int | None = None, trained: Sequ
         from . import reference
 
         reference.evaluate(references, out)
-
-
-def main(arguments: list[str]) -> int:
-    """Entry point of `make evaluate`."""
-    parser = argparse.ArgumentParser(prog="evaluate", description=__doc__)
-    parser.add_argument("--references", type=int, help="people (100; with --knobs 20, --guidance, --encoders 96)")
-    instead = parser.add_mutually_exclusive_group()
-    instead.add_argument("--knobs", action="store_true", help="turn one knob at a time")
-    instead.add_argument("--guidance", action="store_true", help="lookahead guidance against plain x0 and none")
-    instead.add_argument(
-        "--encoders", nargs="+", metavar="NAME=FILE[@WEIGHT]", help="trained encoders, before and after"
-    )
-    parser.add_argument("--first", type=int, default=0, help="with --encoders, number of the first of the people (0)")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs")
-    chosen = parser.parse_args(arguments)
-    studies = (name for name in ("knobs", "guidance", "encoders") if getattr(chosen, name))
-    evaluate(next(studies, "reference"), chosen.out, chosen.references, chosen.encoders or (), chosen.first)
-    return 0
-
-
-if __name__ == "__main__":
-    run_main(main)

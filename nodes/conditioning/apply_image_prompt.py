@@ -15,7 +15,7 @@ from ..sockets import REFERENCE
 from .cross_attention import ImagePrompt
 from .rows import When
 from .unet_blocks import CrossAttentionBlock, cross_attentions
-from .wrappers import add_image_prompt
+from .wrappers import add_effect
 
 
 class LookaheadApplyImagePrompt(io.ComfyNode):
@@ -104,7 +104,7 @@ class LookaheadApplyImagePrompt(io.ComfyNode):
                     when=When(start, end),
                     mask=None if mask is None else mask.reshape(-1, *mask.shape[-2:]).float().clamp(0, 1),
                 )
-                model = add_image_prompt(model, prompt)
+                model = add_effect(model, prompt)
         return io.NodeOutput(model)
 
 

@@ -166,12 +166,8 @@ class Previewer:
 
     def prepare(self, call: Call) -> None:
         """Reads the references at this noise level, before anything of the preview is switched on."""
-        inner, options = self.guider.inner_model, call.model_options
-        acting = wrappers.passes_now(options, call.sigma, inner.model_sampling)
         roles = {True, False} if "negative" in self.guider.conds else {True}
-        current = {p.signature(inner) for p in acting}
-        for reference_pass in acting:
-            reference_pass.keys_values(inner, call.sigma, roles, current)
+        wrappers.prefetch(call.model_options, self.guider.inner_model, call.sigma, roles)
 
     def latent(self, x: Tensor, call: Call, conds: dict[str, Any], lora_scale: Tensor, grad: bool) -> Tensor:
         """The preview [n, c, h, w] in the host's scale, of the state x at the call's noise level.

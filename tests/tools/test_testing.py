@@ -1,12 +1,16 @@
 """`make test` is green only when every process ran tests and all of them passed."""
 
 import re
+from pathlib import Path
 
 import pytest
 from lcm_lookahead.host import fetch, page
 from lcm_lookahead.tools import testing
 from lcm_lookahead.tools.common import Problem
 from lcm_lookahead.tools.testing import CONTRACT, EVERYTHING, QUICK, Job, JobResult
+
+TESTS = Path(__file__).resolve().parents[1]
+EVERY_FOLDER = {f"tests/{path.name}" for path in TESTS.iterdir() if list(path.glob("test_*.py"))} - {"tests/browser"}
 
 
 @pytest.fixture
@@ -42,7 +46,8 @@ def test_it_runs_all_on_the_newest_host_and_the_contract_on_the_oldest(runs, cap
     assert (newest.environment, newest.marks) == ({"HOST_VERSION": "0.30.0"}, QUICK)
     assert (oldest.environment, oldest.marks) == ({"HOST_VERSION": "0.16.3"}, CONTRACT)
     assert newest.paths == oldest.paths == ("tests/host",)
-    assert re.fullmatch(r"0 failed, 6 passed in \d+\.\ds", capsys.readouterr().out.splitlines()[-1])
+    assert {path for job in runs for path in job.paths} == EVERY_FOLDER
+    assert re.fullmatch(r"0 failed, 10 passed in \d+\.\ds", capsys.readouterr().out.splitlines()[-1])
 
 
 def test_the_matrix_is_every_test_on_all_supported_hosts(runs):
@@ -54,11 +59,11 @@ def test_the_matrix_is_every_test_on_all_supported_hosts(runs):
 
 def test_portable_is_the_suite_under_every_processor_and_the_slow_tests_under_the_own(runs):
     assert testing.main(["--portable"]) == 0
-    assert len(runs) == 2 * len(testing.PROCESSORS)
     for name, environment in testing.PROCESSORS.items():
-        of_host, no_host = sorted((job for job in runs if job.name.endswith(f"({name})")), key=lambda job: job.name)
-        assert environment.items() <= of_host.environment.items() and no_host.environment == environment
-        assert {of_host.marks, no_host.marks} == {EVERYTHING if name == "own" else QUICK}
+        jobs = [job for job in runs if job.name.endswith(f" ({name})")]
+        assert {path for job in jobs for path in job.paths} == EVERY_FOLDER
+        assert all(environment.items() <= job.environment.items() for job in jobs)
+        assert {job.marks for job in jobs} == {EVERYTHING if name == "own" else QUICK}
     switches = {key for environment in testing.PROCESSORS.values() for key in environment}
     assert {"ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "OMP_NUM_THREADS"} <= switches
 
@@ -104,7 +109,7 @@ def test_the_page_alone_needs_a_chromium(runs, monkeypatch):
     ("name", "ended"),
     [
         ("host-0.16.3", {"status": 1, "passed": 5, "failed": 1}),
-        ("no-host", {"status": 2, "passed": 5, "errors": 1}),
+        ("trainer", {"status": 2, "passed": 5, "errors": 1}),
         ("host-0.30.0", {"status": 5}),
         ("host-0.30.0", {"status": -11}),
         ("host-0.30.0", {"status": 0, "skipped": 9}),
@@ -118,21 +123,21 @@ def test_one_process_that_is_not_good_makes_all_red(runs, capsys, name, ended):
 
 
 def test_no_test_at_all_is_a_problem(runs):
-    runs.results = {name: JobResult(name, 5) for name in ("no-host", "host-0.30.0", "host-0.16.3")}
+    runs.results = {name: JobResult(name, 5) for name in (*testing.NO_HOST, "host-0.30.0", "host-0.16.3")}
     with pytest.raises(Problem, match="no test ran"):
         testing.main([])
 
 
 def test_the_slowest_tests_of_all_jobs_are_shown(runs, capsys):
-    slow = JobResult("no-host", 0, passed=2, slowest=((9.0, "a::x"), (1.0, "a::y")))
-    runs.results = {"no-host": slow, "host-0.30.0": JobResult("host-0.30.0", 0, passed=1, slowest=((4.0, "b::z"),))}
+    slow = JobResult("tools", 0, passed=2, slowest=((9.0, "a::x"), (1.0, "a::y")))
+    runs.results = {"tools": slow, "host-0.30.0": JobResult("host-0.30.0", 0, passed=1, slowest=((4.0, "b::z"),))}
     testing.main([])
     lines = capsys.readouterr().out.splitlines()
     first = lines.index("The slowest:") + 1
     assert [line.split() for line in lines[first : first + 3]] == [
-        ["9.0", "s", "no-host:", "a::x"],
+        ["9.0", "s", "tools:", "a::x"],
         ["4.0", "s", "host-0.30.0:", "b::z"],
-        ["1.0", "s", "no-host:", "a::y"],
+        ["1.0", "s", "tools:", "a::y"],
     ]
 
 

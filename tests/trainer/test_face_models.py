@@ -224,4 +224,4 @@ def test_rank_correlation_knows_agreement_from_chance():
 def test_landmarks_that_form_no_face_fit_the_template_badly(held_out):
     points = held_out[2]
     shuffled = points[:, [2, 4, 0, 1, 3]]
-    assert measure_faces.misfit(points).max() < 12 < measure_faces.misfit(shuffled).min()
+    assert faces.misfit(points).max() < 12 < faces.misfit(shuffled).min()
