@@ -1,20 +1,23 @@
-"""Graphs in API format, put together by name: what the evaluations have in common."""
+"""Graphs in the API format of ComfyUI, put together by name."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+#: An output of a node: its name and the number of the output
+Link = list[str | int]
 
-class Graph(dict[str, Any]):
-    """Nodes by name. A link is [name, number of the output]."""
 
-    def add(self, name: str, class_type: str, **inputs: Any) -> list[Any]:
+class Graph(dict[str, dict[str, Any]]):
+    """A graph holds nodes by name: class_type and inputs, of which each is a value or a Link."""
+
+    def add(self, name: str, class_type: str, **inputs: Any) -> Link:
         """A node more, or the same again; the link of its first output."""
         self[name] = {"class_type": class_type, "inputs": inputs}
         return [name, 0]
 
-    def pictures(self, files: Sequence[str]) -> list[Any]:
+    def pictures(self, files: Sequence[str]) -> Link:
         """Files of the input folder, as one batch of pictures."""
         images = [self.add(f"image {file}", "LoadImage", image=file) for file in files]
         together = images[0]

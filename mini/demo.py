@@ -4,8 +4,8 @@ Everything is real but the size: the workflow files name the public SDXL files, 
 under these names. The references are drawn people whom nothing was trained on; the number under each picture is
 that of a network or formula that took part in no training and no steering.
 
-    make demo                 two people under three prompts, and each loss with and without lookahead guidance
-    make demo ARGS=--all      all five prompts, and guidance by x0 too
+    make demo                 two people under two prompts by the trained encoder, and lookahead guidance by one loss
+    make demo ARGS=--all      all prompts, the untrained adapter too, all losses, and guidance by x0 beside lookahead
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
@@ -36,7 +36,6 @@ PROMPTS = (
     "a wanted poster of a face",
     "a pencil drawing of a face",
 )
-FEWER_PROMPTS = PROMPTS[:3]  # without --all
 STOCK = "ip-adapter-plus-face_sdxl_vit-h.safetensors"  # what training began with
 
 
@@ -44,17 +43,18 @@ STOCK = "ip-adapter-plus-face_sdxl_vit-h.safetensors"  # what training began wit
 class ReferenceWeights:
     """What conditions a row of the sheet on its reference: weights of either node, and the encoder file."""
 
+    title: str
     image_prompt: float
     kv: float
     encoder: str = Path(TRAINED).name
 
 
 ARMS = {
-    "before training": ReferenceWeights(1.0, 1.0, STOCK),
-    "image prompt": ReferenceWeights(1.0, 0.0),
-    "image prompt and KV": ReferenceWeights(1.0, 1.0),
+    "before training": ReferenceWeights("image prompt and KV injection before training", 1.0, 1.0, STOCK),
+    "image prompt": ReferenceWeights("the trained image prompt", 1.0, 0.0),
+    "image prompt and KV": ReferenceWeights("both trained", 1.0, 1.0),
 }
-NOTHING = ReferenceWeights(0.0, 0.0)
+NOTHING = ReferenceWeights("no reference", 0.0, 0.0)
 REFERENCES = ("Reference face", "Reference look", "Reference layout")  # titles of the workflows' LoadImage nodes
 # What the mini world is at its best with; the workflow has what SDXL is (where 3, 2, 2 make a guidance of 5, not 3).
 SIZE, STEPS, CFG, SCALES = 128, 20, 3.0, {"text": 1.8, "full": 1.2, "kv": 1.2}
@@ -152,7 +152,21 @@ GUIDED: dict[str, tuple[dict[str, int], str]] = {
     "guided by x0": ({}, "plain x0"),
     "guided by lookahead": ({}, "one-step"),
 }
-FEWER_GUIDED = ("no guidance", "guided by lookahead")  # without --all
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much is drawn: columns and rows of the sheet of references, then those of the sheet of guidance."""
+
+    prompts: tuple[str, ...] = PROMPTS
+    arms: tuple[str, ...] = tuple(ARMS)
+    guided: tuple[str, ...] = tuple(GUIDED)
+    steered: tuple[Steering, ...] = STEERED
+
+
+ALL = Extent()
+# About a minute with the start of ComfyUI: a guided picture takes ten times as long as another.
+SOME = Extent(PROMPTS[:2], ("image prompt", "image prompt and KV"), ("no guidance", "guided by lookahead"), STEERED[:1])
 
 
 def at_mini_size(api: workflow.Api, reference: str, seed: int) -> workflow.Api:
@@ -240,10 +254,11 @@ def drawn_row(
     return pictures
 
 
-def show_demo(host: Host, references: list[Image.Image], prompts: tuple[str, ...], out: Path, seed: int) -> Path:
-    """Draw every reference under every prompt, before training and after it; returns the path of the sheet in `out`."""
+def show_demo(host: Host, references: list[Image.Image], extent: Extent, out: Path, seed: int) -> Path:
+    """Draw every reference under every prompt by every arm, and without; returns the path of the sheet in `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    arms = [*((n, arm) for n in range(len(references)) for arm in ARMS), (None, "off")]
+    prompts = extent.prompts
+    arms = [*((n, arm) for n in range(len(references)) for arm in extent.arms), (None, "off")]
     rows: list[list[Cell]] = []
     api = workflow.convert(WORKFLOW, host.object_info())
     for number, picture in enumerate(references):
@@ -265,18 +280,19 @@ def show_demo(host: Host, references: list[Image.Image], prompts: tuple[str, ...
             cells = [Cell(picture, f"identity {likeness(picture):+.2f}") for picture in drawn]
             rows.append([Cell(references[number], f"reference {number + 1}: {arm}"), *cells])
     path = out / "contact_sheet.png"
-    title = "LCM-Lookahead: image prompt and KV injection before training; the trained image prompt; both trained"
+    title = f"LCM-Lookahead: {'; '.join(ARMS[arm].title for arm in extent.arms)}"
     contact_sheet(["reference", *(f"“{p}”" for p in prompts)], rows, title).save(path)
     return path
 
 
-def show_guidance(host: Host, out: Path, seed: int, columns: Sequence[str] = tuple(GUIDED)) -> Path:
-    """Draw with each loss in the ways that `columns` names of GUIDED; returns the path of the sheet in `out`."""
+def show_guidance(host: Host, extent: Extent, out: Path, seed: int) -> Path:
+    """Draw with each loss, guided in each way; returns the path of the sheet in `out`."""
     out.mkdir(parents=True, exist_ok=True)
+    columns = extent.guided
     watch = Stopwatch()
     rows: list[list[Cell]] = []
-    say(f"Steering {len(STEERED) * len(columns)} pictures ...")
-    for steering in STEERED:
+    say(f"Steering {len(extent.steered) * len(columns)} pictures ...")
+    for steering in extent.steered:
         api = workflow.convert(ROOT / "workflows" / f"{steering.workflow}.json", host.object_info())
         name = f"{steering.workflow}_reference.png"
         (reference,) = draw_references(1, first=steering.person, style=steering.style)
@@ -284,7 +300,7 @@ def show_guidance(host: Host, out: Path, seed: int, columns: Sequence[str] = tup
         reference.save(out / name)
         runs = [steered_prompt(api, name, seed, guided) for guided in columns]
         paths = [out / f"{steering.workflow}_{guided.replace(' ', '_')}.png" for guided in columns]
-        drawn = drawn_row(host, runs, paths, bar(len(rows), len(STEERED), watch))
+        drawn = drawn_row(host, runs, paths, bar(len(rows), len(extent.steered), watch))
         measure = steering.measure(reference, steering.style)
         cells = [Cell(picture, measure(picture)) for picture in drawn]
         rows.append([Cell(reference, f"loss: {steering.loss}"), *cells])
@@ -298,7 +314,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="make demo", description="Draws reference faces under new prompts, and steers pictures by losses."
     )
-    parser.add_argument("--all", action="store_true", help="all five prompts, and guidance by x0 beside lookahead")
+    parser.add_argument("--all", action="store_true", help="all prompts, arms and losses, not a part of them")
     parser.add_argument("--people", type=int, default=2, help="number of references, 1 or more (default: 2)")
     parser.add_argument("--seed", type=int, default=5, help="of the noise, the same in every picture (default: 5)")
     parser.add_argument(
@@ -309,7 +325,8 @@ def main(arguments: list[str]) -> int:
     chosen = parser.parse_args(arguments)
     if chosen.people < 1:
         raise Problem(f"--people is {chosen.people}: the demo needs at least 1 reference.")
-    prompts = tuple(chosen.prompts) or (PROMPTS if chosen.all else FEWER_PROMPTS)
+    extent = ALL if chosen.all else SOME
+    extent = replace(extent, prompts=tuple(chosen.prompts) or extent.prompts)
     watch, parts = Stopwatch(), Parts()
     with ThreadPoolExecutor(1) as pool, ExitStack() as stack:
         drawing = pool.submit(draw_references, chosen.people)  # while ComfyUI starts, on another core
@@ -318,10 +335,9 @@ def main(arguments: list[str]) -> int:
         with parts.timed("references"):
             references = drawing.result()
         with parts.timed("image prompt and KV injection"):
-            sheet = show_demo(host, references, prompts, chosen.out, chosen.seed)
+            sheet = show_demo(host, references, extent, chosen.out, chosen.seed)
         with parts.timed("guidance"):
-            columns = tuple(GUIDED) if chosen.all else FEWER_GUIDED
-            guidance = show_guidance(host, chosen.out, chosen.seed, columns)
+            guidance = show_guidance(host, extent, chosen.out, chosen.seed)
     say(f"{watch.seconds:.0f} s: {parts}.")
     say(f"The pictures are in {chosen.out}; all on two sheets, with their likeness below:")
     print(sheet, guidance, sep="\n")

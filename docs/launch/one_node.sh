@@ -6,4 +6,4 @@ set -eu
 # (torchrun would kill after 30 s; a checkpoint of SDXL is 7 GB, and the step under way comes first.)
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}"
 : "${PROCESSES:=$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}"
-exec torchrun --standalone --nproc-per-node "$PROCESSES" -m lcm_lookahead.trainer.cli train "$@"
+exec torchrun --standalone --nproc-per-node "$PROCESSES" -m lcm_lookahead.cli.main train "$@"

@@ -7,4 +7,4 @@ set -eu
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}"
 : "${PROCESSES:=$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}" "${PORT:=29500}"
 exec torchrun --nnodes "$NODES" --nproc-per-node "$PROCESSES" --rdzv-backend c10d --rdzv-id "${RUN:-lookahead}" \
-  --rdzv-endpoint "$HEAD:$PORT" -m lcm_lookahead.trainer.cli train "$@"
+  --rdzv-endpoint "$HEAD:$PORT" -m lcm_lookahead.cli.main train "$@"

@@ -8,7 +8,6 @@ take its own licence terms for granted beside one.
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ...lookahead.files.atomic import atomic
 from ...lookahead.vision.face_models import open_app
 from ..plan import WEIGHTS
 from ..stages import stage
@@ -65,16 +65,14 @@ def _write(
     if net.training:
         raise ValueError(f"{type(net).__name__} is in training mode: call eval() on it before the export")
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
     example = torch.zeros(1, 3, size, size)
-    with warnings.catch_warnings():
+    with atomic(path) as part, warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         torch.onnx.export(
             net, (example,), str(part), input_names=["input.1"], dynamo=False, opset_version=_OPSET, **options
         )
-    if change:
-        change(part)
-    os.replace(part, path)
+        if change:
+            change(part)
 
 
 def _store_in_16_bit(path: Path) -> None:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...evaluation.stats import Interval
+from ...lookahead.files.atomic import atomic
 from ..files import insightface_pack, shipped
 from ..plan import WEIGHTS, Plan
 from ..stages import clip, stage
@@ -374,6 +375,5 @@ def _machine() -> dict[str, Any]:
 
 
 def _write(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    with atomic(path) as part:
+        part.write_text(text, encoding="utf-8")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ...lookahead.files.atomic import atomic
 from ...lookahead.files.tensors import write_tensors as save_whole
 
 SAVE_SECONDS = 120
@@ -123,10 +123,9 @@ def finish(name: str, folder: Path) -> None:
 def _save_state(
     path: Path, step: int, modules: Iterable[nn.Module], optimizer: torch.optim.Optimizer, average: list[Tensor]
 ) -> None:
-    part = path.with_name(path.name + ".part")
     modules = [m.state_dict() for m in modules]
-    torch.save({"step": step, "modules": modules, "optimizer": optimizer.state_dict(), "average": average}, part)
-    os.replace(part, path)
+    with atomic(path) as part:
+        torch.save({"step": step, "modules": modules, "optimizer": optimizer.state_dict(), "average": average}, part)
 
 
 def _log(path: Path, **figures: float) -> None:

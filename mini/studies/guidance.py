@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from ...evaluation.stats import Interval
 from ...evaluation.stats import share as share_of_rows
-from ...host.graph import Graph
+from ...host.graph import Graph, Link
 from ...lookahead.vision.perceptual import lpips_network
 from ...tools.common import Stopwatch, say
 from ..files.host_models import mini_host
@@ -41,7 +41,7 @@ class GuidanceArm:
     """How pictures are guided: kind of preview, and inputs of the guidance sampler that are not its defaults."""
 
     kind: str = NONE
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, float] = field(default_factory=dict)
 
 
 EARLY = {"start": 0.04}  # two of 50 steps are done, instead of six
@@ -63,7 +63,7 @@ def words_of(batch: int) -> str:
     return f"{prompt_of(style_of(batch))} {PLACES[batch % len(PLACES)]}"
 
 
-def graph(loss: str, references: Sequence[str], batch: int, seed: int, arms: dict[str, GuidanceArm]) -> dict[str, Any]:
+def graph(loss: str, references: Sequence[str], batch: int, seed: int, arms: dict[str, GuidanceArm]) -> Graph:
     """Every arm with one batch of references, all from the same noise (API format); SaveImage nodes are the arms."""
     nodes = Graph()
     add = nodes.add
@@ -76,7 +76,7 @@ def graph(loss: str, references: Sequence[str], batch: int, seed: int, arms: dic
         lora_name="lcm-lora-sdxl.safetensors",
         strength_model=1.0,
     )
-    measure = _loss(add, loss, nodes.pictures(references), batch)
+    measure = _loss(nodes, loss, nodes.pictures(references), batch)
     latent = add("latent", "EmptyLatentImage", width=SIZE, height=SIZE, batch_size=len(references))
     prompt = "" if loss == CLIP else prompt_of(style_of(batch))  # CLIP is to say it all
     positive = add("positive", "CLIPTextEncode", clip=clip, text=prompt)
@@ -114,7 +114,8 @@ def graph(loss: str, references: Sequence[str], batch: int, seed: int, arms: dic
     return nodes
 
 
-def _loss(add: Any, loss: str, pictures: list[Any], batch: int) -> list[Any]:
+def _loss(nodes: Graph, loss: str, pictures: Link, batch: int) -> Link:
+    add = nodes.add
     if loss == IDENTITY:
         faces = add("faces", "LookaheadLoadFaceAnalysis", pack_name="buffalo_l", device="cpu")
         return add("loss", "LookaheadIdentityLoss", face_analysis=faces, image=pictures, several="one per picture")
@@ -123,7 +124,7 @@ def _loss(add: Any, loss: str, pictures: list[Any], batch: int) -> list[Any]:
     return add("loss", "LookaheadLPIPSLoss", image=pictures, size=SIZE, weights="random")
 
 
-def _complete(nodes: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]:
+def _complete(nodes: Graph, info: dict[str, Any]) -> Graph:
     """Nodes in API format with the default of every input that is not given, as the page sends them."""
     for node in nodes.values():
         for name, (kind, *options) in info[node["class_type"]]["input"].get("required", {}).items():

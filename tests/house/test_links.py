@@ -24,3 +24,22 @@ def test_every_link_of_a_page_leads_to_a_file(page):
 
 def test_links_are_found_and_addresses_are_not():
     assert links("[a](b.md) ![c](d/e.png) [f](https://x.y) [g](#h)") == ["b.md", "d/e.png"]
+
+
+TEXTS = [
+    path
+    for pattern in ("README.md", "CONTRIBUTING.md", "Makefile", "docs/*.md", "docs/launch/*", "trainer/configs/*.yaml")
+    for path in sorted(ROOT.glob(pattern))
+]
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
+def test_every_module_and_source_file_that_a_text_names_exists(path):
+    text = path.read_text(encoding="utf-8")
+    modules = re.findall(r"(?:-m|from|import) lcm_lookahead\.([\w.]+)", text)
+    files = re.findall(
+        r"(?<![\w/])((?:lookahead|nodes|sdxl|evaluation|trainer|mini|host|cli|tools)/[\w/]+\.(?:py|yaml|json))\b", text
+    )
+    missing = [m for m in modules if not ROOT.joinpath(*m.split(".")).with_suffix(".py").is_file()]
+    missing += [f for f in files if not (ROOT / f).is_file()]
+    assert not missing

@@ -1,6 +1,7 @@
 """The demo with the shipped weights, in the real host: pictures, a sheet, and people who are recognised again."""
 
 import contextlib
+import dataclasses
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ def drawn(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo")
     references = demo.draw_references(PEOPLE)
     with mini_host(announce=False) as host:
-        sheet = demo.show_demo(host, references, ("a photo of a face",), out, seed=5)
+        sheet = demo.show_demo(host, references, demo.Extent(prompts=("a photo of a face",)), out, seed=5)
     return references, out, sheet
 
 
@@ -42,24 +43,28 @@ def test_the_sheet_shows_every_picture(drawn):
 
 @pytest.fixture
 def asked(monkeypatch, tmp_path):
-    """What `make demo` asks for when it is called with arguments: prompts, and columns of the guidance sheet."""
+    """What `make demo` draws when it is called with arguments: the number of people, and the extent of both sheets."""
 
     def call(*arguments):
         sheets = []
         monkeypatch.setattr(demo, "Host", lambda port: contextlib.nullcontext())
         monkeypatch.setattr(demo, "draw_references", lambda people: [None] * people)
-        monkeypatch.setattr(demo, "show_demo", lambda host, people, prompts, *_: sheets.append((len(people), prompts)))
-        monkeypatch.setattr(demo, "show_guidance", lambda host, out, seed, columns: sheets.append(columns))
+        monkeypatch.setattr(demo, "show_demo", lambda host, people, *asked: sheets.append((len(people), asked[0])))
+        monkeypatch.setattr(demo, "show_guidance", lambda host, *asked: sheets.append(asked[0]))
         assert demo.main([f"--out={tmp_path}", *arguments]) == 0
-        return sheets
+        (people, extent), of_guidance = sheets
+        assert extent == of_guidance
+        return people, extent
 
     return call
 
 
-def test_all_draws_every_prompt_and_column_and_without_it_a_part_of_them(asked, capsys):
-    (_, some), columns = asked()
-    assert set(some) < set(demo.PROMPTS) and set(columns) < set(demo.GUIDED) and "no guidance" in columns
+def test_all_draws_every_prompt_arm_and_loss_and_without_it_a_part_of_them(asked, capsys):
+    _, some = asked()
+    assert set(some.prompts) < set(demo.PROMPTS) and set(some.arms) < set(demo.ARMS)
+    assert set(some.guided) < set(demo.GUIDED) and set(some.steered) < set(demo.STEERED)
     said = capsys.readouterr().err
     assert all(part in said for part in ("start of ComfyUI", "image prompt and KV injection", "guidance"))
-    assert asked("--all") == [(2, demo.PROMPTS), tuple(demo.GUIDED)]
-    assert asked("--people=3", "a face in the rain")[0] == (3, ("a face in the rain",))
+    everything = demo.Extent(demo.PROMPTS, tuple(demo.ARMS), tuple(demo.GUIDED), demo.STEERED)
+    assert asked("--all") == (2, everything)
+    assert asked("--people=3", "a face in the rain") == (3, dataclasses.replace(some, prompts=("a face in the rain",)))

@@ -127,7 +127,7 @@ class Step(nn.Module):
     def _predict(
         self, batch: Batch, draws: Draws, t: Tensor, shortcut: float | Tensor = 0.0, z_t: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The noise predicted with the encoder's help [B, 4, h, w], and in what: z_t, by default the noised target."""
+        """Predict the noise [B, 4, h, w] under the encoder's conditions; returns it and z_t, else the noised target."""
         has_text, kv = ~draws.no_text, None
         if z_t is None:
             z_t = self.noised(batch.target, draws.noise, t)
@@ -139,5 +139,5 @@ class Step(nn.Module):
         return self.roles.predict(z_t, t, batch.text.where(has_text), prompt, kv, draws.no_kv, shortcut), z_t
 
     def noised(self, latent: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Latents [B, 4, h, w] at time steps t [B]."""
+        """Noise latents [B, 4, h, w] to the time steps t [B]."""
         return add_noise(latent, noise, self.alpha_bar[t])
