@@ -259,7 +259,7 @@ def _guidance_bytes(side: int = 1024) -> dict[str, int]:
     import nodes
 
     module = nodes.NODE_CLASS_MAPPINGS["LookaheadGuidanceSampler"].__module__
-    gradient = sys.modules[module.rsplit(".", 1)[0] + ".gradient"]
+    gradient = sys.modules[module.rsplit(".", 1)[0] + ".autograd"]
     kinds = {"device": "meta", "dtype": torch.float16}
 
     class Attention(torch.autograd.Function):  # keeps what fused attention keeps

@@ -73,9 +73,9 @@ def read(path: str | os.PathLike[str]) -> CLIPFile:
     beside = path.with_name(file.configuration_name)
     if beside.is_file():
         try:
-            said = json.loads(beside.read_text(encoding="utf-8"))
-            vision = said.get("vision_config", said)  # itself that of the picture half, where that is all there is
-            file = CLIPFile(path.name, tensors, {"vision": vision, "text": said.get("text_config", {})})
+            settings = json.loads(beside.read_text(encoding="utf-8"))
+            vision = settings.get("vision_config", settings)  # a picture half alone has no second level
+            file = CLIPFile(path.name, tensors, {"vision": vision, "text": settings.get("text_config", {})})
         except (ValueError, AttributeError) as error:
             raise ValueError(f"{beside.name} beside {path.name} is not a configuration: download it again.") from error
     return file

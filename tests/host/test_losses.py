@@ -6,8 +6,6 @@ from safetensors.torch import save_file
 
 transformers = pytest.importorskip("transformers")
 
-NODES = ("LookaheadCLIPLoss", "LookaheadLPIPSLoss", "LookaheadL1Loss", "LookaheadCombineLosses")
-
 
 @pytest.fixture(scope="module")
 def clip_file(pack):
@@ -70,8 +68,9 @@ def gradient(pack, value, preview, seed=1):
 
 @pytest.mark.contract
 def test_every_loss_node_explains_itself(pack):
-    for node in NODES:
-        schema = pack.nodes[node].define_schema()
+    schemas = [node.define_schema() for name, node in pack.nodes.items() if name.endswith(("Loss", "Losses"))]
+    assert len(schemas) >= 5
+    for schema in schemas:
         assert schema.description and all(p.tooltip and p.tooltip.endswith(".") for p in schema.inputs + schema.outputs)
 
 
