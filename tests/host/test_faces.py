@@ -58,6 +58,7 @@ def crop(pack, analysis):
     return lambda image, **options: pack.nodes["LookaheadCropFace"].execute(analysis, image, **options).result
 
 
+@pytest.mark.contract
 def test_every_face_node_explains_itself(pack, models):
     for node in NODES:
         schema = pack.nodes[node].define_schema()
@@ -65,6 +66,7 @@ def test_every_face_node_explains_itself(pack, models):
         assert (ROOT / f"web/docs/{node}.md").is_file()
 
 
+@pytest.mark.contract
 def test_packs_are_listed_from_the_host_s_folders_nested_ones_too(pack, models, tmp_path):
     import folder_paths
 
@@ -83,6 +85,7 @@ def test_packs_are_listed_from_the_host_s_folders_nested_ones_too(pack, models, 
         (models / "empty").rmdir()
 
 
+@pytest.mark.contract
 def test_the_licence_and_the_recogniser_are_shown_on_the_node(pack, models):
     out = pack.nodes["LookaheadLoadFaceAnalysis"].execute("mini")
     text = out.result[1]
@@ -282,6 +285,7 @@ def test_several_pictures_are_one_person_or_one_each(identity, people):
     assert counts.all() and values.max() < 1e-4
 
 
+@pytest.mark.contract
 def test_weights_come_through_being_unloaded_and_loaded_again(pack, identity, people):
     import comfy.model_management
 
@@ -335,6 +339,7 @@ def test_a_pack_without_a_recogniser_asks_for_one(pack, identity, people, models
     tools.one_sentence(error)
 
 
+@pytest.mark.contract
 def test_the_identity_loss_combines_with_others(pack, identity, people):
     pytest.importorskip("lpips")
     references = people[0][:1, 0]

@@ -68,6 +68,7 @@ def gradient(pack, value, preview, seed=1):
     return values.detach(), slope
 
 
+@pytest.mark.contract
 def test_every_loss_node_explains_itself(pack):
     for node in NODES:
         schema = pack.nodes[node].define_schema()
@@ -120,6 +121,7 @@ def test_pictures_and_words_count_the_same_over_one_network(clip, tools):
 
 
 @pytest.mark.parametrize("kind", ["picture", "words", "lpips"])
+@pytest.mark.contract
 def test_gradients_pass_through_networks_that_a_node_loaded_and_the_host_moved(pack, clip, lpips, tools, kind):
     """As it happens: loaded by a node, unloaded for another model by somebody in inference mode, loaded again."""
     import comfy.model_management
@@ -138,6 +140,7 @@ def test_gradients_pass_through_networks_that_a_node_loaded_and_the_host_moved(p
     assert not any(t.is_inference() or t.requires_grad for t in tensors)
 
 
+@pytest.mark.contract
 def test_a_network_is_moved_outside_of_inference_mode_and_whole_whoever_asks(pack):
     import comfy.model_management
 
@@ -161,6 +164,7 @@ def test_a_network_is_moved_outside_of_inference_mode_and_whole_whoever_asks(pac
     assert patcher.loaded_size() == patcher.model_size()
 
 
+@pytest.mark.contract
 def test_networks_are_known_to_the_hosts_memory_management(clip, tools):
     import comfy.model_management
 
@@ -269,6 +273,7 @@ def test_a_missing_file_is_said_with_where_it_was_looked_for(pack):
     assert "none.safetensors" in said and "clip_vision" in said and said.endswith(".")
 
 
+@pytest.mark.contract
 def test_a_file_that_was_replaced_is_read_again(pack, clip_file):
     def known():
         return pack.nodes["LookaheadCLIPLoss"].fingerprint_inputs(clip_name=clip_file[0], text="a", views=4)

@@ -18,6 +18,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+pytestmark = pytest.mark.contract
+
 ENCODER = "ip-adapter-plus-face_sdxl_vit-h.safetensors"
 CHECKPOINT = "sd_xl_base_1.0.safetensors"
 CLIP_VISION = "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors"

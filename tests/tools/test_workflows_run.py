@@ -1,6 +1,7 @@
 """Every shared workflow, in the real host with the shipped weights, at the mini world's size."""
 
 import contextlib
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from lcm_lookahead.mini import demo
 from lcm_lookahead.mini.files.host_models import mini_host
 from lcm_lookahead.mini.plan import WEIGHTS
 from PIL import Image
+from samples import standard_errors
 
 WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
 FILES = sorted(WORKFLOWS.glob("*.json"))
@@ -45,11 +47,18 @@ def draw(host, api, reference):
 
 def run(host, api, reference, steps=8):
     """The same, and all that the nodes put out."""
+    pictures, outputs = run_batch(host, api, reference, steps)
+    (picture,) = pictures
+    return picture, outputs
+
+
+def run_batch(host, api, reference, steps=8):
+    """The pictures, and all that the nodes put out."""
     where = next(node for node in ("BasicScheduler", "KSampler", "LookaheadPreviewGrid") if workflow.find(api, node))
     api = workflow.override(demo.at_mini_size(api, reference, seed=5), where, steps=steps)
     result = host.run(api).check()
-    (image,) = (p for p in result.images if p.is_relative_to(host.folder("output")))
-    return np.asarray(Image.open(image).convert("RGB")).astype(float), result.outputs.values()
+    files = [p for p in result.images if p.is_relative_to(host.folder("output"))]
+    return [np.asarray(Image.open(p).convert("RGB")).astype(float) for p in files], result.outputs.values()
 
 
 @pytest.mark.parametrize("path", PLAIN, ids=lambda p: p.stem)
@@ -94,23 +103,47 @@ def lpips_loss(reference):
 MEASURES = {"lookahead_identity": identity_loss, "lookahead_style": clip_loss, "lookahead_layout": lpips_loss}
 
 
+def guided(host, path, **settings):
+    """A guided workflow with other settings of its sampler."""
+    api = workflow.override(workflow.convert(path, host.object_info()), "CFGGuider", cfg=demo.CFG)
+    return workflow.override(api, "LookaheadGuidanceSampler", **settings)
+
+
+def report_of(outputs):
+    return "\n".join(text for out in outputs for text in out.get("text") or [])
+
+
 @pytest.mark.parametrize("path", GUIDED, ids=lambda p: p.stem)
-def test_guidance_brings_a_picture_closer_to_its_reference_by_the_loss_s_own_measure(host, path):
+def test_guidance_lowers_the_loss_of_the_preview_that_it_optimises(host, path):
+    """The optimiser's own sequence, from one latent and with the LoRA's strength held: it does not hang on what becomes
+    of the picture afterwards. Measured: 0.42 -> 0.04, 0.43 -> 0.22 and 0.16 -> 0.11."""
+    drawn, outputs = run(host, guided(host, path, iterations=10, jitter=0.0), "reference_0.png", demo.STEPS)
+    losses = re.findall(
+        r"^step \d+ .*? ([\d.e-]+) -> [\d.e-]+ \(best ([\d.e-]+)\) in 10 iter", report_of(outputs), re.M
+    )
+    assert losses and all(float(best) <= float(before) for before, best in losses)
+    before, best = map(float, losses[0])
+    assert best < 0.8 * before
+    unguided, outputs = run(host, guided(host, path, iterations=0), "reference_0.png", demo.STEPS)
+    assert "Nothing was guided" in report_of(outputs) and abs(drawn - unguided).mean() > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", GUIDED, ids=lambda p: p.stem)
+def test_guidance_brings_pictures_closer_to_their_reference_by_the_loss_s_own_measure(host, path):
+    """Eight pictures, each beside that of the same noise without guidance: one alone may go either way."""
     for package in ("insightface", "onnx2torch", "lpips"):
         pytest.importorskip(package)
-    api = workflow.override(workflow.convert(path, host.object_info()), "CFGGuider", cfg=demo.CFG)
     measure = MEASURES[path.stem](tensor(Image.open(host.folder("input") / "reference_0.png").convert("RGB")))
-    values, texts = [], []
+    values = []
     for iterations in (0, 10):
-        set_to = workflow.override(api, "LookaheadGuidanceSampler", iterations=iterations)
-        drawn, outputs = run(host, set_to, "reference_0.png", demo.STEPS)
+        api = workflow.override(guided(host, path, iterations=iterations), "EmptyLatentImage", batch_size=8)
+        drawn, _ = run_batch(host, api, "reference_0.png", demo.STEPS)
         with torch.no_grad():
-            (value,), (counts,) = measure(tensor(drawn))
-        assert counts
-        values.append(float(value))
-        texts.append(" ".join(str(out.get("text")) for out in outputs))
-    assert values[1] < 0.9 * values[0], values
-    assert "Nothing was guided" in texts[0] and "in 10 iterations" in texts[1]
+            value, counts = zip(*(measure(tensor(picture)) for picture in drawn), strict=True)
+        values.append(torch.cat(value))
+    kept = torch.cat(counts)
+    assert kept.sum() >= 6 and standard_errors((values[0] - values[1])[kept]) > 3
 
 
 @pytest.mark.parametrize("path", GUIDED, ids=lambda p: p.stem)

@@ -55,8 +55,10 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
-def test_insightface_finds_the_pack_by_name_and_root_without_network(no_network, held_out):
+def test_insightface_finds_the_pack_by_name_and_root_without_network(no_network, held_out, monkeypatch, tmp_path):
     from insightface.app import FaceAnalysis
+
+    monkeypatch.chdir(tmp_path)  # where a folder bears the pack's name, as in this repository, it would be taken for it
 
     app = FaceAnalysis(name="mini", root=str(WEIGHTS / "insightface"), providers=["CPUExecutionProvider"])
     app.prepare(ctx_id=-1, det_size=(640, 640))  # what most code asks for; the detector keeps to its own size

@@ -413,6 +413,7 @@ def test_the_average_of_the_weights_is_what_is_exported_and_resumed(tmp_path):
     assert all(torch.equal(v, resumed[k]) for k, v in file.image_proj.items())
 
 
+@pytest.mark.slow
 def test_compiled_blocks_come_to_the_same_weights_and_share_their_graphs(whole, tmp_path):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -503,6 +504,7 @@ def test_two_processes_have_the_gradients_of_one_and_go_on_where_they_stopped(tm
             assert two[figure] == pytest.approx(one[figure], rel=1e-4), figure
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("told", [True, False])
 def test_the_command_shares_a_run_between_two_processes_or_refuses(tmp_path, told):
     """As docs/launch starts them: a line a step, whoever writes it, and nothing where each would run on its own."""
