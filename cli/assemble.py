@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..lookahead.files import encoder_file
 from ..lookahead.files.tensors import EncoderFileError, read_tensors, sha256
+from ..lookahead.method.attention import eager_attention
 from ..lookahead.vision import arcface
 from ..lookahead.vision.arcface import RecogniserError
 from ..lookahead.vision.face_models import SIZES, FaceModelError, FaceModels
@@ -140,9 +141,7 @@ def make_step(config: Config, frozen: Frozen, preview: Preview | None) -> Step:
             raise ModelError(f"{path} is no LoRA for this base ({error.args[0]}): use one for SDXL.") from error
     attention = {}
     if of_mini(config):
-        from ..mini.stages.image_prompt import softmax_attention
-
-        attention = {"attention": softmax_attention}  # faster than SDPA's on a CPU, at these sizes
+        attention = {"attention": eager_attention}  # faster than SDPA's on a CPU, at these sizes
     null = frozen.null_features()
     if null.shape[-1] != start.sizes.image_width:
         raise ModelError(

@@ -15,7 +15,7 @@ from ..lookahead.vision.arcface import Recogniser
 from ..lookahead.vision.face_models import FaceModels
 from ..lookahead.vision.faces import Detector, Face
 from ..sdxl.configs import tokenizers
-from ..sdxl.load import Frozen, ModelError, Text, found
+from ..sdxl.load import Frozen, ModelError, PromptEncoder, found
 from ..sdxl.shared_unet import Condition
 from ..trainer.lookahead.config import Config
 from ..trainer.lookahead.step import Batch
@@ -112,7 +112,7 @@ class DrawnPeople:
             self._texts[caption] = self.models.text(caption)
         parts = [self._texts[caption] for caption in captions]
         context, pooled = (torch.cat(part).to(device) for part in zip(*parts, strict=True))
-        return Condition(context, pooled, base.added(pooled)["time_ids"])
+        return base.condition(context, pooled)
 
 
 def reference_of(target: int, number: int) -> int:
@@ -126,7 +126,7 @@ def reference_of(target: int, number: int) -> int:
 def frozen(weights: Path = WEIGHTS) -> Frozen:
     """The shipped models as the trainer takes them. Raises FileNotFoundError, one sentence, for one that is missing."""
     mini = models.load(weights)
-    text = Text(tokenizers(), mini.text.l, mini.text.g)
+    text = PromptEncoder(tokenizers(), mini.text.l, mini.text.g)
     return Frozen(mini.unet, text, mini.vae, models.load_image_encoder(weights))
 
 

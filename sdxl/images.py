@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..lookahead.files.atomic import first_line
-
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+from ..lookahead.vision.clip import MEAN, STD
 
 
 class PictureError(ValueError):
@@ -35,6 +34,22 @@ def read(path: Path) -> Tensor:
     return torch.from_numpy(bytes_.copy()).permute(2, 0, 1) / 255
 
 
+def as_pixels(image: Image.Image | Tensor) -> Tensor:
+    """A picture, or pixels [1, H, W, 3] in [0, 1], as such pixels; turned as its camera says.
+
+    Raises ValueError, one sentence, for anything else.
+    """
+    if isinstance(image, Image.Image):
+        rgb = ImageOps.exif_transpose(image).convert("RGB")
+        return torch.from_numpy(np.asarray(rgb).copy()).unsqueeze(0) / 255.0
+    if not isinstance(image, Tensor) or image.ndim != 4 or image.shape[0] != 1 or image.shape[-1] != 3:
+        what = list(image.shape) if isinstance(image, Tensor) else type(image).__name__
+        raise ValueError(
+            f"The reference is {what}, and a picture or pixels of shape [1, H, W, 3] are needed: pass one."
+        )
+    return image.float()
+
+
 def resized(picture: Tensor, size: int) -> Tensor:
     """Square pictures [n, 3, h, h] in [0, 1] -> [n, 3, size, size]."""
     if picture.shape[-1] == size:
@@ -55,5 +70,5 @@ def clip_input(pictures: Tensor, size: int) -> Tensor:
         top, left = (pictures.shape[2] - size) // 2, (pictures.shape[3] - size) // 2
         pictures = pictures[:, :, top : top + size, left : left + size]
     pictures = (255 * pictures).clamp(0, 255).round() / 255
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1).to(pictures) for values in (CLIP_MEAN, CLIP_STD))
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1).to(pictures) for values in (MEAN, STD))
     return (pictures - mean) / std

@@ -9,7 +9,8 @@ and on latents z_t of variance about 1 (see schedule.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -54,6 +55,47 @@ def three_scale_guidance(
             raise ValueError(f"the prediction {name} is missing, and its scale is {scale}")
         out = out + scale * (prediction - uncond)
     return out
+
+
+# The predictions of `three_scale_guidance`, by its arguments' names; those without reference KV, and those with it.
+PLAIN, EXTENDED = ("uncond", "text"), ("full_uncond", "full")
+
+
+@dataclass(frozen=True)
+class Scales:
+    """The scales of `three_scale_guidance`: prompt without reference KV, prompt with it, reference KV alone."""
+
+    text: float = 3.0
+    full: float = 2.0
+    kv: float = 2.0
+
+    @property
+    def without_kv(self) -> Scales:
+        """Classifier-free guidance as strong as where the reference KV has no effect."""
+        return Scales(self.text + self.full, 0.0, 0.0)
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """The predictions whose weight in the sum is not 0. (That of the first is 1 less the three scales.)"""
+        alone = math.isclose(self.text + self.full + self.kv, 1.0)
+        weights = {"uncond": not alone, "text": self.text, "full_uncond": self.kv, "full": self.full}
+        return tuple(name for name, weight in weights.items() if weight)
+
+
+def guided(predict: Callable[[Sequence[str]], Sequence[Tensor]], scales: Scales) -> Tensor:
+    """`three_scale_guidance` over those predictions that it needs.
+
+    predict: names -> one prediction [B, C, H, W] each. It is called at most twice, with names of PLAIN and of EXTENDED:
+    self-attentions are longer with reference KV, so only predictions of one kind can be rows of one batch.
+    """
+    made: dict[str, Tensor] = {}
+    for kind in (PLAIN, EXTENDED):
+        if names := [name for name in kind if name in scales.needed]:
+            made |= zip(names, predict(names), strict=True)
+    if "uncond" not in made:
+        made["uncond"] = torch.zeros_like(next(iter(made.values())))  # its weight is 0
+    parts = (made.get(name) for name in ("uncond", "text", "full_uncond", "full"))
+    return three_scale_guidance(*parts, scales.text, scales.full, scales.kv)
 
 
 @dataclass(frozen=True)

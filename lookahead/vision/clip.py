@@ -195,15 +195,30 @@ def loaded(file: CLIPFile, kind: type[nn.Module], config: Any) -> nn.Module:
     """The package's network with the file's weights in float32, frozen. Raises ValueError where they do not fit."""
     with torch.device("meta"):  # the file's tensors take these places: nothing is allocated or initialised twice
         network = kind(config)
+    try:
+        return fill(network, file.tensors, torch.float32)
+    except ValueError as error:
+        raise ValueError(f"{file.name} does not fit CLIP's layout: {error}; download it again.") from error
+
+
+def fill(network: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> nn.Module:
+    """Put weights in the layout of transformers into one half of CLIP, built on the meta device; frozen.
+
+    Some versions of transformers leave out the "vision_model." or "text_model." with which files name a half's weights.
+    dtype: of the weights, None as they are stored. Raises ValueError, which says of a weight what is wrong with it.
+    """
+    half = "text_model." if hasattr(network.config, "vocab_size") else "vision_model."
     weights = {}
     for name, place in network.state_dict().items():
-        found = file.tensors.get(name)
+        if name.endswith("position_ids"):
+            continue
+        found = next((tensors[k] for k in (name, half + name, name.removeprefix(half)) if k in tensors), None)
         if found is None or found.shape != place.shape:
             got = "is missing" if found is None else f"has the shape {list(found.shape)}, not {list(place.shape)}"
-            raise ValueError(f"{file.name} does not fit CLIP's layout: {name} {got}; download it again.")
-        weights[name] = found.float()
-    network.load_state_dict(weights, assign=True)
-    for module in network.modules():  # counting numbers, which no file holds
+            raise ValueError(f"{name} {got}")
+        weights[name] = found if dtype is None else found.to(dtype)
+    network.load_state_dict(weights, assign=True, strict=False)
+    for module in network.modules():  # counting numbers, which newer files do not hold
         if "position_ids" in module._buffers:
             module.position_ids = torch.arange(module.position_ids.shape[-1]).expand(1, -1)
     return network.requires_grad_(False).eval()

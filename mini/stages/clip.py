@@ -15,12 +15,12 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from ...evaluation.stats import Interval, auc, bootstrap
+from ...lookahead.vision.clip import MEAN, STD
 from ..plan import SIZES, WEIGHTS, Plan
 from ..world.data import Pictures
 from ..world.faces import GLASSES_NAMES, HAIR_COLOUR_NAMES, HAIR_NAMES, PLACES, SKIN_NAMES, STYLES
 from . import stage
 from .evaluators import disturb
-from .image_encoder import MEAN, STD
 from .text import find_tokenizer, tokenizer
 
 BATCH = 96

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from ...lookahead.vision.clip import MEAN, STD
 from ..plan import SIZES, Plan
 from ..world.data import Pictures
 from ..world.faces import IDENTITY_SIZE, PLACES, STYLES
@@ -20,8 +21,6 @@ from . import stage
 from .evaluators import disturb
 
 BATCH = 64
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def build() -> CLIPVisionModelWithProjection:

@@ -7,11 +7,12 @@ import logging
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..reference.subject import Reference, Subject
 from ..schema import schema
-from ..sockets import REFERENCE, Reference, Subject
+from ..sockets import REFERENCE
 from .rows import When
-from .self_attention import FIXED, SHARED, KVBlock, KVInjection
-from .unet_blocks import self_attentions
+from .self_attention import FIXED, SHARED, KVInjection
+from .unet_blocks import KVBlock, self_attentions
 from .wrappers import add_kv_injection
 
 ALL, COARSE, FINE, UP, MIDDLE_UP = "all", "coarse", "fine", "up", "middle and up"

@@ -7,13 +7,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor
 
 from ...lookahead.method.attention import image_prompt_term, mask_on_tokens
 from .rows import RowLayout, When
-
-BlockKey = tuple[str, int, int]
+from .unet_blocks import BlockKey, host_attention
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,17 +102,6 @@ class PromptRows:
                 self.grids[grid] = mask_on_tokens(self.mask, *grid).to(q.dtype)
             mask = self.grids[grid]
         return image_prompt_term(q, k, v, extra["n_heads"], mask=mask, attention=attention)
-
-
-def host_attention(extra: dict[str, Any]) -> Callable:
-    """The host's attention (q, k, v, heads) with the options of this block, so that overrides of others hold."""
-
-    def attention(q, k, v, heads):
-        return optimized_attention(
-            q, k, v, heads, attn_precision=extra.get("attn_precision"), transformer_options=extra
-        )
-
-    return attention
 
 
 def cross_attention(

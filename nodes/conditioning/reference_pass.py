@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ...lookahead.method.attention import mask_on_tokens
 from ..reference.kv_cache import KeysValues, Rows
-from .cross_attention import BlockKey, host_attention
-from .self_attention import SHARED, KVBlock, KVInjection
+from .self_attention import SHARED, KVInjection
+from .unet_blocks import BlockKey, KVBlock, host_attention
 
 if TYPE_CHECKING:
     from comfy.model_base import BaseModel

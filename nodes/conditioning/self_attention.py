@@ -11,30 +11,17 @@ import torch
 from torch import Tensor
 
 from ...lookahead.method.attention import extended_self_attention, mask_on_tokens
-from .cross_attention import BlockKey, host_attention
 from .rows import RowLayout, When
+from .unet_blocks import BlockKey, KVBlock, host_attention
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
     from ..reference.kv_cache import KeysValues
     from ..reference.kv_encoder import KVNetwork
-    from ..sockets import Subject
+    from ..reference.subject import Subject
 
 SHARED, FIXED = "shared", "fixed"
-
-
-class KVBlock(NamedTuple):
-    """A self-attention that exports its keys and values.
-
-    level: how often the latent is halved there; context_width: of the text that the cross-attention beside it reads.
-    """
-
-    key: BlockKey
-    path: str
-    width: int
-    level: int
-    context_width: int
 
 
 @dataclass(frozen=True, eq=False)

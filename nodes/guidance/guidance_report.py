@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..schema import schema
-from ..sockets import GUIDANCE_REPORT, GuidanceReport
+from ..sockets import GUIDANCE_REPORT
 
 _KEPT = 8  # runs
 SHOWN = 512  # pixels a side of the previews that are kept
@@ -61,6 +61,13 @@ class Run:
                 f"{shown[2]}) in {len(of_step) - 1} iterations"
             )
         return "\n".join([*(lines or [_UNGUIDED]), *self.notes])
+
+
+@dataclass(frozen=True, eq=False)
+class GuidanceReport:
+    """What travels as LOOKAHEAD_GUIDANCE_REPORT: the last guided runs, by a mark of their latents; it alone changes."""
+
+    runs: dict[str, Run] = field(default_factory=dict)
 
 
 def mean(losses: list[float | None]) -> float | None:

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from ...lookahead.method.guidance import RAW, RELATIVE, UNIT_RMS, Optimisation
 from ...lookahead.method.schedule import chosen_steps
+from ..losses.lookahead_loss import LookaheadLoss
 from ..schema import schema
-from ..sockets import GUIDANCE_REPORT, LOSS, SHORTCUT, GuidanceReport, LookaheadLoss, Shortcut
-from .guidance_report import keep
+from ..sockets import GUIDANCE_REPORT, LOSS, SHORTCUT
+from .guidance_report import GuidanceReport, keep
 from .guided_run import ALWAYS, AUTO, JITTER, NEVER, Guidance, GuidedRun
 from .preview import Call
 from .sampler_steps import Step, guided_steps
+from .shortcut import Shortcut
 
 _NOTHING = "[LCM-Lookahead] no step of this run is guided: it ends at noise level %.3g, before start (%.3g)."
 

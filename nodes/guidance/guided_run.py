@@ -22,7 +22,8 @@ from .preview import Call, Previewer, as_image
 from .sampler_steps import Step
 
 if TYPE_CHECKING:
-    from ..sockets import LookaheadLoss, Shortcut
+    from ..losses.lookahead_loss import LookaheadLoss
+    from .shortcut import Shortcut
 
 AUTO, ALWAYS, NEVER = "auto", "always", "never"
 JITTER = 0.9  # the strength of the LoRA is drawn from [0.1, 1], as in the paper's training (section 4.3)

@@ -24,7 +24,7 @@ from .lora_bypass import Branches, added_patches, branches_patcher, check_patche
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
-    from ..sockets import Shortcut
+    from .shortcut import Shortcut
 
 KEY = "lookahead_shortcut"
 # Wrappers of others that keep something from call to call, or compile, cannot stand a pass that is none of the run's.

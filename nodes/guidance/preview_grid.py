@@ -13,10 +13,12 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ...lookahead.vision.image_metrics import root_mean_square, structural_similarity
+from ..losses.lookahead_loss import LookaheadLoss
 from ..schema import schema
-from ..sockets import LOSS, SHORTCUT, LookaheadLoss, Shortcut
+from ..sockets import LOSS, SHORTCUT
 from .guidance_sampler import Interceptor
 from .preview import Previewer, as_image
+from .shortcut import Shortcut
 
 
 class Shot(NamedTuple):

@@ -14,7 +14,8 @@ from ...lookahead.losses.base import Combined, EmbeddingLoss, Loss
 from ...lookahead.losses.views import Views
 from ...lookahead.vision import clip
 from ..schema import schema
-from ..sockets import LOSS, LookaheadLoss
+from ..sockets import LOSS
+from .lookahead_loss import LookaheadLoss
 from .network import AVERAGE, ONE_EACH, GradientPatcher, fingerprint, picture_loss
 
 FOLDER = "clip_vision"

@@ -14,7 +14,8 @@ from ...lookahead.vision.face_models import FaceModels
 from ...lookahead.vision.perceptual import BACKBONES
 from ..reference.images import split_alpha
 from ..schema import schema
-from ..sockets import FACE_ANALYSIS, LOSS, LookaheadLoss
+from ..sockets import FACE_ANALYSIS, LOSS
+from .lookahead_loss import LookaheadLoss
 from .network import AVERAGE, EXTENSIONS, FOLDER, ONE_EACH, GradientPatcher, fingerprint
 
 OF_THE_PACK = "of the face pack"

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ...lookahead.losses.base import L1Loss
 from ..schema import schema
-from ..sockets import LOSS, LookaheadLoss
+from ..sockets import LOSS
+from .lookahead_loss import LookaheadLoss
 from .network import pictures_of
 
 

@@ -10,7 +10,8 @@ from ...lookahead.losses.base import LPIPSLoss
 from ...lookahead.losses.views import Views
 from ...lookahead.vision.perceptual import BACKBONES, lpips_network
 from ..schema import schema
-from ..sockets import LOSS, LookaheadLoss
+from ..sockets import LOSS
+from .lookahead_loss import LookaheadLoss
 from .network import FOLDER, GradientPatcher, find_file, fingerprint, pictures_of
 
 FILE, RANDOM = "from a file", "random"

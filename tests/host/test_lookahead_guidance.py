@@ -44,7 +44,7 @@ def loss(pack):
         target = torch.tensor([0.4, -0.3, 0.2])
         return (picture.mean(dim=(2, 3)) - target).square().sum(1), torch.ones(len(picture), dtype=torch.bool)
 
-    return pack.module("nodes.sockets").LookaheadLoss(colour, name="colour")
+    return pack.module("nodes.losses.lookahead_loss").LookaheadLoss(colour, name="colour")
 
 
 @pytest.fixture
@@ -348,7 +348,7 @@ def test_the_next_run_is_bit_equal_and_nothing_is_kept_alive(guide, draw, tools,
 
     unet = mini.model.model.diffusion_model
     before, dicts = draw("euler"), [set(m.__dict__) for m in unet.modules()]
-    sampler, report = guide(iterations=2, loss=pack.module("nodes.sockets").LookaheadLoss(failing))
+    sampler, report = guide(iterations=2, loss=pack.module("nodes.losses.lookahead_loss").LookaheadLoss(failing))
     known = tensors()
     if end == "guided":
         draw(sampler)
@@ -553,7 +553,7 @@ def test_with_too_little_memory_it_takes_less_in_a_stated_order(guide, draw, los
         return loss.loss(picture, rows)
 
     sampler, report = guide(
-        iterations=1, loss=pack.module("nodes.sockets").LookaheadLoss(hungry), checkpointing="never"
+        iterations=1, loss=pack.module("nodes.losses.lookahead_loss").LookaheadLoss(hungry), checkpointing="never"
     )
     draw(sampler, (2, *LATENT[1:]), steps=1)
     order = ["every block is computed twice", "decoded one by one", "at half their size"]
@@ -565,7 +565,7 @@ def test_with_too_little_memory_it_takes_less_in_a_stated_order(guide, draw, los
         raise torch.OutOfMemoryError("out of memory (a test)")
 
     with pytest.raises(ValueError, match="memory is too small") as error:
-        draw(guide(iterations=1, loss=pack.module("nodes.sockets").LookaheadLoss(never))[0], steps=1)
+        draw(guide(iterations=1, loss=pack.module("nodes.losses.lookahead_loss").LookaheadLoss(never))[0], steps=1)
     tools.one_sentence(error)
 
 

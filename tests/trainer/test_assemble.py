@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from lcm_lookahead.cli import assemble as assembling
+from lcm_lookahead.lookahead.vision import clip
 from lcm_lookahead.mini import drawn_people
 from lcm_lookahead.mini.files import checkpoint, insightface_pack
 from lcm_lookahead.mini.plan import WEIGHTS
@@ -104,7 +105,7 @@ def test_a_single_checkpoint_is_read_as_the_folder_of_the_same_weights(folder, t
     vae = load.load_vae(folder / "vae")
     read, text, _ = load.read_checkpoint(tmp_path / "sdxl.safetensors", written, torch.float32, vae)
     assert all(torch.equal(v, unet.state_dict()[k]) for k, v in read.state_dict().items())
-    expected = load.Text(configs.tokenizers(), first[1], second[1])
+    expected = load.PromptEncoder(configs.tokenizers(), first[1], second[1])
     for mine, theirs in zip(text("a face"), expected("a face"), strict=True):
         assert torch.allclose(mine, theirs, atol=1e-5)
 
@@ -163,11 +164,14 @@ def test_an_image_encoder_is_read_from_its_weights_alone():
     with torch.device("meta"):
         empty = CLIPVisionModelWithProjection(shipped.config)
     own = {k if k.startswith("v") else f"vision_model.{k}": v for k, v in shipped.state_dict().items()}
-    read = load.fill_image_encoder(empty, own)
+    read = clip.fill(empty, own)
     seen = torch.rand(1, 3, 128, 128)
     assert torch.equal(read(pixel_values=seen).image_embeds, shipped(pixel_values=seen).image_embeds)
-    with pytest.raises(load.ModelError, match="it lacks .* more weights"):
-        load.fill_image_encoder(empty.to("meta"), {})
+    with pytest.raises(ValueError, match="patch_embedding.* has the shape .*, not"):
+        clip.fill(empty.to("meta"), {k: v[:1] if "patch" in k else v for k, v in own.items()})
+    del own["visual_projection.weight"]
+    with pytest.raises(ValueError, match="visual_projection.weight is missing"):
+        clip.fill(empty.to("meta"), own)
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def make_step(unet, decoder):
         torch.manual_seed(1)
         encoder = Encoder(unet, RESAMPLER, *((2, 3) if c.model.kv else (0, 0)))
         # A new KV encoder has zeros, behind which half of its weights would get no gradient.
-        encoder.load_kv({k: torch.randn_like(v) * 0.05 for k, v in encoder.kv_tensors().items()})
+        encoder.kv.copy_from({k: torch.randn_like(v) * 0.05 for k, v in encoder.kv.tensors().items()})
         shortcut = lora.build(unet, 3, conv_rank=2).requires_grad_(False)
         for branch in shortcut.branches:
             branch.lora_up.weight.normal_(std=0.05)

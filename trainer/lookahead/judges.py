@@ -18,7 +18,7 @@ from ...lookahead.vision import arcface, clip
 from ...lookahead.vision.arcface import Recogniser
 from ...lookahead.vision.faces import Detector
 from ...sdxl.images import resized
-from ...sdxl.load import ModelError, Text, found
+from ...sdxl.load import ModelError, PromptEncoder, found
 from .config import Config
 from .validate import Score
 
@@ -64,7 +64,9 @@ class Judges:
         return score
 
 
-def read_judges(config: Config, recogniser: Recogniser | None, detector: Detector | None, text: Text) -> Judges:
+def read_judges(
+    config: Config, recogniser: Recogniser | None, detector: Detector | None, text: PromptEncoder
+) -> Judges:
     """recogniser: the loss's, for want of another. Raises FileNotFoundError, ModelError, ImportError or
     RecogniserError, one sentence, for a file that is missing or is none of its kind."""
     settings = config.validation
@@ -85,7 +87,7 @@ def read_judges(config: Config, recogniser: Recogniser | None, detector: Detecto
         raise ModelError(f"validation.clip: {error}") from None
 
 
-def _ids(text: Text, prompts: Sequence[str]) -> Tensor:
+def _ids(text: PromptEncoder, prompts: Sequence[str]) -> Tensor:
     """The ids of CLIP's tokenizer, which SDXL's first text encoder reads too."""
     tokenizer, length = text.tokenizers[0], text.first.config.max_position_embeddings
     return tokenizer(

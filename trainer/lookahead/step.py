@@ -19,7 +19,7 @@ from ...lookahead.method.attention import Attention, softmax_attention
 from ...lookahead.method.schedule import add_noise, alphas_cumprod, pred_original_sample, preview_latent
 from ...sdxl.encoder import Encoder
 from ...sdxl.lora import LoRA
-from ...sdxl.shared_unet import Condition, Roles
+from ...sdxl.shared_unet import Condition, SharedUNet
 from ..recipe import Outcome
 from .alignment import consistency, score_distillation
 from .config import Config
@@ -70,7 +70,7 @@ class Step(nn.Module):
             raise ValueError(f"model.kv is {config.model.kv}, and the encoder was made the other way.")
         self.config = config
         self.unet, self.encoder, self.shortcut = unet.eval().requires_grad_(False), encoder, shortcut
-        self.roles = Roles(self.unet, encoder, shortcut, attention).inject(config.checkpointing)
+        self.roles = SharedUNet(self.unet, encoder, shortcut, attention).inject(config.checkpointing)
         self.decode_preview = decode_preview
         self.register_buffer("null_features", null_features, persistent=False)
         self.register_buffer("alpha_bar", alphas_cumprod().float(), persistent=False)
@@ -130,8 +130,8 @@ class Step(nn.Module):
             z_c = self.noised(batch.reference, draws.noise, t)
             kv = self.roles.export(z_c, t, batch.reference_text.where(has_text))
         features = torch.where(draws.no_image_prompt.view(-1, 1, 1), self.null_features, batch.features)
-        tokens = self.encoder.image_proj(features)
-        return self.roles.decode(z_t, t, batch.text.where(has_text), tokens, kv, draws.no_kv, shortcut), z_t
+        prompt = self.encoder.image_prompt(self.encoder.image_proj(features))
+        return self.roles.predict(z_t, t, batch.text.where(has_text), prompt, kv, draws.no_kv, shortcut), z_t
 
     def noised(self, latent: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Latents [B, 4, h, w] at time steps t [B]."""
