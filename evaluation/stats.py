@@ -75,8 +75,8 @@ def identity_auc(similarity: Tensor, rounds: int = 200, seed: int = 0) -> Interv
         if below[-1] == 0:
             raise ValueError("AUC needs at least two different references")
         above = (below[lower] + below[upper]) / 2  # ties count half
-        mine = weight[own_rows]
-        return ((mine * above).sum() / (mine.sum() * below[-1])).item()
+        own_weight = weight[own_rows]
+        return ((own_weight * above).sum() / (own_weight.sum() * below[-1])).item()
 
     return bootstrap(figure, n, rounds, seed)
 

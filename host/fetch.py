@@ -54,10 +54,10 @@ def check_version(version: str) -> str:
 
 def own_checkout(path: str) -> Path:
     """The user's own ComfyUI, checked for being one."""
-    found = Path(path).expanduser().resolve()
-    if not (found / "main.py").is_file() or not (found / "comfy").is_dir():
+    checkout = Path(path).expanduser().resolve()
+    if not (checkout / "main.py").is_file() or not (checkout / "comfy").is_dir():
         raise Problem(f"COMFYUI_DIR={path} is not a ComfyUI checkout: it should hold main.py and the folder comfy/.")
-    return found
+    return checkout
 
 
 def unpack(archive: Path, target: Path) -> None:
@@ -97,13 +97,13 @@ def fetch(version: str | None = None) -> Path:
     package_version, sha256 = VERSIONS[check_version(version)]
     target = HOSTS / version
 
-    def there() -> bool:
+    def is_fetched() -> bool:
         return (target / MARK).is_file() and (target / MARK).read_text() == sha256
 
-    if there():
+    if is_fetched():
         return target
     with one_at_a_time(f"host-{version}"):
-        if there():
+        if is_fetched():
             return target
         download = CACHE / f"download-{version}-{os.getpid()}"
         try:

@@ -169,13 +169,13 @@ class Page:
     async def _connect(self) -> None:
         import aiohttp
 
-        watch, told = Stopwatch(), self._profile / "DevToolsActivePort"
-        while not (told.is_file() and "\n" in told.read_text()):
+        watch, port_file = Stopwatch(), self._profile / "DevToolsActivePort"
+        while not (port_file.is_file() and "\n" in port_file.read_text()):
             if self._process.poll() is not None or watch.seconds > 60:
                 last = (self._profile / "browser.log").read_text(errors="replace").strip().splitlines()[-3:]
                 raise Problem(f"Chromium did not start; its last words: {' '.join(last)}")
             await asyncio.sleep(0.05)
-        port = told.read_text().splitlines()[0]
+        port = port_file.read_text().splitlines()[0]
         self._session = aiohttp.ClientSession()
         async with self._session.get(f"http://127.0.0.1:{port}/json/list") as answer:
             tab = next(one for one in await answer.json() if one["type"] == "page")
@@ -309,7 +309,7 @@ def text_of(workflow: dict[str, Any]) -> str:
     """A workflow as the text of a file in which a change of one node is a change of few lines."""
     text = json.dumps(workflow, indent=1, ensure_ascii=False)
 
-    def flat(found: re.Match[str]) -> str:
-        return f"[{' '.join(line.strip() for line in found.group(1).splitlines())}]"
+    def flat(values: re.Match[str]) -> str:
+        return f"[{' '.join(line.strip() for line in values.group(1).splitlines())}]"
 
     return re.sub(r"\[\s*\n([^\[\]{}]*)\n\s*\]", flat, text) + "\n"

@@ -220,7 +220,7 @@ class Host(Client):
         return self
 
     def _wait_until_ready(self, watch: Stopwatch) -> None:
-        told = 15.0
+        next_notice = 15.0
         while True:
             self.check_alive()
             with contextlib.suppress(OSError, ValueError):
@@ -231,9 +231,9 @@ class Host(Client):
                     f"ComfyUI did not answer on {self.url} within {self.start_timeout:.0f} s; its last words:"
                     f"\n{self.last_words()}"
                 )
-            if self.announce and watch.seconds > told:
+            if self.announce and watch.seconds > next_notice:
                 say(f"  {watch.seconds:.0f} s: still starting")
-                told += 15
+                next_notice += 15
             time.sleep(0.1)
 
     def last_words(self, lines: int = 12) -> str:

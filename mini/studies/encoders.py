@@ -50,7 +50,7 @@ class TrainedEncoder:
 
 def parse(chosen: Sequence[str]) -> dict[str, list[TrainedEncoder]]:
     """NAME=FILE or NAME=FILE@WEIGHT, in turn -> the runs of each name."""
-    found: dict[str, list[TrainedEncoder]] = {}
+    runs: dict[str, list[TrainedEncoder]] = {}
     for one in chosen:
         name, equals, rest = one.partition("=")
         file, weight = re.fullmatch(r"(.*?)(?:@(\d*\.?\d+))?", rest).groups()
@@ -61,8 +61,8 @@ def parse(chosen: Sequence[str]) -> dict[str, list[TrainedEncoder]]:
             )
         if name in BASELINES:
             raise Problem(f"--encoders got {one!r}: {name!r} is what training begins with; give another name.")
-        found.setdefault(name, []).append(run)
-    return found
+        runs.setdefault(name, []).append(run)
+    return runs
 
 
 def with_kv(file: Path) -> bool:
@@ -73,8 +73,8 @@ def with_kv(file: Path) -> bool:
 def arms_of(runs: dict[str, list[TrainedEncoder]]) -> tuple[dict[str, ReferenceArm], dict[str, Path]]:
     """Arms for `draw`, the baselines and one a run; the files by their names in the host."""
     arms, names = dict(BASELINES), {}
-    for name, some in runs.items():
-        for number, run in enumerate(some):
+    for name, of_name in runs.items():
+        for number, run in enumerate(of_name):
             key = f"{name} {number}.safetensors"
             names[key] = run.file
             like = BASELINES[BEFORE_KV if with_kv(run.file) else BEFORE]
@@ -116,37 +116,37 @@ def pictures(
     return reference_faces(references, first=first), stored
 
 
-def scores(faces: Tensor, drawn: dict[str, Tensor]) -> Scores:
+def judge(faces: Tensor, drawn: dict[str, Tensor]) -> Scores:
     """What the judges say of faces [n, 3, H, W] and what was drawn of them, [n, styles, 3, H, W] by arm."""
     recogniser, scorer = evaluators()
     asked = torch.tensor([ALL_STYLES.index(s) for s in STYLES])
-    found = {}
+    scores = {}
     with torch.no_grad():
-        known = recogniser.embed(faces)
+        targets = recogniser.embed(faces)
         for arm, pictures in drawn.items():
             flat, shape = pictures.flatten(0, 1), pictures.shape[:2]
-            similarity = (recogniser.embed(flat).unflatten(0, shape) * known[:, None]).sum(2)
+            similarity = (recogniser.embed(flat).unflatten(0, shape) * targets[:, None]).sum(2)
             hits = (scorer(flat)[0].argmax(1).unflatten(0, shape) == asked).float()
-            found[arm] = {SIMILARITY: similarity, STYLE: hits}
-    return found
+            scores[arm] = {SIMILARITY: similarity, STYLE: hits}
+    return scores
 
 
-def table(found: Scores, files: dict[str, list[TrainedEncoder]]) -> Table:
+def table(scores: Scores, files: dict[str, list[TrainedEncoder]]) -> Table:
     """Figures by arm, the runs of an arm together, with paired gains over what training started from."""
 
     def row(runs: list[str], gains: bool) -> Figures:
-        values = {what: torch.cat([found[run][what] for run in runs], 1) for what in (SIMILARITY, STYLE)}
+        values = {what: torch.cat([scores[run][what] for run in runs], 1) for what in (SIMILARITY, STYLE)}
         figures = {what: share(v) for what, v in values.items()}
         figures |= {f"{SIMILARITY}, {style}": share(_of(values[SIMILARITY], i)) for i, style in enumerate(STYLES)}
         figures |= {f"{STYLE}, {style}": share(_of(values[STYLE], i)) for i, style in enumerate(STYLES)}
         for what, v in values.items() if gains else ():
             for name in COMPARED:
-                figures[f"{what}, over {name}"] = share(v - found[name][what].repeat(1, len(runs)))
+                figures[f"{what}, over {name}"] = share(v - scores[name][what].repeat(1, len(runs)))
         return figures
 
     rows = {name: row([name], False) for name in BASELINES}
-    for name, some in files.items():
-        runs = [f"{name}, run {number + 1}" for number in range(len(some))]
+    for name, encoders in files.items():
+        runs = [f"{name}, run {number + 1}" for number in range(len(encoders))]
         rows[name] = row(runs, True)
         if len(runs) > 1:
             rows |= {run: row([run], True) for run in runs}
@@ -157,13 +157,15 @@ def _of(values: Tensor, style: int) -> Tensor:
     return values[:, style :: len(STYLES)]
 
 
-def differences(found: Scores, files: dict[str, list[TrainedEncoder]]) -> Table:
+def differences(scores: Scores, files: dict[str, list[TrainedEncoder]]) -> Table:
     """Paired differences of arms that follow each other, run by run; of as many runs as both have."""
     pairs = {}
     for one, other in zip(list(files), list(files)[1:], strict=False):
         runs = range(1, min(len(files[one]), len(files[other])) + 1)
         pairs[f"{other} - {one}"] = {
-            what: share(torch.cat([found[f"{other}, run {n}"][what] - found[f"{one}, run {n}"][what] for n in runs], 1))
+            what: share(
+                torch.cat([scores[f"{other}, run {n}"][what] - scores[f"{one}, run {n}"][what] for n in runs], 1)
+            )
             for what in (SIMILARITY, STYLE)
         }
     return pairs
@@ -172,7 +174,7 @@ def differences(found: Scores, files: dict[str, list[TrainedEncoder]]) -> Table:
 def page(rows: Table, pairs: Table, references: int, first: int = 0) -> str:
     """docs/encoders.md."""
     people = {"references": references, "first": first}
-    scores = {"similarity": SIMILARITY, "style": STYLE}
+    measures = {"similarity": SIMILARITY, "style": STYLE}
     return render(
         "encoders.md.jinja",
         rows=rows,
@@ -180,20 +182,20 @@ def page(rows: Table, pairs: Table, references: int, first: int = 0) -> str:
         compared=COMPARED,
         styles=STYLES,
         **people,
-        **scores,
+        **measures,
         **MEASURED_WITH,
     )
 
 
-def sheet(faces: Tensor, drawn: dict[str, Tensor], found: Scores, path: Path, people: int = 3) -> None:
+def sheet(faces: Tensor, drawn: dict[str, Tensor], scores: Scores, path: Path, people: int = 3) -> None:
     """A row an arm, a person beside the other: the reference and what was drawn under each prompt."""
     rows = []
     for arm, pictures in drawn.items():
         row = []
         for n in range(people):
             row.append(Cell(to_image(faces[n]), arm if n == 0 else ""))
-            alike = found[arm][SIMILARITY][n].tolist()
-            row += [Cell(to_image(p), f"identity {v:+.2f}") for p, v in zip(pictures[n], alike, strict=True)]
+            similarity = scores[arm][SIMILARITY][n].tolist()
+            row += [Cell(to_image(p), f"identity {v:+.2f}") for p, v in zip(pictures[n], similarity, strict=True)]
         rows.append(row)
     contact_sheet(["reference", *STYLES] * people, rows, "Before training and after").save(path, quality=85)
 
@@ -205,9 +207,9 @@ def evaluate(references: int, out: Path, trained: Sequence[str], first: int = 0)
     """
     files = parse(trained)
     faces, drawn = pictures(references, *arms_of(files), first)
-    found = scores(faces, drawn)
-    rows, pairs = table(found, files), differences(found, files)
+    scores = judge(faces, drawn)
+    rows, pairs = table(scores, files), differences(scores, files)
     out.mkdir(parents=True, exist_ok=True)
     shown = {arm: p for arm, p in drawn.items() if arm in BASELINES or arm.endswith(", run 1")}
-    sheet(faces, shown, found, out / "encoders.jpg")
+    sheet(faces, shown, scores, out / "encoders.jpg")
     write_page(out, "encoders", rows | pairs, page(rows, pairs, references, first))

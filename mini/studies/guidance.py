@@ -160,13 +160,13 @@ def measure(loss: str, references: Tensor, drawn: dict[str, Tensor]) -> dict[str
     style = torch.tensor([ALL_STYLES.index(style_of(b)) for b in batches])
     place = torch.tensor([ALL_PLACES.index(PLACES[b % len(PLACES)]) for b in batches])
     judge = lpips_network("alex", None) if loss == LPIPS else None
-    found = {}
+    values = {}
     with torch.no_grad():
-        known = recogniser.embed(references)
+        targets = recogniser.embed(references)
         for arm, pictures in drawn.items():
             styles, places = (part.argmax(1) for part in scorer(pictures))
             if loss == IDENTITY:
-                figures = {"similarity to the reference": (recogniser.embed(pictures) * known).sum(1)}
+                figures = {"similarity to the reference": (recogniser.embed(pictures) * targets).sum(1)}
                 figures["style of the prompt"] = (styles == style).float()
             elif loss == CLIP:
                 figures = {"style asked for": (styles == style).float(), "place asked for": (places == place).float()}
@@ -175,8 +175,8 @@ def measure(loss: str, references: Tensor, drawn: dict[str, Tensor]) -> dict[str
                 figures["PSNR at 16 pixels (dB)"] = _psnr(pictures, references)
                 figures["style of the prompt"] = (styles == style).float()
             figures["fine detail"] = _detail(pictures)
-            found[arm] = figures
-    return found
+            values[arm] = figures
+    return values
 
 
 def _detail(pictures: Tensor) -> Tensor:
@@ -188,8 +188,8 @@ def _detail(pictures: Tensor) -> Tensor:
 
 def _psnr(pictures: Tensor, references: Tensor) -> Tensor:
     """PSNR [n] in dB of the pictures shrunken to 16 pixels."""
-    small, wanted = (functional.adaptive_avg_pool2d(x, 16) for x in (pictures, references))
-    error = (small - wanted).square().mean((1, 2, 3))
+    small, target = (functional.adaptive_avg_pool2d(x, 16) for x in (pictures, references))
+    error = (small - target).square().mean((1, 2, 3))
     return -10 * error.log10()
 
 
@@ -203,7 +203,7 @@ def intervals(values: dict[str, dict[str, Tensor]], together: int = 1) -> Table:
         return share_of_rows(column[: len(column) // together * together].reshape(-1, together))
 
     first, *others = values
-    figures = {arm: {name: share(v[:, None]) for name, v in found.items()} for arm, found in values.items()}
+    figures = {arm: {name: share(v[:, None]) for name, v in of_arm.items()} for arm, of_arm in values.items()}
     for arm in others:
         for name, v in values[arm].items():
             figures[arm][f"{name}, gain"] = share((v - values[first][name])[:, None])

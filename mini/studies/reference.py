@@ -36,10 +36,10 @@ def measure(faces: Tensor, drawn: dict[str, Tensor], styles: tuple[str, ...]) ->
     asked = torch.tensor([ALL_STYLES.index(s) for s in styles])
     everyone = torch.arange(len(faces))
     with torch.no_grad():
-        known = recogniser.embed(faces)
+        targets = recogniser.embed(faces)
         for arm, pictures in drawn.items():
             flat = pictures.flatten(0, 1)
-            similarity = (recogniser.embed(flat) @ known.T).unflatten(0, pictures.shape[:2])
+            similarity = (recogniser.embed(flat) @ targets.T).unflatten(0, pictures.shape[:2])
             hits = (scorer(flat)[0].argmax(1).unflatten(0, pictures.shape[:2]) == asked).float()
             own, other = own_and_other(similarity, everyone)
             figures[arm] = {
