@@ -26,7 +26,7 @@ test: ## lint and the tests, on the newest ComfyUI and, where versions differ, o
 	@$(PYTHON) -m tools.start
 	@$(RUN).tools.testing $(ARGS)
 
-portable: ## the tests as on other processors, with one and two threads, the slow ones too (an hour)
+portable: ## the tests as on other processors, with one and two threads, the slow ones too (about two hours)
 	@$(PYTHON) -m tools.start
 	@$(RUN).tools.testing --portable $(ARGS)
 
