@@ -1,0 +1,75 @@
+"""`lookahead study`: people compare two methods' pictures, blind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(name="study", help="Let people compare two methods' pictures, blind.", no_args_is_help=True)
+
+
+@app.command()
+def make(
+    first: Annotated[Path, typer.Argument(help="folder with the pictures of one method")],
+    second: Annotated[Path, typer.Argument(help="folder with those of the other, under the same names")],
+    out: Annotated[Path, typer.Option(help="folder to write the study to; it must be new")],
+    names: Annotated[str, typer.Option(help="names of the two methods, with a comma between")] = "first,second",
+    references: Annotated[Path | None, typer.Option(help="folder with a reference for each picture")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="JSON file: name of the picture -> its prompt")] = None,
+    questions: Annotated[
+        str, typer.Option(help="which of identity, prompt, overall to ask")
+    ] = "identity,prompt,overall",
+    repeats: Annotated[float, typer.Option(min=0, max=1, help="share of pairs shown twice, sides turned")] = 0.1,
+    seed: Annotated[int, typer.Option(help="of the sides and the order")] = 0,
+) -> None:
+    """Write the page of a study. Give judges the folder `public` of it, or serve it."""
+    from ..evaluation import preference
+
+    methods = tuple(names.split(","))
+    if len(methods) != 2 or not all(methods):
+        raise preference.StudyError(
+            f"--names is {names!r}: give two names with a comma between, such as ours,baseline."
+        )
+    known = json.loads(prompts.read_text(encoding="utf-8")) if prompts else None
+    pairs = preference.pairs_of(first, second, references, known)
+    page = preference.make_study(out, pairs, methods, questions.split(","), repeats, seed)
+    print(f"Written: {page} ({len(pairs)} pairs). Keep {out / 'key.json'} from the judges.")
+
+
+@app.command()
+def serve(
+    folder: Annotated[Path, typer.Argument(help="folder of the study")],
+    port: Annotated[int, typer.Option(help="of 127.0.0.1; 0 for a free one")] = 0,
+) -> None:
+    """Serve a study on this machine and collect the answers, until Ctrl+C."""
+    from ..evaluation import preference
+
+    if not (folder / "public" / "index.html").is_file():
+        raise preference.StudyError(f"{folder} is no study: name the folder that `lookahead study make` wrote.")
+    with preference.server(folder, port) as server:
+        print(f"http://127.0.0.1:{server.server_address[1]}/   (Ctrl+C ends it)", flush=True)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            pass
+
+
+@app.command()
+def count(
+    folder: Annotated[Path, typer.Argument(help="folder of the study")],
+    files: Annotated[list[Path] | None, typer.Argument(help="answers that judges saved as files")] = None,
+    to: Annotated[Path | None, typer.Option(help="JSON file for the figures")] = None,
+) -> None:
+    """Say what the judges chose, with intervals and how far they agree."""
+    from ..evaluation import preference
+
+    verdicts, steady = preference.count(folder, files or [])
+    methods = tuple(json.loads((folder / "key.json").read_text(encoding="utf-8"))["methods"])
+    print(preference.table(verdicts, methods))
+    for judge, share in sorted(steady.items(), key=lambda pair: pair[1]):
+        print(f"judge {judge}: {share:.0%} of the repeated pairs answered alike")
+    if to:
+        to.write_text(json.dumps(preference.as_values(verdicts), indent=1) + "\n", encoding="utf-8")
