@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from . import convert, curves, doctor, estimate, evaluate, mini, train
+from . import convert, curves, doctor, estimate, evaluate, mini, study, train
 
 app = typer.Typer(
     help="Train, measure and convert encoders of LCM-Lookahead for ComfyUI. For a command: lookahead COMMAND --help.",
@@ -21,15 +21,17 @@ app = typer.Typer(
 for command in (train.train, estimate.estimate, curves.curves, doctor.doctor, convert.convert, evaluate.evaluate):
     app.command()(command)
 app.add_typer(mini.app)
+app.add_typer(study.app)
 
 
 def user_errors() -> tuple[type[Exception], ...]:
     """What a user can mend; the text of each is a sentence for them."""
+    from ..evaluation.preference import StudyError
     from ..tools.common import Problem
     from ..trainer.checkpoints import TrainingError
     from .assemble import ERRORS
 
-    return (*ERRORS, TrainingError, Problem)
+    return (*ERRORS, TrainingError, StudyError, Problem)
 
 
 def main(arguments: list[str] | None = None) -> None:
