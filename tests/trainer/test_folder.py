@@ -139,7 +139,7 @@ def test_what_is_kept_is_read_again_and_gives_the_same_bits(source, drawn, tmp_p
     for name in ("target", "reference", "features"):
         assert torch.equal(getattr(again, name), getattr(made, name)), name
     assert torch.equal(again.text.context, made.text.context)
-    assert torch.equal(again.loss.people.embeddings, made.loss.people.embeddings)
+    assert torch.equal(again.loss.references.embeddings, made.loss.references.embeddings)
 
     first = next(iter(files))
     first.write_bytes(first.read_bytes()[:50])  # a power failure
