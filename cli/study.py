@@ -13,17 +13,21 @@ app = typer.Typer(name="study", help="Let people compare two methods' pictures, 
 
 @app.command()
 def make(
-    first: Annotated[Path, typer.Argument(help="folder with the pictures of one method")],
-    second: Annotated[Path, typer.Argument(help="folder with those of the other, under the same names")],
-    out: Annotated[Path, typer.Option(help="folder to write the study to; it must be new")],
-    names: Annotated[str, typer.Option(help="names of the two methods, with a comma between")] = "first,second",
-    references: Annotated[Path | None, typer.Option(help="folder with a reference for each picture")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="JSON file: name of the picture -> its prompt")] = None,
-    questions: Annotated[
-        str, typer.Option(help="which of identity, prompt, overall to ask")
-    ] = "identity,prompt,overall",
-    repeats: Annotated[float, typer.Option(min=0, max=1, help="share of pairs shown twice, sides turned")] = 0.1,
-    seed: Annotated[int, typer.Option(help="of the sides and the order")] = 0,
+    first: Annotated[Path, typer.Argument(help="Folder with the pictures of one method.", show_default=False)],
+    second: Annotated[
+        Path, typer.Argument(help="Folder with those of the other, under the same names.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="New folder that the study is written to.", show_default=False)],
+    names: Annotated[str, typer.Option(help="Names of the two methods, with a comma between.")] = "first,second",
+    references: Annotated[
+        Path | None, typer.Option(help="Folder with a reference for each picture, under its name.")
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="JSON file: name of the picture -> its prompt.")] = None,
+    questions: Annotated[str, typer.Option(help="Questions to ask.")] = "identity,prompt,overall",
+    repeats: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of pairs that are shown twice, sides turned, from 0 to 1.")
+    ] = 0.1,
+    seed: Annotated[int, typer.Option(help="Seed of the sides and the order.")] = 0,
 ) -> None:
     """Write the page of a study. Give judges the folder `public` of it, or serve it."""
     from ..evaluation import preference
@@ -41,8 +45,8 @@ def make(
 
 @app.command()
 def serve(
-    folder: Annotated[Path, typer.Argument(help="folder of the study")],
-    port: Annotated[int, typer.Option(help="of 127.0.0.1; 0 for a free one")] = 0,
+    folder: Annotated[Path, typer.Argument(help="Folder of the study.", show_default=False)],
+    port: Annotated[int, typer.Option(help="Port of 127.0.0.1; 0 takes a free one.")] = 0,
 ) -> None:
     """Serve a study on this machine and collect the answers, until Ctrl+C."""
     from ..evaluation import preference
@@ -59,9 +63,11 @@ def serve(
 
 @app.command()
 def count(
-    folder: Annotated[Path, typer.Argument(help="folder of the study")],
-    files: Annotated[list[Path] | None, typer.Argument(help="answers that judges saved as files")] = None,
-    to: Annotated[Path | None, typer.Option(help="JSON file for the figures")] = None,
+    folder: Annotated[Path, typer.Argument(help="Folder of the study.", show_default=False)],
+    files: Annotated[
+        list[Path] | None, typer.Argument(help="Answers that judges saved as files.", show_default=False)
+    ] = None,
+    to: Annotated[Path | None, typer.Option(help="JSON file that the figures are written to.")] = None,
 ) -> None:
     """Say what the judges chose, with intervals and how far they agree."""
     from ..evaluation import preference

@@ -1,6 +1,6 @@
 """SDXL with an encoder file in plain diffusers: image prompt, KV injection, guidance with three scales.
 
-    pipe = LookaheadPipeline.from_pretrained("stable-diffusion-xl-base-1.0")
+    pipe = LookaheadPipeline.from_pretrained("stabilityai/stable-diffusion-xl-base-1.0")
     pipe.load_encoder("my_encoder.safetensors", image_encoder="CLIP-ViT-H-14-laion2B-s32B-b79K")
     pipe("a pencil drawing of a face", reference=Image.open("me.png")).images[0].save("drawn.png")
 

@@ -28,7 +28,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "nodes": ("nodes",),
     # SDXL in diffusers, and what is built on it
     "sdxl": ("lookahead",),
-    "evaluation": ("lookahead", "sdxl", "host"),
+    "evaluation": ("lookahead", "sdxl"),
     # the trainer: its loop, checkpoints, log and config know no recipe
     "trainer": ("lookahead", "sdxl", "evaluation"),
     "trainer.lookahead": ("lookahead", "sdxl", "evaluation", "trainer.*"),

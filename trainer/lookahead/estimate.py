@@ -272,7 +272,9 @@ def _disk(config: Config, shapes: Shapes, total: int) -> dict[str, float]:
     if best:
         pictures = config.validation.people * (1 + len(config.validation.prompts))
         times = config.steps // config.validate_every + 2
-        files[f"{out / 'validation'}/step-….png"] = times * pictures * 2 * config.data.size**2  # PNG: 2 bytes a pixel
+        files[f"{out / 'validation'}/step-….png"] = (
+            times * pictures * 2 * (shapes.size or config.data.size) ** 2
+        )  # PNG: 2 bytes a pixel
     if not shapes.size and config.data.keep:
         most = 2 * config.steps * config.batch
         used = min(most, shapes.images or most)
