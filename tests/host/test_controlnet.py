@@ -73,12 +73,13 @@ def test_the_host_computes_what_diffusers_computes(mini, net, stock, tools, pack
         return (x * sigma - tools.denoised(mini.model, positive, positive, x * sigma, sigma)) / sigma
 
     def in_diffusers(net):
-        added = {"text_embeds": text[0][1]["pooled_output"].expand(2, -1)}
-        added["time_ids"] = torch.tensor([[128.0, 128, 0, 0, 128, 128]]).expand(2, -1)
+        pooled, sizes = text[0][1]["pooled_output"], torch.tensor([[128.0, 128, 0, 0, 128, 128]])
+        read = pack.module("sdxl.shared_unet").Condition(
+            text[0][0].expand(2, -1, -1), pooled.expand(2, -1), sizes.expand(2, -1)
+        )
         predict = pack.module("mini.stages.controlnet").predict
-        scaled = x * sigma / (sigma**2 + 1) ** 0.5
-        context, edges = text[0][0].expand(2, -1, -1), hint.movedim(-1, 1).expand(2, -1, -1, -1)
-        return predict(unet, net, scaled, torch.tensor(SIGMA_STEP), context, added, edges, strength)
+        scaled, edges = x * sigma / (sigma**2 + 1) ** 0.5, hint.movedim(-1, 1).expand(2, -1, -1, -1)
+        return predict(unet, net, scaled, torch.tensor(SIGMA_STEP), read, edges, strength)
 
     def difference(a, b) -> float:
         return float((a - b).square().mean().sqrt() / b.square().mean().sqrt())

@@ -29,7 +29,7 @@ def test_separate_unets_compute_the_losses_of_the_one(questions):
 
 
 def test_memory_is_counted_until_it_is_freed():
-    cost = bench_training.Cost()
+    cost = bench_training.ArmCost()
     with bench_training._peak(torch.device("cpu"), cost):
         for _ in range(3):  # one at a time
             x = torch.ones(1000)

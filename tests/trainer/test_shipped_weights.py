@@ -94,13 +94,10 @@ def test_the_controlnet_predicts_noise_better_by_a_picture_s_own_edges_than_by_n
     with torch.no_grad():
         latents = mini.vae.encoder(pictures * 2 - 1)
         t, noise, x = base.Noising(torch.device("cpu"))(latents, torch.Generator().manual_seed(1))
-        context, added = (
-            torch.zeros(len(x), 77, mini.unet.config.cross_attention_dim),
-            base.added(torch.zeros(len(x), 32)),
-        )
+        nothing = base.condition(torch.zeros(len(x), 77, mini.unet.config.cross_attention_dim), torch.zeros(len(x), 32))
 
         def error(net, hint):
-            return (controlnet.predict(mini.unet, net, x, t, context, added, hint) - noise).square().mean((1, 2, 3))
+            return (controlnet.predict(mini.unet, net, x, t, nothing, hint) - noise).square().mean((1, 2, 3))
 
         right = error(net, own)
         for wrong in (error(None, own), error(net, own.roll(1, 0))):
