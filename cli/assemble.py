@@ -9,60 +9,38 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import accelerate
 import torch
-from accelerate.utils import parse_flag_from_env
 from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 
 from ..lookahead.files import encoder_file
-from ..lookahead.files.tensors import EncoderFileError, read_tensors, sha256
+from ..lookahead.files.tensors import read_tensors, sha256
 from ..lookahead.method.attention import softmax_attention
 from ..lookahead.vision import arcface
-from ..lookahead.vision.arcface import Recogniser, RecogniserError
-from ..lookahead.vision.face_models import SIZES, FaceModelError, FaceModels
+from ..lookahead.vision.arcface import Recogniser
+from ..lookahead.vision.face_models import SIZES, FaceModels
 from ..sdxl import load, lora
 from ..sdxl.cpu_attention import cpu_attention
 from ..sdxl.encoder import Encoder
-from ..sdxl.images import PictureError
 from ..sdxl.load import Frozen, ModelError, Preview, found
-from ..trainer.config import ConfigError
 from ..trainer.data.folder import FolderSource
-from ..trainer.data.pairs import DataError
 from ..trainer.lookahead.config import Config, Model
 from ..trainer.lookahead.recipe import LookaheadRecipe
 from ..trainer.lookahead.step import Step
 from ..trainer.precision import DTYPES
-from .bases import DRAWN, KnownBase, known_base, resolve
+from .bases import DRAWN, KnownBase, check, known_base, resolve
 
 if TYPE_CHECKING:
     from ..lookahead.vision.faces import Detector, Face
     from ..mini.drawn_people import DrawnPeople
 
-# What may be wrong with a configuration and its files, each in one sentence for the user.
-ERRORS = (
-    ConfigError,
-    DataError,
-    EncoderFileError,
-    FaceModelError,
-    ImportError,
-    ModelError,
-    OSError,
-    PictureError,
-    RecogniserError,
-)
-
 
 def assemble(config: Config) -> tuple[LookaheadRecipe, FolderSource | DrawnPeople]:
     """The recipe, with all its models, and the source of its data.
 
-    Raises one of ERRORS for a file that is missing or is none of its kind.
+    Raises one of `main.USER_ERRORS` for a file that is missing or is none of its kind.
     """
-    if config.data.source == DRAWN and (config.validation.recogniser or config.validation.clip):
-        raise ConfigError(
-            "validation.recogniser and validation.clip are for folders, and data.source is mini, which is scored by "
-            "networks of its own: leave them out."
-        )
+    check(config)
     base = known_base(config.model.base)
     files = resolve(config.model, base)
     frozen, preview = read_frozen(config, files)
@@ -105,7 +83,11 @@ def base_hash(path: Path) -> str:
 
 def device() -> torch.device:
     """What this process of a run computes on, as accelerate chooses it."""
-    return accelerate.PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
+    # Here, since it imports transformers, which needs what importing `sdxl` cures.
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
 
 
 def read_frozen(config: Config, files: Model) -> tuple[Frozen, Preview | None]:
@@ -164,9 +146,10 @@ def read_faces(
     Both are there without a second loss too, where they are named: for validation, and to know where to crop.
     """
     named = config.model.detector is not None
+    threads = 1 if device().type == "cpu" else None  # torch has the other cores
     if config.lookahead.arm == "none" and not (named and config.model.recogniser is not None):
-        return None, open_detector(files.detector) if named else None, "none"
-    detector = open_detector(files.detector)
+        return None, open_detector(files.detector, threads) if named else None, "none"
+    detector = open_detector(files.detector, threads)
     pack, path = detector.pack, found("recogniser", files.recogniser)
     inside = path.resolve() == (pack.recogniser and pack.recogniser.resolve())
     recogniser = read_recogniser(path, pack.preprocessing if inside else None)
@@ -195,7 +178,7 @@ class PackDetector:
         return self.pack.find(pictures, self.sizes)
 
 
-def open_detector(folder: str | None) -> PackDetector:
-    """The detector of an insightface pack. Raises FileNotFoundError, FaceModelError or ImportError."""
-    threads = 1 if device().type == "cpu" else None  # torch has the other cores
+def open_detector(folder: str | None, threads: int | None = None) -> PackDetector:
+    """The detector of an insightface pack, by default on all cores. Raises FileNotFoundError, FaceModelError or
+    ImportError."""
     return PackDetector(FaceModels(found("detector", folder), threads=threads))

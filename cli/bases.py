@@ -16,6 +16,7 @@ from typing import Any
 from ..lookahead.files import encoder_file
 from ..lookahead.files.tensors import read_tensors
 from ..sdxl.load import found
+from ..trainer.config import ConfigError
 from ..trainer.data.pairs import DataError, listing
 from ..trainer.lookahead.config import Config, Model
 from ..trainer.lookahead.estimate import Shapes
@@ -58,6 +59,15 @@ def _mini(base: str) -> KnownBase | None:
 
 # Each is asked in turn whether it knows a base by what `model.base` says.
 KNOWN: tuple[Callable[[str], KnownBase | None], ...] = (_mini,)
+
+
+def check(config: Config) -> None:
+    """Raises ConfigError for fields that do not go together, before anything is loaded."""
+    if config.data.source == DRAWN and (config.validation.recogniser or config.validation.clip):
+        raise ConfigError(
+            "validation.recogniser and validation.clip are for folders, and data.source is mini, which is scored by "
+            "networks of its own: leave them out."
+        )
 
 
 def known_base(base: str) -> KnownBase | None:

@@ -29,7 +29,8 @@ def estimate(
 def print_estimate(config: Config, card: str | None, processes: int) -> None:
     """Print the estimate of a run."""
     from ..trainer.lookahead import estimate as costs
-    from .bases import shapes
+    from .bases import check, shapes
 
     costs.cards(card)  # before what takes a while
+    check(config)
     print(costs.describe(costs.estimate(config, processes, shapes(config)), card))

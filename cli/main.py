@@ -24,14 +24,26 @@ app.add_typer(mini.app)
 app.add_typer(study.app)
 
 
-def user_errors() -> tuple[type[Exception], ...]:
-    """What a user can mend; the text of each is a sentence for them."""
-    from ..evaluation.preference import StudyError
-    from ..tools.common import Problem
-    from ..trainer.checkpoints import TrainingError
-    from .assemble import ERRORS
+# What a user can mend, by module; the text of each is a sentence for them.
+USER_ERRORS = (
+    ("evaluation.preference", "StudyError"),
+    ("lookahead.files.tensors", "EncoderFileError"),
+    ("lookahead.vision.arcface", "RecogniserError"),
+    ("lookahead.vision.face_models", "FaceModelError"),
+    ("sdxl.images", "PictureError"),
+    ("sdxl.load", "ModelError"),
+    ("tools.common", "Problem"),
+    ("trainer.checkpoints", "TrainingError"),
+    ("trainer.config", "ConfigError"),
+    ("trainer.data.pairs", "DataError"),
+)
 
-    return (*ERRORS, TrainingError, StudyError, Problem)
+
+def user_errors() -> tuple[type[Exception], ...]:
+    """The classes of USER_ERRORS whose modules are loaded: no other can have been raised, and loading takes seconds."""
+    package = __package__.rpartition(".")[0]
+    loaded = ((sys.modules.get(f"{package}.{module}"), name) for module, name in USER_ERRORS)
+    return (OSError, ImportError, *(getattr(module, name) for module, name in loaded if module is not None))
 
 
 def main(arguments: list[str] | None = None) -> None:

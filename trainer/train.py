@@ -44,7 +44,15 @@ def train(config: RunConfig, recipe: Recipe, source: Source) -> Path | None:
     try:
         return _train(accelerator, config, recipe, source)
     except torch.OutOfMemoryError as error:
-        raise TrainingError(out_of_memory(config, recipe.savings(accelerator.num_processes))) from error
+        raise TrainingError(out_of_memory(config, _savings(recipe, accelerator))) from error
+
+
+def _savings(recipe: Recipe, accelerator: Accelerator) -> Mapping[str, float]:
+    """What would save memory, as far as it can be counted: it must not hide that memory has run out."""
+    try:
+        return recipe.savings(accelerator.num_processes) if accelerator.is_main_process else {}
+    except Exception:
+        return {}
 
 
 def _train(accelerator: Accelerator, config: RunConfig, recipe: Recipe, source: Source) -> Path | None:

@@ -2,7 +2,8 @@
 
 After "Domain-Agnostic Tuning-Encoder for Fast Personalization of Text-To-Image Models" (arXiv 2307.06925), as far as
 its abstract, figures and the encoder-for-tuning line of work (arXiv 2302.12228) say it. The paper's equations were not
-to be had and its code is not public: formulas and constants here are this project's own, chosen by measurement.
+to be had and its code is not public: formulas and constants here are this project's own. No recipe, node or pipeline
+uses this module yet.
 
 One word stands for the concept in both text encoders of SDXL, so there are two soft words, v_L [768] and v_G [1280].
 A dictionary of real words keeps them near language: the nearest real word is the concept's hard word, which the second,

@@ -21,7 +21,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-import comfy.samplers
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
@@ -172,14 +171,19 @@ def prepare_sampling(executor, model, noise_shape, conds, *args, **kwargs):
     return executor(model, noise_shape, conds, *args, **kwargs)
 
 
+def _seed_of(*args: Any, **kwargs: Any) -> int:
+    """The seed among the arguments of `outer_sample` (noise, latent_image, sampler, sigmas, denoise_mask, callback,
+    disable_pbar, seed): the eighth on all supported hosts, whatever other packs put in that method's place."""
+    return int(kwargs.get("seed", args[7] if len(args) > 7 else None) or 0)
+
+
 def outer_sample(executor, noise, *args, **kwargs):
     """Once a run: effects become active. `guider.model_options` is the run's own copy, which the host drops."""
     guider = executor.class_obj
     context = EffectContext.of(guider.model_options)
     patcher = guider.model_patcher
     device, dtype = patcher.load_device, patcher.model.get_dtype_inference()
-    arguments = inspect.signature(comfy.samplers.CFGGuider.outer_sample).bind(guider, noise, *args, **kwargs).arguments
-    start = RunStart(patcher, device, dtype, noise, int(arguments.get("seed") or 0))
+    start = RunStart(patcher, device, dtype, noise, _seed_of(noise, *args, **kwargs))
     run = SamplingRun(tuple(effect.begin(start) for effect in context.effects))
     guider.model_options = replace(context, run=run).put_into(guider.model_options)
     try:

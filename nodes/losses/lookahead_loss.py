@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 class LookaheadLoss:
     """What travels as LOOKAHEAD_LOSS.
 
-    loss: how far previews are from what is wanted, `lookahead.losses.Loss`; a run calls `bind_rng(loss, generator)`
-        first, so that its random views repeat.
+    loss: how far previews are from what is wanted, `lookahead.losses.base.Loss`; a run calls
+        `bind_rng(loss, generator)` first, so that its random views repeat.
     patchers: the networks that it reads with, to be loaded together with the UNet and the VAE.
     name: in a word or two, for logs and plots.
     """

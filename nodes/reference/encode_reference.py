@@ -7,14 +7,14 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
+from ...lookahead.files.encoder_file import DEFAULT_KV_PROMPT, kv_prompt, reference_size
 from ...lookahead.vision.images import centre_square
 from ..schema import schema
 from ..sockets import ENCODER, REFERENCE
-from .encoder import DEFAULT_SIZE, LoadedEncoder
+from .encoder import LoadedEncoder
 from .images import centre_square_masks, clip_pixels, join_masks, split_alpha
 from .subject import Reference, Subject
 
-KV_PROMPT = "a photo of a face"
 TOGETHER, AVERAGE, ONE_EACH = "together", "average", "one per picture"
 
 
@@ -59,7 +59,7 @@ class LookaheadEncodeReference(io.ComfyNode):
                     "clip",
                     optional=True,
                     tooltip="The CLIP of the checkpoint, only for KV injection: it reads the prompt of the reference "
-                    f'that the encoder was trained with, such as "{KV_PROMPT}". Else leave it open.',
+                    f'that the encoder was trained with, such as "{DEFAULT_KV_PROMPT}". Else leave it open.',
                 ),
                 io.Conditioning.Input(
                     "conditioning",
@@ -118,7 +118,7 @@ class LookaheadEncodeReference(io.ComfyNode):
                 "Nothing says how to read the reference: connect encoder and clip_vision for an image prompt, or vae "
                 "and clip for KV injection."
             )
-        side = size or (DEFAULT_SIZE if encoder is None else encoder.size)
+        side = size or reference_size({} if encoder is None else encoder.metadata)
         pixels = centre_square(colour, side)
         subject = Subject(
             encoder=encoder,
@@ -172,5 +172,5 @@ def image_prompt(encoder: LoadedEncoder, clip_vision, pixels: Tensor, several: s
 
 def encode_prompt(clip, encoder: LoadedEncoder | None):
     """Conditioning of the prompt that the KV encoder was trained with (from the file, else "a photo of a face")."""
-    prompt = (encoder.metadata.get("kv_prompt") if encoder else None) or KV_PROMPT
+    prompt = kv_prompt({} if encoder is None else encoder.metadata)
     return clip.encode_from_tokens_scheduled(clip.tokenize(prompt))

@@ -8,11 +8,9 @@ import comfy.ops
 import torch
 from torch import Tensor
 
-from ...lookahead.files.encoder_file import EncoderFile
+from ...lookahead.files.encoder_file import EncoderFile, reference_size
 from ...lookahead.method.image_prompt import ImagePromptNetwork
 from ...lookahead.method.kv_encoder import KVEncoder
-
-DEFAULT_SIZE = 1024  # side of the reference in pixels: SDXL's own
 
 
 class LoadedEncoder:
@@ -40,8 +38,7 @@ class LoadedEncoder:
     @property
     def size(self) -> int:
         """Side in pixels of the square that the VAE sees of a reference: from the file, else 1024 (SDXL)."""
-        text = self.metadata.get("size", "")
-        return int(text) if text.isdecimal() and int(text) >= 64 else DEFAULT_SIZE
+        return reference_size(self.metadata)
 
     def load(self) -> torch.device:
         """Have the host bring the networks to their device, and return it."""

@@ -1,4 +1,4 @@
-"""`lookahead convert`: the command around lookahead/convert.py."""
+"""`lookahead convert`: the command around lookahead/files/convert.py."""
 
 import pytest
 from lcm_lookahead.cli import main

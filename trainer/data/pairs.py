@@ -64,7 +64,7 @@ class Seen:
     face: tuple[float, ...] | None = None
 
     def found(self) -> Face | None:
-        """The face as `lookahead.faces` has it."""
+        """The face as `lookahead.vision.faces` has it."""
         if self.face is None:
             return None
         numbers = torch.tensor(self.face)
