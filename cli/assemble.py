@@ -127,7 +127,7 @@ def read_frozen(config: Config, files: Model) -> tuple[Frozen, Preview | None]:
             model.set_attn_implementation("eager")
         for autoencoder in (vae, preview):
             if autoencoder is not None:
-                autoencoder.to(memory_format=torch.channels_last)
+                autoencoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types lack it
     for module in (unet, vae) if isinstance(vae, AutoencoderTiny) else (unet,):
         nn.Module.to(module, dtype)  # (diffusers' own warns of what does not matter here)
     return Frozen(unet, text, vae, vision), preview

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from ..lookahead.files.atomic import first_line
 from ..lookahead.files.tensors import EncoderFileError
@@ -50,7 +51,7 @@ class State:
 
     recipe: Recipe
     optimiser: torch.optim.Optimizer
-    average: nn.Module | None = None
+    average: AveragedModel | None = None
     scaler: torch.amp.GradScaler | None = None
     data: str = ""
 
@@ -60,9 +61,15 @@ class State:
 
     def parts(self) -> dict[str, nn.Module | torch.optim.Optimizer | torch.amp.GradScaler]:
         """What has a state, under its name in state.pt (where the trained module is "encoder", whatever it is)."""
-        trained = {"encoder": self.recipe.trained, "optimiser": self.optimiser}
-        rest = {"average": self.average, "scaler": self.scaler}
-        return trained | {name: part for name, part in rest.items() if part is not None}
+        parts: dict[str, nn.Module | torch.optim.Optimizer | torch.amp.GradScaler] = {
+            "encoder": self.recipe.trained,
+            "optimiser": self.optimiser,
+        }
+        if self.average is not None:
+            parts["average"] = self.average
+        if self.scaler is not None:
+            parts["scaler"] = self.scaler
+        return parts
 
 
 def surroundings() -> dict[str, str | int]:
@@ -91,7 +98,7 @@ def save(folder: Path, config: RunConfig, progress: TrainingProgress, state: Sta
         shutil.rmtree(left, ignore_errors=True)
     part = final.with_suffix(".part")
     part.mkdir(parents=True)
-    stored = {name: each.state_dict() for name, each in state.parts().items()}
+    stored: dict[str, object] = {name: each.state_dict() for name, each in state.parts().items()}
     stored |= {"progress": asdict(progress), "config": config.model_dump_json(), "surroundings": surroundings()}
     stored |= {"data": state.data, "base_model_hash": state.recipe.about.get("base_model_hash", "")}
     try:
@@ -176,7 +183,7 @@ def changes(before: Mapping[str, Any], config: RunConfig) -> dict[str, tuple[Any
 
 
 def _leaves(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    leaves = {}
+    leaves: dict[str, Any] = {}
     for name, value in values.items():
         leaves |= _leaves(value, f"{above}{name}.") if isinstance(value, Mapping) else {above + name: value}
     return leaves

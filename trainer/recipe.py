@@ -69,9 +69,12 @@ class Outcome:
 class Validator(Protocol):
     """What is drawn and measured every `validate_every` steps. It draws from no generator of the run."""
 
-    by: str  # what measures, for the log
+    @property
+    def by(self) -> str:
+        """What measures, for the log."""
+        ...
 
-    def __call__(self, trained: nn.Module, rows: int, grid: Path) -> dict[str, float]:
+    def __call__(self, trained: Any, rows: int, grid: Path) -> dict[str, float]:
         """The figures of `trained` (or of an average of it), at most `rows` samples at a time; its pictures go to the
         file `grid`, a PNG."""
         ...
@@ -88,11 +91,20 @@ class Recipe(Protocol):
     monitor: the figure of a validation by which the best checkpoint is kept, the higher the better.
     """
 
-    losses: nn.Module
-    trained: nn.Module
-    parts: tuple[str, ...]
-    about: Mapping[str, str]
-    monitor: str
+    @property
+    def losses(self) -> nn.Module: ...
+
+    @property
+    def trained(self) -> nn.Module: ...
+
+    @property
+    def parts(self) -> tuple[str, ...]: ...
+
+    @property
+    def about(self) -> Mapping[str, str]: ...
+
+    @property
+    def monitor(self) -> str: ...
 
     def groups(self) -> list[tuple[list[nn.Parameter], float]]:
         """The trained tensors by learning rate. Their order is part of a checkpoint."""
@@ -109,8 +121,11 @@ class Recipe(Protocol):
         """What the log says of a step. mean: a scalar's mean over all processes; all must call it alike."""
         ...
 
-    def export(self, path: Path, trained: nn.Module, steps: int) -> Path:
-        """Write the file that users load, after so many steps. Raises OSError, RuntimeError or EncoderFileError."""
+    def export(self, path: Path, trained: Any, steps: int) -> Path:
+        """Write the file that users load, of `trained` (or of an average of it), after so many steps.
+
+        Raises OSError, RuntimeError or EncoderFileError.
+        """
         ...
 
     def validator(self, source: Any, device: torch.device) -> Validator | None:

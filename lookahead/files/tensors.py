@@ -113,7 +113,7 @@ def _read_pickle(path: Path, mapped: bool) -> dict[str, Tensor]:
     return tensors
 
 
-def _flatten(content: dict, prefix: str, tensors: dict[str, Tensor], name: str) -> None:
+def _flatten(content: Mapping[object, object], prefix: str, tensors: dict[str, Tensor], name: str) -> None:
     """Collect the tensors of nested dicts; plain values beside them (an epoch, a note) say nothing to us."""
     for key, value in content.items():
         if isinstance(value, Tensor):

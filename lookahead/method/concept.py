@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -213,7 +214,10 @@ class ConceptEncoder(nn.Module):
     the base model: c_B's layer starts at zero, so B is 0. `operations` supplies the Linear and LayerNorm classes.
     """
 
-    def __init__(self, sizes: ConceptSizes, operations=nn):
+    centre_l: Tensor
+    centre_g: Tensor
+
+    def __init__(self, sizes: ConceptSizes, operations: ModuleType = nn):
         super().__init__()
         self.sizes, self.names = sizes, tuple(sizes.projections)
         width, k, r = sizes.image_width + sizes.unet_width, sizes.basis, sizes.rank

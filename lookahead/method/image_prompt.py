@@ -12,6 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from .module_list import ModuleListOf
 from .resampler import Resampler, ResamplerSizes
 
 
@@ -37,7 +38,7 @@ class ImagePromptNetwork(nn.Module):
     def __init__(self, sizes: ResamplerSizes, widths: Sequence[int], operations: ModuleType = nn):
         super().__init__()
         self.image_proj = Resampler(sizes, operations)
-        self.ip_adapter = nn.ModuleList(Projections(sizes.context_width, width, operations) for width in widths)
+        self.ip_adapter = ModuleListOf(Projections(sizes.context_width, width, operations) for width in widths)
 
     @classmethod
     def from_weights(

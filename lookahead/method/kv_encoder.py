@@ -12,8 +12,9 @@ with the block's path in diffusers' UNet: "kv_export.mid_block.attentions.0.tran
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +61,12 @@ def layers(paths: Iterable[str]) -> Iterator[tuple[str, str, str]]:
 class KVEncoder(nn.ModuleDict):
     """The low-rank changes by name of layer, with "/" for "." (names of modules hold no dots). Empty: none, as where
     keys and values are exported without training."""
+
+    if TYPE_CHECKING:  # torch's own says only that they are modules
+
+        def __getitem__(self, key: str) -> LowRank: ...
+
+        def items(self) -> ItemsView[str, LowRank]: ...
 
     @classmethod
     def fresh(cls, paths: Iterable[str], widths: Callable[[str], Widths], kv_rank: int, export_rank: int) -> KVEncoder:

@@ -134,7 +134,8 @@ class Config(RunConfig):
         "data": ("source", "metadata", "cache"),
         "validation": ("recogniser", "clip"),
     }
-    SYNONYMS = RunConfig.SYNONYMS | {
+    SYNONYMS = {
+        **RunConfig.SYNONYMS,
         "learning_rate": "optimiser.adapter_rate and optimiser.kv_rate",
         "lr": "optimiser.adapter_rate and optimiser.kv_rate",
         "resolution": "data.size",

@@ -109,6 +109,7 @@ def validate(
 
     encoder: `step.encoder`, or an average of it.
     """
+    assert step.decode_preview is not None  # a step that is validated can show its previews
     pictures = []
     shape = probes.batch.target.shape[1:]
     for first in range(0, len(probes.batch.names), rows):
