@@ -185,8 +185,8 @@ class LookaheadPipeline(StableDiffusionXLPipeline):
     ) -> Tensor:
         """The guided prediction [rows, 4, h, w] for x [rows, 4, h, w], scaled as the UNet reads it, at time step t.
 
-        kv, null_kv: from `reference_kv`, or None for plain guidance at text + full. Only what the scales need is
-        evaluated.
+        kv, null_kv: from `reference_kv`, or both None for plain guidance at text + full. Only what the scales need is
+        evaluated. Raises ValueError where they need both, and one is None.
         """
         scales = scales or Scales()
         if kv is None and null_kv is None:

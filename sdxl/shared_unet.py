@@ -35,7 +35,7 @@ _FUNCTION = "_gradient_checkpointing_func"  # of diffusers' modules
 
 @dataclass(frozen=True, eq=False)
 class Condition:
-    """What the UNet reads beside the latent: text [B, 77, context], pooled text [B, p], time ids [B, 6]."""
+    """A condition stands beside the latent: text [B, 77, context], pooled text [B, p], time ids [B, 6]."""
 
     context: Tensor
     pooled: Tensor
@@ -43,7 +43,7 @@ class Condition:
 
     @property
     def added(self) -> dict[str, Tensor]:
-        """Beside the text's context, as diffusers names it (`added_cond_kwargs`)."""
+        """diffusers takes these beside the text's context (`added_cond_kwargs`)."""
         return {"text_embeds": self.pooled, "time_ids": self.time_ids}
 
     def rows(self, chosen: slice) -> Condition:
@@ -57,13 +57,13 @@ class Condition:
         return Condition(*(rows_of_each([getattr(c, name) for c in conditions], n) for name in names))
 
     def where(self, keep: Tensor) -> Condition:
-        """With no text (zero embeddings, zero pooled text) where keep, bool [B], is false."""
+        """Takes the text away (zero embeddings, zero pooled text) where keep, bool [B], is false."""
         return replace(self, context=self.context * keep.view(-1, 1, 1), pooled=self.pooled * keep.view(-1, 1))
 
 
 @dataclass(frozen=True, eq=False)
 class Pass:
-    """What one pass of the UNet does, the same in forward and in the recomputation of backward.
+    """A pass says what the UNet does, the same in forward and in the recomputation of backward.
 
     exported: where the KV encoder puts keys and values; None: the pass predicts noise. image_prompt: by path of a
     block, what its cross-attention reads beside the text, with `image_prompt_scale`; kv: the reference's keys and
@@ -165,7 +165,7 @@ class SharedUNet:
 
     @contextmanager
     def using(self, encoder: Encoder) -> Iterator[None]:
-        """With another encoder of the same sizes for a while, such as an average of this one."""
+        """Computes with another encoder of the same sizes for a while, such as an average of this one."""
         before, self.encoder = self.encoder, encoder
         try:
             yield
@@ -216,7 +216,9 @@ def joined(parts: Sequence[KeysValues | None], n: int) -> KeysValues | None:
     if not whole:
         return None
     if len(whole) < len(parts):
-        raise ValueError("Only some of the predictions have the reference's keys and values: give kv and null_kv.")
+        raise ValueError(
+            "Only some of the predictions have the reference's keys and values: give all of them, or none."
+        )
 
     def rows(path: str, i: int) -> Tensor:
         return rows_of_each([part[path][i] for part in whole], n)
