@@ -104,7 +104,7 @@ def base_hash(path: Path) -> str:
 
 
 def device() -> torch.device:
-    """What this process of a run computes on, as accelerate chooses it."""
+    """Finds what this process of a run computes on, as accelerate chooses it."""
     return accelerate.PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
 
 

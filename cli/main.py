@@ -24,7 +24,7 @@ app.add_typer(mini.app)
 
 
 def user_errors() -> tuple[type[Exception], ...]:
-    """What a user can mend; the text of each is a sentence for them."""
+    """Lists the errors that a user can mend; the text of each is a sentence for them."""
     from ..tools.common import Problem
     from ..trainer.checkpoints import TrainingError
     from .assemble import ERRORS

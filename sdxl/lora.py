@@ -70,7 +70,7 @@ class LoRA(nn.Module):
         self._hooks: list[RemovableHandle] = []
 
     def attach(self, unet: nn.Module) -> LoRA:
-        """From now on `unet` computes with the branches, as `scale` says."""
+        """Makes `unet` compute with the branches, as `scale` says."""
         for path, branch in zip(self.paths, self.branches, strict=True):
             self._hooks.append(unet.get_submodule(path).register_forward_hook(self._hook(branch)))
         return self
@@ -94,7 +94,7 @@ class LoRA(nn.Module):
 
     @contextmanager
     def at(self, scale: float | Tensor) -> Iterator[None]:
-        """With another scale for a while."""
+        """Gives the branches another scale for a while."""
         before, self.scale = self.scale, scale
         try:
             yield

@@ -30,8 +30,8 @@ class TrainingError(RuntimeError):
 
 @dataclass
 class TrainingProgress:
-    """How far a run is: steps done, skipped ones in a row before that, the best validation and its step, and the step
-    of the last validation."""
+    """A run has come so far: steps done, skipped ones in a row before that, the best validation and its step, and the
+    step of the last validation."""
 
     step: int = 0
     bad: int = 0
@@ -60,7 +60,7 @@ class State:
         return self.recipe.trained if self.average is None else self.average.module
 
     def parts(self) -> dict[str, nn.Module | torch.optim.Optimizer | torch.amp.GradScaler]:
-        """What has a state, under its name in state.pt (where the trained module is "encoder", whatever it is)."""
+        """Names what has a state as state.pt does (in which the trained module is "encoder", whatever it is)."""
         parts: dict[str, nn.Module | torch.optim.Optimizer | torch.amp.GradScaler] = {
             "encoder": self.recipe.trained,
             "optimiser": self.optimiser,
@@ -73,7 +73,7 @@ class State:
 
 
 def surroundings() -> dict[str, str | int]:
-    """What the last bits of a run depend on besides its configuration."""
+    """Lists what the last bits of a run depend on besides its configuration."""
     shared = torch.distributed.is_available() and torch.distributed.is_initialized()
     return {
         "threads": torch.get_num_threads(),
@@ -177,7 +177,8 @@ def _differences(
 
 
 def changes(before: Mapping[str, Any], config: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """By dotted name, the values that differ: (before, now). Of files only the names count, since folders are moved."""
+    """Finds the values that differ, (before, now), by dotted name. Of files only the names count, since folders are
+    moved."""
     then, now = _leaves(config.named_only(before)), _leaves(config.shareable())
     return {name: (then[name], value) for name, value in now.items() if name in then and then[name] != value}
 

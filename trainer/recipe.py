@@ -24,7 +24,7 @@ class SampleBatch(Protocol):
 
     @property
     def names(self) -> Sequence[str]:
-        """What to call each sample in a message, B of them."""
+        """Names each sample for messages, B of them."""
         ...
 
 
@@ -67,11 +67,11 @@ class Outcome:
 
 
 class Validator(Protocol):
-    """What is drawn and measured every `validate_every` steps. It draws from no generator of the run."""
+    """A validator draws and measures every `validate_every` steps. It draws from no generator of the run."""
 
     @property
     def by(self) -> str:
-        """What measures, for the log."""
+        """Names what measures, for the log."""
         ...
 
     def __call__(self, trained: Any, rows: int, grid: Path) -> dict[str, float]:
@@ -111,14 +111,14 @@ class Recipe(Protocol):
         ...
 
     def draw(self, numbers: Sequence[int], batch: Any) -> Any:
-        """What is drawn at random for a batch, on its device: a function of the samples' numbers in the run alone.
+        """Draws what is random for a batch, on its device: a function of the samples' numbers in the run alone.
 
         What depends on the step does so through them: step = number // config.batch.
         """
         ...
 
     def figures(self, outcomes: Mapping[str, Outcome], mean: Callable[[Tensor], float]) -> dict[str, float]:
-        """What the log says of a step. mean: a scalar's mean over all processes; all must call it alike."""
+        """Computes a step's figures for the log. mean: a scalar's mean over all processes; all must call it alike."""
         ...
 
     def export(self, path: Path, trained: Any, steps: int) -> Path:
@@ -129,7 +129,7 @@ class Recipe(Protocol):
         ...
 
     def validator(self, source: Any, device: torch.device) -> Validator | None:
-        """What validates on this data; None where it holds nothing to validate with. Of the main process alone."""
+        """Makes what validates on this data, None where it holds nothing for that. The main process alone asks."""
         ...
 
     def compile(self) -> None:
@@ -137,5 +137,5 @@ class Recipe(Protocol):
         ...
 
     def savings(self, processes: int) -> Mapping[str, float]:
-        """By change of the configuration ("accumulate=2"), the GB that it saves; asked when memory runs out."""
+        """Estimates the GB that a change of the configuration ("accumulate=2") saves; asked when memory runs out."""
         ...

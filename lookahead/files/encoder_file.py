@@ -94,7 +94,7 @@ class EncoderFile:
         return {k: (self.kv[f"{k}.lora_A.weight"], self.kv[f"{k}.lora_B.weight"]) for k in layers}
 
     def kv_scale(self, rank: int) -> float:
-        """What a low-rank product of this rank is multiplied by: alpha / rank where the file gives an alpha, else 1."""
+        """Computes the factor of a low-rank product: alpha / rank where the file gives an alpha, else 1."""
         alpha = self.metadata.get("kv_alpha")
         return float(alpha) / rank if alpha else 1.0
 
@@ -193,7 +193,7 @@ def kv_prompt(metadata: Mapping[str, str]) -> str:
 
 
 def provenance(file: EncoderFile) -> str:
-    """What the file says about itself, a line a field: kind, sizes, then its metadata."""
+    """Describes the file, a line a field: kind, sizes, then its metadata."""
     sizes = file.sizes
     lines = [
         f"{file.name}: {file.kind}",

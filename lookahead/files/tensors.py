@@ -15,7 +15,7 @@ from .atomic import atomic
 
 
 class EncoderFileError(ValueError):
-    """What is wrong with an encoder file, in one sentence for the user."""
+    """Says what is wrong with an encoder file, in one sentence for the user."""
 
 
 def read_tensors(path: str | os.PathLike[str], mapped: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -110,8 +110,8 @@ def contrast_weight(step: int, steps: int, warmup: float = 0.2, ramp: float = 0.
 
 
 def contrast_neighbours(step: int, steps: int, first: int = 50, begin: float = 0.2, end: float = 0.6) -> int:
-    """How many nearest words pull at a step: `first` until a share `begin` of the steps, 1 from `end` on, falling in
-    between: early choices stay open."""
+    """Counts the nearest words that pull at a step: `first` until a share `begin` of the steps, 1 from `end` on,
+    falling in between: early choices stay open."""
     done = min(1.0, max(0.0, (step / steps - begin) / (end - begin)))
     return max(1, round(first ** (1 - done)))
 
@@ -153,7 +153,7 @@ def dual_attention(
 
 @dataclass(frozen=True, eq=False)
 class Concept:
-    """What one picture has become.
+    """A concept is what one picture has become.
 
     word_l [w_L], word_g [w_G]: the soft word; word, word_id: the hard one, which stays what it was on another
     checkpoint; offsets: A [rank, in], B [out, rank] by projection; blend: what it was tuned with; about: where it comes
@@ -199,7 +199,7 @@ class ConceptSizes:
 
 
 class Prediction(NamedTuple):
-    """Of n pictures: soft words [n, w_L] and [n, w_G], and offsets with A [n, rank, in], B [n, out, rank]."""
+    """Soft words [n, w_L] and [n, w_G] are predicted of n pictures, and offsets A [n, rank, in], B [n, out, rank]."""
 
     word_l: Tensor
     word_g: Tensor

@@ -48,8 +48,8 @@ class ImagePromptNetwork(nn.Module):
         ip_adapter: Sequence[tuple[Tensor, Tensor]],
         operations: ModuleType = nn,
     ) -> ImagePromptNetwork:
-        """That of an encoder file, by its fields of these names, frozen, in the file's precision. The tensors are
-        taken, not copied."""
+        """Builds an encoder file's network from its fields of these names, frozen, in the file's precision. The tensors
+        are taken, not copied."""
         with torch.device("meta"):  # the file's tensors take these places: nothing is allocated or initialised twice
             network = cls(sizes, [to_k.shape[0] for to_k, _ in ip_adapter], operations)
         network.assign(image_proj, ip_adapter)

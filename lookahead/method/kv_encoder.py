@@ -90,7 +90,7 @@ class KVEncoder(nn.ModuleDict):
         scale: Callable[[int], float] = lambda rank: 1.0,
         operations: ModuleType = nn,
     ) -> KVEncoder:
-        """That of an encoder file, frozen, in the file's precision. The tensors are taken, not copied.
+        """Builds an encoder file's KV encoder, frozen, in the file's precision. The tensors are taken, not copied.
 
         weights: A [rank, in] and B [out, rank] by name of layer (`EncoderFile.kv_layers`); scale: of a rank
         (`EncoderFile.kv_scale`); operations: as in `LowRank`.
@@ -110,16 +110,22 @@ class KVEncoder(nn.ModuleDict):
         return self[key] if key in self else None
 
     def tuned(self, path: str, projection: str, projected: Tensor, x: Tensor) -> Tensor:
-        """What the reference pass goes on with. projection: one of TUNED; projected: x by the base's own layer."""
+        """Adds the KV encoder's change to a projection that the reference pass goes on with.
+
+        projection: one of TUNED; projected: x by the base's own layer.
+        """
         return _changed(self.change(KV_ENCODER, path, projection), projected, x)
 
     def exported(self, path: str, projection: str, projected: Tensor, x: Tensor) -> Tensor:
-        """What the picture reads. projection: one of EXPORTED; projected: x by the base's own layer, not tuned."""
+        """Adds the export's change to a projection that the picture reads.
+
+        projection: one of EXPORTED; projected: x by the base's own layer, not tuned.
+        """
         return _changed(self.change(KV_EXPORT, path, projection), projected, x)
 
     @property
     def widths(self) -> dict[str, Widths]:
-        """By name of layer."""
+        """Maps the name of each layer to the widths of its change, in and out."""
         return {
             key.replace("/", "."): (change.lora_A.weight.shape[1], change.lora_B.weight.shape[0])
             for key, change in self.items()

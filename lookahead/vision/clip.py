@@ -34,7 +34,7 @@ PUBLIC = {
 
 @dataclass(frozen=True, eq=False)
 class CLIPFile:
-    """What a CLIP file holds. configuration: "vision" and "text", the settings that shapes do not tell."""
+    """A CLIP file holds weights and settings. configuration: "vision" and "text", those that shapes do not tell."""
 
     name: str
     tensors: Mapping[str, Tensor]

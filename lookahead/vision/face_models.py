@@ -38,7 +38,7 @@ _KNOWN = {  # by the names of the published packs, which bring no licence file
 
 
 class FaceModelError(RuntimeError):
-    """What is wrong with a pack of face models, in one sentence for the user."""
+    """Says what is wrong with a pack of face models, in one sentence for the user."""
 
 
 def require_insightface() -> None:
@@ -67,7 +67,7 @@ def pack_folder(folder: Path) -> Path | None:
 
 
 def licence_of(folder: Path) -> str:
-    """What is known of a pack's licence: the first line of a licence file in it, else what its name tells."""
+    """Says what is known of a pack's licence: the first line of a licence file in it, else what its name tells."""
     for path in sorted(p for p in folder.iterdir() if "licen" in p.name.lower() and p.is_file()):
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
         first = next((line.strip() for line in lines if line.strip()), None)

@@ -154,7 +154,7 @@ class FolderSource:
         return Probes(batch, len(prompts), shown.to(device), judges.score(shown, points, device), by)
 
     def caption(self, place: int) -> str:
-        """What the picture shows, as the data says, else `data.caption`."""
+        """Says what the picture shows: its text in the data, else `data.caption`."""
         return self.pairs.pictures[place].text or self.data.caption
 
     def crop(self, place: int, as_reference: bool) -> tuple[Tensor, Tensor | None]:

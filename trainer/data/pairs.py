@@ -35,7 +35,7 @@ _LOOK = 16  # side of the small grey picture that copies are told by
 
 
 class DataError(ValueError):
-    """What is wrong with a data set, in one sentence for the user."""
+    """Says what is wrong with a data set, in one sentence for the user."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Seen:
-    """What was seen in a picture. face: the largest one of `faces`, as numbers: box (4), five points (10), score."""
+    """Records what was seen in a picture. face: the largest of `faces` in numbers: box (4), five points (10), score."""
 
     file: str
     bytes: int
@@ -203,7 +203,7 @@ def look_of(picture: Tensor) -> str:
 
 
 def alike(a: Seen, b: Seen) -> bool:
-    """Whether two pictures are copies of each other: the same pixels, or saved anew, or made smaller.
+    """Tells whether two pictures are copies of each other: the same pixels, or saved anew, or made smaller.
 
     Two pictures of one person in one place differ by several grey levels, a copy by less than one on the average.
     """

@@ -55,7 +55,7 @@ def _sdxl() -> str:
 
 @dataclass(frozen=True)
 class Shapes:
-    """What the cost of a run depends on beside its configuration. The defaults are those of SDXL's public files.
+    """The cost of a run depends on these beside its configuration. The defaults are those of SDXL's public files.
 
     unet: the config of a UNet2DConditionModel as JSON. resampler, patches: of the image prompt, and how many vectors
     the image encoder gives. lora_rank: of the few-step LoRA. size: pixels a side of a source that draws its images,
