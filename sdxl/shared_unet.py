@@ -35,7 +35,7 @@ _FUNCTION = "_gradient_checkpointing_func"  # of diffusers' modules
 
 @dataclass(frozen=True, eq=False)
 class Condition:
-    """A condition stands beside the latent: text [B, 77, context], pooled text [B, p], time ids [B, 6]."""
+    """The UNet reads a condition beside the latent: text [B, 77, context], pooled text [B, p], time ids [B, 6]."""
 
     context: Tensor
     pooled: Tensor
