@@ -22,7 +22,7 @@ demo: ## draw reference faces under new prompts in a real ComfyUI
 	@$(PYTHON) -m tools.start
 	@$(RUN).mini.demo $(ARGS)
 
-test: ## lint and the tests, on the newest ComfyUI and, where versions differ, on the oldest
+test: ## lint, types and the tests, on the newest ComfyUI and, where versions differ, on the oldest
 	@$(PYTHON) -m tools.start
 	@$(RUN).tools.testing $(ARGS)
 
@@ -46,9 +46,9 @@ bench: ## the performance tables
 	@$(PYTHON) -m tools.start
 	@$(RUN).tools.bench $(ARGS)
 
-lint: ## ruff alone
+lint: ## lint and types alone
 	@$(PYTHON) -m tools.start
-	@.venv/bin/ruff check .
+	@$(RUN).tools.testing --lint $(ARGS)
 
 clean: ## remove what the tools have made, but not .venv and .host
 	@rm -rf .cache output build dist *.egg-info .ruff_cache .pytest_cache

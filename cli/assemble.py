@@ -82,7 +82,7 @@ def base_hash(path: Path) -> str:
 
 
 def device() -> torch.device:
-    """What this process of a run computes on, as accelerate chooses it."""
+    """Finds what this process of a run computes on, as accelerate chooses it."""
     # Here, since it imports transformers, which needs what importing `sdxl` cures.
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
@@ -109,7 +109,7 @@ def read_frozen(config: Config, files: Model) -> tuple[Frozen, Preview | None]:
             model.set_attn_implementation("eager")
         for autoencoder in (vae, preview):
             if autoencoder is not None:
-                autoencoder.to(memory_format=torch.channels_last)
+                autoencoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types lack it
     for module in (unet, vae) if isinstance(vae, AutoencoderTiny) else (unet,):
         nn.Module.to(module, dtype)  # (diffusers' own warns of what does not matter here)
     return Frozen(unet, text, vae, vision), preview

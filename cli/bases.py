@@ -71,7 +71,7 @@ def check(config: Config) -> None:
 
 
 def known_base(base: str) -> KnownBase | None:
-    """What is known by this name; None for the path of any other model."""
+    """Finds what is known by this name; None for the path of any other model."""
     return next((known for ask in KNOWN if (known := ask(base)) is not None), None)
 
 
@@ -91,7 +91,7 @@ def resolve(model: Model, base: KnownBase | None) -> Model:
 
 
 def shapes(config: Config) -> Shapes:
-    """What an estimate has to know of the files: those of a known base; else SDXL's, which need not be there."""
+    """Gives what an estimate has to know of the files: those of a known base; else SDXL's, which need not be there."""
     size = None
     if config.data.source == DRAWN:
         from ..mini.plan import IMAGE_SIZE

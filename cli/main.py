@@ -40,7 +40,8 @@ USER_ERRORS = (
 
 
 def user_errors() -> tuple[type[Exception], ...]:
-    """The classes of USER_ERRORS whose modules are loaded: no other can have been raised, and loading takes seconds."""
+    """Lists the classes of USER_ERRORS whose modules are loaded: no other can have been raised, and to load one
+    takes seconds."""
     package = __package__.rpartition(".")[0]
     loaded = ((sys.modules.get(f"{package}.{module}"), name) for module, name in USER_ERRORS)
     return (OSError, ImportError, *(getattr(module, name) for module, name in loaded if module is not None))

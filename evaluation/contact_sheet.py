@@ -19,7 +19,7 @@ class Cell:
     caption: str = ""
 
 
-def wrap(text: str, font: ImageFont.ImageFont, width: int) -> list[str]:
+def wrap(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> list[str]:
     """The text in lines that are no wider than `width` pixels, unless one word is."""
     lines: list[str] = []
     for word in text.split():
@@ -81,5 +81,5 @@ def contact_sheet(
 def fit(picture: Image.Image, size: int) -> Image.Image:
     """The picture in RGB, scaled so that its longer side has `size` pixels."""
     scale = size / max(picture.size)
-    shape = tuple(max(1, round(side * scale)) for side in picture.size)
-    return picture.convert("RGB").resize(shape, Image.Resampling.LANCZOS)
+    width, height = (max(1, round(side * scale)) for side in picture.size)
+    return picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)

@@ -10,7 +10,7 @@ MOST = 2**20  # products of queries and keys, a head; above, the matrix of weigh
 
 
 def cpu_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """As `softmax_attention`: q [B, N, C], k and v [B, M, C] -> [B, N, C].
+    """Computes `softmax_attention`: q [B, N, C], k and v [B, M, C] -> [B, N, C].
 
     The matrix of weights [B, heads, N, M] is written out where it is small: its backward is faster than SDPA's there.
     """

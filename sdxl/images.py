@@ -22,8 +22,8 @@ def read(path: Path) -> Tensor:
     Raises PictureError for a file that is missing, cut short or no picture.
     """
     try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
+        with Image.open(path) as file:
+            image: Image.Image = ImageOps.exif_transpose(file)
             if image.has_transparency_data:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             bytes_ = np.asarray(image.convert("RGB"))

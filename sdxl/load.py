@@ -44,7 +44,7 @@ WANTED = {  # by field of the configuration: what it is, and where it comes from
 
 
 class ModelError(ValueError):
-    """What is wrong with the files of a model, in one sentence for the user."""
+    """Says what is wrong with the files of a model, in one sentence for the user."""
 
 
 def found(field: str, name: str | None, *beside: Path, section: str = "model") -> Path:
@@ -95,7 +95,7 @@ class Preview(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class Frozen:
-    """What SDXL is made of, in evaluation mode and with no gradients of its weights."""
+    """The frozen models of SDXL are in evaluation mode, with no gradients of their weights."""
 
     unet: UNet2DConditionModel
     text: PromptEncoder
@@ -191,7 +191,7 @@ def _checkpoint(path: Path, dtype: torch.dtype, vae: nn.Module | None) -> BaseMo
 
 
 def read_checkpoint(path: Path, configs: Path, dtype: torch.dtype, vae: nn.Module | None = None) -> BaseModels:
-    """What `load_base` returns, of a file in the layout of SDXL's release; configs: of `configs.write_configs`."""
+    """Reads what `load_base` returns from a file in SDXL's own layout; configs: of `configs.write_configs`."""
     given = {} if vae is None else {"vae": vae}
     pipe = StableDiffusionXLPipeline.from_single_file(
         str(path), config=str(configs), local_files_only=True, torch_dtype=dtype, **given

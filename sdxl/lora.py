@@ -11,12 +11,14 @@ training needs one for every sample and several sets of weights (trained, averag
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+from ..lookahead.method.module_list import ModuleListOf
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
@@ -31,12 +33,16 @@ PREFIX = "lora_unet_"
 class Branch(nn.Module):
     """up(down(x)) beside one layer; `up` starts at zero. A 3x3 convolution is followed by one of 1x1."""
 
+    lora_down: nn.Linear | nn.Conv2d
+    lora_up: nn.Linear | nn.Conv2d
+
     def __init__(self, layer: nn.Module, rank: int, alpha: float):
         super().__init__()
         if isinstance(layer, nn.Conv2d):
-            geometry = (layer.kernel_size, layer.stride, layer.padding)
-            self.lora_down: nn.Module = nn.Conv2d(layer.in_channels, rank, *geometry, bias=False)
-            self.lora_up: nn.Module = nn.Conv2d(rank, layer.out_channels, 1, bias=False)
+            kernel, stride, padding = layer.kernel_size, layer.stride, layer.padding
+            # (to torch's types, a convolution's sizes have any length)
+            self.lora_down = nn.Conv2d(layer.in_channels, rank, kernel, stride, padding, bias=False)  # type: ignore[arg-type]
+            self.lora_up = nn.Conv2d(rank, layer.out_channels, 1, bias=False)
         elif isinstance(layer, nn.Linear):
             self.lora_down = nn.Linear(layer.in_features, rank, bias=False)
             self.lora_up = nn.Linear(rank, layer.out_features, bias=False)
@@ -57,14 +63,14 @@ class LoRA(nn.Module):
         """`ranks` maps paths of layers, as diffusers names them, to ranks; alpha is the rank unless given."""
         super().__init__()
         self.paths = tuple(ranks)
-        self.branches = nn.ModuleList(
+        self.branches = ModuleListOf(
             Branch(unet.get_submodule(p), rank, (alphas or ranks)[p]) for p, rank in ranks.items()
         )
         self.scale: float | Tensor = 1.0
         self._hooks: list[RemovableHandle] = []
 
     def attach(self, unet: nn.Module) -> LoRA:
-        """From now on `unet` computes with the branches, as `scale` says."""
+        """Makes `unet` compute with the branches, as `scale` says."""
         for path, branch in zip(self.paths, self.branches, strict=True):
             self._hooks.append(unet.get_submodule(path).register_forward_hook(self._hook(branch)))
         return self
@@ -75,7 +81,7 @@ class LoRA(nn.Module):
             hook.remove()
         self._hooks.clear()
 
-    def _hook(self, branch: Branch):
+    def _hook(self, branch: Branch) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             scale = self.scale
             if isinstance(scale, Tensor):
@@ -88,7 +94,7 @@ class LoRA(nn.Module):
 
     @contextmanager
     def at(self, scale: float | Tensor) -> Iterator[None]:
-        """With another scale for a while."""
+        """Gives the branches another scale for a while."""
         before, self.scale = self.scale, scale
         try:
             yield
@@ -106,7 +112,7 @@ def build(unet: nn.Module, rank: int, kinds: tuple[str, ...] = EVERYTHING, conv_
     """A LoRA that changes nothing yet, not attached. 3x3 convolutions may have a rank of their own: they are large."""
     ranks = {}
     for path in layers(unet, kinds):
-        weight = unet.get_submodule(path).weight
+        weight = unet.get_parameter(f"{path}.weight")
         ranks[path] = conv_rank if conv_rank and weight.ndim == 4 and weight.shape[-1] > 1 else rank
     return LoRA(unet, ranks)
 

@@ -14,9 +14,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import SchedulerMixin, StableDiffusionXLPipeline
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
@@ -53,14 +54,16 @@ class LookaheadPipeline(StableDiffusionXLPipeline):
     encoder_metadata: dict[str, str] = {}
     _injected: SharedUNet | None = None
 
-    def load_encoder(self, encoder, image_encoder=None) -> None:
+    def load_encoder(
+        self, encoder: EncoderFile | str | os.PathLike[str], image_encoder: Any | str | os.PathLike[str] = None
+    ) -> None:
         """Load an encoder file (a path, or an EncoderFile), in place of one that was loaded before.
 
         image_encoder: folder of the CLIP image encoder that it was trained with, or the model itself; None where the
         pipeline has it already. Raises EncoderFileError or ValueError, one sentence, for a file that does not fit.
         """
         file = encoder if isinstance(encoder, EncoderFile) else encoder_file.read(encoder)
-        encoder = Encoder.from_file(file, self.unet)
+        loaded = Encoder.from_file(file, self.unet)
         if isinstance(image_encoder, str | os.PathLike):
             from transformers import CLIPVisionModelWithProjection
 
@@ -68,8 +71,8 @@ class LookaheadPipeline(StableDiffusionXLPipeline):
         if image_encoder is not None:
             self.register_modules(image_encoder=image_encoder)
         self.unload_encoder()
-        self.encoder, self.encoder_metadata = encoder, dict(file.metadata)
-        self._injected = SharedUNet(self.unet, encoder).inject()
+        self.encoder, self.encoder_metadata = loaded, dict(file.metadata)
+        self._injected = SharedUNet(self.unet, loaded).inject()
 
     def unload_encoder(self) -> None:
         """Take the encoder out again: the UNet is as it was before."""
@@ -182,8 +185,8 @@ class LookaheadPipeline(StableDiffusionXLPipeline):
     ) -> Tensor:
         """The guided prediction [rows, 4, h, w] for x [rows, 4, h, w], scaled as the UNet reads it, at time step t.
 
-        kv, null_kv: from `reference_kv`, or None for plain guidance at text + full. Only what the scales need is
-        evaluated.
+        kv, null_kv: from `reference_kv`, or both None for plain guidance at text + full. Only what the scales need is
+        evaluated. Raises ValueError where they need both, and one is None.
         """
         scales = scales or Scales()
         if kv is None and null_kv is None:
@@ -255,7 +258,8 @@ class LookaheadPipeline(StableDiffusionXLPipeline):
             use_kv = replay is not None or (self.encoder is not None and bool(self.encoder.kv))
         if use_kv and reference is None:
             raise ValueError("KV injection needs a reference: pass reference, a picture of the person.")
-        use_kv = use_kv and (scales.full != 0 or scales.kv != 0)
+        # The reference whose keys and values are injected
+        injected = reference if use_kv and (scales.full != 0 or scales.kv != 0) else None
 
         encoded = self.encode_prompt(
             prompt,
@@ -271,22 +275,22 @@ class LookaheadPipeline(StableDiffusionXLPipeline):
         channels = self.unet.config.in_channels
         x = self.prepare_latents(len(context), channels, height, width, dtype, device, generator, latents)
         noise = x / self.scheduler.init_noise_sigma
-        if use_kv and noise.shape[-2:] != reference.latents.shape[-2:]:
+        if injected is not None and noise.shape[-2:] != injected.latents.shape[-2:]:
             # The reference has another size than the picture: noise of its own, one for all rows.
             one = generator[0] if isinstance(generator, list) else generator
-            noise = randn_tensor(reference.latents.shape, generator=one, device=device, dtype=dtype)
-        if use_kv and replay is not None:
+            noise = randn_tensor(injected.latents.shape, generator=one, device=device, dtype=dtype)
+        if injected is not None and replay is not None:
             replay.check(timesteps, scales)
-        kept = KeptKV(reference) if keep_kv and use_kv else None
+        kept = KeptKV(injected) if injected is not None and keep_kv else None
         options = self.prepare_extra_step_kwargs(generator, 0.0)
         with self.progress_bar(total=len(timesteps)) as bar:
             for n, t in enumerate(timesteps):
                 kv = null_kv = None
-                if use_kv and replay is not None:
+                if injected is not None and replay is not None:
                     kv, null_kv = replay.at(n, device)
-                elif use_kv:
-                    kv = self.reference_kv(reference, noise, t) if scales.full else None
-                    null_kv = self.reference_kv(reference, noise, t, conditional=False) if scales.kv else None
+                elif injected is not None:
+                    kv = self.reference_kv(injected, noise, t) if scales.full else None
+                    null_kv = self.reference_kv(injected, noise, t, conditional=False) if scales.kv else None
                 if kept is not None:
                     kept.keep(t, kv, null_kv)
                 scaled = self.scheduler.scale_model_input(x, t)
@@ -297,14 +301,14 @@ class LookaheadPipeline(StableDiffusionXLPipeline):
         self.maybe_free_model_hooks()
         return LookaheadOutput(images=images, kv=kept)
 
-    def _decode(self, latents: Tensor, output_type: str):
+    def _decode(self, latents: Tensor, output_type: str) -> object:
         with self._safe_vae():
             latents = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
             pixels = self.vae.decode(latents, return_dict=False)[0]
         return self.image_processor.postprocess(pixels, output_type=output_type)
 
 
-def _alpha_bar(scheduler, t: Tensor) -> Tensor:
+def _alpha_bar(scheduler: SchedulerMixin, t: Tensor) -> Tensor:
     """alpha_bar at a time step. Between two, where some schedulers go, log sigma is interpolated."""
     alphas = scheduler.alphas_cumprod.double().to(t.device)
     below, above = t.floor().long(), t.ceil().long().clamp(max=len(alphas) - 1)

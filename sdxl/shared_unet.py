@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention as UNetAttention
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -24,6 +25,7 @@ from ..lookahead.method.attention import (
     extended_self_attention,
     softmax_attention,
 )
+from ..lookahead.method.kv_encoder import KVEncoder
 from .encoder import Encoder, ImagePrompt, KeysValues, block_paths
 from .lora import LoRA
 
@@ -33,7 +35,7 @@ _FUNCTION = "_gradient_checkpointing_func"  # of diffusers' modules
 
 @dataclass(frozen=True, eq=False)
 class Condition:
-    """What the UNet reads beside the latent: text [B, 77, context], pooled text [B, p], time ids [B, 6]."""
+    """The UNet reads a condition beside the latent: text [B, 77, context], pooled text [B, p], time ids [B, 6]."""
 
     context: Tensor
     pooled: Tensor
@@ -41,7 +43,7 @@ class Condition:
 
     @property
     def added(self) -> dict[str, Tensor]:
-        """Beside the text's context, as diffusers names it (`added_cond_kwargs`)."""
+        """diffusers takes these beside the text's context (`added_cond_kwargs`)."""
         return {"text_embeds": self.pooled, "time_ids": self.time_ids}
 
     def rows(self, chosen: slice) -> Condition:
@@ -55,13 +57,13 @@ class Condition:
         return Condition(*(rows_of_each([getattr(c, name) for c in conditions], n) for name in names))
 
     def where(self, keep: Tensor) -> Condition:
-        """With no text (zero embeddings, zero pooled text) where keep, bool [B], is false."""
+        """Takes the text away (zero embeddings, zero pooled text) where keep, bool [B], is false."""
         return replace(self, context=self.context * keep.view(-1, 1, 1), pooled=self.pooled * keep.view(-1, 1))
 
 
 @dataclass(frozen=True, eq=False)
 class Pass:
-    """What one pass of the UNet does, the same in forward and in the recomputation of backward.
+    """A pass says what the UNet does, the same in forward and in the recomputation of backward.
 
     exported: where the KV encoder puts keys and values; None: the pass predicts noise. image_prompt: by path of a
     block, what its cross-attention reads beside the text, with `image_prompt_scale`; kv: the reference's keys and
@@ -103,7 +105,9 @@ class SharedUNet:
         if checkpointing not in CHECKPOINTING:
             raise ValueError(f"checkpointing is {checkpointing!r}: use one of {', '.join(CHECKPOINTING)}.")
         self._before = self.unet.attn_processors
-        processors = {f"{path}.attn1.processor": _SelfAttention(self, path) for path in block_paths(self.unet)}
+        processors: dict[str, _Processor] = {
+            f"{path}.attn1.processor": _SelfAttention(self, path) for path in block_paths(self.unet)
+        }
         processors |= {f"{path}.attn2.processor": _CrossAttention(self, path) for path in block_paths(self.unet)}
         self.unet.set_attn_processor(processors)
         self._stop = _after_the_last_block(self.unet).register_forward_pre_hook(self._stop_export)
@@ -161,7 +165,7 @@ class SharedUNet:
 
     @contextmanager
     def using(self, encoder: Encoder) -> Iterator[None]:
-        """With another encoder of the same sizes for a while, such as an average of this one."""
+        """Computes with another encoder of the same sizes for a while, such as an average of this one."""
         before, self.encoder = self.encoder, encoder
         try:
             yield
@@ -204,10 +208,22 @@ def rows_of_each(parts: Sequence[Tensor], n: int) -> Tensor:
 
 
 def joined(parts: Sequence[KeysValues | None], n: int) -> KeysValues | None:
-    """Keys and values of one or n rows as one batch, n rows of each; None where the first is (all or none are)."""
-    if parts[0] is None:
+    """Keys and values of one or n rows as one batch, n rows of each; None where all are.
+
+    Raises ValueError where some are None and some are not.
+    """
+    whole = [part for part in parts if part is not None]
+    if not whole:
         return None
-    return {path: tuple(rows_of_each([part[path][i] for part in parts], n) for i in (0, 1)) for path in parts[0]}
+    if len(whole) < len(parts):
+        raise ValueError(
+            "Only some of the predictions have the reference's keys and values: give all of them, or none."
+        )
+
+    def rows(path: str, i: int) -> Tensor:
+        return rows_of_each([part[path][i] for part in whole], n)
+
+    return {path: (rows(path, 0), rows(path, 1)) for path in whole[0]}
 
 
 class _Exported(Exception):
@@ -228,12 +244,18 @@ class _Processor:
     def __init__(self, shared: SharedUNet, path: str):
         self.shared, self.path = shared, path
 
-    def _tuned(self, attn: nn.Module, name: str, x: Tensor, context: Tensor) -> Tensor:
+    @property
+    def _kv(self) -> KVEncoder:
+        if self.shared.encoder is None:
+            raise RuntimeError("keys and values are exported with an encoder, and this UNet has none")
+        return self.shared.encoder.kv
+
+    def _tuned(self, attn: UNetAttention, name: str, x: Tensor, context: Tensor) -> Tensor:
         """The KV encoder's own attention."""
 
         def tuned(layer: str, of: Tensor) -> Tensor:
             projected = attn.get_submodule(layer)(of)
-            return self.shared.encoder.kv.tuned(self.path, f"{name}.{layer}", projected, of)
+            return self._kv.tuned(self.path, f"{name}.{layer}", projected, of)
 
         q, k, v = tuned("to_q", x), tuned("to_k", context), tuned("to_v", context)
         return tuned("to_out.0", self.shared.attention(q, k, v, attn.heads))
@@ -241,10 +263,10 @@ class _Processor:
 
 class _SelfAttention(_Processor):
     @torch.compiler.disable  # what it reads is another in every block, and would make a graph of its own for each
-    def __call__(self, attn: nn.Module, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
+    def __call__(self, attn: UNetAttention, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
         now, attention, x = self.shared.now, self.shared.attention, hidden_states
         if now.exported is not None:
-            kv = self.shared.encoder.kv
+            kv = self._kv
             # Projected once more for the pass itself: two products with W in backward, of which the bits of a training
             # run depend, where one projection would add the gradients first.
             now.exported[self.path] = (
@@ -263,7 +285,7 @@ class _SelfAttention(_Processor):
 class _CrossAttention(_Processor):
     @torch.compiler.disable
     def __call__(
-        self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor, *_: object, **__: object
+        self, attn: UNetAttention, hidden_states: Tensor, encoder_hidden_states: Tensor, *_: object, **__: object
     ) -> Tensor:
         now, attention = self.shared.now, self.shared.attention
         if now.exported is not None:

@@ -1,10 +1,11 @@
-"""`make test`, `make portable`, `make matrix` and `make browser`: the suite in the processes it needs, and one line
-that sums them up.
+"""`make test`, `make portable`, `make matrix`, `make browser` and `make lint`: the suite in the processes it needs,
+and one line that sums them up.
 
-    make test                       ruff; all tests but the slow ones; on the oldest ComfyUI those marked `contract`
+    make test                       lint, types; all tests but the slow; on the oldest ComfyUI those marked `contract`
     make portable                   the suite as on other processors, with one and two threads; the slow tests too
     make matrix                     the whole host suite on every supported version
     make browser                    workflows and help in ComfyUI's web page; with Chromium, a part of `make test`
+    make lint                       lint and types alone
     make test ARGS="-- -k lora"     what follows -- goes to pytest
 
 Host tests run in processes of their own, one for each host: they have the host in the process and load the pack as
@@ -33,6 +34,7 @@ NO_HOST = {  # by the name of the job that runs them: small jobs at the end keep
     "tools": ("tests/tools",),
     "library": ("tests/unit", "tests/house"),
 }
+PACKAGE = "lcm_lookahead"
 QUICK, CONTRACT, EVERYTHING = "not slow", "contract and not slow", ""  # expressions for pytest's -m
 NEWEST, OLDEST = fetch.DEFAULT_VERSION, list(fetch.VERSIONS)[-1]
 KINDS = ("failures", "errors", "skipped")
@@ -56,7 +58,7 @@ PROCESSORS: dict[str, dict[str, str]] = {
 
 @dataclass(frozen=True)
 class Job:
-    """One process of pytest.
+    """One process, of pytest unless a subclass says otherwise.
 
     marks: expression for pytest's -m, "" for all tests; environment: variables on top of this process's own.
     """
@@ -65,6 +67,21 @@ class Job:
     paths: tuple[str, ...]
     marks: str = QUICK
     environment: dict[str, str] = field(default_factory=dict)
+
+    def folder(self) -> Path:
+        """Where it runs; it is made where it is not there."""
+        return ROOT
+
+    def command(self, extra: Sequence[str] = ()) -> list[str]:
+        """What is run. extra: arguments for pytest."""
+        paths = [path for path in self.paths if (ROOT / path).exists()]
+        # The program, not `python -m pytest`: that would put this folder, with its `nodes`, in front of the host's.
+        command = [_program("pytest"), *paths, "-q", f"--junitxml={self.report}"]
+        return [*command, *(["-m", self.marks] if self.marks else []), *extra]
+
+    def result(self, status: int, seconds: float) -> JobResult:
+        """How it ended, by its report."""
+        return JobResult(self.name, status, **counts(self.report), seconds=seconds, slowest=slowest(self.report))
 
     @property
     def file_name(self) -> str:
@@ -106,6 +123,52 @@ class JobResult:
         return self.status == 0 and self.passed > 0 and self.failed == self.errors == 0
 
 
+@dataclass(frozen=True)
+class Check(Job):
+    """A look at the code itself, which counts as no test: it is good or not as a whole.
+
+    This one is the linter.
+    """
+
+    paths: tuple[str, ...] = ()
+
+    def command(self, extra: Sequence[str] = ()) -> list[str]:
+        return [_program("ruff"), "check", "-q", "."]
+
+    def result(self, status: int, seconds: float) -> JobResult:
+        return JobResult(self.name, status, passed=int(status == 0), failed=int(status != 0), seconds=seconds)
+
+
+@dataclass(frozen=True)
+class TypeCheck(Check):
+    """mypy over the rooms of `paths`.
+
+    The package is the repository's own folder, whatever the clone is called, and its editable install is a hook of the
+    import system, which mypy cannot follow. So it runs in a folder where the package lies under its name.
+    """
+
+    def command(self, extra: Sequence[str] = ()) -> list[str]:
+        packages = [argument for room in self.paths for argument in ("-p", f"{PACKAGE}.{room}")]
+        options = [f"--config-file={ROOT / 'pyproject.toml'}", f"--cache-dir={CACHE / 'mypy'}"]
+        return [_program("mypy"), *options, *packages]
+
+    def folder(self) -> Path:
+        folder = CACHE / "types"
+        folder.mkdir(parents=True, exist_ok=True)
+        package = folder / PACKAGE
+        if not package.is_symlink() or package.resolve() != ROOT:
+            package.unlink(missing_ok=True)
+            package.symlink_to(ROOT, target_is_directory=True)
+        return folder
+
+
+LINT, TYPES = Check("ruff"), TypeCheck("types", ("lookahead", "sdxl", "trainer", "evaluation", "cli"))
+
+
+def _program(name: str) -> str:
+    return str(Path(sys.executable).with_name(name))
+
+
 def counts(report: Path) -> dict[str, int]:
     """Passed, failed, errors and skipped in a JUnit report; nothing when there is none."""
     if not report.is_file():
@@ -126,22 +189,18 @@ def slowest(report: Path, number: int = SLOWEST) -> tuple[tuple[float, str], ...
 
 
 def run(job: Job, extra: Sequence[str] = (), live: bool = True) -> JobResult:
-    """Run a job's pytest. live: whether it prints here, or into the job's output file."""
-    paths = [path for path in job.paths if (ROOT / path).exists()]
+    """Run a job. live: whether it prints here, or into the job's output file."""
     CACHE.mkdir(exist_ok=True)
     job.report.unlink(missing_ok=True)
-    watch = Stopwatch()
-    # The program, not `python -m pytest`: that would put this folder, with its `nodes`, in front of the host's.
-    command = [Path(sys.executable).with_name("pytest"), *paths, "-q", f"--junitxml={job.report}"]
-    command += [*(["-m", job.marks] if job.marks else []), *extra]
+    watch, command, folder = Stopwatch(), job.command(extra), job.folder()
     env = {"OMP_NUM_THREADS": "1", **os.environ, **job.environment}
     if live:
         say(f"\n== {job.name}")
-        status = subprocess.run(command, cwd=ROOT, env=env).returncode
+        status = subprocess.run(command, cwd=folder, env=env).returncode
     else:
         with job.output.open("w") as output:
-            status = subprocess.run(command, cwd=ROOT, env=env, stdout=output, stderr=output).returncode
-    return JobResult(job.name, status, **counts(job.report), seconds=watch.seconds, slowest=slowest(job.report))
+            status = subprocess.run(command, cwd=folder, env=env, stdout=output, stderr=output).returncode
+    return job.result(status, watch.seconds)
 
 
 def run_all(jobs: Sequence[Job], extra: Sequence[str] = ()) -> list[JobResult]:
@@ -172,14 +231,6 @@ def progress(job: Job) -> str:
     return f"{job.name} {percent[-1]} %" if percent else ""
 
 
-def ruff() -> JobResult:
-    """The lint; it counts as no test."""
-    say("== ruff")
-    watch = Stopwatch()
-    status = subprocess.run([Path(sys.executable).with_name("ruff"), "check", "-q", "."], cwd=ROOT).returncode
-    return JobResult("ruff", status, passed=1 - bool(status), failed=int(bool(status)), seconds=watch.seconds)
-
-
 def on_host(version: str, marks: str = QUICK) -> Job:
     """The host tests on one version, or on the user's own checkout."""
     own = os.environ.get("COMFYUI_DIR")
@@ -207,7 +258,7 @@ def ordinary_jobs(version: str | None) -> list[Job]:
         say("\n== browser: not run, there is no Chromium on the PATH")
     elif not chosen:
         jobs.append(in_the_page())
-    return jobs
+    return [*jobs, TYPES]
 
 
 def jobs_of_a_processor(name: str) -> list[Job]:
@@ -244,11 +295,12 @@ def closing_line(results: Sequence[JobResult], seconds: float) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Entry point of `make test`, `make portable`, `make matrix` and `make browser`."""
+    """Entry point of `make test`, `make portable`, `make matrix`, `make browser` and `make lint`."""
     parser = argparse.ArgumentParser(prog="make test", description="Runs the tests.")
     parser.add_argument("--matrix", action="store_true", help="host tests alone, on all supported versions")
     parser.add_argument("--portable", action="store_true", help="as on other processors, with one and two threads")
     parser.add_argument("--browser", action="store_true", help="the tests in the web page alone")
+    parser.add_argument("--lint", action="store_true", help="lint and types alone")
     parser.add_argument("extra", nargs="*", help="arguments for pytest, after --")
     chosen = parser.parse_args(arguments)
     watch = Stopwatch()
@@ -256,7 +308,9 @@ def main(arguments: list[str]) -> int:
     if version:
         fetch.check_version(version)
     results: list[JobResult] = []
-    if chosen.browser:
+    if chosen.lint:
+        results += [run(LINT), run(TYPES)]
+    elif chosen.browser:
         page.check_browser()
         results += run_all([in_the_page()], chosen.extra)
     elif chosen.matrix:
@@ -266,13 +320,14 @@ def main(arguments: list[str]) -> int:
         for name in PROCESSORS:
             results += run_all(jobs_of_a_processor(name), chosen.extra)
     else:
-        results += [ruff(), *run_all(ordinary_jobs(version), chosen.extra)]
+        results += [run(LINT), *run_all(ordinary_jobs(version), chosen.extra)]
     print(f"\n{table(results)}\n")
-    tests = [one for one in results if one.name != "ruff"]
-    if not any(one.passed + one.failed + one.errors for one in tests):
+    tests = [one for one in results if one.name not in (LINT.name, TYPES.name)]
+    if not chosen.lint and not any(one.passed + one.failed + one.errors for one in tests):
         raise Problem("no test ran: is tests/ there, and does a pattern after -- match any test?")
-    print(f"The slowest:\n{table_of_slowest(tests)}\n")
-    print(closing_line(tests, watch.seconds), flush=True)
+    if tests:
+        print(f"The slowest:\n{table_of_slowest(tests)}\n")
+        print(closing_line(tests, watch.seconds), flush=True)
     return 0 if all(one.good for one in results) else 1
 
 

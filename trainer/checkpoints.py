@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from ..lookahead.files.atomic import first_line
 from ..lookahead.files.tensors import EncoderFileError
@@ -29,8 +30,8 @@ class TrainingError(RuntimeError):
 
 @dataclass
 class TrainingProgress:
-    """How far a run is: steps done, skipped ones in a row before that, the best validation and its step, and the step
-    of the last validation."""
+    """A run has come so far: steps done, skipped ones in a row before that, the best validation and its step, and the
+    step of the last validation."""
 
     step: int = 0
     bad: int = 0
@@ -50,7 +51,7 @@ class State:
 
     recipe: Recipe
     optimiser: torch.optim.Optimizer
-    average: nn.Module | None = None
+    average: AveragedModel | None = None
     scaler: torch.amp.GradScaler | None = None
     data: str = ""
 
@@ -59,14 +60,20 @@ class State:
         return self.recipe.trained if self.average is None else self.average.module
 
     def parts(self) -> dict[str, nn.Module | torch.optim.Optimizer | torch.amp.GradScaler]:
-        """What has a state, under its name in state.pt (where the trained module is "encoder", whatever it is)."""
-        trained = {"encoder": self.recipe.trained, "optimiser": self.optimiser}
-        rest = {"average": self.average, "scaler": self.scaler}
-        return trained | {name: part for name, part in rest.items() if part is not None}
+        """Names what has a state as state.pt does (in which the trained module is "encoder", whatever it is)."""
+        parts: dict[str, nn.Module | torch.optim.Optimizer | torch.amp.GradScaler] = {
+            "encoder": self.recipe.trained,
+            "optimiser": self.optimiser,
+        }
+        if self.average is not None:
+            parts["average"] = self.average
+        if self.scaler is not None:
+            parts["scaler"] = self.scaler
+        return parts
 
 
 def surroundings() -> dict[str, str | int]:
-    """What the last bits of a run depend on besides its configuration."""
+    """Lists what the last bits of a run depend on besides its configuration."""
     shared = torch.distributed.is_available() and torch.distributed.is_initialized()
     return {
         "threads": torch.get_num_threads(),
@@ -91,7 +98,7 @@ def save(folder: Path, config: RunConfig, progress: TrainingProgress, state: Sta
         shutil.rmtree(left, ignore_errors=True)
     part = final.with_suffix(".part")
     part.mkdir(parents=True)
-    stored = {name: each.state_dict() for name, each in state.parts().items()}
+    stored: dict[str, object] = {name: each.state_dict() for name, each in state.parts().items()}
     stored |= {"progress": asdict(progress), "config": config.model_dump_json(), "surroundings": surroundings()}
     stored |= {"data": state.data, "base_model_hash": state.recipe.about.get("base_model_hash", "")}
     try:
@@ -170,13 +177,14 @@ def _differences(
 
 
 def changes(before: Mapping[str, Any], config: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """By dotted name, the values that differ: (before, now). Of files only the names count, since folders are moved."""
+    """Finds the values that differ, (before, now), by dotted name. Of files only the names count, since folders are
+    moved."""
     then, now = _leaves(config.named_only(before)), _leaves(config.shareable())
     return {name: (then[name], value) for name, value in now.items() if name in then and then[name] != value}
 
 
 def _leaves(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    leaves = {}
+    leaves: dict[str, Any] = {}
     for name, value in values.items():
         leaves |= _leaves(value, f"{above}{name}.") if isinstance(value, Mapping) else {above + name: value}
     return leaves

@@ -92,7 +92,7 @@ class BaseModels(Section):
 
 
 class BaseData(Section):
-    """What is trained on. A recipe adds its own."""
+    """Names the data that a run trains on. A recipe adds its own."""
 
     source: str = Field(description="folder with the data")
 
@@ -108,7 +108,7 @@ class BaseOptimiser(Section):
     schedule: Literal["constant", "cosine"] = Field("constant", description="learning rate schedule after the warmup")
 
     def factor(self, step: int, steps: int) -> float:
-        """What the rates are multiplied by in a step, counted from 0: a function of the step alone."""
+        """Computes the factor of the learning rates in a step, counted from 0: a function of the step alone."""
         from math import cos, pi
 
         rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
@@ -183,7 +183,7 @@ class RunConfig(Section):
             raise ConfigError("\n".join(_sentence(cls, e) for e in error.errors())) from None
 
     def shareable(self) -> dict[str, Any]:
-        """As plain values for a file that others get (`named_only`)."""
+        """Gives plain values for a file that others get (`named_only`)."""
         return self.named_only(self.model_dump(mode="json"))
 
     @classmethod

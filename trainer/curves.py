@@ -19,7 +19,8 @@ def read(folder: Path) -> dict[str, Points]:
 
     Raises TrainingError, one sentence, where there is no log, or it holds something else.
     """
-    path, found = folder / "log.jsonl", {}
+    path = folder / "log.jsonl"
+    found: dict[str, Points] = {}
     try:
         for figures in lines(path):
             step = figures.pop("step")

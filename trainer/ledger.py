@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,9 @@ class Ledger(TorchDispatchMode):
         self._seen: dict[object, tuple[int, object]] = {}
         self._known = {tensor.untyped_storage()._cdata for tensor in before}
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         # What an operation gives is a function of the shapes that it gets, and torch finds it out slowly. So the same
         # again is not asked for, where the result is new memory (no view, nothing in place).
@@ -68,10 +71,10 @@ class _Fresh:
     """How to make a tensor like this one."""
 
     def __init__(self, tensor: Tensor):
-        self.how = (tensor.shape, tensor.stride()), {"dtype": tensor.dtype, "device": tensor.device}
+        self.shape, self.stride, self.dtype, self.device = tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
     def __call__(self) -> Tensor:
-        return torch.empty_strided(*self.how[0], **self.how[1])
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
 
 
 def _fresh(value: object) -> object:
@@ -103,7 +106,8 @@ class MixedPrecision(TorchFunctionMode):
 
     def __init__(self, low: torch.dtype | None):
         super().__init__()
-        self.low, self._cast = None if low == torch.float32 else low, {}
+        self.low = None if low == torch.float32 else low
+        self._cast: dict[int, Tensor] = {}
 
     def backward(self, loss: Tensor) -> None:
         """Backward of a scalar, with what is computed again cast like the rest."""
@@ -111,7 +115,9 @@ class MixedPrecision(TorchFunctionMode):
         # Given the tensor itself, torch suspends this mode meanwhile; given the edge of its graph, it does not.
         torch.autograd.backward(get_gradient_edge(loss), torch.ones_like(loss))
 
-    def __torch_function__(self, func: Callable, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             q, k, v = (self._as(t, self.low) for t in args[:3])
@@ -122,7 +128,9 @@ class MixedPrecision(TorchFunctionMode):
             args, kwargs = self._all(args, kwargs, torch.float32)
         return func(*args, **kwargs)
 
-    def _all(self, args: tuple, kwargs: dict, dtype: torch.dtype) -> tuple[tuple, dict]:
+    def _all(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return tuple(self._as(a, dtype) for a in args), {k: self._as(v, dtype) for k, v in kwargs.items()}
 
     def _as(self, value: object, dtype: torch.dtype | None) -> object:

@@ -24,7 +24,7 @@ class SampleBatch(Protocol):
 
     @property
     def names(self) -> Sequence[str]:
-        """What to call each sample in a message, B of them."""
+        """Names each sample for messages, B of them."""
         ...
 
 
@@ -67,11 +67,14 @@ class Outcome:
 
 
 class Validator(Protocol):
-    """What is drawn and measured every `validate_every` steps. It draws from no generator of the run."""
+    """A validator draws and measures every `validate_every` steps. It draws from no generator of the run."""
 
-    by: str  # what measures, for the log
+    @property
+    def by(self) -> str:
+        """Names what measures, for the log."""
+        ...
 
-    def __call__(self, trained: nn.Module, rows: int, grid: Path) -> dict[str, float]:
+    def __call__(self, trained: Any, rows: int, grid: Path) -> dict[str, float]:
         """The figures of `trained` (or of an average of it), at most `rows` samples at a time; its pictures go to the
         file `grid`, a PNG."""
         ...
@@ -88,33 +91,45 @@ class Recipe(Protocol):
     monitor: the figure of a validation by which the best checkpoint is kept, the higher the better.
     """
 
-    losses: nn.Module
-    trained: nn.Module
-    parts: tuple[str, ...]
-    about: Mapping[str, str]
-    monitor: str
+    @property
+    def losses(self) -> nn.Module: ...
+
+    @property
+    def trained(self) -> nn.Module: ...
+
+    @property
+    def parts(self) -> tuple[str, ...]: ...
+
+    @property
+    def about(self) -> Mapping[str, str]: ...
+
+    @property
+    def monitor(self) -> str: ...
 
     def groups(self) -> list[tuple[list[nn.Parameter], float]]:
         """The trained tensors by learning rate. Their order is part of a checkpoint."""
         ...
 
     def draw(self, numbers: Sequence[int], batch: Any) -> Any:
-        """What is drawn at random for a batch, on its device: a function of the samples' numbers in the run alone.
+        """Draws what is random for a batch, on its device: a function of the samples' numbers in the run alone.
 
         What depends on the step does so through them: step = number // config.batch.
         """
         ...
 
     def figures(self, outcomes: Mapping[str, Outcome], mean: Callable[[Tensor], float]) -> dict[str, float]:
-        """What the log says of a step. mean: a scalar's mean over all processes; all must call it alike."""
+        """Computes a step's figures for the log. mean: a scalar's mean over all processes; all must call it alike."""
         ...
 
-    def export(self, path: Path, trained: nn.Module, steps: int) -> Path:
-        """Write the file that users load, after so many steps. Raises OSError, RuntimeError or EncoderFileError."""
+    def export(self, path: Path, trained: Any, steps: int) -> Path:
+        """Write the file that users load, of `trained` (or of an average of it), after so many steps.
+
+        Raises OSError, RuntimeError or EncoderFileError.
+        """
         ...
 
     def validator(self, source: Any, device: torch.device) -> Validator | None:
-        """What validates on this data; None where it holds nothing to validate with. Of the main process alone."""
+        """Makes what validates on this data, None where it holds nothing for that. The main process alone asks."""
         ...
 
     def compile(self) -> None:
@@ -122,5 +137,5 @@ class Recipe(Protocol):
         ...
 
     def savings(self, processes: int) -> Mapping[str, float]:
-        """By change of the configuration ("accumulate=2"), the GB that it saves; asked when memory runs out."""
+        """Estimates the GB that a change of the configuration ("accumulate=2") saves; asked when memory runs out."""
         ...

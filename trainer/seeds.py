@@ -19,7 +19,6 @@ def generator(*key: int) -> torch.Generator:
 
 def order(samples: int, seed: int, numbers: Sequence[int]) -> list[int]:
     """The example that each sample of the run is: each of `samples` once an epoch, in an order of that epoch's own."""
-    shuffled = {n // samples: None for n in numbers}
-    for epoch in shuffled:
-        shuffled[epoch] = np.random.default_rng([seed, epoch]).permutation(samples)
+    epochs = {n // samples for n in numbers}
+    shuffled = {epoch: np.random.default_rng([seed, epoch]).permutation(samples) for epoch in epochs}
     return [int(shuffled[n // samples][n % samples]) for n in numbers]

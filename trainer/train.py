@@ -136,7 +136,7 @@ def make_optimiser(config: RunConfig, recipe: Recipe, device: torch.device) -> t
     """AdamW over the trained tensors, with a rate for each group; in 8 bit by bitsandbytes as an option."""
     settings = config.optimiser
     groups = [{"params": group, "lr": rate, "rate": rate} for group, rate in recipe.groups()]
-    common = {"betas": settings.betas, "weight_decay": settings.weight_decay}
+    common: dict[str, Any] = {"betas": settings.betas, "weight_decay": settings.weight_decay}
     if not settings.eight_bit:
         return torch.optim.AdamW(groups, **common, fused=device.type == "cuda")
     try:

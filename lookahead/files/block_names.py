@@ -62,7 +62,7 @@ def diffusers_path(key: tuple[str, int, int], res_blocks: int = RES_BLOCKS) -> s
 
 
 def level_of(key: tuple[str, int, int], levels: int = len(SDXL.depth), res_blocks: int = RES_BLOCKS) -> int:
-    """How often the latent is halved where the block works: 0 at its own size, 2 in the deepest level of SDXL."""
+    """Counts how often the latent is halved where the block works: 0 at its own size, 2 in SDXL's deepest level."""
     group, block, _ = key
     if group == "middle":
         return levels - 1

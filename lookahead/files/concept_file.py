@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -67,8 +68,8 @@ def read_concept(path: str | os.PathLike[str]) -> Concept:
     for key in sorted(tensors):
         layer, _, half = key.partition(".lora_")
         a, b = tensors.get(f"{layer}.lora_A.weight"), tensors.get(f"{layer}.lora_B.weight")
-        fits = a is not None and b is not None and a.ndim == b.ndim == 2 and a.shape[0] == b.shape[1]
-        if half not in ("A.weight", "B.weight") or not _NAME.fullmatch(layer) or not fits:
+        named = half in ("A.weight", "B.weight") and _NAME.fullmatch(layer)
+        if not named or a is None or b is None or not a.ndim == b.ndim == 2 or a.shape[0] != b.shape[1]:
             raise EncoderFileError(f"{name} has a weight that is not part of a concept ({key}): make it again.")
         offsets[layer] = (a.float(), b.float())
     try:
@@ -124,7 +125,7 @@ def write_concept_encoder(
 
 
 def read_concept_encoder(
-    path: str | os.PathLike[str], operations=torch.nn
+    path: str | os.PathLike[str], operations: ModuleType = torch.nn
 ) -> tuple[ConceptEncoder, dict[int, str], dict[str, str]]:
     """A concept encoder, its dictionary (token id -> text) and its metadata. The sizes follow from the shapes.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,7 +56,7 @@ class PublishedNames:
     copy: dict[str, str]
 
     @classmethod
-    def find(cls, names, file: str) -> PublishedNames:
+    def find(cls, names: Iterable[str], file: str) -> PublishedNames:
         """Sort a file's names; `file` is its own. Raises EncoderFileError for strange or missing ones."""
         image_proj, ip, kv, export, copy, unknown = {}, {}, {}, {}, {}, []
         for full in names:
@@ -95,7 +95,7 @@ class PublishedNames:
         return cls(blocks, image_proj, [(ip[b, "k"], ip[b, "v"]) for b in blocks], kv, export, copy)
 
 
-def _order(block: str) -> tuple:
+def _order(block: str) -> tuple[int, ...]:
     """Place of a block among all: down, up, middle, as the public files count."""
     return ("dum".index(block[0]), *(int(n) for n in re.findall(r"\d+", block)))
 

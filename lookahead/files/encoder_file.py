@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -94,7 +94,7 @@ class EncoderFile:
         return {k: (self.kv[f"{k}.lora_A.weight"], self.kv[f"{k}.lora_B.weight"]) for k in layers}
 
     def kv_scale(self, rank: int) -> float:
-        """What a low-rank product of this rank is multiplied by: alpha / rank where the file gives an alpha, else 1."""
+        """Computes the factor of a low-rank product: alpha / rank where the file gives an alpha, else 1."""
         alpha = self.metadata.get("kv_alpha")
         return float(alpha) / rank if alpha else 1.0
 
@@ -193,7 +193,7 @@ def kv_prompt(metadata: Mapping[str, str]) -> str:
 
 
 def provenance(file: EncoderFile) -> str:
-    """What the file says about itself, a line a field: kind, sizes, then its metadata."""
+    """Describes the file, a line a field: kind, sizes, then its metadata."""
     sizes = file.sizes
     lines = [
         f"{file.name}: {file.kind}",
@@ -306,8 +306,8 @@ def _check_kv(kv: Mapping[str, Tensor], blocks: int, metadata: Mapping[str, str]
             ) from error
     layers: dict[str, dict[str, Tensor]] = {}
     for key, value in kv.items():
-        match = _KV_NAME.fullmatch(key)
-        layers.setdefault(match["layer"], {})[match["half"]] = value
+        layer, half = key.removesuffix(".weight").split(".lora_")  # as _KV_NAME has it
+        layers.setdefault(layer, {})[half] = value
     for layer, halves in layers.items():
         if halves.keys() != {"A", "B"}:
             missing = ({"A", "B"} - halves.keys()).pop()
@@ -375,6 +375,6 @@ def _what_else(tensors: Mapping[str, Tensor]) -> str | None:
     return f"not an encoder file (its weights are {_some(tensors)}): " + _USE
 
 
-def _some(names, most: int = 3) -> str:
+def _some(names: Iterable[str], most: int = 3) -> str:
     names = list(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "") or "none"

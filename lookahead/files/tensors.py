@@ -15,7 +15,7 @@ from .atomic import atomic
 
 
 class EncoderFileError(ValueError):
-    """What is wrong with an encoder file, in one sentence for the user."""
+    """Says what is wrong with an encoder file, in one sentence for the user."""
 
 
 def read_tensors(path: str | os.PathLike[str], mapped: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -113,7 +113,7 @@ def _read_pickle(path: Path, mapped: bool) -> dict[str, Tensor]:
     return tensors
 
 
-def _flatten(content: dict, prefix: str, tensors: dict[str, Tensor], name: str) -> None:
+def _flatten(content: Mapping[object, object], prefix: str, tensors: dict[str, Tensor], name: str) -> None:
     """Collect the tensors of nested dicts; plain values beside them (an epoch, a note) say nothing to us."""
     for key, value in content.items():
         if isinstance(value, Tensor):

@@ -47,7 +47,7 @@ class UNetLayout:
         }
 
     def host(self) -> dict[str, Any]:
-        """What the host's detection finds in a checkpoint."""
+        """Derives what the host's detection finds in a checkpoint."""
         return {
             "use_checkpoint": False,
             "image_size": 32,

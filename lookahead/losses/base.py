@@ -100,7 +100,8 @@ class Combined:
         return replace(self, parts=tuple((weight, bind_rng(loss, generator)) for weight, loss in self.parts))
 
     def __call__(self, preview: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        total, value, valid = sum(weight for weight, _ in self.parts), 0.0, torch.zeros_like(all_valid(preview))
+        total = sum(weight for weight, _ in self.parts)
+        value, valid = torch.zeros(len(preview), device=preview.device), torch.zeros_like(all_valid(preview))
         for weight, loss in self.parts:
             if weight:
                 values, part_valid = loss(preview, rows)

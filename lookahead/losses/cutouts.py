@@ -43,7 +43,17 @@ class Cutouts:
         draws = torch.rand(self.count * n, 6, generator=generator, device=generator.device).tolist()
         return [torch.cat([self._cutout(p[i % n], size, *draw) for i, draw in enumerate(draws)]) for p in pictures]
 
-    def _cutout(self, picture: Tensor, size: int, side, down, right, mirror, brighter, harder) -> Tensor:
+    def _cutout(
+        self,
+        picture: Tensor,
+        size: int,
+        side: float,
+        down: float,
+        right: float,
+        mirror: float,
+        brighter: float,
+        harder: float,
+    ) -> Tensor:
         h, w = picture.shape[-2:]
         pixels = max(1, round(min(h, w) * (self.smallest + (1 - self.smallest) * side)))
         top, left = round(down * (h - pixels)), round(right * (w - pixels))

@@ -83,7 +83,7 @@ class Memory:
     """One run remembers here where the faces of its previews were."""
 
     places: dict[int, Tensor] = field(default_factory=dict)  # the last landmarks [5, 2] by number of the image
-    size: tuple[int, ...] = ()  # of the previews that they are in
+    size: tuple[int, int] | None = None  # height and width of the previews that they are in
     warned: bool = False  # that some have no face
 
 
@@ -131,7 +131,8 @@ class IdentityLoss:
 
     def _find(self, pictures: Tensor, rows: list[int], memory: Memory) -> tuple[Tensor, Tensor]:
         """Finds landmarks [n, 5, 2] and whether they are valid [n], on the CPU; a crop can be cut by any of them."""
-        size, references = tuple(pictures.shape[-2:]), self.references
+        height, width = pictures.shape[-2:]
+        size, references = (height, width), self.references
         if memory.size != size:
             memory.size, memory.places = size, {}
         points, valid = [], []
@@ -139,11 +140,12 @@ class IdentityLoss:
             faces = [face for face in faces if bool(usable(face.points[None]))]
             last = memory.places.get(row)
             if faces:
-                last = (largest(faces) if last is None else nearest(faces, last)).points
+                last = (max(faces, key=area) if last is None else nearest(faces, last)).points
                 memory.places[row] = last
             valid.append(bool(faces) or self.fallback == REFERENCE or (self.fallback == LAST and last is not None))
             if last is None:
                 m = row % len(references.points)
-                last = rescale_landmarks(references.points[m], tuple(references.sizes[m].tolist()), size)
+                height, width = references.sizes[m].tolist()
+                last = rescale_landmarks(references.points[m], (height, width), size)
             points.append(last)
         return torch.stack(points), torch.tensor(valid)

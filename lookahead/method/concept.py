@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -110,8 +111,8 @@ def contrast_weight(step: int, steps: int, warmup: float = 0.2, ramp: float = 0.
 
 
 def contrast_neighbours(step: int, steps: int, first: int = 50, begin: float = 0.2, end: float = 0.6) -> int:
-    """How many nearest words pull at a step: `first` until a share `begin` of the steps, 1 from `end` on, falling in
-    between: early choices stay open."""
+    """Counts the nearest words that pull at a step: `first` until a share `begin` of the steps, 1 from `end` on,
+    falling in between: early choices stay open."""
     done = min(1.0, max(0.0, (step / steps - begin) / (end - begin)))
     return max(1, round(first ** (1 - done)))
 
@@ -153,7 +154,7 @@ def dual_attention(
 
 @dataclass(frozen=True, eq=False)
 class Concept:
-    """What one picture has become.
+    """A concept is what one picture has become.
 
     word_l [w_L], word_g [w_G]: the soft word; word, word_id: the hard one, which stays what it was on another
     checkpoint; offsets: A [rank, in], B [out, rank] by projection; blend: what it was tuned with; about: where it comes
@@ -199,7 +200,7 @@ class ConceptSizes:
 
 
 class Prediction(NamedTuple):
-    """Of n pictures: soft words [n, w_L] and [n, w_G], and offsets with A [n, rank, in], B [n, out, rank]."""
+    """Soft words [n, w_L] and [n, w_G] are predicted of n pictures, and offsets A [n, rank, in], B [n, out, rank]."""
 
     word_l: Tensor
     word_g: Tensor
@@ -214,7 +215,10 @@ class ConceptEncoder(nn.Module):
     the base model: c_B's layer starts at zero, so B is 0. `operations` supplies the Linear and LayerNorm classes.
     """
 
-    def __init__(self, sizes: ConceptSizes, operations=nn):
+    centre_l: Tensor
+    centre_g: Tensor
+
+    def __init__(self, sizes: ConceptSizes, operations: ModuleType = nn):
         super().__init__()
         self.sizes, self.names = sizes, tuple(sizes.projections)
         width, k, r = sizes.image_width + sizes.unet_width, sizes.basis, sizes.rank

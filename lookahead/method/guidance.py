@@ -79,5 +79,5 @@ def guided(predict: Callable[[Sequence[str]], Sequence[Tensor]], scales: Scales)
             made |= zip(names, predict(names), strict=True)
     if "uncond" not in made:
         made["uncond"] = torch.zeros_like(next(iter(made.values())))  # its weight is 0
-    parts = (made.get(name) for name in ("uncond", "text", "full_uncond", "full"))
-    return three_scale_guidance(*parts, scales.text, scales.full, scales.kv)
+    text, full_uncond, full = (made.get(name) for name in ("text", "full_uncond", "full"))
+    return three_scale_guidance(made["uncond"], text, full_uncond, full, scales.text, scales.full, scales.kv)

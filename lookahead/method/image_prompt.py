@@ -12,6 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from .module_list import ModuleListOf
 from .resampler import Resampler, ResamplerSizes
 
 
@@ -37,7 +38,7 @@ class ImagePromptNetwork(nn.Module):
     def __init__(self, sizes: ResamplerSizes, widths: Sequence[int], operations: ModuleType = nn):
         super().__init__()
         self.image_proj = Resampler(sizes, operations)
-        self.ip_adapter = nn.ModuleList(Projections(sizes.context_width, width, operations) for width in widths)
+        self.ip_adapter = ModuleListOf(Projections(sizes.context_width, width, operations) for width in widths)
 
     @classmethod
     def from_weights(
@@ -47,8 +48,8 @@ class ImagePromptNetwork(nn.Module):
         ip_adapter: Sequence[tuple[Tensor, Tensor]],
         operations: ModuleType = nn,
     ) -> ImagePromptNetwork:
-        """That of an encoder file, by its fields of these names, frozen, in the file's precision. The tensors are
-        taken, not copied."""
+        """Builds an encoder file's network from its fields of these names, frozen, in the file's precision. The tensors
+        are taken, not copied."""
         with torch.device("meta"):  # the file's tensors take these places: nothing is allocated or initialised twice
             network = cls(sizes, [to_k.shape[0] for to_k, _ in ip_adapter], operations)
         network.assign(image_proj, ip_adapter)

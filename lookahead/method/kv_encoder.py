@@ -12,8 +12,9 @@ with the block's path in diffusers' UNet: "kv_export.mid_block.attentions.0.tran
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +62,12 @@ class KVEncoder(nn.ModuleDict):
     """The low-rank changes by name of layer, with "/" for "." (names of modules hold no dots). Empty: none, as where
     keys and values are exported without training."""
 
+    if TYPE_CHECKING:  # torch's own says only that they are modules
+
+        def __getitem__(self, key: str) -> LowRank: ...
+
+        def items(self) -> ItemsView[str, LowRank]: ...
+
     @classmethod
     def fresh(cls, paths: Iterable[str], widths: Callable[[str], Widths], kv_rank: int, export_rank: int) -> KVEncoder:
         """A new one, to be trained, which changes nothing yet: A is drawn from N(0, 1/rank^2), B is zero.
@@ -83,7 +90,7 @@ class KVEncoder(nn.ModuleDict):
         scale: Callable[[int], float] = lambda rank: 1.0,
         operations: ModuleType = nn,
     ) -> KVEncoder:
-        """That of an encoder file, frozen, in the file's precision. The tensors are taken, not copied.
+        """Builds an encoder file's KV encoder, frozen, in the file's precision. The tensors are taken, not copied.
 
         weights: A [rank, in] and B [out, rank] by name of layer (`EncoderFile.kv_layers`); scale: of a rank
         (`EncoderFile.kv_scale`); operations: as in `LowRank`.
@@ -103,16 +110,22 @@ class KVEncoder(nn.ModuleDict):
         return self[key] if key in self else None
 
     def tuned(self, path: str, projection: str, projected: Tensor, x: Tensor) -> Tensor:
-        """What the reference pass goes on with. projection: one of TUNED; projected: x by the base's own layer."""
+        """Adds the KV encoder's change to a projection that the reference pass goes on with.
+
+        projection: one of TUNED; projected: x by the base's own layer.
+        """
         return _changed(self.change(KV_ENCODER, path, projection), projected, x)
 
     def exported(self, path: str, projection: str, projected: Tensor, x: Tensor) -> Tensor:
-        """What the picture reads. projection: one of EXPORTED; projected: x by the base's own layer, not tuned."""
+        """Adds the export's change to a projection that the picture reads.
+
+        projection: one of EXPORTED; projected: x by the base's own layer, not tuned.
+        """
         return _changed(self.change(KV_EXPORT, path, projection), projected, x)
 
     @property
     def widths(self) -> dict[str, Widths]:
-        """By name of layer."""
+        """Maps the name of each layer to the widths of its change, in and out."""
         return {
             key.replace("/", "."): (change.lora_A.weight.shape[1], change.lora_B.weight.shape[0])
             for key, change in self.items()

@@ -41,7 +41,7 @@ class Optimisation:
     keep_norm: bool = True
     keep_best: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.normalisation not in (RAW, UNIT_RMS, RELATIVE):
             raise ValueError(f"the normalisation is {self.normalisation!r}: choose {RAW}, {UNIT_RMS} or {RELATIVE}")
 
@@ -76,19 +76,27 @@ def evaluate_preview(
     for first in range(0, n, size):
         rows = None if size == n else torch.arange(first, min(first + size, n))
         chunks.append(_evaluate_chunk(decode, loss, latent.detach()[first : first + size], rows, gradient))
-    values, valid, pictures, gradients, scales = (
-        torch.cat(parts) if parts[0] is not None else None for parts in zip(*chunks, strict=True)
-    )
-    if not gradient:
+    values, valid, pictures = (torch.cat(parts) for parts in zip(*(chunk.forward for chunk in chunks), strict=True))
+    backward = [chunk.backward for chunk in chunks if chunk.backward is not None]
+    if not backward:
         return Evaluation(values, valid, pictures, None)
+    gradients, scales = (torch.cat(parts) for parts in zip(*backward, strict=True))
     (g,) = torch.autograd.grad(latent, leaf, gradients.to(latent))
     g = g.float() * scales.to(g.device)
     valid = valid.to(g.device) & g.flatten(1).isfinite().all(1)
     return Evaluation(values, valid, pictures, torch.where(_each(valid, g), g, 0.0))
 
 
-def _evaluate_chunk(decode: Decode, loss: Loss, latent: Tensor, rows: Tensor | None, gradient: bool) -> tuple:
-    """Values, which are valid, pictures, and the gradient by the latent as rms 1 and a scale for each picture."""
+class _Chunk(NamedTuple):
+    """forward: values, which are valid, and pictures; backward: the gradient by the latent, as rms 1 and a scale for
+    each picture, None where it was not asked for."""
+
+    forward: tuple[Tensor, Tensor, Tensor]
+    backward: tuple[Tensor, Tensor] | None
+
+
+def _evaluate_chunk(decode: Decode, loss: Loss, latent: Tensor, rows: Tensor | None, gradient: bool) -> _Chunk:
+    """Evaluates the loss of some pictures, and its gradient by the preview latent."""
     with torch.set_grad_enabled(gradient):
         leaf = latent.requires_grad_(gradient)
         decoded = decode(leaf)
@@ -96,14 +104,15 @@ def _evaluate_chunk(decode: Decode, loss: Loss, latent: Tensor, rows: Tensor | N
         values, valid = loss(picture, rows)
     forward = values.detach().float(), valid, picture.detach()
     if not gradient:
-        return *forward, None, None
+        return _Chunk(forward, None)
     if not values.requires_grad:  # no picture is valid
-        return *forward, torch.zeros_like(latent), torch.zeros(len(latent), 1, 1, 1, device=latent.device)
+        zeros = torch.zeros_like(latent), torch.zeros(len(latent), 1, 1, 1, device=latent.device)
+        return _Chunk(forward, zeros)
     (g,) = torch.autograd.grad(torch.where(valid, values, 0).sum(), picture)
     g, loss_scale = _unit(g)
     (g,) = torch.autograd.grad(decoded, leaf, g.to(decoded))
     g, decode_scale = _unit(g.float())
-    return *forward, g, loss_scale.to(g.device) * decode_scale
+    return _Chunk(forward, (g, loss_scale.to(g.device) * decode_scale))
 
 
 Evaluate = Callable[[Predict, Decode, Loss, Tensor, bool], Evaluation]  # as `evaluate_preview`
@@ -142,6 +151,7 @@ def optimise_latent(
         keep(e)
         if on_iterate:
             on_iterate(i, e)
+        assert e.gradient is not None  # it was asked for
         gradient = e.gradient if mask is None else e.gradient * mask
         velocity = settings.momentum * velocity + _normalised(gradient, z, settings.normalisation)
         step = settings.step_size * velocity

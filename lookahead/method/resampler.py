@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
+
+from .module_list import ModuleListOf
 
 HEAD_DIM = 64  # fixed in all public Resamplers; it leaves no trace in the shapes
 
@@ -61,7 +64,7 @@ class ResamplerSizes:
 class PerceiverAttention(nn.Module):
     """Queries from the latents; keys and values from image features and latents together."""
 
-    def __init__(self, dim: int, heads: int, operations=nn):
+    def __init__(self, dim: int, heads: int, operations: ModuleType = nn):
         super().__init__()
         self.heads = heads
         inner = heads * HEAD_DIM
@@ -80,7 +83,7 @@ class PerceiverAttention(nn.Module):
         return self.to_out(out.transpose(1, 2).flatten(2))
 
 
-def feed_forward(dim: int, hidden: int, operations=nn) -> nn.Sequential:
+def feed_forward(dim: int, hidden: int, operations: ModuleType = nn) -> nn.Sequential:
     """LayerNorm and a two-layer perceptron without biases (parameters 0, 1 and 3)."""
     return nn.Sequential(
         operations.LayerNorm(dim),
@@ -96,15 +99,15 @@ class Resampler(nn.Module):
     `operations` supplies the Linear and LayerNorm classes, so that a host can bring its own casting and offloading.
     """
 
-    def __init__(self, sizes: ResamplerSizes, operations=nn):
+    def __init__(self, sizes: ResamplerSizes, operations: ModuleType = nn):
         super().__init__()
         self.sizes = sizes
         self.latents = nn.Parameter(torch.randn(1, sizes.tokens, sizes.dim) / sizes.dim**0.5)
         self.proj_in = operations.Linear(sizes.image_width, sizes.dim)
         self.proj_out = operations.Linear(sizes.dim, sizes.context_width)
         self.norm_out = operations.LayerNorm(sizes.context_width)
-        self.layers = nn.ModuleList(
-            nn.ModuleList(
+        self.layers = ModuleListOf(
+            ModuleListOf(
                 [
                     PerceiverAttention(sizes.dim, sizes.heads, operations),
                     feed_forward(sizes.dim, sizes.ff_width, operations),

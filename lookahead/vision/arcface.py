@@ -252,7 +252,7 @@ class _IRUnit(nn.Module):
     def __init__(self, inner: int, outer: int, stride: int, squeezed: bool):
         super().__init__()
         if inner == outer:
-            self.shortcut_layer = nn.MaxPool2d(1, stride)
+            self.shortcut_layer: nn.Module = nn.MaxPool2d(1, stride)
         else:
             shortcut = nn.Conv2d(inner, outer, 1, stride, bias=False)
             self.shortcut_layer = nn.Sequential(shortcut, nn.BatchNorm2d(outer))
@@ -306,7 +306,7 @@ class _IResNetUnit(nn.Module):
         self.prelu = nn.PReLU(outer)
         self.conv2 = nn.Conv2d(outer, outer, 3, stride, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(outer)
-        self.downsample = None
+        self.downsample: nn.Module | None = None
         if stride != 1 or inner != outer:
             shortcut = nn.Conv2d(inner, outer, 1, stride, bias=False)
             self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(outer))
@@ -319,6 +319,11 @@ class _IResNetUnit(nn.Module):
 class IResNet(nn.Module):
     """iresnet18 to iresnet152 in the layout of insightface's own torch files (arcface_torch's `backbone.pth`): crops
     [n, 3, 112, 112] of (bytes - 127.5) / 127.5 -> [n, 512]."""
+
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+    layer4: nn.Sequential
 
     def __init__(self, blocks: list[int], widths: tuple[int, ...] = _WIDTHS):
         super().__init__()

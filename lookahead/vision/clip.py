@@ -34,7 +34,7 @@ PUBLIC = {
 
 @dataclass(frozen=True, eq=False)
 class CLIPFile:
-    """What a CLIP file holds. configuration: "vision" and "text", the settings that shapes do not tell."""
+    """A CLIP file holds weights and settings. configuration: "vision" and "text", those that shapes do not tell."""
 
     name: str
     tensors: Mapping[str, Tensor]
@@ -131,6 +131,9 @@ def public_settings(file: CLIPFile) -> dict[str, Any]:
 class CLIPPictures(nn.Module):
     """The picture half: pictures [n, 3, size, size] in [0, 1] -> [n, channels], not normalised, in float32."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, file: CLIPFile):
         super().__init__()
         from transformers import CLIPVisionModelWithProjection
@@ -219,6 +222,7 @@ def fill(network: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype |
         weights[name] = found if dtype is None else found.to(dtype)
     network.load_state_dict(weights, assign=True, strict=False)
     for module in network.modules():  # counting numbers, which newer files do not hold
-        if "position_ids" in module._buffers:
-            module.position_ids = torch.arange(module.position_ids.shape[-1]).expand(1, -1)
+        position_ids = module._buffers.get("position_ids")
+        if position_ids is not None:
+            module.position_ids = torch.arange(position_ids.shape[-1]).expand(1, -1)
     return network.requires_grad_(False).eval()

@@ -38,7 +38,7 @@ _KNOWN = {  # by the names of the published packs, which bring no licence file
 
 
 class FaceModelError(RuntimeError):
-    """What is wrong with a pack of face models, in one sentence for the user."""
+    """Says what is wrong with a pack of face models, in one sentence for the user."""
 
 
 def require_insightface() -> None:
@@ -67,7 +67,7 @@ def pack_folder(folder: Path) -> Path | None:
 
 
 def licence_of(folder: Path) -> str:
-    """What is known of a pack's licence: the first line of a licence file in it, else what its name tells."""
+    """Says what is known of a pack's licence: the first line of a licence file in it, else what its name tells."""
     for path in sorted(p for p in folder.iterdir() if "licen" in p.name.lower() and p.is_file()):
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
         first = next((line.strip() for line in lines if line.strip()), None)
@@ -94,15 +94,20 @@ def execution_providers(gpu: bool) -> list[str]:
     return [*chosen, "CPUExecutionProvider"]
 
 
+def _pack(folder: Path) -> Path:
+    pack = pack_folder(folder.expanduser().absolute())
+    if pack is None:
+        raise FileNotFoundError(f"There are no .onnx files in {folder}: unpack the models of a face pack into it.")
+    return pack
+
+
 def open_app(folder: Path, gpu: bool = False, threads: int | None = None) -> FaceAnalysis:
     """insightface's own FaceAnalysis over a pack's folder, ready to use, without ever asking the network.
 
     threads: of onnxruntime, its own choice by default. Raises FileNotFoundError where there is no pack, ImportError
     without insightface, FaceModelError for a pack that it cannot use; one sentence each.
     """
-    asked, folder = folder, pack_folder(folder.expanduser().absolute())
-    if folder is None:
-        raise FileNotFoundError(f"There are no .onnx files in {asked}: unpack the models of a face pack into it.")
+    folder = _pack(folder)
     require_insightface()
     import onnxruntime
     from insightface.app import FaceAnalysis
@@ -138,7 +143,7 @@ class FaceModels:
     def __init__(self, folder: Path, gpu: bool = False, threads: int | None = None):
         """Raises what `open_app` raises."""
         app = open_app(folder, gpu, threads)
-        self.folder = pack_folder(folder.expanduser().absolute())
+        self.folder = _pack(folder)
         self.name = folder.name
         self.licence = licence_of(self.folder)
         self.recogniser, self.preprocessing = _recogniser(app)

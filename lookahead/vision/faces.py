@@ -44,7 +44,7 @@ class Detector(Protocol):
 
 
 def template(size: int = CROP, margin: float = 0.0) -> Tensor:
-    """Where the landmarks lie in a square crop of `size` pixels: float32 [5, 2].
+    """Places the landmarks in a square crop of `size` pixels: float32 [5, 2].
 
     margin: how much more is seen on each side, as a share of what the crop of 112 shows. Without it, a size of whole
     128s shows 8 more columns on each side than one of 112s, as insightface cuts them.
@@ -117,7 +117,7 @@ def align(pictures: Tensor, points: Tensor, to: Tensor | None = None, size: int 
 
 
 def samples_for(points: Tensor, size: int = CROP) -> int:
-    """How many samples a pixel `align` needs to see all of a picture that it shrinks: of landmarks [n, 5, 2], largest.
+    """Counts the samples a pixel that `align` needs to see all of a picture that it shrinks: the most for [n, 5, 2].
 
     Reads values: call it where the landmarks are on the CPU.
     """
@@ -152,7 +152,7 @@ def square_around(face: Face, height: int, width: int, margin: float | None = No
 
 
 def nearest(faces: Sequence[Face], points: Tensor) -> Face:
-    """That of several faces whose landmarks are nearest to these [5, 2]."""
+    """Finds the face whose landmarks are nearest to these [5, 2]."""
     return min(faces, key=lambda face: float((face.points - points).norm(dim=-1).mean()))
 
 

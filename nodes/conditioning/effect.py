@@ -76,7 +76,7 @@ class CondEvaluation:
 
     @property
     def roles(self) -> set[bool]:
-        """Whether conditional (True) and unconditional (False) lists are among those evaluated."""
+        """Tells whether conditional (True) and unconditional (False) lists are among those evaluated."""
         return {role for role, cond in zip(self.batch.roles, self.conds, strict=True) if cond is not None}
 
 
@@ -137,7 +137,7 @@ class ActiveEffect(Generic[E]):
         self.effect = effect
 
     def acts(self, timestep: Tensor, model_sampling: Any) -> bool:
-        """Whether it takes part in a model call at this noise level, [images]."""
+        """Tells whether it takes part in a model call at this noise level, [images]."""
         return self.effect.when.acts(timestep, model_sampling)
 
     def prefetch(

@@ -68,7 +68,7 @@ class KVSource:
         return math.ceil(height / 2**level), math.ceil(width / 2**level)
 
     def numel_per_row(self) -> int:
-        """How many numbers one image of a batch reads: keys and values of all blocks, of all pictures read at once."""
+        """Counts the numbers that one image of a batch reads: keys and values of all blocks and pictures at once."""
         pictures = 1 if self.subject.one_each else len(self.subject.latents)
         return 2 * pictures * sum(math.prod(self.grid(block.level)) * block.width for block in self.blocks)
 

@@ -68,7 +68,7 @@ class RunReport:
 
 @dataclass(frozen=True, eq=False)
 class GuidanceReport:
-    """What travels as LOOKAHEAD_GUIDANCE_REPORT: the last guided runs, by a mark of their latents; it alone changes."""
+    """LOOKAHEAD_GUIDANCE_REPORT carries the last guided runs, by a mark of their latents; it alone changes."""
 
     runs: dict[str, RunReport] = field(default_factory=dict)
 

@@ -82,7 +82,7 @@ class Bypasses(nn.Module):
         self.requires_grad_(False).eval()
 
     def of(self, layer: nn.Module):
-        """What a layer gets beside its own output now, a function of its input, or None."""
+        """Gives what a layer adds to its own output now, a function of its input, or None."""
         if self.scales is None or id(layer) not in self._by_layer:
             return None
         layer_bypasses, scales = self._by_layer[id(layer)], self.scales

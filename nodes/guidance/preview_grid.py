@@ -169,7 +169,7 @@ class Numbers(NamedTuple):
 
 
 def numbers(shot: Shot, end: Tensor, loss: LookaheadLoss | None) -> Numbers:
-    """How alike previews and finished pictures [n, H, W, 3] are."""
+    """Measures how alike previews and finished pictures [n, H, W, 3] are."""
 
     def of(images: Tensor) -> tuple[float, float, float | None]:
         a, b = images.movedim(-1, 1), end.movedim(-1, 1)

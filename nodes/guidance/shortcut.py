@@ -20,7 +20,7 @@ ONE_STEP, PLAIN_X0 = "one-step", "plain x0"
 
 @dataclass(frozen=True, eq=False)
 class Shortcut:
-    """What travels as LOOKAHEAD_SHORTCUT: how to look ahead in one step.
+    """LOOKAHEAD_SHORTCUT carries how to look ahead in one step.
 
     model: the base with a few-step LoRA, or a distilled model; vae: decodes previews; one_step: use the model (with the
     scaling of consistency models), else the x0 prediction of the model that is sampled. networks: what was made of the

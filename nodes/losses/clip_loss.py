@@ -139,7 +139,7 @@ class LookaheadCLIPLoss(io.ComfyNode):
 
 
 def text_target(file: clip.CLIPFile, text: str, neutral: str) -> Tensor:
-    """What words ask for, [1, channels]: the text, or the way to it from the neutral text."""
+    """Embeds what words ask for, [1, channels]: the text, or the way to it from the neutral text."""
     if not neutral:
         return clip.embed_texts(file, token_ids([text]))
     vectors = clip.embed_texts(file, token_ids([text, neutral]))

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class LookaheadLoss:
-    """What travels as LOOKAHEAD_LOSS.
+    """LOOKAHEAD_LOSS carries a loss and its networks.
 
     loss: how far previews are from what is wanted, `lookahead.losses.base.Loss`; a run calls
         `bind_rng(loss, generator)` first, so that its random views repeat.

@@ -80,6 +80,6 @@ def find_file(folder: str, names: tuple[str, ...], wanted: str) -> str:
 
 
 def fingerprint(path: str) -> str:
-    """What tells the host that a file was replaced."""
+    """Identifies what a path holds: it is another string once the file was replaced."""
     stat = os.stat(path)
     return f"{path} {stat.st_size} {stat.st_mtime_ns}"

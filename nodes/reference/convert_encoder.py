@@ -28,7 +28,7 @@ def base_names() -> list[str]:
 
 
 def target_path(file_name: str) -> Path:
-    """Where a new file of this name goes: the first `models/lookahead`. Raises ValueError for what is no plain name."""
+    """Gives a new file its place: in the first `models/lookahead`. Raises ValueError for what is no plain name."""
     name = file_name.strip()
     if not name or name in (".", "..") or "/" in name or "\\" in name:
         raise ValueError(f"The file_name is {file_name!r}, and a name without folders is needed, such as my_encoder.")

@@ -198,6 +198,18 @@ def test_without_kv_it_is_plain_guidance_at_text_and_full(asked):
     assert difference(asked.guided(0, (3.0, 2.0, 2.0), with_kv=False), expected) < GUIDED_BOUND
 
 
+@pytest.mark.parametrize("missing", ["kv", "null_kv"])
+def test_a_prediction_without_the_keys_and_values_that_its_scale_needs_is_refused(asked, missing):
+    case, kv = asked.case, asked.kv(0, True)
+    x, t, *_ = case.asked_of_picture(0, case.positive)
+    texts = asked.text(case.positive), asked.text(case.negative)
+    given = {"kv": kv, "null_kv": kv, missing: None}
+    with pytest.raises(ValueError, match="Only some of the predictions"):
+        asked.pipe.predict_noise(x, t, *texts, asked.reference, **given, scales=asked.module.Scales(3.0, 2.0, 2.0))
+    alone = asked.module.Scales(3.0, 2.0, 0.0) if missing == "null_kv" else asked.module.Scales(3.0, 0.0, 2.0)
+    asked.pipe.predict_noise(x, t, *texts, asked.reference, **given, scales=alone)
+
+
 def test_an_alpha_in_the_file_scales_the_low_rank_weights(pack, module, cases):
     import dataclasses
 

@@ -10,6 +10,7 @@ from lcm_lookahead.tools.common import Problem
 from lcm_lookahead.tools.testing import CONTRACT, EVERYTHING, QUICK, Job, JobResult
 
 TESTS = Path(__file__).resolve().parents[1]
+CHECKS = (testing.LINT, testing.TYPES)
 EVERY_FOLDER = {f"tests/{path.name}" for path in TESTS.iterdir() if list(path.glob("test_*.py"))} - {"tests/browser"}
 
 
@@ -30,7 +31,6 @@ def runs(monkeypatch):
 
     recorded = Runs()
     monkeypatch.setattr(testing, "run", recorded)
-    monkeypatch.setattr(testing, "ruff", lambda: JobResult("ruff", 0, passed=1))
     monkeypatch.setattr(fetch, "fetch", lambda version=None: recorded.fetched.append(version))
     monkeypatch.setattr(page, "front_end", lambda: None)
     monkeypatch.setattr(page, "browser", lambda: None)
@@ -46,7 +46,7 @@ def test_it_runs_all_on_the_newest_host_and_the_contract_on_the_oldest(runs, cap
     assert (newest.environment, newest.marks) == ({"HOST_VERSION": "0.30.0"}, QUICK)
     assert (oldest.environment, oldest.marks) == ({"HOST_VERSION": "0.16.3"}, CONTRACT)
     assert newest.paths == oldest.paths == ("tests/host",)
-    assert {path for job in runs for path in job.paths} == EVERY_FOLDER
+    assert {path for job in runs if job not in CHECKS for path in job.paths} == EVERY_FOLDER
     assert re.fullmatch(r"0 failed, 10 passed in \d+\.\ds", capsys.readouterr().out.splitlines()[-1])
 
 
@@ -146,6 +146,36 @@ def test_durations_come_from_pytest_s_own_report(tmp_path):
     (tmp_path / "r.xml").write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
     assert testing.slowest(tmp_path / "r.xml", 2) == ((2.5, "tests.a::n2"), (1.5, "tests.a::n1"))
     assert testing.slowest(tmp_path / "none.xml") == ()
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)
+def test_lint_and_types_are_no_tests_but_make_all_red(runs, capsys, check):
+    assert testing.main([]) == 0 and check in runs
+    runs.results = {check.name: JobResult(check.name, 1, failed=1)}
+    assert testing.main([]) == 1
+    assert capsys.readouterr().out.splitlines()[-1].startswith("0 failed, 10 passed")
+    runs.clear()
+    assert testing.main(["--lint"]) == 1
+    assert tuple(runs) == CHECKS
+
+
+def test_the_type_check_reads_this_folder_as_the_package_that_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(testing, "ROOT", tmp_path)
+    monkeypatch.setattr(testing, "CACHE", tmp_path / ".cache")
+    (tmp_path / "pyproject.toml").write_text("[tool.mypy]\nstrict = true\n")
+    for room in ("", "cli", "lookahead", "mini"):
+        (tmp_path / room).mkdir(exist_ok=True)
+        (tmp_path / room / "__init__.py").touch()
+    (tmp_path / "lookahead/width.py").write_text("WIDTH: int = 3\n")
+    (tmp_path / "cli/main.py").write_text("from ..lookahead.width import WIDTH\n\nname: int = WIDTH\n")
+    (tmp_path / "mini/main.py").write_text("def unchecked(): return 1\n")
+    check = testing.TypeCheck("types", ("lookahead", "cli"))
+    result = testing.run(check, live=False)
+    assert result.good and "no issues found in 4 source files" in check.output.read_text()
+    (tmp_path / "cli/main.py").write_text("from ..lookahead.width import WIDTH\n\nname: str = WIDTH\n")
+    result = testing.run(check, live=False)
+    assert not result.good and result.failed == 1
+    assert "cli/main.py:3: error: Incompatible types" in check.output.read_text()
 
 
 def test_a_job_runs_its_tests_in_a_pytest_of_its_own(tmp_path, monkeypatch):

@@ -67,7 +67,7 @@ class FolderSource:
         return len(self.targets)
 
     def digest(self) -> str:
-        def known(n: int) -> tuple:
+        def known(n: int) -> tuple[object, ...]:
             picture = self.pairs.pictures[n]
             return picture.file, self.pairs.seen[picture.file].pixels, picture.person, self.caption(n)
 
@@ -91,7 +91,7 @@ class FolderSource:
         for number, place in enumerate(order(len(self), self.seed, range(self.samples))):
             target = self.targets[place]
             reference = self.reference_of(target, number)
-            items = [("latent", target), ("reference", reference), ("person", reference)]
+            items: list[_Item] = [("latent", target), ("reference", reference), ("person", reference)]
             items += [("text", self.caption(target)), ("text", self.caption(reference))]
             wanted |= {self._path(item): item for item in items}
         missing = [item for path, item in wanted.items() if not path.exists()]
@@ -114,10 +114,12 @@ class FolderSource:
             self._condition([self.caption(p) for p in places], device),
             self._condition([self.caption(r) for r in references], device),
             stacked("person", "features", references).to(device),
-            self._loss(references, device) if self.recogniser is not None else None,
+            self._loss(references, device),
         )
 
-    def _loss(self, references: Sequence[int], device: torch.device) -> IdentityLoss:
+    def _loss(self, references: Sequence[int], device: torch.device) -> IdentityLoss | None:
+        if self.recogniser is None or self.detector is None:
+            return None
         self.recogniser.to(device)
         persons = [self._get(("person", row), device) for row in references]
         embeddings, points = (torch.stack([one[k] for one in persons]) for k in ("embedding", "points"))
@@ -152,7 +154,7 @@ class FolderSource:
         return Probes(batch, len(prompts), shown.to(device), judges.score(shown, points, device), by)
 
     def caption(self, place: int) -> str:
-        """What the picture shows, as the data says, else `data.caption`."""
+        """Says what the picture shows: its text in the data, else `data.caption`."""
         return self.pairs.pictures[place].text or self.data.caption
 
     def crop(self, place: int, as_reference: bool) -> tuple[Tensor, Tensor | None]:
@@ -200,21 +202,22 @@ class FolderSource:
     @torch.no_grad()
     def _make(self, item: _Item, device: torch.device) -> dict[str, Tensor]:
         kind, what = item
-        if kind == "text":
+        if isinstance(what, str):
             return dict(zip(("context", "pooled"), self.models.text(what), strict=True))
         picture, points = self.crop(what, kind != "latent")
         if kind != "person":
             return {"latent": self.models.latents(picture)[0]}
         made = {"features": self.models.features(picture)[0]}
         if self.recogniser is not None:
+            assert points is not None  # a recogniser comes with a detector, and then references are those with a face
             person = embed(self.recogniser.to(device), picture.to(device), points)
             made |= {"points": points[0], "embedding": person[0]}
         return made
 
     def _path(self, item: _Item) -> Path:
         kind, what = item
-        if kind == "text":
-            key: tuple = (what, self._text_by)
+        if isinstance(what, str):
+            key: tuple[object, ...] = (what, self._text_by)
         else:
             seen = self.pairs.seen[self.pairs.pictures[what].file]
             square = square_of(seen, None if kind == "latent" else self.data.reference_margin)

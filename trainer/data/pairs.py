@@ -16,6 +16,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ _LOOK = 16  # side of the small grey picture that copies are told by
 
 
 class DataError(ValueError):
-    """What is wrong with a data set, in one sentence for the user."""
+    """Says what is wrong with a data set, in one sentence for the user."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Seen:
-    """What was seen in a picture. face: the largest one of `faces`, as numbers: box (4), five points (10), score."""
+    """Records what was seen in a picture. face: the largest of `faces` in numbers: box (4), five points (10), score."""
 
     file: str
     bytes: int
@@ -116,7 +117,7 @@ def _beside(picture: Path) -> str | None:
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
 
 
-def _metadata(folder: Path, given: str | None) -> dict[str, dict]:
+def _metadata(folder: Path, given: str | None) -> dict[str, dict[str, Any]]:
     paths = [Path(given)] if given else [p for p in (folder / name for name in METADATA) if p.is_file()][:1]
     if not paths:
         return {}
@@ -136,7 +137,7 @@ def _metadata(folder: Path, given: str | None) -> dict[str, dict]:
     return table
 
 
-def _csv(text: str) -> Iterator[tuple[int, Mapping]]:
+def _csv(text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
     yield from enumerate(csv.DictReader(text.splitlines()), 2)
 
 
@@ -161,17 +162,18 @@ def scan(
     """
     name = os.path.realpath(name) if detector else ""
     before = _load(index)
-    kept, new = {}, 0
+    kept: dict[str, Seen] = {}
+    new = 0
     for entry in tqdm(entries, "Images scanned", delay=QUIET, disable=not report):
         path = folder / entry.file
         stat = path.stat()
-        known = before.get(entry.file)
-        changed = known is None or (known.bytes, known.modified) != (stat.st_size, stat.st_mtime_ns)
-        if changed or (detector and known.detector != name):
-            known, new = _look(path, entry.file, stat, detector, name), new + 1
+        seen = before.get(entry.file)
+        same = seen is not None and (seen.bytes, seen.modified) == (stat.st_size, stat.st_mtime_ns)
+        if seen is None or not same or (detector and seen.detector != name):
+            seen, new = _look(path, entry.file, stat, detector, name), new + 1
             if new % 500 == 0:
                 _save(index, before | kept)
-        kept[entry.file] = known
+        kept[entry.file] = seen
     if new:
         _save(index, kept)
     return kept if detector else {file: replace(s, detector="", faces=0, face=None) for file, s in kept.items()}
@@ -201,7 +203,7 @@ def look_of(picture: Tensor) -> str:
 
 
 def alike(a: Seen, b: Seen) -> bool:
-    """Whether two pictures are copies of each other: the same pixels, or saved anew, or made smaller.
+    """Tells whether two pictures are copies of each other: the same pixels, or saved anew, or made smaller.
 
     Two pictures of one person in one place differ by several grey levels, a copy by less than one on the average.
     """

@@ -28,7 +28,7 @@ class Model(BaseModels):
 
 
 class Data(BaseData):
-    """What is trained on."""
+    """Names the data that a run trains on."""
 
     source: str = Field(description="folder with a folder a person, or `mini` for drawn people")
     people: Count = Field(3000, description="number of people that are drawn, of the mini world")
@@ -99,7 +99,7 @@ class Optimiser(BaseOptimiser):
 
 
 class Validation(Section):
-    """What is drawn every `validate_every` steps, always from the same noise."""
+    """Says what is drawn every `validate_every` steps, always from the same noise."""
 
     people: Count = Field(8, description="number of people, whom training does not see")
     prompts: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
@@ -134,7 +134,8 @@ class Config(RunConfig):
         "data": ("source", "metadata", "cache"),
         "validation": ("recogniser", "clip"),
     }
-    SYNONYMS = RunConfig.SYNONYMS | {
+    SYNONYMS = {
+        **RunConfig.SYNONYMS,
         "learning_rate": "optimiser.adapter_rate and optimiser.kv_rate",
         "lr": "optimiser.adapter_rate and optimiser.kv_rate",
         "resolution": "data.size",

@@ -55,7 +55,7 @@ def _sdxl() -> str:
 
 @dataclass(frozen=True)
 class Shapes:
-    """What the cost of a run depends on beside its configuration. The defaults are those of SDXL's public files.
+    """The cost of a run depends on these beside its configuration. The defaults are those of SDXL's public files.
 
     unet: the config of a UNet2DConditionModel as JSON. resampler, patches: of the image prompt, and how many vectors
     the image encoder gives. lora_rank: of the few-step LoRA. size: pixels a side of a source that draws its images,
@@ -172,10 +172,11 @@ def _one_sample(key: _Key) -> _Sample:
         for module in (unet, shortcut):
             if module is not None and low != torch.float32:
                 nn.Module.to(module, low)  # (diffusers' own warns of what does not matter here)
-        values = {"model": {"base": "?", "start": "?", "kv": key.ranks != (0, 0)}, "data": {"source": "?"}}
+        models = {"base": "?", "start": "?", "kv": key.ranks != (0, 0)}
         if ahead:
-            values["model"] |= {"vae": "?", "recogniser": "?", "shortcut": "?"}
-        values |= {"lookahead": {"arm": key.arm, "align": key.align}, "checkpointing": key.checkpointing}
+            models |= {"vae": "?", "recogniser": "?", "shortcut": "?"}
+        values = {"model": models, "data": {"source": "?"}, "checkpointing": key.checkpointing}
+        values |= {"lookahead": {"arm": key.arm, "align": key.align}}
         step = Step(from_values(values), unet, encoder, torch.empty(1, patches, sizes.image_width), shortcut, preview)
     latent = (1, 4, key.size // 8, key.size // 8)
     peak, work = _run(step, _batch(step, latent, sizes, patches, key.size), _draws(latent), low)

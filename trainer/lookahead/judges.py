@@ -40,22 +40,22 @@ class Judges:
         shown: the references [people, 3, h, w] in [0, 1]; points: their landmarks [people, 5, 2]. "identity" is the
         cosine of embeddings, NaN where no face is found; "prompt" that of picture and text (CLIP-T).
         """
-        people = None
-        if self.recogniser is not None:
-            known = embed(self.recogniser.to("cpu"), shown.cpu(), points)
+        recogniser, detector, people = self.recogniser, self.detector, None
+        if recogniser is not None:
+            known = embed(recogniser.to("cpu"), shown.cpu(), points)
             people = FaceReferences(known, points, torch.tensor([shown.shape[-2:]]).expand(len(shown), 2))
 
         @torch.no_grad()
         def score(pictures: Tensor) -> dict[str, Tensor]:
             figures = {}
             count = len(pictures) // len(shown)  # prompts
-            if people is not None:
+            if people is not None and recogniser is not None and detector is not None:
                 each = people.embeddings, people.points, people.sizes
                 rows = FaceReferences(*(values.repeat_interleave(count, 0) for values in each))
-                values, valid = IdentityLoss(self.recogniser.to(device), self.detector, rows, NONE)(pictures * 2 - 1)
+                values, valid = IdentityLoss(recogniser.to(device), detector, rows, NONE)(pictures * 2 - 1)
                 figures["identity"] = torch.where(valid, 1 - values, torch.nan)
-                self.recogniser.to("cpu")  # (the loss moves its own when it needs it)
-            if self.pictures is not None:
+                recogniser.to("cpu")  # (the loss moves its own when it needs it)
+            if self.pictures is not None and self.texts is not None:
                 seen = self.pictures.to(device)(resize_square(pictures, self.pictures.size))
                 figures["prompt"] = (F.normalize(seen) * self.texts.to(device).repeat(len(shown), 1)).sum(1)
                 self.pictures.to("cpu")

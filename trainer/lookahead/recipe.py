@@ -10,6 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from ...sdxl.encoder import Encoder
 from ..recipe import Outcome
 from .config import Config
 from .draws import Draws, draw
@@ -67,7 +68,7 @@ class LookaheadRecipe:
             figures |= {name: mean(values.mean()) for name, values in ahead.terms.items()}
         return figures
 
-    def export(self, path: Path, trained: nn.Module, steps: int) -> Path:
+    def export(self, path: Path, trained: Encoder, steps: int) -> Path:
         return export(path, trained, self.config, steps, self.about)
 
     def validator(self, source: object, device: torch.device) -> ProbeValidator | None:

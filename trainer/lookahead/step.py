@@ -58,6 +58,9 @@ class Step(nn.Module):
     lookahead. null_features [1, patches, width]: of no picture (zeros in the image encoder's normalised space).
     """
 
+    null_features: Tensor
+    alpha_bar: Tensor
+
     def __init__(
         self,
         config: Config,
@@ -104,6 +107,7 @@ class Step(nn.Module):
             latent = preview_latent(z_t, predicted, t, alpha_bar)
         else:
             latent = pred_original_sample(z_t, predicted, alpha_bar)
+        assert batch.loss is not None and self.decode_preview is not None  # with this loss both are needed
         values, valid = batch.loss(self.decode_preview(latent).float())
         uncond = draws.no_image_prompt & draws.no_kv if self.config.model.kv else draws.no_image_prompt
         valid = valid & ~uncond

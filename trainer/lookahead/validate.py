@@ -29,7 +29,7 @@ Score = Callable[[Tensor], dict[str, Tensor]]
 
 @dataclass(frozen=True, eq=False)
 class Probes:
-    """What a validation draws: R pictures, `prompts` of them for every person, one after another.
+    """A validation draws R pictures, `prompts` of them for every person, one after another.
 
     batch: R rows, with the prompts as text, the KV prompt as reference_text, and the references as in training; its
     target is of no use but for the shape. shown: the references, [R / prompts, 3, H, W] in [0, 1].
@@ -109,6 +109,7 @@ def validate(
 
     encoder: `step.encoder`, or an average of it.
     """
+    assert step.decode_preview is not None  # a step that is validated can show its previews
     pictures = []
     shape = probes.batch.target.shape[1:]
     for first in range(0, len(probes.batch.names), rows):
