@@ -11,7 +11,7 @@ import copy
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -21,6 +21,9 @@ CONFIGS = Path(__file__).parent / "configs"
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+
+
+Section = TypeVar("Section", bound=BaseModel)
 
 
 class ConfigError(ValueError):
@@ -203,10 +206,15 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises ConfigError, which lists all that is wrong.
     """
+    return from_values(read_values(path, overrides))
+
+
+def read_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The nested values of a YAML file and of those that it extends, with the overrides; errors as in `load`."""
     values = _read(Path(path))
     for override in overrides:
         _set(values, override)
-    return from_values(values)
+    return values
 
 
 def data_alone(source: str | Path, overrides: Sequence[str] = ()) -> Data:
@@ -220,10 +228,15 @@ def data_alone(source: str | Path, overrides: Sequence[str] = ()) -> Data:
 
 def from_values(values: dict[str, Any]) -> Config:
     """A configuration from nested values; errors as in `load`."""
+    return validated(Config, values)
+
+
+def validated(model: type[Section], values: dict[str, Any]) -> Section:
+    """Nested values as a model of pydantic. Raises ConfigError, with a sentence for each value that is wrong."""
     try:
-        return Config.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("\n".join(_sentence(e) for e in error.errors())) from None
+        raise ConfigError("\n".join(_sentence(e, model) for e in error.errors())) from None
 
 
 def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -275,24 +288,27 @@ def _set(values: dict[str, Any], override: str) -> None:
     values[last] = value
 
 
-def _sentence(error: Any) -> str:
+def _sentence(error: Any, model: type[BaseModel]) -> str:
     where = ".".join(str(part) for part in error["loc"]) or "the configuration"
     if error["type"] == "extra_forbidden":
-        section = _section(error["loc"][:-1])
+        section = _section(model, error["loc"][:-1])
         known = list(section.model_fields) if section else []
         near = difflib.get_close_matches(str(error["loc"][-1]), known, 1, 0.5)
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}."
         return f"{where} is no key of a configuration: {hint}"
     if error["type"] == "missing":
         return f"{where} is missing: it must be given."
-    return f"{where} is {error['input']!r}: {error['msg'].removeprefix('Value error, ')}."
+    reason = error["msg"].removeprefix("Value error, ").rstrip(".")
+    if isinstance(error["input"], dict):  # a section, too long to be repeated
+        return f"{where}: {reason}" + ("" if reason.endswith("?") else ".")
+    return f"{where} is {error['input']!r}: {reason}."
 
 
-def _section(location: Sequence[Any]) -> type[BaseModel] | None:
-    model: Any = Config
+def _section(model: Any, location: Sequence[Any]) -> type[BaseModel] | None:
+    """The section at a location; a key of a mapping (an attribute's name, say) leads to what its values are."""
     for part in location:
-        annotation = model.model_fields[part].annotation
-        model = next((a for a in (annotation, *get_args(annotation)) if isinstance(a, type)), None)
-        if model is None or not issubclass(model, BaseModel):
-            return None
+        if part in model.model_fields:
+            annotation = model.model_fields[part].annotation
+            kinds = (annotation, *get_args(annotation))
+            model = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), model)
     return model
