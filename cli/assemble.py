@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,11 +24,13 @@ from ..sdxl import load, lora
 from ..sdxl.encoder import Encoder
 from ..sdxl.images import PictureError
 from ..sdxl.load import Frozen, ModelError, Preview, found
-from ..trainer.config import Config, ConfigError
+from ..trainer.config import ConfigError
 from ..trainer.data.folder import FolderSource
 from ..trainer.data.pairs import DataError
-from ..trainer.data.source import Source
+from ..trainer.lookahead.config import Config
+from ..trainer.lookahead.recipe import LookaheadRecipe
 from ..trainer.lookahead.step import Step
+from ..trainer.recipe import Source
 
 if TYPE_CHECKING:
     from ..lookahead.vision.arcface import Recogniser
@@ -50,8 +51,8 @@ ERRORS = (
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def assemble(config: Config) -> tuple[Step, Source, Mapping[str, str]]:
-    """Step, source, and what the encoder file says about the models (`encoder_file.METADATA_FIELDS`).
+def assemble(config: Config) -> tuple[LookaheadRecipe, Source]:
+    """The recipe, with all its models, and the source of its data.
 
     Raises one of ERRORS for a file that is missing or is none of its kind.
     """
@@ -71,7 +72,7 @@ def assemble(config: Config) -> tuple[Step, Source, Mapping[str, str]]:
         "data_hash": source.digest(),
         "recogniser_licence": licence,
     }
-    return step, source, about
+    return LookaheadRecipe(config, step, about), source
 
 
 def base_hash(config: Config) -> str:

@@ -101,7 +101,7 @@ def _train(path: Path, overrides: list[str], dry_run: bool) -> None:
     import torch
     import yaml
 
-    from ..trainer.config import load
+    from ..trainer.lookahead.config import load
     from .assemble import ERRORS, assemble, device
 
     try:
@@ -112,9 +112,9 @@ def _train(path: Path, overrides: list[str], dry_run: bool) -> None:
         from ..trainer.train import TrainingError, train
 
         try:
-            step, source, about = assemble(config)
+            recipe, source = assemble(config)
             source.prepare(device())
-            written = train(config, step, source, about)
+            written = train(config, recipe, source)
         except TrainingError as error:
             raise SystemExit(str(error)) from None
         finally:
@@ -127,8 +127,9 @@ def _train(path: Path, overrides: list[str], dry_run: bool) -> None:
 
 
 def _estimate(path: Path, overrides: list[str], card: str | None, processes: int) -> None:
-    from ..trainer.config import ConfigError, load
-    from ..trainer.estimate import cards, describe, estimate
+    from ..trainer.config import ConfigError
+    from ..trainer.lookahead.config import load
+    from ..trainer.lookahead.estimate import cards, describe, estimate
 
     try:
         config = load(path, overrides)
@@ -141,16 +142,17 @@ def _estimate(path: Path, overrides: list[str], card: str | None, processes: int
 def _curves(folders: list[Path], to: Path) -> None:
     from ..trainer.checkpoints import TrainingError
     from ..trainer.curves import curves
+    from ..trainer.lookahead.recipe import PANELS
 
     try:
-        print(f"Written: {curves(folders, to)}")
+        print(f"Written: {curves(folders, PANELS, to)}")
     except TrainingError as error:
         raise SystemExit(f"lookahead curves: {error}") from None
 
 
 def _doctor(path: Path, overrides: list[str], pack: Path | None) -> None:
-    from ..trainer.config import data_alone, load
     from ..trainer.data.doctor import examine
+    from ..trainer.lookahead.config import data_alone, load
     from .assemble import ERRORS, open_detector
 
     try:

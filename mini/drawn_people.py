@@ -17,10 +17,10 @@ from ..lookahead.vision.faces import Detector, Face
 from ..sdxl.configs import tokenizers
 from ..sdxl.load import Frozen, ModelError, Text, found
 from ..sdxl.shared_unet import Condition
-from ..trainer.config import Config
-from ..trainer.lookahead.draws import generator
+from ..trainer.lookahead.config import Config
 from ..trainer.lookahead.step import Batch
-from ..trainer.validate import Probes
+from ..trainer.lookahead.validate import Probes
+from ..trainer.seeds import generator
 from .files import insightface_pack, models
 from .files.weights import FACE_RECOGNISER, evaluators, face_recogniser
 from .plan import IMAGE_SIZE, LATENT_SIZE, WEIGHTS
@@ -34,7 +34,7 @@ PER_PERSON = len(STYLES) + 1  # two photos, then each other style once
 
 
 class DrawnPeople:
-    """Pictures of drawn people (`source.Source`), made when they are asked for: each is a function of its number.
+    """Pictures of drawn people (`recipe.Source`), made when they are asked for: each is a function of its number.
 
     The reference is always a photo, and never the target itself. Captions say nothing about the person. Validation
     (`validate.Probing`) is by judges, and shows people, that took part in no training.

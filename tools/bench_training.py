@@ -25,8 +25,8 @@ RELOAD_EVERY = 5
 
 
 @dataclass
-class Cost:
-    """Of one arm: seconds of each step, bytes of all weights of the UNets, most bytes that were alive at once."""
+class ArmCost:
+    """The cost of one arm: seconds of each step, bytes of the UNets' weights, most bytes alive at once."""
 
     seconds: list[float] = field(default_factory=list)
     weights: int = 0
@@ -38,7 +38,7 @@ def measure() -> dict[str, Any]:
     import torch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    costs = {"one UNet, one step": Cost(), "separate UNets, two steps": Cost()}
+    costs = {"one UNet, one step": ArmCost(), "separate UNets, two steps": ArmCost()}
     for _ in range(ROUNDS):
         for arm, cost in zip((_ours, _papers), costs.values(), strict=True):
             step, batch, draws, config = _mini(device)
@@ -65,17 +65,19 @@ def full_size(side: int = 256) -> dict[str, Any]:
     """One step of SDXL with random weights in bfloat16, batch 1: seconds and most memory of the process."""
     import torch
 
+    from ..trainer.gradients import gradients
     from ..trainer.log import memory
-    from ..trainer.lookahead.step import gradients
+    from ..trainer.lookahead.recipe import LookaheadRecipe
     from ..trainer.train import make_optimiser
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     step, batch, draws, config = _sdxl(side, device)
-    optimiser = make_optimiser(config, step.encoder, device)
+    recipe = LookaheadRecipe(config, step)
+    optimiser = make_optimiser(config, recipe, device)
     trained = list(step.encoder.parameters())
     started = time.perf_counter()
     with torch.autocast(device.type, torch.bfloat16):
-        outcomes, _ = gradients(step, [(batch, draws)], trained, lookahead=True)
+        outcomes, _ = gradients(step, recipe.parts, [(batch, draws)], trained)
     torch.nn.utils.clip_grad_norm_(trained, config.optimiser.clip)
     optimiser.step()
     _synchronise(device)
@@ -131,14 +133,16 @@ def full_table(report: dict[str, Any]) -> str:
 def _ours(step: Any, batch: Any, draws: Any, config: Any) -> tuple[Callable[[int], None], int]:
     import torch
 
-    from ..trainer.lookahead.step import gradients
+    from ..trainer.gradients import gradients
+    from ..trainer.lookahead.recipe import LookaheadRecipe
     from ..trainer.train import make_optimiser
 
-    optimiser = make_optimiser(config, step.encoder, step.alpha_bar.device)
+    recipe = LookaheadRecipe(config, step)
+    optimiser = make_optimiser(config, recipe, step.alpha_bar.device)
     trained = list(step.encoder.parameters())
 
     def iterate(_: int) -> None:
-        gradients(step, [(batch, draws)], trained, lookahead=True)
+        gradients(step, recipe.parts, [(batch, draws)], trained)
         torch.nn.utils.clip_grad_norm_(trained, config.optimiser.clip)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
@@ -164,13 +168,14 @@ def _papers(step: Any, batch: Any, draws: Any, config: Any) -> tuple[Callable[[i
     import torch
 
     from ..sdxl.shared_unet import Roles
+    from ..trainer.lookahead.recipe import LookaheadRecipe
     from ..trainer.train import make_optimiser
 
     plain, shortcut = step.roles.eject(), step.shortcut
     attention = step.roles.attention
     unets = [plain, *(copy.deepcopy(plain) for _ in range(3))]
     step.roles = _Separate(*(Roles(unet, step.encoder, None, attention).inject() for unet in unets[:3]))
-    optimiser = make_optimiser(config, step.encoder, step.alpha_bar.device)
+    optimiser = make_optimiser(config, LookaheadRecipe(config, step), step.alpha_bar.device)
     trained = list(step.encoder.parameters())
 
     def iterate(number: int) -> None:
@@ -210,12 +215,13 @@ def _reload(config: Any, base: Any, between: Any, fast: Any, strength: float) ->
 
 def _mini(device: Any) -> tuple[Any, Any, Any, Any]:
     from ..cli.assemble import assemble
-    from ..trainer.config import CONFIGS, load
+    from ..trainer.config import CONFIGS
+    from ..trainer.lookahead.config import load
     from ..trainer.lookahead.draws import draw
 
     config = load(CONFIGS / "mini.yaml", [f"batch={BATCH}", "data.people=2", "precision=fp32"])
-    step, source, _ = assemble(config)
-    step.to(device)
+    recipe, source = assemble(config)
+    step = recipe.losses.to(device)
     batch = source.batch(range(BATCH), range(BATCH), device)
     return step, batch, draw(config, range(BATCH), source.latent_shape).to(device), config
 
@@ -229,7 +235,8 @@ def _sdxl(side: int, device: Any) -> tuple[Any, Any, Any, Any]:
     from ..sdxl import configs, lora
     from ..sdxl.encoder import Encoder
     from ..sdxl.shared_unet import Condition
-    from ..trainer.config import CONFIGS, load
+    from ..trainer.config import CONFIGS
+    from ..trainer.lookahead.config import load
     from ..trainer.lookahead.draws import draw
     from ..trainer.lookahead.step import Batch, Step
 
@@ -276,7 +283,7 @@ def _synchronise(device: Any) -> None:
 
 
 @contextmanager
-def _peak(device: Any, cost: Cost) -> Iterator[None]:
+def _peak(device: Any, cost: ArmCost) -> Iterator[None]:
     """Most bytes alive at once: of the GPU, or, on a CPU, of all that is made within."""
     import torch
 

@@ -1,4 +1,7 @@
-"""Checkpoints: atomic, rotated, the best one kept; and how a run goes on from the last."""
+"""Checkpoints: atomic, rotated, the best one kept; and how a run goes on from the last.
+
+What is in them beside the loop's own state is the recipe's: weights of what it trains, and the file that it exports.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +18,8 @@ import torch
 from torch import nn
 
 from ..lookahead.files.tensors import EncoderFileError
-from ..sdxl.encoder import Encoder
-from .config import Config, named_only
-from .export import export
-
-# May change in a run that goes on: nothing of it changes what is computed, but for the last bits of the rounding.
-# (Where training starts is in the weights by then.)
-FREE = {"steps", "save_every", "keep", "log_every", "norms_every", "nonfinite_in_a_row", "validate_every", "trackers"}
-FREE |= {"checkpointing", "accumulate", "compile", "out", "model.start"}
-FREE |= {"data.source", "data.metadata", "data.cache", "data.keep", "data.damaged"}  # `Source.digest` tells other data
-# Free too, but then scores are others.
-PROBES = {f"validation.{name}" for name in ("steps", "guidance", "prompts", "recogniser", "clip")}
+from .config import RunConfig
+from .recipe import Recipe
 
 
 class TrainingError(RuntimeError):
@@ -33,7 +27,7 @@ class TrainingError(RuntimeError):
 
 
 @dataclass
-class Progress:
+class TrainingProgress:
     """How far a run is: steps done, skipped ones in a row before that, the best validation and its step, and the step
     of the last validation."""
 
@@ -43,25 +37,31 @@ class Progress:
     best_step: int = 0
     validated: int = -1
 
+    def count(self, done: int, fault: bool) -> None:
+        """Note that so many steps are done, and whether the last one was skipped for a sample's fault."""
+        self.step, self.bad = done, self.bad + 1 if fault else 0
+
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """All that a run is besides its progress. average: of the encoder; it is what is exported where there is one.
+    """All that a run is besides its progress. average: of `recipe.trained`; it is what is exported where there is one.
     scaler: of fp16's gradients. data: `Source.digest`."""
 
-    encoder: Encoder
+    recipe: Recipe
     optimiser: torch.optim.Optimizer
     average: nn.Module | None = None
     scaler: torch.amp.GradScaler | None = None
     data: str = ""
 
     @property
-    def exported(self) -> Encoder:
-        return self.encoder if self.average is None else self.average.module
+    def exported(self) -> nn.Module:
+        return self.recipe.trained if self.average is None else self.average.module
 
     def parts(self) -> dict[str, nn.Module | torch.optim.Optimizer | torch.amp.GradScaler]:
-        parts = {"encoder": self.encoder, "optimiser": self.optimiser, "average": self.average, "scaler": self.scaler}
-        return {name: part for name, part in parts.items() if part is not None}
+        """What has a state, under its name in state.pt (where the trained module is "encoder", whatever it is)."""
+        trained = {"encoder": self.recipe.trained, "optimiser": self.optimiser}
+        rest = {"average": self.average, "scaler": self.scaler}
+        return trained | {name: part for name, part in rest.items() if part is not None}
 
 
 def surroundings() -> dict[str, str | int]:
@@ -80,8 +80,8 @@ def found(folder: Path) -> list[Path]:
     return sorted(path for path in (folder / "checkpoints").glob("step-*") if path.suffix != ".part")
 
 
-def save(folder: Path, config: Config, progress: Progress, state: State, about: Mapping[str, str] | None) -> None:
-    """Write a checkpoint with its encoder file. Of the older ones `config.keep` - 1 stay, and the best.
+def save(folder: Path, config: RunConfig, progress: TrainingProgress, state: State) -> None:
+    """Write a checkpoint with its exported file. Of the older ones `config.keep` - 1 stay, and the best.
 
     Raises TrainingError, one sentence, where it cannot be written; what was there before then stays.
     """
@@ -92,10 +92,10 @@ def save(folder: Path, config: Config, progress: Progress, state: State, about: 
     part.mkdir(parents=True)
     stored = {name: each.state_dict() for name, each in state.parts().items()}
     stored |= {"progress": asdict(progress), "config": config.model_dump_json(), "surroundings": surroundings()}
-    stored |= {"data": state.data, "base_model_hash": (about or {}).get("base_model_hash", "")}
+    stored |= {"data": state.data, "base_model_hash": state.recipe.about.get("base_model_hash", "")}
     try:
         torch.save(stored, part / "state.pt")
-        export(part / f"{config.name}.safetensors", state.exported, config, progress.step, about)
+        state.recipe.export(part / f"{config.name}.safetensors", state.exported, progress.step)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(part, final)
     except (OSError, RuntimeError, EncoderFileError) as error:  # RuntimeError: torch.save's, of a full disk
@@ -109,13 +109,7 @@ def save(folder: Path, config: Config, progress: Progress, state: State, about: 
             shutil.rmtree(old)
 
 
-def resume(
-    folder: Path,
-    config: Config,
-    state: State,
-    about: Mapping[str, str] | None = None,
-    say: Callable[[str], object] = print,
-) -> Progress:
+def resume(folder: Path, config: RunConfig, state: State, say: Callable[[str], object] = print) -> TrainingProgress:
     """Load the last checkpoint, if there is one.
 
     Raises TrainingError, one sentence, where it is damaged, of a run with other values, data or base, or further than
@@ -123,11 +117,11 @@ def resume(
     """
     checkpoints = found(folder)
     if not checkpoints:
-        return Progress()
+        return TrainingProgress()
     last = checkpoints[-1]
     try:
         stored = torch.load(last / "state.pt", map_location="cpu", weights_only=True)
-        before, progress = json.loads(stored["config"]), Progress(**stored["progress"])
+        before, progress = json.loads(stored["config"]), TrainingProgress(**stored["progress"])
     except Exception as error:  # a file cut short raises many kinds
         why = (str(error).splitlines() or [type(error).__name__])[0]
         older = f"the run goes on from {checkpoints[-2].name}" if len(checkpoints) > 1 else "the run begins anew"
@@ -138,12 +132,13 @@ def resume(
             f"{progress.step}, or another `out` for a new run."
         )
     other = changes(before, config)
-    if differs := _differences(other, stored, config, state, about or {}):
+    if differs := _differences(other, stored, config, state):
+        start = f" (with model.start={last / config.name}.safetensors from the weights of this one)"
         raise TrainingError(
-            f"The run in {folder} was started with {differs}: bring that back, or, for a new run, give another `out` "
-            f"(with model.start={last / config.name}.safetensors from the weights of this one)."
+            f"The run in {folder} was started with {differs}: bring that back, or, for a new run, give another `out`"
+            f"{start if hasattr(config.model, 'start') else ''}."
         )
-    if PROBES & other.keys():
+    if config.SCORING & other.keys():
         progress.best = float("-inf")
     for name, part in state.parts().items():
         part.load_state_dict(stored[name])
@@ -156,24 +151,25 @@ def resume(
 def _differences(
     other: Mapping[str, tuple[Any, Any]],
     stored: Mapping[str, Any],
-    config: Config,
+    config: RunConfig,
     state: State,
-    about: Mapping[str, str],
 ) -> str:
     """What of a run may not change and has, for the user; empty where nothing has. other: of `changes`."""
-    free = FREE | PROBES if config.optimiser.schedule == "constant" else (FREE | PROBES) - {"steps"}
+    free = config.FREE | config.SCORING
+    if config.optimiser.schedule != "constant":
+        free = free - {"steps"}
     fixed = [f"{name} ({was}, now {now})" for name, (was, now) in other.items() if name not in free]
     if fixed:
         return f"other values of {', '.join(fixed)}"
     if stored.get("data", state.data) != state.data:
-        return f"other pictures, people or captions than {config.data.source} holds now"
-    base = about.get("base_model_hash", "")
+        return f"other data than {config.data.source} holds now"
+    base = state.recipe.about.get("base_model_hash", "")
     return f"another model than {config.model.base}" if stored.get("base_model_hash", base) != base else ""
 
 
-def changes(before: Mapping[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:
+def changes(before: Mapping[str, Any], config: RunConfig) -> dict[str, tuple[Any, Any]]:
     """By dotted name, the values that differ: (before, now). Of files only the names count, since folders are moved."""
-    then, now = _leaves(named_only(before)), _leaves(config.shareable())
+    then, now = _leaves(config.named_only(before)), _leaves(config.shareable())
     return {name: (then[name], value) for name, value in now.items() if name in then and then[name] != value}
 
 

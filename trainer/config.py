@@ -2,19 +2,30 @@
 
 A file may begin with `extends: other.yaml`, beside it: then it says only what is different from that.
 
-Every value is checked before anything is loaded. An unknown key is an error that names the key that was meant.
+Every value is checked before anything is loaded. An unknown key is an error that names the key that was meant, also
+where it is another trainer's word for it.
+
+Here stands what every run has, whatever it trains: the loop, the checkpoints and the log read these fields alone. A
+recipe derives its own configuration from `RunConfig` and adds its sections (`lookahead/config.py`).
 """
 
 from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -22,93 +33,79 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 
-
-Section = TypeVar("Section", bound=BaseModel)
+# What other trainers call a field, and its name here. A recipe adds its own.
+SYNONYMS = {
+    "train_batch_size": "batch",
+    "batch_size": "batch",
+    "gradient_accumulation_steps": "accumulate",
+    "gradient_checkpointing": "checkpointing",
+    "mixed_precision": "precision",
+    "max_grad_norm": "optimiser.clip",
+    "clip_grad_norm": "optimiser.clip",
+    "adam_beta1": "optimiser.betas",
+    "adam_beta2": "optimiser.betas",
+    "adam_weight_decay": "optimiser.weight_decay",
+    "use_8bit_adam": "optimiser.eight_bit",
+    "lr_scheduler": "optimiser.schedule",
+    "lr_warmup_steps": "optimiser.warmup",
+    "warmup_steps": "optimiser.warmup",
+    "max_train_steps": "steps",
+    "max_steps": "steps",
+    "num_train_epochs": "steps",
+    "max_train_epochs": "steps",
+    "use_ema": "ema",
+    "ema_decay": "ema",
+    "output_dir": "out",
+    "output_name": "name",
+    "logging_steps": "log_every",
+    "report_to": "trackers",
+    "log_with": "trackers",
+    "checkpointing_steps": "save_every",
+    "save_every_n_steps": "save_every",
+    "checkpoints_total_limit": "keep",
+    "validation_steps": "validate_every",
+    "pretrained_model_name_or_path": "model.base",
+    "train_data_dir": "data.source",
+}
 
 
 class ConfigError(ValueError):
     """A sentence for each thing that is wrong with a configuration."""
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """Fields that belong together. FIRST: those that are written first, for files whose order was settled before."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    FIRST: ClassVar[tuple[str, ...]] = ()
+
+    @model_serializer(mode="wrap")
+    def _ordered(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values = handler(self)
+        return {name: values[name] for name in (*self.FIRST, *values)}
 
 
-class Model(_Section):
-    """Files of the frozen models, and where training starts."""
+class BaseModels(Section):
+    """Files of the frozen models. A recipe adds its own."""
 
     base: str = Field(description="SDXL as a diffusers folder or one .safetensors, or `mini` for the mini world's")
-    start: str = Field(description="encoder to start from: a stock IP-Adapter Plus or an encoder file")
-    shortcut: str | None = Field(None, description="few-step LoRA of the previews, in the public layout")
-    vae: str | None = Field(None, description="tiny autoencoder that decodes the previews")
-    picture_vae: str | None = Field(None, description="autoencoder that reads the pictures; by default the base's own")
-    image_encoder: str | None = Field(None, description="CLIP image encoder that the encoder reads (ViT-H/14)")
-    recogniser: str | None = Field(None, description="face recogniser of the identity loss")
-    detector: str | None = Field(None, description="insightface pack that finds faces in pictures and previews")
-    kv: bool = Field(True, description="train a KV encoder; false is the paper's arm without")
-    kv_rank: Count = 4
-    export_rank: Count = 4
 
 
-class Data(_Section):
-    """What is trained on."""
+class BaseData(Section):
+    """What is trained on. A recipe adds its own."""
 
-    source: str = Field(description="a folder with a folder a person, or `mini` for drawn people")
-    people: Count = Field(3000, description="of the mini world, how many are drawn")
-    kv_prompt: str = Field("a photo of a face", description="the KV encoder's text outside of training")
-    metadata: str | None = Field(None, description="JSON lines or CSV: file_name, and where known text and person")
-    caption: str = Field("a photo of a face", description="of pictures that have no text")
-    size: Annotated[int, Field(ge=64, multiple_of=32)] = Field(1024, description="pixels a side of what is trained on")
-    reference_margin: Annotated[float, Field(ge=0)] | None = Field(
-        None, description="crop references to the face with this margin (share of its box); by default the whole square"
-    )
-    keep: bool = Field(True, description="keep what the frozen models see in a picture, 1 MB each, in the cache")
-    cache: str | None = Field(None, description="folder for that and for what is known of the pictures (SOURCE.cache)")
-    damaged: Share = Field(0.02, description="share of pictures that may be unreadable, and are left out")
+    source: str = Field(description="folder with the data")
 
 
-class Drop(_Section):
-    """How often a sample of training goes without. So the four conditions of the guidance equation are all seen:
-    with and without text and image prompt (`both` drops them together), each with and without reference KV."""
+class BaseOptimiser(Section):
+    """AdamW. A recipe adds the learning rates of what it trains."""
 
-    text: Share = 0.05
-    image_prompt: Share = 0.05
-    both: Share = 0.05
-    kv: Share = 0.1
-
-    @model_validator(mode="after")
-    def _fits(self) -> Drop:
-        if self.text + self.image_prompt + self.both > 1:
-            raise ValueError("text, image_prompt and both exclude each other: their sum must be at most 1")
-        return self
-
-
-class Lookahead(_Section):
-    """The second loss (equations 3 and 4)."""
-
-    arm: Literal["none", "x0", "shortcut"] = Field(
-        "shortcut", description="previews by the shortcut model, by the base's own x0, or no second loss"
-    )
-    weight: Annotated[float, Field(ge=0)] = Field(0.1, description="of the second loss beside the first")
-    importance: Share = Field(0.2, description="alpha of the time steps' distribution")
-    full_strength: Share = Field(0.5, description="share of samples with the few-step LoRA at strength 1")
-    least_strength: Share = Field(0.1, description="others: uniform from here to 1")
-    align: Literal["strength", "sds", "consistency"] = Field(
-        "strength", description="what keeps previews the base's: the LoRA's strength as drawn, or a loss of `align`"
-    )
-    align_weight: Annotated[float, Field(ge=0)] = Field(0.1, description="of that loss")
-    weigh_by_strength: bool = Field(False, description="multiply a sample's loss by its strength (the paper's code)")
-
-
-class Optimiser(_Section):
-    adapter_rate: Positive = Field(1e-5, description="of Resampler and projections")
-    kv_rate: Positive = Field(5e-6, description="of the KV encoder")
-    betas: tuple[Share, Share] = (0.9, 0.999)
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    clip: Positive = Field(1.0, description="largest norm of the gradient of both losses")
-    eight_bit: bool = Field(False, description="AdamW of bitsandbytes, whose state takes a quarter (CUDA)")
-    warmup: Annotated[int, Field(ge=0)] = 0
-    schedule: Literal["constant", "cosine"] = "constant"
+    betas: tuple[Share, Share] = Field((0.9, 0.999), description="decay rates of AdamW's two moments")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="weight decay of AdamW")
+    clip: Positive = Field(1.0, description="largest norm of the gradient, of all losses together (max_grad_norm)")
+    eight_bit: bool = Field(False, description="8-bit AdamW of bitsandbytes, whose state takes a quarter (CUDA)")
+    warmup: Annotated[int, Field(ge=0)] = Field(0, description="steps in which the learning rates rise linearly")
+    schedule: Literal["constant", "cosine"] = Field("constant", description="learning rate schedule after the warmup")
 
     def factor(self, step: int, steps: int) -> float:
         """What the rates are multiplied by in a step, counted from 0: a function of the step alone."""
@@ -118,125 +115,98 @@ class Optimiser(_Section):
         return rise * (0.5 * (1 + cos(pi * step / steps)) if self.schedule == "cosine" else 1.0)
 
 
-class Validation(_Section):
-    """What is drawn every `validate_every` steps, always from the same noise."""
+class RunConfig(Section):
+    """One training run, as the loop sees it."""
 
-    people: Count = Field(8, description="whom training does not see")
-    prompts: Annotated[tuple[str, ...], Field(min_length=1)] = (
-        "a photo of a face",
-        "an oil painting of a face",
-        "a comic of a face",
-        "a wanted poster of a face",
-    )
-    steps: Annotated[int, Field(ge=1, le=100)] = Field(10, description="of DDIM")
-    guidance: Positive = 5.0
-    recogniser: str | None = Field(None, description="measures identity; by default the loss's own, which flatters")
-    clip: str | None = Field(None, description="whole CLIP that measures how pictures follow their prompts")
-
-
-_PATHS = {  # by section, the fields that name files and folders
-    "": ("out",),
-    "model": ("base", "start", "shortcut", "vae", "picture_vae", "image_encoder", "recogniser", "detector"),
-    "data": ("source", "metadata", "cache"),
-    "validation": ("recogniser", "clip"),
-}
-
-
-class Config(_Section):
-    """One training run."""
-
-    name: str = Field("encoder", description="of the encoder file")
+    name: str = Field("encoder", description="name of the file that is exported, without its ending")
     out: str = Field("training", description="folder for all that the run writes")
-    model: Model
-    data: Data
-    steps: Count = 5000
-    batch: Count = Field(8, description="samples a step, over all processes")
-    accumulate: Count = Field(1, description="parts of a process's share of them, one after another in memory")
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    checkpointing: Literal["none", "blocks", "all"] = "blocks"
-    importance: Share = Field(0.5, description="alpha of the time steps' distribution of the diffusion loss")
-    drop: Drop = Drop()
-    lookahead: Lookahead = Lookahead()
-    optimiser: Optimiser = Optimiser()
-    ema: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="of the average that is exported; 0: none")
+    model: BaseModels
+    data: BaseData
+    steps: Count = Field(5000, description="optimiser steps of the whole run")
+    batch: Count = Field(8, description="samples a step, over all processes and accumulated parts")
+    accumulate: Count = Field(
+        1, description="gradient accumulation: parts of a process's samples, one after another in memory"
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="seed of all random draws")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="mixed precision; fp32 is none")
+    checkpointing: Literal["none", "blocks", "all"] = Field(
+        "blocks", description="gradient checkpointing: of nothing, the transformer blocks, or residual blocks too"
+    )
+    optimiser: BaseOptimiser = BaseOptimiser()
+    ema: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="decay of the moving average of the weights, which is exported in their place; 0: none"
+    )
     compile: bool = Field(False, description="torch.compile of the transformer blocks")
-    validation: Validation = Validation()
-    validate_every: Annotated[int, Field(ge=0)] = Field(500, description="0: never")
-    trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field((), description="told the figures, beside log.jsonl")
-    save_every: Count = 500
-    keep: Count = Field(2, description="checkpoints that are kept")
-    log_every: Count = 10
+    validate_every: Annotated[int, Field(ge=0)] = Field(500, description="steps between validations; 0: never")
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field(
+        (), description="trackers that get the figures too, beside log.jsonl"
+    )
+    save_every: Count = Field(500, description="steps between checkpoints")
+    keep: Count = Field(2, description="number of last checkpoints that are kept, beside the best")
+    log_every: Count = Field(10, description="steps between lines of the log")
     norms_every: Annotated[int, Field(ge=0)] = Field(
-        100, description="how often the gradient's norm of each loss is measured, which takes copies of it; 0: never"
+        100, description="steps between measurements of each loss's gradient norm, which take copies of it; 0: never"
     )
     nonfinite_in_a_row: Count = Field(5, description="skipped steps in a row after which the run stops")
 
-    @model_validator(mode="after")
-    def _complete(self) -> Config:
-        needed = {"none": (), "x0": ("vae", "recogniser"), "shortcut": ("vae", "recogniser", "shortcut")}
-        arm = self.lookahead.arm
-        missing = [f"model.{k}" for k in needed[arm] if getattr(self.model, k) is None]
-        if missing:
-            raise ValueError(f"lookahead.arm {arm!r} needs {' and '.join(missing)}: name the files, or choose 'none'")
-        if self.lookahead.align != "strength" and arm != "shortcut":
-            raise ValueError(f"lookahead.align {self.lookahead.align!r} is for lookahead.arm 'shortcut', not {arm!r}")
-        if self.data.source == "mini" and (self.validation.recogniser or self.validation.clip):
-            raise ValueError(
-                "validation.recogniser and validation.clip are for folders: the mini world has its own judges"
-            )
-        return self
+    # Fields that may change in a run that goes on, by dotted name: nothing of them changes what is computed, but for
+    # the last bits of the rounding.
+    FREE: ClassVar[frozenset[str]] = frozenset(
+        "steps save_every keep log_every norms_every nonfinite_in_a_row validate_every trackers checkpointing "
+        "accumulate compile out data.source".split()  # (`Source.digest` tells other data)
+    )
+    SCORING: ClassVar[frozenset[str]] = frozenset()  # free too, but then scores of validations are others
+    PATHS: ClassVar[Mapping[str, tuple[str, ...]]] = {  # by section, the fields that name files and folders
+        "": ("out",),
+        "model": ("base",),
+        "data": ("source",),
+    }
+    SYNONYMS: ClassVar[Mapping[str, str]] = SYNONYMS
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
+        """A configuration from a YAML file. overrides: "section.key=value", the value read as YAML.
+
+        Raises ConfigError, which lists all that is wrong.
+        """
+        return cls.from_values(read_values(path, overrides))
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> Self:
+        """A configuration from nested values; errors as in `load`."""
+        return validated(cls, values)
 
     def shareable(self) -> dict[str, Any]:
         """As plain values for a file that others get (`named_only`)."""
-        return named_only(self.model_dump(mode="json"))
+        return self.named_only(self.model_dump(mode="json"))
+
+    @classmethod
+    def named_only(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Plain values of a configuration with only the last name of each path: folders name people and are moved."""
+        named = copy.deepcopy(dict(values))
+        for section, names in cls.PATHS.items():
+            part = named[section] if section else named
+            part |= {name: Path(part[name]).name for name in names if part.get(name) is not None}
+        return named
 
 
-def named_only(values: dict[str, Any]) -> dict[str, Any]:
-    """Plain values of a configuration with, of every path, only the last name: folders name people, and are moved."""
-    values = copy.deepcopy(values)
-    for section, names in _PATHS.items():
-        part = values[section] if section else values
-        part |= {name: Path(part[name]).name for name in names if part.get(name) is not None}
-    return values
-
-
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """A configuration from a YAML file. overrides: "section.key=value", the value read as YAML.
-
-    Raises ConfigError, which lists all that is wrong.
-    """
-    return from_values(read_values(path, overrides))
+Kind = TypeVar("Kind", bound=Section)
 
 
 def read_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The nested values of a YAML file and of those that it extends, with the overrides; errors as in `load`."""
+    """The nested values of a YAML file and of those that it extends, with the overrides. Raises ConfigError."""
     values = _read(Path(path))
     for override in overrides:
-        _set(values, override)
+        set_value(values, override)
     return values
 
 
-def data_alone(source: str | Path, overrides: Sequence[str] = ()) -> Data:
-    """The section `data` for a folder, with overrides such as "size=768"; errors as in `load`."""
-    section = {"source": str(source)}
-    for override in overrides:
-        _set(section, override)
-    model = {"base": "none", "start": "none"}
-    return from_values({"model": model, "data": section, "lookahead": {"arm": "none"}}).data
-
-
-def from_values(values: dict[str, Any]) -> Config:
-    """A configuration from nested values; errors as in `load`."""
-    return validated(Config, values)
-
-
-def validated(model: type[Section], values: dict[str, Any]) -> Section:
-    """Nested values as a model of pydantic. Raises ConfigError, with a sentence for each value that is wrong."""
+def validated(kind: type[Kind], values: Mapping[str, Any]) -> Kind:
+    """Nested values as sections of fields. Raises ConfigError, with a sentence for each value that is wrong."""
     try:
-        return model.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("\n".join(_sentence(e, model) for e in error.errors())) from None
+        raise ConfigError("\n".join(_sentence(kind, e) for e in error.errors())) from None
 
 
 def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -267,7 +237,8 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _set(values: dict[str, Any], override: str) -> None:
+def set_value(values: dict[str, Any], override: str) -> None:
+    """Write an override "section.key=value" into nested values. Raises ConfigError for what is none."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"The override {override!r} is not understood: write section.key=value.")
@@ -288,20 +259,28 @@ def _set(values: dict[str, Any], override: str) -> None:
     values[last] = value
 
 
-def _sentence(error: Any, model: type[BaseModel]) -> str:
+def _sentence(kind: type[Section], error: Any) -> str:
     where = ".".join(str(part) for part in error["loc"]) or "the configuration"
     if error["type"] == "extra_forbidden":
-        section = _section(model, error["loc"][:-1])
-        known = list(section.model_fields) if section else []
-        near = difflib.get_close_matches(str(error["loc"][-1]), known, 1, 0.5)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}."
-        return f"{where} is no key of a configuration: {hint}"
+        return f"{where} is no key of a configuration: {_hint(kind, error['loc'])}"
     if error["type"] == "missing":
         return f"{where} is missing: it must be given."
     reason = error["msg"].removeprefix("Value error, ").rstrip(".")
+    end = "" if reason.endswith("?") else "."
     if isinstance(error["input"], dict):  # a section, too long to be repeated
-        return f"{where}: {reason}" + ("" if reason.endswith("?") else ".")
-    return f"{where} is {error['input']!r}: {reason}."
+        return f"{where}: {reason}{end}"
+    return f"{where} is {error['input']!r}: {reason}{end}"
+
+
+def _hint(kind: type[Section], location: Sequence[Any]) -> str:
+    """The key that was meant: another trainer's word for it, or a slip of the pen."""
+    key = str(location[-1])
+    if meant := getattr(kind, "SYNONYMS", {}).get(key.lower().lstrip("-").replace("-", "_")):
+        return f"did you mean {meant}?"
+    section = _section(kind, location[:-1])
+    names = list(section.model_fields) if section else []
+    near = difflib.get_close_matches(key, names, 1, 0.5)
+    return f"did you mean {near[0]}?" if near else f"known are {', '.join(names)}."
 
 
 def _section(model: Any, location: Sequence[Any]) -> type[BaseModel] | None:

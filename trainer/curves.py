@@ -11,21 +11,6 @@ from .checkpoints import TrainingError
 from .log import lines
 
 Points = list[tuple[int, float]]
-# Figure of a log's line: its title. docs/training.md says what each should do.
-PANELS = {
-    "diffusion": "diffusion loss",
-    "lookahead": "lookahead loss",
-    "distance": "distance of previews",
-    "counted": "share that counts",
-    "alignment": "alignment loss",
-    "norm": "gradient of both, before it is clipped",
-    "norm_diffusion": "gradient of the diffusion loss",
-    "norm_lookahead": "gradient of the lookahead loss",
-    "identity": "validation: identity",
-    "faces": "validation: share with a face",
-    "prompt": "validation: prompt",
-    "style": "validation: style",
-}
 WINDOW = 20  # a mean is over this share of a run
 
 
@@ -60,11 +45,11 @@ def smooth(points: Points) -> Points:
     return means
 
 
-def plot(runs: Mapping[str, Mapping[str, Points]], path: Path) -> None:
-    """One panel a figure that any run has, one colour a run: values pale, their running mean strong. As PNG."""
+def plot(runs: Mapping[str, Mapping[str, Points]], panels: Mapping[str, str], path: Path) -> None:
+    """Plot one panel a figure that any run has, one colour a run: values pale, their running mean strong. As PNG."""
     from matplotlib.figure import Figure
 
-    shown = [name for name in PANELS if any(run.get(name) for run in runs.values())]
+    shown = [name for name in panels if any(run.get(name) for run in runs.values())]
     columns = min(4, math.ceil(len(shown) ** 0.5))
     rows = -(-len(shown) // columns)
     figure = Figure(figsize=(3.4 * columns, 2.5 * rows + 0.4), layout="constrained", dpi=110)
@@ -72,7 +57,7 @@ def plot(runs: Mapping[str, Mapping[str, Points]], path: Path) -> None:
     for axis in axes[len(shown) :]:
         axis.set_visible(False)
     for axis, name in zip(axes, shown, strict=False):
-        axis.set_title(PANELS[name], fontsize=9)
+        axis.set_title(panels[name], fontsize=9)
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
         for number, run in enumerate(runs.values()):
@@ -93,13 +78,14 @@ def plot(runs: Mapping[str, Mapping[str, Points]], path: Path) -> None:
     os.replace(part, path)
 
 
-def curves(folders: Sequence[Path], out: Path) -> Path:
-    """Plot the runs in these folders into `out`. Raises TrainingError, one sentence."""
+def curves(folders: Sequence[Path], panels: Mapping[str, str], out: Path) -> Path:
+    """Plot the runs in these folders into `out`. panels: by figure of a log's line, its title, in the order of the
+    picture (a recipe's `PANELS`). Raises TrainingError, one sentence."""
     names = [folder.resolve().name for folder in folders]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
     runs = {name: read(folder) for name, folder in zip(names, folders, strict=True)}
-    if not any(run.get(name) for run in runs.values() for name in PANELS):
+    if not any(run.get(name) for run in runs.values() for name in panels):
         raise TrainingError("These logs hold no figures yet: the first come after `log_every` steps.")
-    plot(runs, out)
+    plot(runs, panels, out)
     return out

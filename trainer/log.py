@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 
 from .checkpoints import TrainingError
-from .config import Config
+from .config import RunConfig
 
 PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
 
@@ -39,9 +39,9 @@ def _is_there(package: str) -> bool:
 
 
 class Log:
-    """Of one run, in its folder. Only the main process writes."""
+    """The log of one run, in its folder. Only the main process writes."""
 
-    def __init__(self, folder: Path, config: Config, accelerator: Accelerator, first: int):
+    def __init__(self, folder: Path, config: RunConfig, accelerator: Accelerator, first: int):
         self.folder, self.config, self.accelerator, self.first = folder, config, accelerator, first
         self.main, self.started = accelerator.is_main_process, time.monotonic()
         if self.main:
@@ -62,7 +62,7 @@ class Log:
         return {"dir": str(self.folder), "id": path.read_text(), "resume": "allow"}
 
     def figures(self, step: int, figures: Mapping[str, float]) -> None:
-        """Of a training step. Adds pictures a second and peak memory."""
+        """Log the figures of a training step, with images a second and peak memory."""
         pace = (time.monotonic() - self.started) / max(step - self.first, 1)
         figures = {**figures, "pictures_per_second": self.config.batch / pace} | memory()
         shown = "  ".join(f"{k} {v:.4g}" for k, v in figures.items())
@@ -71,13 +71,13 @@ class Log:
         self._write(step, f"step {step}/{self.config.steps}  {shown}  {clock} left", figures, figures)
 
     def validation(self, step: int, figures: Mapping[str, float], grid: Path) -> None:
-        """Of a validation."""
+        """Log the figures of a validation; grid: the file with its pictures."""
         shown = "  ".join(f"{k} {v:.4g}" for k, v in figures.items())
         tracked = {f"validation/{k}": v for k, v in figures.items()}
         self._write(step, f"validation after step {step}  {shown}  {grid}", {"validation": dict(figures)}, tracked)
 
     def skipped(self, step: int, samples: Sequence[str]) -> None:
-        """A step that was left out because of these samples; without any, because of none alone."""
+        """Note a step that was left out because of these samples; without any, because of none alone."""
         if self.main:
             why = ", ".join(samples) or "all losses are, so it is not a single sample"
             print(f"Step {step} is left out, because its gradient is not finite: {why}.", flush=True)

@@ -1,57 +1,51 @@
-"""SDXL's noise schedule, the one-step preview, and which steps of a run are chosen.
+"""SDXL's noise schedule and what is computed from it alone: noising, DDIM, the preview, and how a training sample's
+timestep and LoRA scale are drawn (LCM-Lookahead, arXiv 2404.03620).
 
-Two scales of the same latent are in use. The paper and diffusers have z_t = sqrt(alpha_bar) z_0 + sqrt(1 - alpha_bar) e
-of variance 1, the host has x = z_0 + sigma e: x = z_t sqrt(1 + sigma^2), with alpha_bar = 1 / (1 + sigma^2).
+Two scales of the same latent are in use. The paper and diffusers have the variance-preserving z_t = sqrt(alpha_bar) z_0
++ sqrt(1 - alpha_bar) e, the host has the variance-exploding x = z_0 + sigma e: x = z_t sqrt(1 + sigma^2), with
+alpha_bar = 1 / (1 + sigma^2). `to_vp` and `to_ve` lead from one to the other.
+
+Everywhere z, x, noise and predictions are [B, ...]; alpha_bar, sigma and timestep are [B] or one number as a tensor.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+TIMESTEPS = 1000
 EPSILON, V_PREDICTION = "epsilon", "v_prediction"
 
 
-def alphas_cumprod(steps: int = 1000, start: float = 0.00085, end: float = 0.012) -> Tensor:
+def alphas_cumprod(steps: int = TIMESTEPS, start: float = 0.00085, end: float = 0.012) -> Tensor:
     """alpha_bar of SDXL's timesteps, [steps] in float64: the cumulative product of 1 - beta, beta "scaled linear"."""
     betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
     return torch.cumprod(1 - betas, dim=0)
 
 
-def sigma_of(alpha_bar: Tensor) -> Tensor:
-    """sigma = sqrt((1 - alpha_bar) / alpha_bar), the host's measure of noise."""
-    return ((1 - alpha_bar) / alpha_bar).sqrt()
+def to_vp(x: Tensor, sigma: Tensor) -> Tensor:
+    """The paper's z_t = x / sqrt(1 + sigma^2), of variance about 1, from the host's x = z_0 + sigma e."""
+    return x / (_like(sigma, x) ** 2 + 1).sqrt()
 
 
-def alpha_bar_of(sigma: Tensor) -> Tensor:
-    """alpha_bar = 1 / (1 + sigma^2), the inverse of `sigma_of`."""
-    return 1 / (1 + sigma**2)
+def to_ve(z: Tensor, sigma: Tensor) -> Tensor:
+    """The host's x = z_t sqrt(1 + sigma^2), the inverse of `to_vp`. Both are linear: they scale differences as well."""
+    return z * (_like(sigma, z) ** 2 + 1).sqrt()
 
 
-def timestep_of(sigma: Tensor, sigmas: Tensor) -> Tensor:
-    """The timestep of a noise level, a fraction where it lies between two: linear in log sigma, as the host has it.
-
-    sigma: any shape, greater than 0; sigmas: [steps] rising, of the timesteps 0, 1, ... Beyond the ends, the ends.
-    """
-    wanted, known = sigma.log().to(sigmas.dtype), sigmas.log()
-    low = (torch.searchsorted(known, wanted.contiguous()) - 1).clamp(0, len(sigmas) - 2)
-    part = (wanted - known[low]) / (known[low + 1] - known[low])
-    return low + part.clamp(0, 1)
+def add_noise(z_0: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
+    """The forward process (DDPM, arXiv 2006.11239, eq. 4): z_t = sqrt(alpha_bar) z_0 + sqrt(1 - alpha_bar) noise."""
+    a = _like(alpha_bar, z_0)
+    return a.sqrt() * z_0 + (1 - a).sqrt() * noise
 
 
-def sigma_at(timestep: Tensor, sigmas: Tensor) -> Tensor:
-    """The inverse of `timestep_of`."""
-    low = timestep.floor().long().clamp(0, len(sigmas) - 2)
-    part = (timestep - low).clamp(0, 1).to(sigmas.dtype)
-    return torch.lerp(sigmas.log()[low], sigmas.log()[low + 1], part).exp()
+def pred_original_sample(z_t: Tensor, prediction: Tensor, alpha_bar: Tensor, kind: str = EPSILON) -> Tensor:
+    """z_0 as a network's prediction has it: equation 3 of the paper for epsilon, and the same for v (2202.00512).
 
-
-def predicted_original(z_t: Tensor, prediction: Tensor, alpha_bar: Tensor, kind: str = EPSILON) -> Tensor:
-    """z_0 as a network's prediction has it: equation 3 of the paper for epsilon, and the same for v.
-
-    z_t, prediction: [B, ...]; alpha_bar: [B] or one number as a tensor. Raises ValueError for another kind.
+    Raises ValueError for another kind of prediction.
     """
     a = _like(alpha_bar, z_t)
     if kind == EPSILON:  # (z_t - sqrt(1 - alpha_bar) e) / sqrt(alpha_bar)
@@ -61,26 +55,63 @@ def predicted_original(z_t: Tensor, prediction: Tensor, alpha_bar: Tensor, kind:
     raise ValueError(f"the kind of prediction is {kind!r}, and {EPSILON!r} or {V_PREDICTION!r} is known")
 
 
+def ddim_step(z_t: Tensor, noise: Tensor, alpha_bar: Tensor, alpha_bar_prev: Tensor) -> Tensor:
+    """One step of DDIM with eta 0 (arXiv 2010.02502, eq. 12), from alpha_bar to the cleaner alpha_bar_prev.
+
+    noise: as the network predicts it in z_t (epsilon).
+    """
+    return add_noise(pred_original_sample(z_t, noise, alpha_bar), noise, alpha_bar_prev)
+
+
 def boundary_scaling(
     timestep: Tensor, sigma_data: float = 0.5, timestep_scaling: float = 10.0
 ) -> tuple[Tensor, Tensor]:
-    """c_skip, c_out of a latent consistency model: its input at t = 0, from t = 1 on hardly anything of it."""
+    """c_skip, c_out of a latent consistency model (arXiv 2310.04378): its output is its input at t = 0, and from t = 1
+    on hardly anything of it."""
     s = timestep_scaling * timestep.float()
     return sigma_data**2 / (s**2 + sigma_data**2), s / (s**2 + sigma_data**2).sqrt()
 
 
-def one_step(z_0: Tensor, z_t: Tensor, timestep: Tensor) -> Tensor:
-    """The preview c_out z_0 + c_skip z_t of a few-step model, from its predicted original.
-
-    z_0, z_t: [B, ...]; timestep: [B] or one number as a tensor, 0 to 999.
-    """
+def consistency_output(z_0: Tensor, z_t: Tensor, timestep: Tensor) -> Tensor:
+    """c_out z_0 + c_skip z_t, what a consistency model answers to z_t; z_0: its `pred_original_sample`; timestep: 0 to
+    999."""
     c_skip, c_out = (_like(c, z_t) for c in boundary_scaling(timestep))
     return c_out * z_0 + c_skip * z_t
 
 
 def preview_latent(z_t: Tensor, prediction: Tensor, timestep: Tensor, alpha_bar: Tensor, kind: str = EPSILON) -> Tensor:
-    """The paper's preview, equation 3 with the boundary scaling of consistency models. Shapes as above."""
-    return one_step(predicted_original(z_t, prediction, alpha_bar, kind), z_t, timestep)
+    """The paper's preview: equation 3 with the boundary scaling of consistency models."""
+    return consistency_output(pred_original_sample(z_t, prediction, alpha_bar, kind), z_t, timestep)
+
+
+def timestep_density(alpha: float, steps: int = TIMESTEPS) -> Tensor:
+    """The probability of each timestep in training, [steps] in float64: f(t) ~ 1 - alpha cos(pi t / T).
+
+    The paper's importance sampling (implementation details; after ReVersion, arXiv 2303.13495): it prefers noisy
+    timesteps, where the picture's content is decided. alpha: 0 (uniform) to 1; the paper has 0.2.
+    """
+    t = torch.arange(steps, dtype=torch.float64)
+    f = 1 - alpha * torch.cos(math.pi * t / steps)
+    return f / f.sum()
+
+
+def sample_timestep(u: Tensor, alpha: float) -> Tensor:
+    """Timesteps by importance sampling, the inverse of `timestep_density`'s cumulative sum at u.
+
+    u: uniform numbers in [0, 1) of float64, any shape; the result is int64 of that shape.
+    """
+    return torch.searchsorted(timestep_density(alpha).cumsum(0), u, right=True).clamp(max=TIMESTEPS - 1)
+
+
+def lora_scale(u: Tensor, first: float, last: float, full: Tensor | None = None) -> Tensor:
+    """The few-step LoRA's scale by LoRA interpolation, with which the paper keeps previews aligned with the base model:
+    1 with some probability, else uniform between two ends (0.1 and 1 in the paper, full in half of the iterations).
+
+    u: uniform numbers in [0, 1), any shape, that lead from `first` to `last`; full: bool of that shape, where the scale
+    is 1 (None: nowhere).
+    """
+    scale = first + (last - first) * u
+    return scale if full is None else torch.where(full, 1.0, scale)
 
 
 def chosen_steps(sigmas: Sequence[float], start_sigma: float, count: int) -> list[int]:

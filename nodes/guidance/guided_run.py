@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from ...lookahead.losses.base import started
 from ...lookahead.method import guidance as method
 from ...lookahead.method.attention import mask_on_tokens
+from ...lookahead.method.schedule import lora_scale
 from .autograd import Checkpointing
 from .guidance_report import Iterate, Run, mean, shown_while_running
 from .preview import Call, Previewer, as_image
@@ -215,7 +216,7 @@ class GuidedRun:
     def _strength(self, z: Tensor) -> Tensor:
         """Of the few-step LoRA for each picture: 1, or by chance less, against what pleases one network alone."""
         chance = torch.cat([torch.rand(1, generator=generator) for generator in self._jitter])
-        return (1 - self.guidance.jitter * chance).to(z)
+        return lora_scale(chance, 1.0, 1.0 - self.guidance.jitter).to(z)
 
     def _where(self, z: Tensor, denoise_mask: Tensor | None) -> Tensor | None:
         """Where the latent may move, [n, 1, h, w]: under the mask, and where the run paints at all."""

@@ -16,7 +16,7 @@ import torch
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from torch import Tensor, nn
 
-from ...lookahead.method.schedule import one_step
+from ...lookahead.method.schedule import consistency_output, to_vp
 from ..conditioning import wrappers
 from . import autograd
 from .lora_bypass import Branches, added_patches, branches_patcher, check_patches
@@ -198,8 +198,7 @@ class Previewer:
             original = predicted(x, sigma, options, call.seed)
         if not self.shortcut.one_step:
             return original
-        z = x / (sigma.reshape(-1, 1, 1, 1) ** 2 + 1).sqrt()
-        return one_step(original, z, self.model.model_sampling.timestep(sigma))
+        return consistency_output(original, to_vp(x, sigma), self.model.model_sampling.timestep(sigma))
 
     def _evaluate(self, conds: dict[str, Any], x: Tensor, sigma: Tensor, options: dict[str, Any], seed: Any) -> Tensor:
         if self._positive is not None:

@@ -197,7 +197,7 @@ def test_the_gradient_beside_the_base_is_that_of_the_lora_merged_by_the_host(
         def preview(original, leaf, call, model=of_host):
             z = leaf / (call.sigma.reshape(-1, 1, 1, 1) ** 2 + 1).sqrt()
             t = model.get_model_object("model_sampling").timestep(call.sigma)
-            return pack.module("lookahead.method.schedule").one_step(original, z, t)
+            return pack.module("lookahead.method.schedule").consistency_output(original, z, t)
 
         x0 = shortcut(of_host, kind="plain x0")
         expected = found(x[row : row + 1], 4.0, x0, torch.ones(1), of_host, preview)

@@ -25,7 +25,8 @@ RATES = ["optimiser.adapter_rate=1e-3", "optimiser.kv_rate=0.02", "optimiser.war
 @pytest.fixture(scope="module")
 def trained(pack, tmp_path_factory):
     """The step after its training, and the encoder file where the nodes look for it."""
-    config, assembling, train = (pack.module(f"trainer.{m}") for m in ("config", "assemble", "train"))
+    names = ("trainer.config", "trainer.lookahead.config", "cli.assemble", "trainer.train")
+    configs, config, assembling, train = map(pack.module, names)
     out = tmp_path_factory.mktemp("run")
     overrides = [
         f"out={out}",
@@ -36,14 +37,14 @@ def trained(pack, tmp_path_factory):
         "validate_every=0",
         "precision=fp32",
     ]
-    c = config.load(config.CONFIGS / "mini.yaml", [*overrides, *RATES])
+    c = config.load(configs.CONFIGS / "mini.yaml", [*overrides, *RATES])
     with torch.inference_mode(False), torch.enable_grad():
-        step, source, about = assembling.assemble(c)
-        written = train.train(c, step, source, about)
+        recipe, source = assembling.assemble(c)
+        written = train.train(c, recipe, source)
     there = pack.base / parity.MODELS / written.name
     there.parent.mkdir(parents=True, exist_ok=True)
     there.write_bytes(written.read_bytes())
-    yield step, there.name
+    yield recipe.losses, there.name
     there.unlink()
 
 
@@ -127,7 +128,7 @@ def test_training_has_changed_what_both_answer(sides, trained):
 
 def test_sampling_for_validation_draws_what_the_pipeline_draws(pack, trained, sides):
     """The same latents after three steps of DDIM under the guidance with three scales."""
-    pipelines, validate = pack.module("sdxl.pipeline"), pack.module("trainer.validate")
+    pipelines, validate = pack.module("sdxl.pipeline"), pack.module("trainer.lookahead.validate")
     batches = pack.module("trainer.lookahead.step")
     step, name = trained
     case, condition = sides[1].case, sides[1].condition

@@ -1,7 +1,8 @@
 """Configurations: what is wrong is said in a sentence that helps, before anything is loaded."""
 
 import pytest
-from lcm_lookahead.trainer.config import CONFIGS, ConfigError, from_values, load
+from lcm_lookahead.trainer.config import CONFIGS, ConfigError
+from lcm_lookahead.trainer.lookahead.config import from_values, load
 
 SMALL = {"model": {"base": "b", "start": "s"}, "data": {"source": "d"}, "lookahead": {"arm": "none"}}
 

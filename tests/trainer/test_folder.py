@@ -17,11 +17,11 @@ from lcm_lookahead.mini.world.data import group_of_people
 from lcm_lookahead.mini.world.faces import STYLES, captions, render
 from lcm_lookahead.sdxl.images import read
 from lcm_lookahead.sdxl.load import ModelError
-from lcm_lookahead.trainer import config
 from lcm_lookahead.trainer.config import CONFIGS
 from lcm_lookahead.trainer.data.folder import cache_folder, square_of
 from lcm_lookahead.trainer.data.pairs import DataError, Entry, Seen, alike, listing, look_of, people
-from lcm_lookahead.trainer.lookahead.draws import order
+from lcm_lookahead.trainer.lookahead import config
+from lcm_lookahead.trainer.seeds import order
 from lcm_lookahead.trainer.train import train
 from PIL import Image
 
@@ -68,8 +68,8 @@ def settings(data, out, *more):
 
 @pytest.fixture(scope="module")
 def source(drawn, tmp_path_factory):
-    _, source, about = assembling.assemble(settings(drawn, tmp_path_factory.mktemp("out")))
-    assert about["size"] == "128"
+    recipe, source = assembling.assemble(settings(drawn, tmp_path_factory.mktemp("out")))
+    assert recipe.about["size"] == "128"
     return source
 
 
@@ -120,7 +120,7 @@ def test_a_batch_is_that_of_the_picture_s_own_values(source, drawn):
 
 def test_what_is_kept_is_read_again_and_gives_the_same_bits(source, drawn, tmp_path):
     c = settings(drawn, tmp_path, f"data.cache={tmp_path / 'cache'}")
-    _, kept, _ = assembling.assemble(c)
+    _, kept = assembling.assemble(c)
     kept.prepare(CPU)
     files = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.safetensors")}
     assert files
@@ -133,7 +133,7 @@ def test_what_is_kept_is_read_again_and_gives_the_same_bits(source, drawn, tmp_p
     models, kept.models = kept.models, Nothing()
     again = kept.batch(order(len(kept), c.seed, numbers), numbers, CPU)  # all that the run asks for
     without = settings(drawn, tmp_path, "data.keep=false")
-    _, fresh, _ = assembling.assemble(without)
+    _, fresh = assembling.assemble(without)
     made = fresh.batch(order(len(fresh), c.seed, numbers), numbers, CPU)
     for name in ("target", "reference", "features"):
         assert torch.equal(getattr(again, name), getattr(made, name)), name
@@ -205,9 +205,9 @@ def test_damaged_pictures_are_left_out_and_listed_and_too_many_stop_the_run(draw
     whole = (data / "person 0/0.png").read_bytes()
     (data / "person 0/0.png").write_bytes(whole[: len(whole) // 2])
     c = settings(data, tmp_path / "out", "steps=1")
-    step, source, _ = assembling.assemble(c)
+    recipe, source = assembling.assemble(c)
     assert len(source) == PEOPLE * PICTURES - 1
-    assert train(c, step, source).exists()
+    assert train(c, recipe, source).exists()
     line = json.loads((tmp_path / "out/quarantine.jsonl").read_text())
     assert line["file"] == "person 0/0.png" and "cannot be read as a picture" in line["why"]
     for n in (1, 2):
@@ -316,11 +316,11 @@ def test_people_are_held_out_for_validation_where_there_are_enough(tmp_path, dra
     c = settings(
         data, tmp_path / "out", "validate_every=5", "validation.people=4", "validation.prompts=[a face, a comic]"
     )
-    _, source, _ = assembling.assemble(c)
+    _, source = assembling.assemble(c)
     assert len(source.held_out) == 1 and len(source) == 11 * PICTURES
     assert {source.people.pictures[n].person for n in source.targets}.isdisjoint(source.held_out)
     never = settings(data, tmp_path / "out", "validation.people=4")
-    _, same, _ = assembling.assemble(never)  # so that it may be turned on later
+    _, same = assembling.assemble(never)  # so that it may be turned on later
     assert (same.held_out, same.digest()) == (source.held_out, source.digest())
     probes = source.probes(c, CPU)
     assert probes.batch.names == [f"{prompt}, {source.held_out[0]}" for prompt in ("a face", "a comic")]
@@ -331,8 +331,8 @@ def test_people_are_held_out_for_validation_where_there_are_enough(tmp_path, dra
 
 def test_a_run_on_files_is_validated(drawn, tmp_path):
     c = settings(drawn, tmp_path, "steps=1", "validate_every=1", "validation.people=1", "validation.steps=1")
-    step, source, about = assembling.assemble(c)
-    train(c, step, source, about)
+    recipe, source = assembling.assemble(c)
+    train(c, recipe, source)
     assert (tmp_path / "validation/step-00000001.png").exists()
     assert "which the loss uses too, on people who are trained on (there are fewer" in source.probes(c, CPU).by
 

@@ -12,8 +12,9 @@ from lcm_lookahead.mini.plan import WEIGHTS
 from lcm_lookahead.sdxl import configs
 from lcm_lookahead.sdxl.encoder import Encoder
 from lcm_lookahead.sdxl.shared_unet import Condition, Roles
-from lcm_lookahead.trainer.config import CONFIGS, load
-from lcm_lookahead.trainer.export import export
+from lcm_lookahead.trainer.config import CONFIGS
+from lcm_lookahead.trainer.lookahead.config import load
+from lcm_lookahead.trainer.lookahead.export import export
 
 
 @pytest.fixture(scope="module")

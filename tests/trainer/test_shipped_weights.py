@@ -13,7 +13,8 @@ from lcm_lookahead.mini.plan import QUICK, SIZES, WEIGHTS
 from lcm_lookahead.mini.world import data
 from lcm_lookahead.mini.world.faces import STYLES, render
 from lcm_lookahead.mini.world.references import reference_faces
-from lcm_lookahead.trainer.config import CONFIGS, from_values, load
+from lcm_lookahead.trainer.config import CONFIGS
+from lcm_lookahead.trainer.lookahead.config import from_values, load
 from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parents[2]

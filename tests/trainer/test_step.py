@@ -15,10 +15,13 @@ from lcm_lookahead.mini.stages import base, vae
 from lcm_lookahead.sdxl import lora
 from lcm_lookahead.sdxl.encoder import Encoder
 from lcm_lookahead.sdxl.shared_unet import Condition
-from lcm_lookahead.trainer import config
+from lcm_lookahead.trainer.gradients import gradients
+from lcm_lookahead.trainer.lookahead import config
 from lcm_lookahead.trainer.lookahead.alignment import consistency, score_distillation
-from lcm_lookahead.trainer.lookahead.draws import density, draw, order, timestep
-from lcm_lookahead.trainer.lookahead.step import Batch, Step, gradients
+from lcm_lookahead.trainer.lookahead.draws import draw
+from lcm_lookahead.trainer.lookahead.recipe import parts
+from lcm_lookahead.trainer.lookahead.step import Batch, Step
+from lcm_lookahead.trainer.seeds import order
 
 RESAMPLER = ResamplerSizes(4, 64, 1, 1, 32, CONTEXT, 64)
 FILES = {"base": "mini", "start": "a", "shortcut": "b", "vae": "c", "recogniser": "d"}
@@ -104,7 +107,7 @@ def draws():
 def run(step, batch, draws, **options):
     step.encoder.zero_grad(set_to_none=True)
     trained = list(step.encoder.parameters())
-    return gradients(step, [(batch, draws)], trained, **{"lookahead": True} | options)
+    return gradients(step, parts(step.config), [(batch, draws)], trained, **options)
 
 
 def test_each_loss_reaches_every_trained_tensor_and_nothing_else(make_step, batch, draws):
@@ -112,7 +115,7 @@ def test_each_loss_reaches_every_trained_tensor_and_nothing_else(make_step, batc
     for part in ("diffusion", "lookahead"):
         step.encoder.zero_grad(set_to_none=True)
         outcome = step(part, batch, draws)
-        assert outcome.counts.all()
+        assert outcome.valid.all()
         outcome.loss.backward()
         silent = [n for n, p in step.encoder.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
         assert not silent, part
@@ -177,17 +180,17 @@ def test_samples_without_a_face_or_without_any_reference_do_not_count(make_step,
         no_kv=torch.tensor([False, True, False]),
     )
     outcome = step("lookahead", batch, blind)
-    assert outcome.counts.tolist() == [True, False, True]
+    assert outcome.valid.tolist() == [True, False, True]
     assert torch.allclose(outcome.loss, outcome.values[[0, 2]].sum() / N)
-    decode = step.decode
+    decode = step.decode_preview
 
     def faceless(z):  # the first picture is a blank
         pictures = decode(z)
         return torch.cat([torch.zeros_like(pictures[:1]), pictures[1:]])
 
-    step.decode = faceless
+    step.decode_preview = faceless
     outcome = step("lookahead", batch, draws)
-    assert outcome.counts.tolist() == [False, True, True]
+    assert outcome.valid.tolist() == [False, True, True]
     assert torch.allclose(outcome.loss, everyone.values[1:].sum() / N, atol=1e-5)
 
 
@@ -205,8 +208,7 @@ def test_the_arms_differ_as_they_should(make_step, batch, draws):
     assert not without.encoder.kv and without.encoder.groups().keys() == {"adapter"}
     other = replace(batch, reference=batch.reference + 1)
     assert torch.equal(without("diffusion", batch, draws).loss, without("diffusion", other, draws).loss)
-    outcomes, _ = run(without, batch, draws, lookahead=False)
-    assert outcomes.keys() == {"diffusion"}
+    assert parts(settings(lookahead={"arm": "none"})) == ("diffusion",)
     shortcut.roles.inject(), x0.roles.inject()
 
 
@@ -218,9 +220,9 @@ def test_the_other_alignments_reach_everything_trained_and_add_to_the_loss(make_
     plain.roles.eject()
     step = make_step(lookahead={"align": align, "align_weight": 2.0})
     outcome = step("lookahead", batch, draws)
-    assert torch.allclose(outcome.loss, before.loss + 2 * outcome.alignment.mean(), rtol=1e-4)
-    assert (outcome.alignment > 0).all()
-    step.decode = lambda z: torch.zeros(N, 3, 128, 128)  # no face: the alignment is alone
+    assert torch.allclose(outcome.loss, before.loss + 2 * outcome.terms["alignment"].mean(), rtol=1e-4)
+    assert (outcome.terms["alignment"] > 0).all()
+    step.decode_preview = lambda z: torch.zeros(N, 3, 128, 128)  # no face: the alignment is alone
     step.encoder.zero_grad(set_to_none=True)
     step("lookahead", batch, draws).loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in step.encoder.parameters())
@@ -275,16 +277,6 @@ def test_draws_have_the_shares_that_the_configuration_says():
     assert shares == pytest.approx([0.1, 0.2, 0.15, 0.3, 0.045, 0.5], abs=0.03)
     rest = d.strength[d.strength < 1]
     assert 0.1 <= rest.min() < 0.12 and rest.mean().item() == pytest.approx(0.55, abs=0.02)
-
-
-@pytest.mark.parametrize(("importance", "mean", "late"), [(0.2, 540, 0.564), (0.5, 601, 0.659), (0.0, 499.5, 0.5)])
-def test_time_steps_follow_the_paper_s_density(importance, mean, late):
-    p = density(importance)
-    t = torch.arange(1000)
-    assert (p * t).sum().item() == pytest.approx(mean, abs=1) and p[500:].sum().item() == pytest.approx(late, abs=1e-3)
-    u = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
-    drawn = timestep(u, importance)
-    assert drawn.min() == 0 and drawn.max() == 999 and drawn.float().mean().item() == pytest.approx(mean, abs=1)
 
 
 def test_draws_and_order_belong_to_the_sample_not_to_the_batch():

@@ -17,12 +17,14 @@ from lcm_lookahead.lookahead.method.resampler import ResamplerSizes
 from lcm_lookahead.sdxl import lora
 from lcm_lookahead.sdxl.encoder import Encoder
 from lcm_lookahead.sdxl.shared_unet import Condition
-from lcm_lookahead.trainer import config
-from lcm_lookahead.trainer.lookahead.draws import generator
+from lcm_lookahead.trainer.config import CONFIGS
+from lcm_lookahead.trainer.lookahead import config
+from lcm_lookahead.trainer.lookahead.recipe import LookaheadRecipe, compile_blocks
 from lcm_lookahead.trainer.lookahead.step import Batch, Step
+from lcm_lookahead.trainer.lookahead.validate import Probes, validate
 from lcm_lookahead.trainer.memory import out_of_memory, spilled
-from lcm_lookahead.trainer.train import TrainingError, compile_blocks, train
-from lcm_lookahead.trainer.validate import Probes, validate
+from lcm_lookahead.trainer.seeds import generator
+from lcm_lookahead.trainer.train import TrainingError, train
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -110,7 +112,7 @@ def run(folder, at=None, source=None, **values):
     c = settings(folder, **values)
     step, source = make_step(c), source or Numbers()
     source.at = at or {}
-    return train(c, step, source), step, source
+    return train(c, LookaheadRecipe(c, step), source), step, source
 
 
 def same(step, weights):
@@ -186,14 +188,12 @@ def test_a_run_is_not_continued_with_other_data_another_base_or_fewer_steps(whol
         def digest(self):
             return "five other pictures"
 
-    with pytest.raises(
-        TrainingError, match="with other pictures, people or captions than numbers holds now: bring that back"
-    ):
+    with pytest.raises(TrainingError, match="with other data than numbers holds now: bring that back"):
         run(whole[0], source=Others())
     c = settings(tmp_path / "new", optimiser=CONSTANT, steps=3)
-    train(c, make_step(c), Numbers(), {"base_model_hash": "one"})
+    train(c, LookaheadRecipe(c, make_step(c), {"base_model_hash": "one"}), Numbers())
     with pytest.raises(TrainingError, match="started with another model than b: bring that back"):
-        train(c, make_step(c), Numbers(), {"base_model_hash": "two"})
+        train(c, LookaheadRecipe(c, make_step(c), {"base_model_hash": "two"}), Numbers())
     with pytest.raises(TrainingError, match="is at step 3, beyond steps=2: give at least 3"):
         run(tmp_path / "new", optimiser=CONSTANT, steps=2)
 
@@ -288,7 +288,7 @@ def test_samples_that_are_not_finite_are_left_out_and_named(tmp_path):
 
     c = settings(tmp_path, nonfinite_in_a_row=2)
     step = make_step(c)
-    train(c, step, Damaged())
+    train(c, LookaheadRecipe(c, step), Damaged())
     assert all(v.isfinite().all() for v in step.encoder.state_dict().values())
     lines = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert lines and all(line["samples"] == ["picture 3"] for line in lines)
@@ -301,7 +301,7 @@ def test_samples_that_are_not_finite_are_left_out_and_named(tmp_path):
 
     c = settings(tmp_path / "broken", nonfinite_in_a_row=2)
     with pytest.raises(TrainingError, match="2 steps in a row had no finite gradient"):
-        train(c, make_step(c), Broken())
+        train(c, LookaheadRecipe(c, make_step(c)), Broken())
 
 
 class Probed(Numbers):
@@ -420,7 +420,7 @@ def test_compiled_blocks_come_to_the_same_weights_and_share_their_graphs(whole, 
     step = make_step(c)
     compile_blocks(step.unet, backend="aot_eager")  # the default's C++ takes minutes
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        train(c, step, Numbers())
+        train(c, LookaheadRecipe(c, step), Numbers())
     assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] < 40
     assert all(torch.allclose(v, whole[2][k], atol=1e-5) for k, v in step.encoder.state_dict().items())
 
@@ -514,7 +514,7 @@ def test_the_command_shares_a_run_between_two_processes_or_refuses(tmp_path, tol
         "-m",
         "lcm_lookahead.cli.main",
         "train",
-        str(config.CONFIGS / "mini_none.yaml"),
+        str(CONFIGS / "mini_none.yaml"),
         *values,
     ]
     processes, outputs = [], []

@@ -12,8 +12,8 @@ from lcm_lookahead.mini.files import checkpoint, models
 from lcm_lookahead.mini.plan import WEIGHTS
 from lcm_lookahead.mini.stages import stage
 from lcm_lookahead.sdxl.pipeline import LookaheadPipeline
-from lcm_lookahead.trainer import config, validate
 from lcm_lookahead.trainer.config import CONFIGS
+from lcm_lookahead.trainer.lookahead import config, validate
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def assembled():
 
 
 def test_a_sample_does_not_depend_on_its_batch(assembled):
-    _, source, _ = assembled
+    _, source = assembled
     cpu = torch.device("cpu")
     both, one = source.batch([4, 11], [0, 1], cpu), source.batch([11], [1], cpu)
     for name in ("target", "reference", "features"):
@@ -56,9 +56,9 @@ def test_a_sample_does_not_depend_on_its_batch(assembled):
 
 
 def test_the_identity_loss_of_a_preview_is_low_for_the_person_and_high_for_another(assembled):
-    step, source, _ = assembled
+    recipe, source = assembled
     batch = source.batch([0, drawn_people.PER_PERSON], [0, 1], torch.device("cpu"))
-    pictures = step.decode(batch.reference)
+    pictures = recipe.losses.decode_preview(batch.reference)
     values, counts = batch.loss(pictures)
     swapped, _ = batch.loss(pictures.flip(0))
     assert counts.all() and (values < swapped - 0.2).all()
@@ -89,7 +89,8 @@ def test_a_validation_draws_what_the_pipeline_draws_for_users(tmp_path):
         "validation.prompts=[a comic of a face]",
     ]
     c = config.load(CONFIGS / "mini.yaml", changes)
-    step, source, _ = assemble(c)
+    recipe, source = assemble(c)
+    step = recipe.losses
     probes = source.probes(c, torch.device("cpu"))
     noise = torch.randn(1, *source.latent_shape, generator=torch.Generator().manual_seed(3))
     drawn = validate.sample(step, step.encoder, probes.batch, noise, 4, 3.0)

@@ -5,7 +5,7 @@ import torch
 from lcm_lookahead.lookahead.method import schedule
 
 ALPHAS = schedule.alphas_cumprod()
-SIGMAS = schedule.sigma_of(ALPHAS)
+SIGMAS = ((1 - ALPHAS) / ALPHAS).sqrt()
 
 
 def test_it_is_the_schedule_of_sdxl():
@@ -17,13 +17,41 @@ def test_it_is_the_schedule_of_sdxl():
     assert float(ALPHAS[861].rsqrt()) == pytest.approx(6.91, abs=0.01)  # how much the preview amplifies
 
 
-def test_timesteps_and_noise_levels_are_inverse():
-    t = torch.tensor([0.0, 0.25, 17.5, 861.0, 998.9, 999.0], dtype=torch.float64)
-    assert torch.allclose(schedule.timestep_of(schedule.sigma_at(t, SIGMAS), SIGMAS), t, atol=1e-6)
-    assert torch.allclose(schedule.sigma_at(torch.tensor(861.0), SIGMAS), SIGMAS[861])
-    assert torch.allclose(schedule.alpha_bar_of(SIGMAS), ALPHAS)
-    ends = schedule.timestep_of(torch.tensor([1e-3, 100.0], dtype=torch.float64), SIGMAS)
-    assert ends.tolist() == [0.0, 999.0]
+def test_the_two_scales_of_a_latent_are_inverse_and_hold_the_same_noise():
+    """x = z_0 + sigma e and z_t = sqrt(alpha_bar) z_0 + sqrt(1 - alpha_bar) e are one latent."""
+    z_0, noise = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    t = torch.tensor([0, 500, 999])
+    x, z_t = z_0 + SIGMAS[t].reshape(-1, 1, 1, 1) * noise, schedule.add_noise(z_0, noise, ALPHAS[t])
+    assert torch.allclose(schedule.to_vp(x, SIGMAS[t]), z_t)
+    assert torch.allclose(schedule.to_ve(z_t, SIGMAS[t]), x)
+    assert torch.equal(schedule.to_vp(x[1:2], SIGMAS[500]), schedule.to_vp(x, SIGMAS[t])[1:2])
+
+
+def test_with_the_true_noise_a_step_of_ddim_lands_on_the_cleaner_latent():
+    z_0, noise = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    t, prev = torch.tensor([500, 999]), torch.tensor([480, 500])
+    z_t = schedule.add_noise(z_0, noise, ALPHAS[t])
+    stepped = schedule.ddim_step(z_t, noise, ALPHAS[t], ALPHAS[prev])
+    assert torch.allclose(stepped, schedule.add_noise(z_0, noise, ALPHAS[prev]))
+    assert torch.allclose(schedule.ddim_step(z_t, noise, ALPHAS[t], torch.ones(())), z_0)
+
+
+@pytest.mark.parametrize(("alpha", "mean", "late"), [(0.2, 540, 0.564), (0.5, 601, 0.659), (0.0, 499.5, 0.5)])
+def test_timesteps_follow_the_paper_s_density(alpha, mean, late):
+    p = schedule.timestep_density(alpha)
+    t = torch.arange(1000)
+    assert (p * t).sum().item() == pytest.approx(mean, abs=1) and p[500:].sum().item() == pytest.approx(late, abs=1e-3)
+    u = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    drawn = schedule.sample_timestep(u, alpha)
+    assert drawn.min() == 0 and drawn.max() == 999 and drawn.float().mean().item() == pytest.approx(mean, abs=1)
+
+
+def test_the_lora_s_scale_runs_from_the_first_end_to_the_last_and_is_1_where_full():
+    u = torch.tensor([0.0, 0.5, 1.0])
+    assert schedule.lora_scale(u, 0.1, 1.0).tolist() == pytest.approx([0.1, 0.55, 1.0])
+    assert schedule.lora_scale(u, 1.0, 0.1).tolist() == pytest.approx([1.0, 0.55, 0.1])
+    full = torch.tensor([True, False, False])
+    assert schedule.lora_scale(u, 0.1, 0.4, full).tolist() == pytest.approx([1.0, 0.25, 0.4])
 
 
 @pytest.mark.parametrize("kind", [schedule.EPSILON, schedule.V_PREDICTION])
@@ -34,7 +62,7 @@ def test_a_perfect_prediction_gives_the_original(kind):
     a = ALPHAS[t].reshape(-1, 1, 1, 1)
     z_t = a.sqrt() * z + (1 - a).sqrt() * noise
     prediction = noise if kind == schedule.EPSILON else a.sqrt() * noise - (1 - a).sqrt() * z
-    assert torch.allclose(schedule.predicted_original(z_t, prediction, ALPHAS[t], kind), z)
+    assert torch.allclose(schedule.pred_original_sample(z_t, prediction, ALPHAS[t], kind), z)
     assert torch.allclose(schedule.preview_latent(z_t, prediction, t, ALPHAS[t], kind), z, atol=1e-5)
 
 
@@ -50,13 +78,13 @@ def test_at_the_end_the_preview_is_the_latent_itself():
 
 def test_an_unknown_kind_of_prediction_is_refused():
     with pytest.raises(ValueError, match="'flow'"):
-        schedule.predicted_original(torch.zeros(1, 4, 2, 2), torch.zeros(1, 4, 2, 2), ALPHAS[:1], "flow")
+        schedule.pred_original_sample(torch.zeros(1, 4, 2, 2), torch.zeros(1, 4, 2, 2), ALPHAS[:1], "flow")
 
 
 def test_the_paper_s_step_is_the_seventh_of_fifty():
     """At 0.12 of the schedule 44 of 50 steps remain."""
-    steps = [float(schedule.sigma_at(t, SIGMAS)) for t in torch.linspace(999, 0, 50, dtype=torch.float64)]
-    start = float(schedule.sigma_at(torch.tensor(999 * (1 - 0.12)), SIGMAS))
+    steps = [float(SIGMAS[round(t)]) for t in torch.linspace(999, 0, 50, dtype=torch.float64).tolist()]
+    start = float(SIGMAS[round(999 * (1 - 0.12))])
     assert schedule.chosen_steps(steps, start, 1) == [6]
     assert schedule.chosen_steps(steps, start, 3) == [6, 7, 8]
     assert schedule.chosen_steps(steps[20:], start, 2) == [0, 1]  # img2img begins later

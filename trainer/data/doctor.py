@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...lookahead.vision.faces import Detector
-from ..config import Data
+from ..lookahead.config import Data
 from .folder import cache_folder, square_of
 from .pairs import Entry, People, Seen, alike, listing, people, scan
 

@@ -1,4 +1,4 @@
-"""Training on a folder of people's pictures (`source.Source`): pairs, crops, and what the frozen models see in them.
+"""Training on a folder of people's pictures (`recipe.Source`): pairs, crops, and what the frozen models see in them.
 
 Latents, image features, face embeddings and texts never change during a run, and the autoencoder alone costs a sixth of
 a step. So each is computed once, and alone (what is seen in a picture must not depend on its batch), and kept in a
@@ -30,11 +30,11 @@ from ...lookahead.vision.faces import Detector
 from ...sdxl.images import read, resized
 from ...sdxl.load import Frozen
 from ...sdxl.shared_unet import Condition
-from ..config import Config, Data
-from ..judges import read_judges
-from ..lookahead.draws import generator, order
+from ..lookahead.config import Config, Data
+from ..lookahead.judges import read_judges
 from ..lookahead.step import Batch
-from ..validate import Probes
+from ..lookahead.validate import Probes
+from ..seeds import generator, order
 from .pairs import DataError, People, Seen, listing, people, scan
 
 SEED = 7000  # of the choice of references

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ...lookahead.method.schedule import predicted_original, preview_latent
+from ...lookahead.method.schedule import add_noise, ddim_step, preview_latent
 from .draws import Draws
 
 STRIDE, HUBER = 20, 1e-3  # of latent consistency models (arXiv 2310.04378)
@@ -33,7 +33,7 @@ def score_distillation(predict: Predict, alpha_bar: Tensor, latent: Tensor, draw
     noise, t = draws.noise_align, draws.t_align
     a = alpha_bar[t].view(-1, 1, 1, 1)
     with torch.no_grad():
-        z_t = a.sqrt() * latent + (1 - a).sqrt() * noise
+        z_t = add_noise(latent, noise, a)
         wanted = latent - (1 - a) * (predict(z_t, replace(draws, noise=noise), t, 0.0) - noise)
     return 0.5 * (latent - wanted).square().mean((1, 2, 3))
 
@@ -47,9 +47,8 @@ def consistency(predict: Predict, alpha_bar: Tensor, latent: Tensor, z_t: Tensor
     everything = torch.ones_like(draws.no_text)
     nothing = replace(draws, no_text=everything, no_image_prompt=everything, no_kv=everything)
     with torch.no_grad():
-        blind, seeing = predict(z_t, nothing, t, 0.0), predict(z_t, draws, t, 0.0)
-        e, s = blind + GUIDANCE * (seeing - blind), (t - STRIDE).clamp(min=0)
-        a_s = alpha_bar[s].view(-1, 1, 1, 1)
-        z_s = a_s.sqrt() * predicted_original(z_t, e, alpha_bar[t]) + (1 - a_s).sqrt() * e
+        e_uncond, e_cond = predict(z_t, nothing, t, 0.0), predict(z_t, draws, t, 0.0)
+        e, s = e_uncond + GUIDANCE * (e_cond - e_uncond), (t - STRIDE).clamp(min=0)
+        z_s = ddim_step(z_t, e, alpha_bar[t], alpha_bar[s])
         wanted = preview_latent(z_s, predict(z_s, draws, s, 1.0), s, alpha_bar[s])
     return ((latent - wanted).square() + HUBER**2).sqrt().sub(HUBER).mean((1, 2, 3))

@@ -5,17 +5,15 @@ So a run that was stopped goes on exactly as it would have, on any number of pro
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import Config
-
-TIMESTEPS = 1000
+from ...lookahead.method.schedule import TIMESTEPS, lora_scale, sample_timestep
+from ..seeds import generator
+from .config import Config
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,18 +34,6 @@ class Draws:
         return Draws(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
 
-def density(importance: float, steps: int = TIMESTEPS) -> Tensor:
-    """Probability of each time step, [steps] in float64: f(t) ~ 1 - importance cos(pi t / T), which prefers noise."""
-    t = torch.arange(steps, dtype=torch.float64)
-    f = 1 - importance * torch.cos(math.pi * t / steps)
-    return f / f.sum()
-
-
-def timestep(u: Tensor, importance: float) -> Tensor:
-    """Uniform numbers in [0, 1) of float64 -> time steps of that density, int64, of the same shape."""
-    return torch.searchsorted(density(importance).cumsum(0), u, right=True).clamp(max=TIMESTEPS - 1)
-
-
 def draw(config: Config, numbers: Sequence[int], shape: tuple[int, ...]) -> Draws:
     """For the samples of these numbers, counted from the start of the run. shape: of one latent, [4, h, w]."""
     noise, uniform, noise_align, u_align = [], [], [], []
@@ -62,14 +48,14 @@ def draw(config: Config, numbers: Sequence[int], shape: tuple[int, ...]) -> Draw
     least = ahead.least_strength
     if ahead.align != "strength":
         least = 1.0
-    strength = torch.where(u_full < ahead.full_strength, 1.0, least + (1 - least) * u_strength)
+    strength = lora_scale(u_strength, least, 1.0, full=u_full < ahead.full_strength)
     both = u_drop < drop.both
     text = both | ((u_drop >= drop.both) & (u_drop < drop.both + drop.text))
     image = both | ((u_drop >= drop.both + drop.text) & (u_drop < drop.both + drop.text + drop.image_prompt))
     return Draws(
         torch.stack(noise),
-        timestep(u_t, config.importance),
-        timestep(u_lookahead, ahead.importance),
+        sample_timestep(u_t, config.importance),
+        sample_timestep(u_lookahead, ahead.importance),
         strength.float(),
         text,
         image,
@@ -77,17 +63,3 @@ def draw(config: Config, numbers: Sequence[int], shape: tuple[int, ...]) -> Draw
         torch.stack(noise_align),
         (TIMESTEPS * (0.02 + 0.96 * torch.stack(u_align))).long(),
     )
-
-
-def generator(*key: int) -> torch.Generator:
-    """A CPU generator that belongs to these numbers."""
-    # torch's CPU generator reads 32 bits of a seed only: all numbers must be mixed into them.
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
-
-
-def order(samples: int, seed: int, numbers: Sequence[int]) -> list[int]:
-    """Which example each sample of the run is: all of `samples` once in an epoch, in an order of that epoch's own."""
-    shuffled = {n // samples: None for n in numbers}
-    for epoch in shuffled:
-        shuffled[epoch] = np.random.default_rng([seed, epoch]).permutation(samples)
-    return [int(shuffled[n // samples][n % samples]) for n in numbers]

@@ -1,14 +1,13 @@
 """One training step: the diffusion loss (arXiv 2404.03620, eq. 2) and the lookahead loss (eq. 3 and 4).
 
-`Step` is one module that DDP wraps once and `gradients` calls twice, with a backward in between, so that the graphs of
-the two losses never stand in memory together. The optimiser steps once, on the sum.
+`Step` is one module that DDP wraps once and `gradients.gradients` calls twice, with a backward in between, so that the
+graphs of the two losses never stand in memory together. The optimiser steps once, on the sum.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -17,12 +16,13 @@ from torch import Tensor, nn
 
 from ...lookahead.losses.base import Loss
 from ...lookahead.method.attention import Attention, softmax_attention
-from ...lookahead.method.schedule import alphas_cumprod, predicted_original, preview_latent
+from ...lookahead.method.schedule import add_noise, alphas_cumprod, pred_original_sample, preview_latent
 from ...sdxl.encoder import Encoder
 from ...sdxl.lora import LoRA
 from ...sdxl.shared_unet import Condition, Roles
-from ..config import Config
+from ..recipe import Outcome
 from .alignment import consistency, score_distillation
+from .config import Config
 from .draws import Draws
 
 Part = Literal["diffusion", "lookahead"]
@@ -46,20 +46,10 @@ class Batch:
         return Batch(self.names[chosen], self.target[chosen], self.reference[chosen], *texts, self.features[chosen])
 
 
-@dataclass(frozen=True, eq=False)
-class Outcome:
-    """loss: what to call backward on; values [B], counts, bool [B], and alignment [B]: of each sample, no gradient."""
-
-    loss: Tensor
-    values: Tensor
-    counts: Tensor
-    alignment: Tensor | None = None
-
-
 class Step(nn.Module):
     """The losses of a batch. Only `encoder` is trained.
 
-    decode: preview latents [B, 4, h, w] -> pictures [B, 3, H, W] in about [-1, 1], with gradients; needed with
+    decode_preview: preview latents [B, 4, h, w] -> pictures [B, 3, H, W] in about [-1, 1], with gradients; needed with
     lookahead. null_features [1, patches, width]: of no picture (zeros in the image encoder's normalised space).
     """
 
@@ -70,7 +60,7 @@ class Step(nn.Module):
         encoder: Encoder,
         null_features: Tensor,
         shortcut: LoRA | None = None,
-        decode: Callable[[Tensor], Tensor] | None = None,
+        decode_preview: Callable[[Tensor], Tensor] | None = None,
         attention: Attention = softmax_attention,
     ):
         super().__init__()
@@ -81,7 +71,7 @@ class Step(nn.Module):
         self.config = config
         self.unet, self.encoder, self.shortcut = unet.eval().requires_grad_(False), encoder, shortcut
         self.roles = Roles(self.unet, encoder, shortcut, attention).inject(config.checkpointing)
-        self.decode = decode
+        self.decode_preview = decode_preview
         self.register_buffer("null_features", null_features, persistent=False)
         self.register_buffer("alpha_bar", alphas_cumprod().float(), persistent=False)
 
@@ -108,14 +98,14 @@ class Step(nn.Module):
         if ahead.arm == "shortcut":
             latent = preview_latent(z_t, predicted, t, alpha_bar)
         else:
-            latent = predicted_original(z_t, predicted, alpha_bar)
-        values, counts = batch.loss(self.decode(latent).float())
-        blind = draws.no_image_prompt & draws.no_kv if self.config.model.kv else draws.no_image_prompt
-        counts = counts & ~blind
+            latent = pred_original_sample(z_t, predicted, alpha_bar)
+        values, counts = batch.loss(self.decode_preview(latent).float())
+        uncond = draws.no_image_prompt & draws.no_kv if self.config.model.kv else draws.no_image_prompt
+        counts = counts & ~uncond
         # Values of samples that do not count may be anything: they must not get into the sum, not even times zero.
         counted = torch.where(counts, values, 0.0)
         weighed = counted * draws.strength if ahead.weigh_by_strength else counted
-        loss, alignment = ahead.weight * weighed.sum() / len(values), None
+        loss, terms = ahead.weight * weighed.sum() / len(values), {}
         if ahead.align != "strength":
 
             def predict(z: Tensor, draws: Draws, t: Tensor, strength: float) -> Tensor:
@@ -126,70 +116,23 @@ class Step(nn.Module):
             else:
                 alignment = consistency(predict, self.alpha_bar, latent, z_t, t, draws)
             loss = loss + ahead.align_weight * alignment.mean()
-            alignment = alignment.detach()
-        return Outcome(loss, values.detach(), counts, alignment)
+            terms["alignment"] = alignment.detach()
+        return Outcome(loss, values.detach(), counts, terms)
 
     def _predict(
         self, batch: Batch, draws: Draws, t: Tensor, shortcut: float | Tensor = 0.0, z_t: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """The noise predicted with the encoder's help [B, 4, h, w], and in what: z_t, by default the noised target."""
-        text, kv = ~draws.no_text, None
+        has_text, kv = ~draws.no_text, None
         if z_t is None:
             z_t = self.noised(batch.target, draws.noise, t)
         if self.config.model.kv:
             z_c = self.noised(batch.reference, draws.noise, t)
-            kv = self.roles.export(z_c, t, batch.reference_text.where(text))
-        seen = torch.where(draws.no_image_prompt.view(-1, 1, 1), self.null_features, batch.features)
-        tokens = self.encoder.image_proj(seen)
-        return self.roles.decode(z_t, t, batch.text.where(text), tokens, kv, draws.no_kv, shortcut), z_t
+            kv = self.roles.export(z_c, t, batch.reference_text.where(has_text))
+        features = torch.where(draws.no_image_prompt.view(-1, 1, 1), self.null_features, batch.features)
+        tokens = self.encoder.image_proj(features)
+        return self.roles.decode(z_t, t, batch.text.where(has_text), tokens, kv, draws.no_kv, shortcut), z_t
 
     def noised(self, latent: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Latents [B, 4, h, w] at time steps t [B]."""
-        a = self.alpha_bar[t].view(-1, 1, 1, 1)
-        return a.sqrt() * latent + (1 - a).sqrt() * noise
-
-
-def gradients(
-    step: nn.Module,
-    samples: Sequence[tuple[Batch, Draws]],
-    trained: Sequence[nn.Parameter],
-    *,
-    lookahead: bool,
-    backward: Callable[[Tensor], None] = Tensor.backward,
-    unsynchronised: Callable[[], AbstractContextManager[None]] = nullcontext,
-    measure: bool = False,
-) -> tuple[dict[Part, Outcome], dict[Part, Tensor]]:
-    """Add the gradients of some samples to `trained`: first of one loss, forward and backward, then of the other.
-
-    step: a `Step`, or what wraps it. samples: parts of equal size, one after another in memory (gradient
-    accumulation): the result is that of one large batch. unsynchronised: a context in which processes do not exchange
-    gradients. measure: also give the norm of each loss's own gradient, at the price of a copy of it (and of one more
-    exchange). Returns what each loss came to, over all parts and without its graph, and the norms.
-    """
-    outcomes: dict[Part, Outcome] = {}
-    norms: dict[Part, Tensor] = {}
-    before = _copies(trained) if measure else []
-    for part in ("diffusion", "lookahead") if lookahead else ("diffusion",):
-        exchange, found = measure or part == "lookahead" or not lookahead, []
-        for number, (batch, draws) in enumerate(samples, 1):
-            with nullcontext() if exchange and number == len(samples) else unsynchronised():
-                outcome = step(part, batch, draws)
-                backward(outcome.loss / len(samples))
-            found.append(replace(outcome, loss=outcome.loss.detach()))
-            del outcome
-        outcomes[part] = _together(found)
-        if measure:
-            now = _copies(trained)
-            change = [a if b is None else a - b for a, b in zip(now, before, strict=True) if a is not None]
-            norms[part], before = torch.nn.utils.get_total_norm(change), now
-    return outcomes, norms
-
-
-def _together(found: Sequence[Outcome]) -> Outcome:
-    loss = torch.stack([outcome.loss for outcome in found]).mean()
-    parts = ([getattr(o, name) for o in found] for name in ("values", "counts", "alignment"))
-    return Outcome(loss, *(None if part[0] is None else torch.cat(part) for part in parts))
-
-
-def _copies(trained: Sequence[nn.Parameter]) -> list[Tensor | None]:
-    return [None if p.grad is None else p.grad.detach().clone() for p in trained]
+        return add_noise(latent, noise, self.alpha_bar[t])

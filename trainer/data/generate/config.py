@@ -13,18 +13,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from ...config import Count, Positive, Share, read_values, validated
+from ...config import Count, Positive, Section, Share, read_values, validated
 
 Weight = Annotated[float, Field(ge=0)]
 Weights = dict[str, Weight]  # a text, and how often it is drawn relative to the others
-_NOT_CONTENT = ("out", "shards")  # what may change without changing a byte of a shard
+_NOT_CONTENT = ("name", "out", "shards")  # what may change without changing a byte of a shard
 _PATHS = {"generator": ("base", "lora", "vae"), "checks": ("detector", "recogniser", "clip"), "": ("names",)}
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
 def _some(weights: Weights) -> Weights:
@@ -35,7 +31,7 @@ def _some(weights: Weights) -> Weights:
     return weights
 
 
-class Attribute(_Section):
+class Attribute(Section):
     """One property of a person."""
 
     values: Weights
@@ -57,7 +53,7 @@ class Attribute(_Section):
         return self
 
 
-class Grammar(_Section):
+class Grammar(Section):
     """People by description: "`subject` with `phrase` and `phrase`", the names of attributes in braces.
 
     A phrase is left out where one of its attributes has no value.
@@ -93,7 +89,7 @@ class Grammar(_Section):
 PRIMES = (2, 3, 5, 7, 11, 13)  # bases of the balanced attributes' sequences (`people.halton`)
 
 
-class Prompts(_Section):
+class Prompts(Section):
     """What is drawn of each person. The caption that is trained on is the prompt with `face` for the description."""
 
     per_person: Count = 5
@@ -123,7 +119,7 @@ class Prompts(_Section):
         return self
 
 
-class GeneratorSettings(_Section):
+class GeneratorSettings(Section):
     """Which model draws, and how."""
 
     kind: Literal["sdxl", "drawn"] = Field("sdxl", description="a few-step SDXL; or the mini world's drawn people")
@@ -148,7 +144,7 @@ class GeneratorSettings(_Section):
         return self
 
 
-class Checks(_Section):
+class Checks(Section):
     """What a picture must have to be kept. Thresholds of None are not applied; `--pilot` shows what each would keep."""
 
     detector: str | None = Field(None, description="insightface pack that finds faces, or `mini`")
@@ -175,12 +171,12 @@ class Checks(_Section):
         return self
 
 
-class Files(_Section):
+class Files(Section):
     format: Literal["jpg", "png"] = "jpg"
     quality: Annotated[int, Field(ge=50, le=100)] = Field(95, description="of JPEG")
 
 
-class GenerateConfig(_Section):
+class GenerateConfig(Section):
     """One generated data set."""
 
     name: str = "people"

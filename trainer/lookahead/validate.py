@@ -14,12 +14,12 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ..lookahead.method.guidance import three_scale_guidance
-from ..lookahead.method.schedule import predicted_original
-from ..sdxl.encoder import Encoder
+from ...lookahead.method.guidance import three_scale_guidance
+from ...lookahead.method.schedule import TIMESTEPS, ddim_step
+from ...sdxl.encoder import Encoder
+from ..seeds import generator
 from .config import Config, Validation
-from .lookahead.draws import TIMESTEPS, generator
-from .lookahead.step import Batch, Step
+from .step import Batch, Step
 
 STREAM = 7_000_000  # of the noise: apart from the numbers of samples that training draws by
 # Of the guidance, the shares of text, full and KV: the paper's 3, 2, 2 at SDXL's usual guidance of 5.
@@ -81,9 +81,24 @@ def sample(step: Step, encoder: Encoder, batch: Batch, noise: Tensor, steps: int
                 e = three_scale_guidance(e_u, e_t, e_fu, e_ft, text_scale, full_scale, kv_scale)
             else:
                 e = e_u + guidance * (e_t - e_u)
-            before = step.alpha_bar[max(now - stride, 0)]
-            x = before.sqrt() * predicted_original(x, e, step.alpha_bar[t]) + (1 - before).sqrt() * e
+            x = ddim_step(x, e, step.alpha_bar[t], step.alpha_bar[max(now - stride, 0)])
     return x
+
+
+@dataclass(frozen=True, eq=False)
+class ProbeValidator:
+    """A validation of the encoder on the same probes each time (`recipe.Validator`)."""
+
+    step: Step
+    probes: Probes
+    settings: Validation
+
+    @property
+    def by(self) -> str:
+        return self.probes.by
+
+    def __call__(self, trained: Encoder, rows: int, grid: Path) -> dict[str, float]:
+        return validate(self.step, trained, self.probes, self.settings, rows, grid)
 
 
 @torch.no_grad()
@@ -104,7 +119,7 @@ def validate(
         people = [(first + i) // probes.prompts for i in range(len(batch.names))]
         noise = torch.stack([torch.randn(shape, generator=generator(STREAM, person)) for person in people])
         latents = sample(step, encoder, batch, noise.to(batch.target), settings.steps, settings.guidance)
-        pictures.append((step.decode(latents).float() / 2 + 0.5).clamp(0, 1))
+        pictures.append((step.decode_preview(latents).float() / 2 + 0.5).clamp(0, 1))
     drawn = torch.cat(pictures)
     save_grid(torch.cat([probes.shown[:, None], drawn.unflatten(0, (-1, probes.prompts)).to(probes.shown)], 1), grid)
     figures = probes.score(drawn)

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..lookahead.losses.identity import NONE, IdentityLoss, People, embed
-from ..lookahead.vision import arcface, clip
-from ..lookahead.vision.arcface import Recogniser
-from ..lookahead.vision.faces import Detector
-from ..sdxl.images import resized
-from ..sdxl.load import ModelError, Text, found
+from ...lookahead.losses.identity import NONE, IdentityLoss, People, embed
+from ...lookahead.vision import arcface, clip
+from ...lookahead.vision.arcface import Recogniser
+from ...lookahead.vision.faces import Detector
+from ...sdxl.images import resized
+from ...sdxl.load import ModelError, Text, found
 from .config import Config
 from .validate import Score
 

@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..lookahead.files import encoder_file
-from ..sdxl.encoder import Encoder
+from ...lookahead.files import encoder_file
+from ...sdxl.encoder import Encoder
 from .config import Config
 
 

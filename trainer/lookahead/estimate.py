@@ -23,17 +23,18 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from ..cli.assemble import DTYPES, of_mini
-from ..lookahead.method.resampler import ResamplerSizes
-from ..sdxl import configs, lora
-from ..sdxl.encoder import Encoder
-from ..sdxl.load import Preview
-from ..sdxl.shared_unet import Condition
-from .config import Config, ConfigError, from_values
-from .data.folder import cache_folder
-from .data.pairs import DataError, listing
-from .lookahead.draws import Draws
-from .lookahead.step import Batch, Step
+from ...cli.assemble import DTYPES, of_mini
+from ...lookahead.method.resampler import ResamplerSizes
+from ...sdxl import configs, lora
+from ...sdxl.encoder import Encoder
+from ...sdxl.load import Preview
+from ...sdxl.shared_unet import Condition
+from ..config import ConfigError
+from ..data.folder import cache_folder
+from ..data.pairs import DataError, listing
+from .config import Config, from_values
+from .draws import Draws
+from .step import Batch, Step
 
 GB = 1e9
 CARDS = {  # GB, dense TFLOP/s of 16-bit matrix products summed in 32 bit, as the makers state them
@@ -172,9 +173,9 @@ def _one_sample(shape: _Shape) -> _Sample:
 
 
 def _mini() -> tuple[UNet2DConditionModel, ResamplerSizes, int, int]:
-    from ..mini.plan import SIZES
-    from ..mini.stages.base import build_unet
-    from ..mini.stages.image_prompt import Adapter
+    from ...mini.plan import SIZES
+    from ...mini.stages.base import build_unet
+    from ...mini.stages.image_prompt import Adapter
 
     with torch.device("meta"):
         unet = build_unet().eval()

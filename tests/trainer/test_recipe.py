@@ -1,0 +1,239 @@
+"""The loop knows no method: a linear regression, with a validation and a file of its own, is trained by it."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+from lcm_lookahead.trainer.checkpoints import TrainingError
+from lcm_lookahead.trainer.config import BaseModels, BaseOptimiser, ConfigError, RunConfig
+from lcm_lookahead.trainer.recipe import Outcome
+from lcm_lookahead.trainer.seeds import generator
+from lcm_lookahead.trainer.train import train
+from pydantic import Field
+from torch import nn
+
+TRUE = torch.tensor([[1.0, -2.0, 0.5]])
+
+
+class RegressionOptimiser(BaseOptimiser):
+    rate: float = 0.05
+
+
+class RegressionConfig(RunConfig):
+    optimiser: RegressionOptimiser = RegressionOptimiser()
+    model: BaseModels = BaseModels(base="none")
+    ridge: float = Field(0.01, description="weight of the penalty on the weights' square")
+    SYNONYMS = RunConfig.SYNONYMS | {"learning_rate": "optimiser.rate"}
+
+
+@dataclass
+class Points:
+    names: list
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+class Line:
+    """Twelve points of a plane."""
+
+    def __init__(self):
+        self.at, self.numbers = {}, []
+
+    def __len__(self):
+        return 12
+
+    def digest(self):
+        return "twelve points"
+
+    def prepare(self, device):
+        pass
+
+    def batch(self, targets, numbers, device):
+        for number in numbers:
+            self.numbers.append(number)
+            self.at.get(number, lambda: None)()
+        x = torch.stack([torch.randn(3, generator=generator(5, t)) for t in targets]).to(device)
+        return Points([f"point {t}" for t in targets], x, x @ TRUE.T.to(device))
+
+
+class Losses(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.frozen = nn.Linear(3, 3, bias=False).requires_grad_(False)
+        nn.init.eye_(self.frozen.weight)
+        self.line = nn.Linear(3, 1, bias=False)
+        nn.init.zeros_(self.line.weight)
+        self.ridge = config.ridge
+
+    def forward(self, part, batch, noise):
+        if part == "ridge":
+            values = (self.ridge * self.line.weight.square().sum()).expand(len(batch.x))
+        else:
+            values = (self.line(self.frozen(batch.x)) - batch.y - noise).square().mean(1)
+        terms = {"noise": noise.square().mean(1)} if part == "fit" else {}
+        return Outcome(values.mean(), values.detach(), torch.ones_like(values, dtype=torch.bool), terms)
+
+
+class Distance:
+    by = "the distance to the truth"
+
+    def __call__(self, trained, rows, grid):
+        return {"closeness": -(trained.weight - TRUE).norm().item()}
+
+
+class Regression:
+    parts, about, monitor = ("fit", "ridge"), {"base_model_hash": "none"}, "closeness"
+
+    def __init__(self, config):
+        self.config, self.losses, self.compiled = config, Losses(config), False
+        self.trained = self.losses.line
+
+    def groups(self):
+        return [([self.trained.weight], self.config.optimiser.rate)]
+
+    def draw(self, numbers, batch):
+        return torch.stack([0.01 * torch.randn(1, generator=generator(self.config.seed, n)) for n in numbers])
+
+    def figures(self, outcomes, mean):
+        losses = {part: mean(outcome.loss) for part, outcome in outcomes.items()}
+        return losses | {"noise": mean(outcomes["fit"].terms["noise"].mean())}
+
+    def export(self, path, trained, steps):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"steps": steps, "weight": trained.weight.tolist()}))
+        return path
+
+    def validator(self, source, device):
+        return Distance()
+
+    def compile(self):
+        self.compiled = True
+
+    def savings(self, processes):
+        return {"batch=1": 0.5}
+
+
+def run(folder, at=None, **values):
+    base = {"out": str(folder), "data": {"source": "a plane"}, "steps": 9, "batch": 4, "precision": "fp32"}
+    base |= {"save_every": 2, "validate_every": 3, "log_every": 1, "norms_every": 2}
+    config = RegressionConfig.from_values(base | values)
+    recipe, source = Regression(config), Line()
+    source.at = at or {}
+    return train(config, recipe, source), recipe, source
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, *run(folder, steps=40)[:2]
+
+
+def test_another_recipe_is_trained_validated_and_exported(whole):
+    folder, path, recipe = whole
+    assert (recipe.trained.weight - TRUE).norm() < 0.7 * TRUE.norm()
+    assert json.loads(path.read_text()) == {"steps": 40, "weight": recipe.trained.weight.tolist()}
+    assert torch.equal(recipe.losses.frozen.weight, torch.eye(3))
+    steps = [line for line in lines(folder) if "fit" in line]
+    assert {"fit", "ridge", "noise", "norm", "norm_fit", "norm_ridge"} <= steps[0].keys() and len(steps) == 40
+    closeness = [line["validation"]["closeness"] for line in lines(folder) if "validation" in line]
+    assert len(closeness) == 1 + 14 and closeness[-1] > closeness[0]
+    assert (folder / "checkpoints/step-00000040/encoder.safetensors").is_file()
+
+
+@pytest.mark.parametrize("stop", ["killed", "signal"])
+def test_it_goes_on_to_the_same_bits(tmp_path, stop):
+    def killed():
+        raise KeyboardInterrupt
+
+    run(tmp_path / "whole", ema=0.5)
+    if stop == "killed":
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "parts", {22: killed}, ema=0.5)
+    else:
+        assert run(tmp_path / "parts", {22: lambda: os.kill(os.getpid(), signal.SIGTERM)}, ema=0.5)[0] is None
+    path, _, source = run(tmp_path / "parts", ema=0.5)
+    assert source.numbers[0] == (16 if stop == "killed" else 24)
+    assert path.read_bytes() == (tmp_path / "whole/encoder.safetensors").read_bytes()
+    one, two = (
+        [{k: line.get(k) for k in ("step", "fit", "ridge", "norm", "validation")} for line in lines(tmp_path / which)]
+        for which in ("whole", "parts")
+    )
+    assert one == two
+
+
+def test_accumulated_parts_are_one_batch(tmp_path):
+    _, one, _ = run(tmp_path / "one")
+    _, four, _ = run(tmp_path / "four", accumulate=4)
+    assert torch.allclose(one.trained.weight, four.trained.weight, atol=1e-6)
+
+
+def test_the_loop_asks_it_to_compile_and_what_saves_memory(tmp_path):
+    assert run(tmp_path / "compiled", compile=True)[1].compiled
+
+    def full():
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(TrainingError, match=r"batch=1 \(saves 0.5 GB\)"):
+        run(tmp_path / "full", {1: full})
+
+
+def test_its_configuration_is_checked_like_any(tmp_path):
+    with pytest.raises(ConfigError, match="ridg is no key of a configuration: did you mean ridge"):
+        run(tmp_path, ridg=1)
+    with pytest.raises(ConfigError, match="learning_rate .* did you mean optimiser.rate"):
+        run(tmp_path, learning_rate=1)
+    run(tmp_path, steps=2)
+    with pytest.raises(TrainingError, match=r"with other values of ridge \(0.01, now 0.5\)"):
+        run(tmp_path, steps=2, ridge=0.5)
+
+
+_ONE_OF_TWO = """
+import importlib.util, pathlib, sys
+import lcm_lookahead.trainer  # before diffusers: see conftest.py
+import torch
+spec = importlib.util.spec_from_file_location("recipe_test", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+sys.modules["recipe_test"] = module
+spec.loader.exec_module(module)
+for steps in (3, 5):  # stopped after the third, and gone on from there
+    module.run(pathlib.Path(sys.argv[2]), steps=steps)
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_share_its_batch(tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, "-c", _ONE_OF_TWO, __file__, str(tmp_path / "two")]
+    processes = [
+        subprocess.Popen(
+            command,
+            env=os.environ | common | {"RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    for process in processes:
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+    run(tmp_path / "one", steps=5)
+    steps = [[line for line in lines(tmp_path / which) if "fit" in line] for which in ("one", "two")]
+    for one, two in zip(*steps, strict=True):
+        assert one.keys() == two.keys()
+        for figure in one.keys() & {"fit", "ridge", "noise", "norm", "norm_fit", "norm_ridge"}:
+            assert two[figure] == pytest.approx(one[figure], rel=1e-5), figure
