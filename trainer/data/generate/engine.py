@@ -108,6 +108,19 @@ class Engine:
                 waiting = []
         return people
 
+    def pilot(self, numbers: Sequence[int]) -> tuple[list[DrawnPerson], list[DrawnPerson]]:
+        """The people of these numbers with all thresholds open, and as the configuration keeps them."""
+        thresholds = ("face_size", "sharpness", "similarity", "duplicate", "style")
+        settings = self.config
+        opened = settings.checks.model_copy(update=dict.fromkeys(thresholds))
+        try:
+            self.config = settings.model_copy(update={"checks": opened})
+            everyone = self.draw(numbers)
+        finally:
+            self.config = settings
+        means: list[Tensor] = []
+        return everyone, [self._choose(person.pictures, means) for person in everyone]
+
     def _choose(self, pictures: list[DrawnPicture], means: list[Tensor]) -> DrawnPerson:
         checks, plans = self.config.checks, [p.plan for p in pictures]
         looked, faults = choose(checks, plans, [p.looked for p in pictures])

@@ -119,13 +119,28 @@ class FewStepSDXL:
 def read_few_step(settings: GeneratorSettings, device: torch.device) -> FewStepSDXL:
     """The generator of public files. Raises FileNotFoundError, ModelError or EncoderFileError, one sentence."""
     base = load.found("base", settings.base, section="generator")
-    vae = load.found("picture_vae", settings.vae, section="generator") if settings.vae else None
-    files = weights_in(base) + (weights_in(vae) if vae else [])
-    branches = None
-    if settings.lora is not None:
-        path = load.found("shortcut", settings.lora, section="generator")
-        branches, files = read_tensors(path)[0], [*files, path]
-    return FewStepSDXL(settings, load.load_base(base, _DTYPES[settings.precision], vae), branches, files, device)
+    branches, files = read_lora(settings)
+    vae = None
+    if settings.vae is not None:
+        vae = _existing("generator.vae", settings.vae, "an autoencoder of SDXL as a diffusers folder")
+        files = [*weights_in(vae), *files]
+    parts = load.load_base(base, _DTYPES[settings.precision], vae)
+    return FewStepSDXL(settings, parts, branches, [*weights_in(base), *files], device)
+
+
+def read_lora(settings: GeneratorSettings, *beside: Path) -> tuple[Mapping[str, Tensor] | None, list[Path]]:
+    """The tensors of the few-step LoRA, where there is one, and its file, looked for in the folders `beside` too."""
+    if settings.lora is None:
+        return None, []
+    path = _existing("generator.lora", settings.lora, "a few-step LoRA such as LCM-LoRA's", *beside)
+    return read_tensors(path)[0], [path]
+
+
+def _existing(field: str, name: str, what: str, *beside: Path) -> Path:
+    for path in (Path(name).expanduser(), *(folder / name for folder in beside)):
+        if path.exists():
+            return path
+    raise FileNotFoundError(f"There is no {name}, which {field} names: get {what} and write its path there.")
 
 
 def to_bytes(pictures: Tensor) -> Tensor:
