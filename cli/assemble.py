@@ -27,6 +27,7 @@ from ..sdxl.load import Frozen, ModelError, Preview, found
 from ..trainer.config import ConfigError
 from ..trainer.data.folder import FolderSource
 from ..trainer.data.pairs import DataError
+from ..trainer.data.sharded import ShardSource, holds_shards
 from ..trainer.lookahead.config import Config
 from ..trainer.lookahead.recipe import LookaheadRecipe
 from ..trainer.lookahead.step import Step
@@ -63,6 +64,8 @@ def assemble(config: Config) -> tuple[LookaheadRecipe, Source]:
         from ..mini.drawn_people import DrawnPeople
 
         source: Source = DrawnPeople(config.data.people, frozen, recogniser, detector)
+    elif holds_shards(Path(config.data.source)):
+        source = ShardSource(config, frozen, recogniser, detector)
     else:
         source = FolderSource(config, frozen, recogniser, detector)
     about = {
