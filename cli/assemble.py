@@ -1,11 +1,10 @@
-"""From a configuration to what the training loop takes: the step with all its models, and the source of its data.
+"""From a configuration to what the training loop takes: the recipe with all its models, and the source of its data.
 
-One path for SDXL and for the mini world, whose files stand in the repository in the same formats.
+One path for every model. What a base that is known by name stands for is looked up first (`bases.py`).
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,14 +12,17 @@ from typing import TYPE_CHECKING
 import accelerate
 import torch
 from accelerate.utils import parse_flag_from_env
-from torch import Tensor
+from diffusers import AutoencoderTiny
+from torch import Tensor, nn
 
 from ..lookahead.files import encoder_file
 from ..lookahead.files.tensors import EncoderFileError, read_tensors, sha256
+from ..lookahead.method.attention import softmax_attention
 from ..lookahead.vision import arcface
-from ..lookahead.vision.arcface import RecogniserError
+from ..lookahead.vision.arcface import Recogniser, RecogniserError
 from ..lookahead.vision.face_models import SIZES, FaceModelError, FaceModels
 from ..sdxl import load, lora
+from ..sdxl.cpu_attention import cpu_attention
 from ..sdxl.encoder import Encoder
 from ..sdxl.images import PictureError
 from ..sdxl.load import Frozen, ModelError, Preview, found
@@ -28,14 +30,15 @@ from ..trainer.config import ConfigError
 from ..trainer.data.folder import FolderSource
 from ..trainer.data.pairs import DataError
 from ..trainer.data.sharded import ShardSource, holds_shards
-from ..trainer.lookahead.config import Config
+from ..trainer.lookahead.config import Config, Model
 from ..trainer.lookahead.recipe import LookaheadRecipe
 from ..trainer.lookahead.step import Step
-from ..trainer.recipe import Source
+from ..trainer.precision import DTYPES
+from .bases import DRAWN, KnownBase, known_base, resolve
 
 if TYPE_CHECKING:
-    from ..lookahead.vision.arcface import Recogniser
     from ..lookahead.vision.faces import Detector, Face
+    from ..mini.drawn_people import DrawnPeople
 
 # What may be wrong with a configuration and its files, each in one sentence for the user.
 ERRORS = (
@@ -49,28 +52,27 @@ ERRORS = (
     PictureError,
     RecogniserError,
 )
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def assemble(config: Config) -> tuple[LookaheadRecipe, Source]:
+def assemble(config: Config) -> tuple[LookaheadRecipe, FolderSource | ShardSource | DrawnPeople]:
     """The recipe, with all its models, and the source of its data.
 
     Raises one of ERRORS for a file that is missing or is none of its kind.
     """
-    frozen, preview = read_frozen(config)
-    step = make_step(config, frozen, preview)
-    recogniser, detector, licence = read_faces(config)
-    if config.data.source == "mini":
-        from ..mini.drawn_people import DrawnPeople
-
-        source: Source = DrawnPeople(config.data.people, frozen, recogniser, detector)
-    elif holds_shards(Path(config.data.source)):
-        source = ShardSource(config, frozen, recogniser, detector)
-    else:
-        source = FolderSource(config, frozen, recogniser, detector)
+    if config.data.source == DRAWN and (config.validation.recogniser or config.validation.clip):
+        raise ConfigError(
+            "validation.recogniser and validation.clip are for folders, and data.source is mini, which is scored by "
+            "networks of its own: leave them out."
+        )
+    base = known_base(config.model.base)
+    files = resolve(config.model, base)
+    frozen, preview = read_frozen(config, files)
+    step = make_step(config, files, frozen, preview)
+    recogniser, detector, licence = read_faces(config, files, base)
+    source = open_source(config, frozen, recogniser, detector)
     about = {
-        "base_model_hash": base_hash(config),
-        "image_encoder": Path(config.model.image_encoder or "mini").name,
+        "base_model_hash": base_hash(base.checkpoint if base else Path(files.base)),
+        "image_encoder": Path(config.model.image_encoder or config.model.base).name,
         "size": str(8 * source.latent_shape[-1]),
         "data_hash": source.digest(),
         "recogniser_licence": licence,
@@ -78,12 +80,24 @@ def assemble(config: Config) -> tuple[LookaheadRecipe, Source]:
     return LookaheadRecipe(config, step, about), source
 
 
-def base_hash(config: Config) -> str:
-    """Hash of the file with the UNet's weights; of several (a model in shards), of their hashes."""
-    from ..mini.files.weights import CHECKPOINT
+def open_source(
+    config: Config, frozen: Frozen, recogniser: Recogniser | None, detector: Detector | None
+) -> FolderSource | ShardSource | DrawnPeople:
+    """A folder of people's images, one of shards, or people who are drawn. Raises DataError or ConfigError."""
+    if config.data.source != DRAWN:
+        source = ShardSource if holds_shards(Path(config.data.source)) else FolderSource
+        return source(config, frozen, recogniser, detector)
+    from ..mini.drawn_people import DrawnPeople
 
-    folder = of_mini(config)
-    path = folder / CHECKPOINT if folder else found("base", config.model.base)
+    return DrawnPeople(config.data.people, frozen, recogniser, detector)
+
+
+def base_hash(path: Path) -> str:
+    """Hash of the file with the UNet's weights; of several (a model in shards), of their hashes.
+
+    path: of a checkpoint or of a diffusers folder.
+    """
+    path = path.expanduser()
     if path.is_file():
         return sha256(path)
     files = sorted((path / "unet").glob("*.safetensors")) or sorted((path / "unet").glob("*.bin"))
@@ -96,83 +110,81 @@ def device() -> torch.device:
     return accelerate.PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
 
 
-def of_mini(config: Config) -> Path | None:
-    """Folder of the mini world's files where the base is one (`mini`: those of the repository), else None."""
-    from ..mini.files.weights import CHECKPOINT
-    from ..mini.plan import WEIGHTS
+def read_frozen(config: Config, files: Model) -> tuple[Frozen, Preview | None]:
+    """The frozen models, and the decoder of previews where there is a second loss or a validation.
 
-    folder = WEIGHTS if config.model.base == "mini" else Path(config.model.base)
-    return folder if (folder / CHECKPOINT).is_file() else None
-
-
-def read_frozen(config: Config) -> tuple[Frozen, Preview | None]:
-    """The frozen models, and the decoder of previews where there is a second loss or a validation."""
-    names, dtype = config.model, DTYPES[config.precision]
+    On a CPU, what reads images and captions stays in 32 bit, with attention written out, and convolutions of the
+    autoencoders have their channels last: this is faster there. A tiny autoencoder reads in the run's precision, which
+    it is no worse in; SDXL's stays in 32 bit, since it overflows in 16 and an image is encoded once.
+    """
+    dtype, on_cpu = DTYPES[config.precision], device().type == "cpu"
+    readers = torch.float32 if on_cpu else dtype
+    picture_vae = found("picture_vae", files.picture_vae) if files.picture_vae else None
+    unet, text, vae = load.load_base(found("base", files.base), readers, picture_vae)
+    vision = load.load_image_encoder(found("image_encoder", files.image_encoder), readers)
     drawn = config.lookahead.arm != "none" or config.validate_every > 0
-    if folder := of_mini(config):
-        from ..mini.drawn_people import frozen
-
-        mini = frozen(folder)
-        mini.vae.to(memory_format=torch.channels_last)  # a plain CNN: quicker so
-        # One of its own: what reads pictures may leave the device while previews are decoded there.
-        preview = load.Preview(copy.deepcopy(mini.vae)) if drawn else None
-        if dtype != mini.unet.dtype:
-            mini.unet.to(dtype)
-            mini.vae.to(dtype)  # this one, unlike SDXL's, is no worse in 16 bit, and is most of the work of reading
-        return mini, preview
-    base = found("base", names.base)
-    vae = found("picture_vae", names.picture_vae) if names.picture_vae else None
-    vision = load.load_image_encoder(found("image_encoder", names.image_encoder), dtype)
-    preview = load.load_preview(found("vae", names.vae)) if drawn else None
-    return Frozen(*load.load_base(base, dtype, vae), vision), preview
+    preview = load.load_preview(found("vae", files.vae)) if drawn else None
+    if on_cpu:
+        for model in (text.first, text.second, vision):
+            model.set_attn_implementation("eager")
+        for autoencoder in (vae, preview):
+            if autoencoder is not None:
+                autoencoder.to(memory_format=torch.channels_last)
+    for module in (unet, vae) if isinstance(vae, AutoencoderTiny) else (unet,):
+        nn.Module.to(module, dtype)  # (diffusers' own warns of what does not matter here)
+    return Frozen(unet, text, vae, vision), preview
 
 
-def make_step(config: Config, frozen: Frozen, preview: Preview | None) -> Step:
+def make_step(config: Config, files: Model, frozen: Frozen, preview: Preview | None) -> Step:
     """The step, with an encoder that begins where `model.start` is."""
-    names, beside = config.model, _beside(config)
-    start = encoder_file.read(found("start", names.start, *beside))
+    start = encoder_file.read(found("start", files.start))
     torch.manual_seed(config.seed)  # of the KV encoder's first weights
-    ranks = (names.kv_rank, names.export_rank) if names.kv else (0, 0)
+    ranks = (files.kv_rank, files.export_rank) if files.kv else (0, 0)
     encoder = Encoder.start_from(start, frozen.unet, *ranks)
     shortcut = None
     if config.lookahead.arm == "shortcut":
-        path = found("shortcut", names.shortcut, *beside)
+        path = found("shortcut", files.shortcut)
         try:
             shortcut = lora.load(lora.public(read_tensors(path)[0]), frozen.unet).to(frozen.unet.dtype)
         except KeyError as error:
             raise ModelError(f"{path} is no LoRA for this base ({error.args[0]}): use one for SDXL.") from error
-    attention = {}
-    if of_mini(config):
-        from ..mini.stages.image_prompt import softmax_attention
-
-        attention = {"attention": softmax_attention}  # faster than SDPA's on a CPU, at these sizes
+    attention = cpu_attention if device().type == "cpu" else softmax_attention
     null = frozen.null_features()
     if null.shape[-1] != start.sizes.image_width:
         raise ModelError(
             f"The image encoder has width {null.shape[-1]}, and {start.name} reads {start.sizes.image_width}: use the "
             "image encoder that it was trained with (ViT-H/14 for the public *_vit-h files)."
         )
-    return Step(config, frozen.unet, encoder, null, shortcut, preview, **attention)
+    return Step(config, frozen.unet, encoder, null, shortcut, preview, attention)
 
 
-def read_faces(config: Config) -> tuple[Recogniser | None, Detector | None, str]:
+def read_faces(
+    config: Config, files: Model, base: KnownBase | None = None
+) -> tuple[Recogniser | None, Detector | None, str]:
     """Recogniser and detector of the identity loss, and the recogniser's licence as far as it is known.
 
     Both are there without a second loss too, where they are named: for validation, and to know where to crop.
     """
-    names, folder = config.model, of_mini(config)
-    wanted = config.lookahead.arm != "none" or (names.detector is not None and names.recogniser is not None)
-    if folder:
-        from ..mini.drawn_people import face_models
-
-        return face_models(folder, names.recogniser) if wanted else (None, None, "none")
-    if not wanted:
-        return None, open_detector(names.detector) if names.detector else None, "none"
-    detector = open_detector(names.detector)
-    pack, path = detector.pack, found("recogniser", names.recogniser)
+    named = config.model.detector is not None
+    if config.lookahead.arm == "none" and not (named and config.model.recogniser is not None):
+        return None, open_detector(files.detector) if named else None, "none"
+    detector = open_detector(files.detector)
+    pack, path = detector.pack, found("recogniser", files.recogniser)
     inside = path.resolve() == (pack.recogniser and pack.recogniser.resolve())
-    recogniser = arcface.read(path, pack.preprocessing if inside else None)
-    return recogniser, detector, pack.licence if inside else "unknown: ask where the recogniser comes from"
+    recogniser = read_recogniser(path, pack.preprocessing if inside else None)
+    if inside:
+        return recogniser, detector, pack.licence
+    if base is not None and path.resolve().is_relative_to(base.beside.resolve()):
+        return recogniser, detector, base.licence
+    return recogniser, detector, "unknown: ask where the recogniser comes from"
+
+
+def read_recogniser(path: Path, scale: tuple[float, float] | None) -> Recogniser:
+    """A recogniser of a public layout (`arcface.read`), or of that of the mini world's files."""
+    from ..mini.files.weights import read_face_recogniser
+
+    network = read_face_recogniser(path)
+    return arcface.read(path, scale) if network is None else Recogniser(network, path.name)
 
 
 class PackDetector:
@@ -187,10 +199,5 @@ class PackDetector:
 
 def open_detector(folder: str | None) -> PackDetector:
     """The detector of an insightface pack. Raises FileNotFoundError, FaceModelError or ImportError."""
-    return PackDetector(FaceModels(found("detector", folder)))
-
-
-def _beside(config: Config) -> tuple[Path, ...]:
-    """Where files are looked for that are not where they are named."""
-    folder = of_mini(config)
-    return (folder,) if folder else ()
+    threads = 1 if device().type == "cpu" else None  # torch has the other cores
+    return PackDetector(FaceModels(found("detector", folder), threads=threads))

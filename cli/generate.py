@@ -171,68 +171,47 @@ def device() -> torch.device:
 
 
 def read_generator(config: GenerateConfig, where: torch.device) -> PictureGenerator:
-    from ..trainer.data.generate.generators import FewStepSDXL, read_few_step, read_lora
+    from ..trainer.data.generate.generators import read_few_step
+    from .bases import known_base
 
     settings = config.generator
     if settings.kind == "drawn":
         from ..mini.generator import DrawnWorld
 
         return DrawnWorld(settings.size)
-    if settings.base != "mini":
-        return read_few_step(settings, where)
-    from ..mini.drawn_people import frozen
-    from ..mini.files.weights import CHECKPOINT
-    from ..mini.plan import WEIGHTS
-
-    parts, files = frozen(), [WEIGHTS / CHECKPOINT]
-    branches, added = read_lora(settings, WEIGHTS)
-    return FewStepSDXL(settings, (parts.unet, parts.text, parts.vae), branches, [*files, *added], where)
+    if base := known_base(settings.base):
+        return read_few_step(settings, where, base.folder, base.beside)
+    return read_few_step(settings, where)
 
 
 def read_inspector(config: GenerateConfig, where: torch.device) -> Inspector:
-    from ..lookahead.vision import arcface
+    """What looks at pictures. Where the detector is a known base's own, files are looked for beside that base too."""
     from ..sdxl.load import found
     from ..trainer.data.generate.checks import Inspector
     from ..trainer.data.generate.config import digest
     from ..trainer.data.generate.generators import digest_files, weights_in
     from ..trainer.data.generate.styles import clip_scorer
-    from .assemble import open_detector
+    from .assemble import open_detector, read_recogniser
+    from .bases import known_base
 
     checks, about, hashes = config.checks, {}, []
+    base = known_base(checks.detector) if checks.detector else None
+    beside = (base.beside,) if base else ()
     detector = recogniser = scorer = None
-    if checks.detector == "mini":
-        from ..mini.drawn_people import face_models
-        from ..mini.files import insightface_pack
-        from ..mini.files.weights import FACE_RECOGNISER
-        from ..mini.plan import WEIGHTS
-
-        recogniser, detector, licence = face_models(WEIGHTS, FACE_RECOGNISER)
-        about = {
-            "detector": {"name": "det_mini.onnx", "licence": licence},
-            "recogniser": {"name": FACE_RECOGNISER, "licence": licence},
-        }
-        hashes.append(digest_files([WEIGHTS / insightface_pack.DETECTOR, WEIGHTS / FACE_RECOGNISER]))
-        if checks.recogniser is None:
-            recogniser = about.pop("recogniser") and None
-    elif checks.detector is not None:
-        detector = open_detector(checks.detector)
+    if checks.detector is not None:
+        detector = open_detector(str(base.own["detector"]) if base else checks.detector)
         pack = detector.pack
         about["detector"] = {"name": pack.name, "licence": pack.licence}
         hashes.append(digest_files(sorted(pack.folder.glob("*.onnx"))))
-        if checks.recogniser is not None:
-            path = found("recogniser", checks.recogniser, section="checks")
-            inside = path.resolve() == (pack.recogniser and pack.recogniser.resolve())
-            recogniser = arcface.read(path, pack.preprocessing if inside else None).to(where)
-            licence = pack.licence if inside else "unknown: ask where the recogniser comes from"
-            about["recogniser"] = {"name": path.name, "licence": licence}
-            hashes.append(digest_files([path]))
-    if checks.clip == "mini":
-        from ..mini.generator import style_scorer
-
-        scorer, hash_ = style_scorer()
-        hashes.append(hash_)
-    elif checks.clip is not None:
-        path = found("clip", checks.clip, section="checks")
+    if checks.recogniser is not None:
+        path = found("recogniser", checks.recogniser, *beside, section="checks")
+        inside = path.resolve() == (pack.recogniser and pack.recogniser.resolve())
+        recogniser = read_recogniser(path, pack.preprocessing if inside else None).to(where)
+        licence = pack.licence if inside else base.licence if base else "unknown: ask where the recogniser comes from"
+        about["recogniser"] = {"name": path.name, "licence": licence}
+        hashes.append(digest_files([path]))
+    if checks.clip is not None:
+        path = found("clip", checks.clip, *beside, section="checks")
         scorer = clip_scorer(path, config.prompts, where)
         hashes.append(digest_files(weights_in(path)))
     return Inspector(detector, recogniser, scorer, about, digest(hashes))

@@ -130,11 +130,12 @@ def _estimate(path: Path, overrides: list[str], card: str | None, processes: int
     from ..trainer.config import ConfigError
     from ..trainer.lookahead.config import load
     from ..trainer.lookahead.estimate import cards, describe, estimate
+    from .bases import shapes
 
     try:
         config = load(path, overrides)
         cards(card)  # before what takes a while
-        print(describe(estimate(config, processes), card))
+        print(describe(estimate(config, processes, shapes(config)), card))
     except ConfigError as error:
         raise SystemExit(str(error)) from None
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,19 +13,20 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
+from ..lookahead.files.tensors import sha256
 from ..lookahead.losses.identity import NONE, IdentityLoss, People, embed
 from ..lookahead.vision.arcface import Recogniser
-from ..lookahead.vision.face_models import FaceModels
-from ..lookahead.vision.faces import Detector, Face
+from ..lookahead.vision.faces import Detector
 from ..sdxl.configs import tokenizers
-from ..sdxl.load import Frozen, ModelError, Text, found
+from ..sdxl.load import Frozen, ModelError, Text
 from ..sdxl.shared_unet import Condition
+from ..tools.common import CACHE
 from ..trainer.lookahead.config import Config
 from ..trainer.lookahead.step import Batch
 from ..trainer.lookahead.validate import Probes
 from ..trainer.seeds import generator
-from .files import insightface_pack, models
-from .files.weights import FACE_RECOGNISER, evaluators, face_recogniser
+from .files import models
+from .files.weights import CHECKPOINT, CLIP_VISION, evaluators
 from .plan import IMAGE_SIZE, LATENT_SIZE, WEIGHTS
 from .stages import base
 from .world import data
@@ -30,6 +34,7 @@ from .world.faces import STYLES, Faces, captions, frontal, landmarks, render, sa
 
 VALIDATION = 4000  # seed of people who are in no group of `data.SEEDS`
 SEED = 6000  # of textures and references; that of the people is their group's
+LAYOUT = 1  # of `model_folder`; another number has the folder written anew
 PER_PERSON = len(STYLES) + 1  # two photos, then each other style once
 
 
@@ -130,18 +135,6 @@ def frozen(weights: Path = WEIGHTS) -> Frozen:
     return Frozen(mini.unet, text, mini.vae, models.load_image_encoder(weights))
 
 
-def face_models(weights: Path, recogniser: str | None) -> tuple[Recogniser, Detector, str]:
-    """The shipped recogniser and detector, and the recogniser's licence. Raises ModelError for another recogniser."""
-    if found("recogniser", recogniser, weights).resolve() != (weights / FACE_RECOGNISER).resolve():
-        raise ModelError(f"model.recogniser is {recogniser}, and the mini world has one alone: name {FACE_RECOGNISER}.")
-    pack = FaceModels(weights / insightface_pack.DETECTOR.rpartition("/")[0], threads=1)
-
-    def detector(pictures: Tensor) -> list[list[Face]]:
-        return pack.find(pictures, (IMAGE_SIZE,))  # a drawn face is never larger or smaller than this needs
-
-    return Recogniser(face_recogniser(weights), "mini"), detector, "Apache-2.0"
-
-
 def write_folder(to: Path, weights: Path = WEIGHTS) -> Path:
     """The mini world as real SDXL comes: a diffusers folder, and in it the image encoder's folder."""
     parts = frozen(weights)
@@ -156,4 +149,37 @@ def write_folder(to: Path, weights: Path = WEIGHTS) -> Path:
     )
     pipe.save_pretrained(to)
     parts.vision.save_pretrained(to / "image_encoder")
+    # A field that AutoencoderTiny makes itself, and warns of when it reads it again.
+    path = to / "vae" / "config.json"
+    values = json.loads(path.read_text())
+    values.pop("block_out_channels", None)
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
     return to
+
+
+def model_folder(weights: Path = WEIGHTS, cache: Path = CACHE) -> Path:
+    """The folder of `write_folder`, written once for these weights, below `cache`.
+
+    Raises FileNotFoundError, one sentence, for a file of the weights that is missing, and ModelError where the folder
+    cannot be written.
+    """
+    if missing := [name for name in (CHECKPOINT, CLIP_VISION) if not (weights / name).is_file()]:
+        raise FileNotFoundError(
+            f"There is no {weights / missing[0]}: it belongs to the repository, so get it back with git checkout."
+        )
+    key = hashlib.sha256(f"{LAYOUT} {sha256(weights / CHECKPOINT)} {sha256(weights / CLIP_VISION)}".encode())
+    folder = cache / "mini" / key.hexdigest()[:16]
+    if folder.is_dir():
+        return folder
+    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    try:
+        write_folder(part, weights)
+        part.rename(folder)
+    except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        if not folder.is_dir():  # else another process was first
+            raise ModelError(
+                f"The mini world's models cannot be written to {folder} ({error.strerror or error}): free some space, "
+                f"or make {cache} writable."
+            ) from None
+    return folder

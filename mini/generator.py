@@ -7,16 +7,15 @@ person is drawn by chance, from the person's number and the plan's seed alone.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..trainer.config import ConfigError
-from ..trainer.data.generate.generators import Drawing, digest_files, to_bytes
+from ..trainer.data.generate.generators import Drawing, to_bytes
 from ..trainer.data.generate.prompts import PicturePlan
-from .files.weights import STYLE_SCORER, evaluators
-from .plan import IMAGE_SIZE, WEIGHTS
+from .plan import IMAGE_SIZE
 from .world.faces import (
     GLASSES_NAMES,
     HAIR_COLOUR_NAMES,
@@ -93,20 +92,6 @@ def nuisance_of(plan: PicturePlan) -> Batch:
     half = nuisance["smile"] / 2 + (0.75 if smiles else 0)  # above 0.5 is what captions call smiling
     nuisance["smile"] = half.clamp(0.51, 1.0) if smiles else half
     return nuisance
-
-
-def style_scorer() -> tuple[Callable[[Tensor, Sequence[str]], Tensor], str]:
-    """What tells styles in the mini world (`checks.Scorer`), and the hash of its weights."""
-    network = evaluators()[1]
-
-    @torch.no_grad()
-    def score(pictures: Tensor, styles: Sequence[str]) -> Tensor:
-        known = [STYLES.index(_bare(s)) if _bare(s) in STYLES else -1 for s in styles]
-        wanted = torch.tensor(known)
-        share = network(pictures)[0].softmax(1)[torch.arange(len(known)), wanted.clamp(min=0)]
-        return torch.where(wanted < 0, torch.nan, share)
-
-    return score, digest_files([WEIGHTS / STYLE_SCORER])
 
 
 def _bare(style: str) -> str:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Batch(Protocol):
+class SampleBatch(Protocol):
     """B samples as a source gives them. What else is in it is between the source and the losses."""
 
     @property
@@ -40,7 +40,7 @@ class Source(Protocol):
         ...
 
     def batch(self, targets: Sequence[int], numbers: Sequence[int], device: torch.device) -> Any:
-        """The targets of these places, as a `Batch`.
+        """The targets of these places, as a `SampleBatch`.
 
         What is drawn at random for a sample (its reference, say) is a function of its number in the run
         (`seeds.generator`), not of earlier calls.

@@ -24,12 +24,11 @@ from .config import RunConfig
 from .gradients import gradients
 from .log import Log, check_trackers
 from .memory import out_of_memory, spilled
+from .precision import MIXED
 from .recipe import Outcome, Recipe, Source, Validator
 from .seeds import order
 
 __all__ = ["TrainingError", "train"]
-
-_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
 def train(config: RunConfig, recipe: Recipe, source: Source) -> Path | None:
@@ -40,7 +39,7 @@ def train(config: RunConfig, recipe: Recipe, source: Source) -> Path | None:
     """
     check_trackers(config.trackers)
     accelerator = Accelerator(
-        mixed_precision=_PRECISION[config.precision], log_with=list(config.trackers) or None, project_dir=config.out
+        mixed_precision=MIXED[config.precision], log_with=list(config.trackers) or None, project_dir=config.out
     )
     try:
         return _train(accelerator, config, recipe, source)

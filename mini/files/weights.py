@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from ..plan import WEIGHTS
@@ -85,6 +87,18 @@ _OTHERS = {
 def face_recogniser(weights: Path = WEIGHTS) -> FaceRecogniser:
     """The identity loss's recogniser in torch, the twin of the one in the insightface pack."""
     return insightface_pack.rounded(FaceRecogniser(), weights / FACE_RECOGNISER)
+
+
+def read_face_recogniser(path: Path) -> FaceRecogniser | None:
+    """The network of a file that holds such a recogniser's weights; None for a file of another layout."""
+    if path.suffix != ".safetensors":
+        return None
+    with torch.device("meta"):
+        names = FaceRecogniser().state_dict().keys()
+    with safe_open(path, "pt") as file:
+        if set(file.keys()) != set(names):
+            return None
+    return insightface_pack.rounded(FaceRecogniser(), path)
 
 
 def evaluators(weights: Path = WEIGHTS) -> tuple[Recogniser, StyleScorer]:

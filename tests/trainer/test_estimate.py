@@ -5,8 +5,9 @@ import torch
 from lcm_lookahead.cli import main
 from lcm_lookahead.sdxl import configs
 from lcm_lookahead.trainer.config import CONFIGS, ConfigError
+from lcm_lookahead.trainer.ledger import Ledger
 from lcm_lookahead.trainer.lookahead.config import load
-from lcm_lookahead.trainer.lookahead.estimate import Ledger, describe, estimate, savings, unet_forward
+from lcm_lookahead.trainer.lookahead.estimate import describe, estimate, savings, unet_forward
 from torch import nn
 
 

@@ -18,9 +18,10 @@ from lcm_lookahead.mini.world.faces import STYLES, captions, render
 from lcm_lookahead.sdxl.images import read
 from lcm_lookahead.sdxl.load import ModelError
 from lcm_lookahead.trainer.config import CONFIGS
-from lcm_lookahead.trainer.data.folder import cache_folder, square_of
+from lcm_lookahead.trainer.data.folder import square_of
 from lcm_lookahead.trainer.data.pairs import DataError, Entry, Seen, alike, listing, look_of, people
 from lcm_lookahead.trainer.lookahead import config
+from lcm_lookahead.trainer.lookahead.config import cache_folder
 from lcm_lookahead.trainer.seeds import order
 from lcm_lookahead.trainer.train import train
 from PIL import Image

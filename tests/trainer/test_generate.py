@@ -23,7 +23,7 @@ from lcm_lookahead.trainer.data.generate import checks, engine
 from lcm_lookahead.trainer.data.generate.checks import Inspector, Looked, choose, own_fault
 from lcm_lookahead.trainer.data.generate.config import Checks, load
 from lcm_lookahead.trainer.data.generate.engine import Engine, describe, embedding_of
-from lcm_lookahead.trainer.data.generate.generators import FewStepSDXL, read_few_step, read_lora
+from lcm_lookahead.trainer.data.generate.generators import FewStepSDXL, read_few_step
 from lcm_lookahead.trainer.data.generate.people import Person, read_people
 from lcm_lookahead.trainer.data.generate.prompts import PicturePlan, plan_pictures
 from lcm_lookahead.trainer.data.generate.report import auc, mean_and_spread, summed
@@ -298,7 +298,7 @@ def test_every_sampler_draws_in_two_steps(sampler):
 def test_files_that_are_missing_or_do_not_fit_are_said(tmp_path):
     config = settings("nowhere", "generator.lora=nothing.safetensors", name="mini")
     with pytest.raises(FileNotFoundError, match="no nothing.safetensors, which generator.lora names"):
-        read_lora(config.generator)
+        command.read_generator(config, CPU)
     parts = drawn_people.frozen()
     strange = {"lora_unet_elsewhere.lora_down.weight": torch.zeros(1, 1)}
     with pytest.raises(ModelError, match="is no LoRA for this base"):

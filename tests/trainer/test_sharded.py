@@ -5,9 +5,8 @@ import pytest
 import torch
 from lcm_lookahead.cli import assemble as assembling
 from lcm_lookahead.cli import generate as command
+from lcm_lookahead.cli.bases import known_base, resolve
 from lcm_lookahead.lookahead.files import encoder_file
-from lcm_lookahead.mini import drawn_people
-from lcm_lookahead.mini.plan import WEIGHTS
 from lcm_lookahead.trainer.config import CONFIGS
 from lcm_lookahead.trainer.data.pairs import DataError
 from lcm_lookahead.trainer.data.sharded import ShardSource
@@ -35,7 +34,10 @@ def settings(data, out, *more):
 
 @pytest.fixture(scope="module")
 def models():
-    return drawn_people.frozen(), *drawn_people.face_models(WEIGHTS, "mini_face_recogniser.safetensors")[:2]
+    config = settings("nowhere", "nowhere")
+    base = known_base(config.model.base)
+    files = resolve(config.model, base)
+    return assembling.read_frozen(config, files)[0], *assembling.read_faces(config, files, base)[:2]
 
 
 @pytest.fixture(scope="module")

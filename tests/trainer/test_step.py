@@ -19,8 +19,7 @@ from lcm_lookahead.trainer.gradients import gradients
 from lcm_lookahead.trainer.lookahead import config
 from lcm_lookahead.trainer.lookahead.alignment import consistency, score_distillation
 from lcm_lookahead.trainer.lookahead.draws import draw
-from lcm_lookahead.trainer.lookahead.recipe import parts
-from lcm_lookahead.trainer.lookahead.step import Batch, Step
+from lcm_lookahead.trainer.lookahead.step import Batch, Step, parts
 from lcm_lookahead.trainer.seeds import order
 
 RESAMPLER = ResamplerSizes(4, 64, 1, 1, 32, CONTEXT, 64)

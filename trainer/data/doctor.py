@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...lookahead.vision.faces import Detector
-from ..lookahead.config import Data
-from .folder import cache_folder, square_of
+from ..lookahead.config import Data, cache_folder
+from .folder import square_of
 from .pairs import Entry, People, Seen, alike, listing, people, scan
 
 SMALL_FACE = 56  # pixels of a face's longer side, as trained on: half of what a recogniser looks at

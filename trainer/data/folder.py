@@ -30,7 +30,7 @@ from ...lookahead.vision.faces import Detector
 from ...sdxl.images import read, resized
 from ...sdxl.load import Frozen
 from ...sdxl.shared_unet import Condition
-from ..lookahead.config import Config, Data
+from ..lookahead.config import Config, Data, cache_folder
 from ..lookahead.judges import read_judges
 from ..lookahead.step import Batch
 from ..lookahead.validate import Probes
@@ -242,12 +242,6 @@ class FolderSource:
                 self._inside = False
                 if self.data.keep:
                     self.models.readers("cpu")
-
-
-def cache_folder(data: Data) -> Path:
-    """Where what was seen is kept: `data.cache`, else beside the data."""
-    source = Path(os.path.abspath(data.source))  # with a name, also of "." and ".."
-    return Path(data.cache) if data.cache else source.with_name(source.name + ".cache")
 
 
 def read_people(data: Data, detector: Detector | None, name: str, out: Path) -> People:

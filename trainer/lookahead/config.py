@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -41,6 +42,12 @@ class Data(BaseData):
     keep: bool = Field(True, description="cache what the frozen models see in an image, 1 MB each, on the disk")
     cache: str | None = Field(None, description="folder of that cache and of the index of the images (SOURCE.cache)")
     damaged: Share = Field(0.02, description="share of images that may be unreadable, and are left out")
+
+
+def cache_folder(data: Data) -> Path:
+    """The folder of what is kept of the images: `data.cache`, else one beside the data."""
+    source = Path(os.path.abspath(data.source))  # with a name, also of "." and ".."
+    return Path(data.cache) if data.cache else source.with_name(source.name + ".cache")
 
 
 class Drop(Section):

@@ -7,10 +7,9 @@ be there. What is added to that (optimiser, context of the device) stands in the
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -18,23 +17,18 @@ from typing import NamedTuple
 import torch
 from diffusers import AutoencoderTiny, UNet2DConditionModel
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
-from ...cli.assemble import DTYPES, of_mini
 from ...lookahead.method.resampler import ResamplerSizes
 from ...sdxl import configs, lora
 from ...sdxl.encoder import Encoder
 from ...sdxl.load import Preview
 from ...sdxl.shared_unet import Condition
 from ..config import ConfigError
-from ..data.folder import cache_folder
-from ..data.pairs import DataError, listing
-from .config import Config, from_values
+from ..ledger import Ledger, MixedPrecision
+from ..precision import DTYPES
+from .config import Config, cache_folder, from_values
 from .draws import Draws
-from .step import Batch, Step
+from .step import Batch, Step, parts
 
 GB = 1e9
 CARDS = {  # GB, dense TFLOP/s of 16-bit matrix products summed in 32 bit, as the makers state them
@@ -52,15 +46,36 @@ USED = (0.25, 0.45)  # share of that which trainings of SDXL reach, as published
 CONTEXT = 0.8e9  # bytes of driver, kernels, and what the allocator loses between blocks: not derived from the run
 RECOGNISER = (43_800_000 * 4, 3 * 12.6e9)  # IR-SE50: bytes; forward and backward of one crop
 READERS = 3.3e9  # bytes: two text encoders and ViT-H/14 in 16 bit, SDXL's autoencoder in 32
-LCM_RANK = 64
+
+
+def _sdxl() -> str:
+    return json.dumps(configs.UNET)
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What the cost of a run depends on beside its configuration. The defaults are those of SDXL's public files.
+
+    unet: the config of a UNet2DConditionModel as JSON. resampler, patches: of the image prompt, and how many vectors
+    the image encoder gives. lora_rank: of the few-step LoRA. size: pixels a side of a source that draws its images,
+    which are not kept on the disk; None: images are read at `data.size`. images: how many there are, where it is known.
+    """
+
+    unet: str = field(default_factory=_sdxl)
+    resampler: ResamplerSizes = ResamplerSizes()
+    patches: int = 257
+    lora_rank: int = 64
+    size: int | None = None
+    images: int | None = None
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one step on one of `processes`. parameters: trained, by part; memory: GB at the peak, by part; work: FLOP, by
-    loss; disk: GB by file, in all."""
+    """The cost of one step on one of `processes`. parameters: trained, by part; memory: GB at the peak, by part; work:
+    FLOP, by loss; disk: GB by file, in all."""
 
     config: Config
+    shapes: Shapes
     processes: int
     unet_parameters: int
     parameters: Mapping[str, int]
@@ -78,20 +93,20 @@ class Cost:
         return work / USED[1], work / USED[0]
 
 
-def estimate(config: Config, processes: int = 1) -> Cost:
+def estimate(config: Config, processes: int = 1, shapes: Shapes | None = None) -> Cost:
     """The cost of a configuration on so many processes, which share its batch.
 
     Raises ConfigError where they cannot share it evenly.
     """
     if processes < 1:
         raise ConfigError(f"processes is {processes}: give at least 1.")
-    parts = processes * config.accumulate
-    if config.batch % parts:
+    shares = processes * config.accumulate
+    if config.batch % shares:
         raise ConfigError(
-            f"batch is {config.batch}, which {parts} processes and parts cannot share evenly: change one."
+            f"batch is {config.batch}, which {shares} processes and parts cannot share evenly: change one."
         )
-    rows = config.batch // parts
-    one = _one_sample(_key(config))
+    rows, shapes = config.batch // shares, shapes or Shapes()
+    one = _one_sample(_key(config, shapes))
     total, size = sum(one.parameters.values()), {"fp32": 4, "bf16": 2, "fp16": 2}[config.precision]
     cast = 0 if size == 4 else 2 * total  # copies of the trained weights: the part that does not grow with the batch
     resident = {
@@ -104,7 +119,7 @@ def estimate(config: Config, processes: int = 1) -> Cost:
         "a copy of the gradients (norms_every)": 4 * total if one.preview and config.precision != "fp16" else 0,
         "their average (ema)": 4 * total if config.ema else 0,
         "exchange between processes": 4 * total if processes > 1 else 0,
-        "readers of pictures and texts (data.keep)": 0 if config.data.source == "mini" or config.data.keep else READERS,
+        "readers of pictures and texts (data.keep)": 0 if shapes.size or config.data.keep else READERS,
         f"activations, samples at a time: {rows}": cast + rows * (one.peak - 4 * total - cast),
         "the device itself": CONTEXT,
     }
@@ -112,20 +127,19 @@ def estimate(config: Config, processes: int = 1) -> Cost:
         del resident["a copy of the gradients (norms_every)"]
     work = {part: config.batch // processes * flop for part, flop in one.work.items()}
     memory = {name: value / GB for name, value in resident.items() if value}
-    return Cost(config, processes, one.unet, one.parameters, memory, work, _disk(config, total))
+    return Cost(config, shapes, processes, one.unet, one.parameters, memory, work, _disk(config, shapes, total))
 
 
-class _Shape(NamedTuple):
+class _Key(NamedTuple):
     """What the cost of a sample depends on."""
 
-    mini: bool
+    shapes: Shapes
     size: int
     precision: str
     checkpointing: str
     arm: str
     align: str
     ranks: tuple[int, int]
-    depths: tuple[int, ...]
 
 
 class _Sample(NamedTuple):
@@ -139,52 +153,38 @@ class _Sample(NamedTuple):
     work: dict[str, float]
 
 
-def _key(config: Config) -> _Shape:
+def _key(config: Config, shapes: Shapes) -> _Key:
     ranks = (config.model.kv_rank, config.model.export_rank) if config.model.kv else (0, 0)
-    mini = of_mini(config) is not None
-    size = 128 if config.data.source == "mini" else config.data.size
     ahead = config.lookahead.arm, config.lookahead.align
-    depths = tuple(configs.UNET["transformer_layers_per_block"])
-    return _Shape(mini, size, config.precision, config.checkpointing, *ahead, ranks, depths)
+    size = shapes.size or config.data.size
+    return _Key(replace(shapes, size=None, images=None), size, config.precision, config.checkpointing, *ahead, ranks)
 
 
 @lru_cache(maxsize=8)
-def _one_sample(shape: _Shape) -> _Sample:
-    low, ahead = DTYPES[shape.precision], shape.arm != "none"
-    unet, sizes, patches, rank = _mini() if shape.mini else (configs.unet(), ResamplerSizes(), 257, LCM_RANK)
+def _one_sample(key: _Key) -> _Sample:
+    shapes, low, ahead = key.shapes, DTYPES[key.precision], key.arm != "none"
+    unet, sizes, patches = configs.unet(json.loads(shapes.unet)), shapes.resampler, shapes.patches
     with torch.device("meta"):
-        encoder = Encoder(unet, sizes, *shape.ranks)
-        shortcut = lora.build(unet, rank).requires_grad_(False) if shape.arm == "shortcut" else None
+        encoder = Encoder(unet, sizes, *key.ranks)
+        shortcut = lora.build(unet, shapes.lora_rank).requires_grad_(False) if key.arm == "shortcut" else None
         preview = Preview(AutoencoderTiny().requires_grad_(False)) if ahead else None
         for module in (unet, shortcut):
             if module is not None and low != torch.float32:
                 nn.Module.to(module, low)  # (diffusers' own warns of what does not matter here)
-        values = {"model": {"base": "?", "start": "?", "kv": shape.ranks != (0, 0)}, "data": {"source": "?"}}
+        values = {"model": {"base": "?", "start": "?", "kv": key.ranks != (0, 0)}, "data": {"source": "?"}}
         if ahead:
             values["model"] |= {"vae": "?", "recogniser": "?", "shortcut": "?"}
-        values |= {"lookahead": {"arm": shape.arm, "align": shape.align}, "checkpointing": shape.checkpointing}
+        values |= {"lookahead": {"arm": key.arm, "align": key.align}, "checkpointing": key.checkpointing}
         step = Step(from_values(values), unet, encoder, torch.empty(1, patches, sizes.image_width), shortcut, preview)
-    latent = (1, 4, shape.size // 8, shape.size // 8)
-    peak, work = _run(step, _batch(step, latent, sizes, patches, shape.size), _draws(latent), low)
+    latent = (1, 4, key.size // 8, key.size // 8)
+    peak, work = _run(step, _batch(step, latent, sizes, patches, key.size), _draws(latent), low)
     if ahead:
         work["lookahead"] += RECOGNISER[1]
-    trained = {name: sum(p.numel() for p in group) for name, group in _parts(encoder).items()}
+    trained = {name: sum(p.numel() for p in group) for name, group in _trained_parts(encoder).items()}
     return _Sample(_count(unet), _count(shortcut), _count(preview), trained, peak, work)
 
 
-def _mini() -> tuple[UNet2DConditionModel, ResamplerSizes, int, int]:
-    from ...mini.plan import SIZES
-    from ...mini.stages.base import build_unet
-    from ...mini.stages.image_prompt import Adapter
-
-    with torch.device("meta"):
-        unet = build_unet().eval()
-        sizes = Adapter(unet).image_proj.sizes
-    vision = SIZES["clip_vision"]
-    return unet, sizes, 1 + (vision["image_size"] // vision["patch_size"]) ** 2, 16
-
-
-def _parts(encoder: Encoder) -> dict[str, list[nn.Parameter]]:
+def _trained_parts(encoder: Encoder) -> dict[str, list[nn.Parameter]]:
     parts = {"Resampler": [*encoder.image_proj.parameters()], "image prompt K, V": [*encoder.ip_adapter.parameters()]}
     return parts | ({"KV encoder": [*encoder.kv.parameters()]} if encoder.kv else {})
 
@@ -220,8 +220,8 @@ def _run(step: Step, batch: Batch, draws: Draws, low: torch.dtype) -> tuple[int,
     """Bytes that the losses of a step allocate at most beyond weights, gradients among them; FLOP of each loss."""
     work: dict[str, float] = {}
     before = [*step.parameters(), *step.buffers(), batch.target, batch.reference, draws.noise]
-    with Ledger(before) as ledger, mixed_precision(low) as mixed:
-        for part in ("diffusion", "lookahead") if step.config.lookahead.arm != "none" else ("diffusion",):
+    with Ledger(before) as ledger, MixedPrecision(low) as mixed:
+        for part in parts(step.config):
             loss = step(part, batch, draws).loss
             mixed.backward(loss)
             del loss
@@ -250,139 +250,13 @@ def unet_forward(unet: UNet2DConditionModel, size: int = 1024) -> tuple[float, i
             kept[storage._cdata] = storage
         return tensor
 
-    with Ledger() as ledger, mixed_precision(None):
+    with Ledger() as ledger, MixedPrecision(None):
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             unet(x, torch.empty(1, device="meta"), context, added_cond_kwargs=added)
     return ledger.work, sum(storage.nbytes() for storage in kept.values())
 
 
-class Ledger(TorchDispatchMode):
-    """Counts what happens within: bytes of the tensors that are made (`live` now, `peak` at most), and `work` in FLOP.
-
-    before: tensors that are there already, whose views are nothing new.
-    """
-
-    def __init__(self, before: Iterable[Tensor] = ()):
-        super().__init__()
-        self.live = self.peak = self.work = 0
-        self._fresh: dict[object, bool] = {}
-        self._seen: dict[object, tuple[int, object]] = {}
-        self._known = {tensor.untyped_storage()._cdata for tensor in before}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        # What an operation gives is a function of the shapes that it gets, and torch finds it out slowly. So the same
-        # again is not asked for, where the result is new memory (no view, nothing in place).
-        fresh = self._fresh.get(func)
-        if fresh is None:
-            fresh = self._fresh[func] = not func._schema.is_mutable and not _may_be_a_view(func)
-        key = (func, _shapes_of(args), _shapes_of(tuple(kwargs.items()))) if fresh else None
-        if key in self._seen:
-            work, makes = self._seen[key]
-            out = tuple(map(_made, makes)) if isinstance(makes, tuple) else _made(makes)
-        else:
-            out = func(*args, **kwargs)
-            flop = flop_registry.get(func._overloadpacket)
-            work = flop(*args, **kwargs, out_val=out) if flop else 0
-            if fresh:
-                self._seen[key] = work, tuple(map(_fresh, out)) if isinstance(out, tuple) else _fresh(out)
-        self.work += work
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self._known:
-                    self._add(storage)
-        return out
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        self._known.add(key)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._free, key, size)
-
-    def _free(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
-
-
-class _Fresh:
-    """How to make a tensor like this one."""
-
-    def __init__(self, tensor: Tensor):
-        self.how = (tensor.shape, tensor.stride()), {"dtype": tensor.dtype, "device": tensor.device}
-
-    def __call__(self) -> Tensor:
-        return torch.empty_strided(*self.how[0], **self.how[1])
-
-
-def _fresh(value: object) -> object:
-    return _Fresh(value) if isinstance(value, Tensor) else value
-
-
-def _made(value: object) -> object:
-    return value() if isinstance(value, _Fresh) else value
-
-
-def _may_be_a_view(func: torch._ops.OpOverload) -> bool:
-    return func is torch.ops.aten._unsafe_view.default or any(r.alias_info is not None for r in func._schema.returns)
-
-
-def _shapes_of(value: object) -> object:
-    if isinstance(value, Tensor):
-        return value.shape, value.stride(), value.dtype
-    return tuple(map(_shapes_of, value)) if isinstance(value, tuple | list) else value
-
-
-class _Mixed(TorchFunctionMode):
-    """The casts of torch.autocast on a GPU, which the meta device has not, and the fused attention of one."""
-
-    LOW = {F.linear, torch.conv2d, F.conv2d, torch.matmul, torch.bmm, torch.baddbmm}
-    HIGH = {F.group_norm, F.layer_norm, torch.group_norm, torch.layer_norm, F.softmax, torch.softmax}
-
-    def __init__(self, low: torch.dtype | None):
-        super().__init__()
-        self.low, self._cast = low, {}
-
-    def backward(self, loss: Tensor) -> None:
-        """Backward of a scalar, with what is computed again cast like the rest."""
-        self._cast.clear()  # weights that were cast: autocast drops them at the end of forward
-        # torch's own function suspends this mode. This is what it calls.
-        engine, one = torch.autograd.Variable._execution_engine, torch.ones_like(loss)
-        engine.run_backward((loss,), (one,), False, False, (), allow_unreachable=True, accumulate_grad=True)
-
-    def __torch_function__(self, func: Callable, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            q, k, v = (self._as(t, self.low) for t in args[:3])
-            return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
-        if self.low is not None and func in self.LOW:
-            args, kwargs = self._all(args, kwargs, self.low)
-        elif self.low is not None and func in self.HIGH:
-            args, kwargs = self._all(args, kwargs, torch.float32)
-        return func(*args, **kwargs)
-
-    def _all(self, args: tuple, kwargs: dict, dtype: torch.dtype) -> tuple[tuple, dict]:
-        return tuple(self._as(a, dtype) for a in args), {k: self._as(v, dtype) for k, v in kwargs.items()}
-
-    def _as(self, value: object, dtype: torch.dtype | None) -> object:
-        if dtype is None or not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype == dtype:
-            return value
-        if isinstance(value, nn.Parameter) and value.requires_grad:
-            if id(value) not in self._cast:
-                self._cast[id(value)] = value.to(dtype)
-            return self._cast[id(value)]
-        return value.to(dtype)
-
-
-@contextmanager
-def mixed_precision(low: torch.dtype | None) -> Iterator[_Mixed]:
-    """low: the type of matrix products; None or float32: no casts, the attention alone."""
-    with _Mixed(None if low == torch.float32 else low) as mixed:
-        yield mixed
-
-
-def _disk(config: Config, total: int) -> dict[str, float]:
+def _disk(config: Config, shapes: Shapes, total: int) -> dict[str, float]:
     out, name = Path(config.out), f"{config.name}.safetensors"
     state = (6 if config.optimiser.eight_bit else 12) * total
     state += 4 * total if config.ema else 0
@@ -398,20 +272,12 @@ def _disk(config: Config, total: int) -> dict[str, float]:
         pictures = config.validation.people * (1 + len(config.validation.prompts))
         times = config.steps // config.validate_every + 2
         files[f"{out / 'validation'}/step-….png"] = times * pictures * 2 * config.data.size**2  # PNG: 2 bytes a pixel
-    if config.data.source != "mini" and config.data.keep:
-        known = _pictures(config)
-        used = min(2 * config.steps * config.batch, known or 2 * config.steps * config.batch)
+    if not shapes.size and config.data.keep:
+        most = 2 * config.steps * config.batch
+        used = min(most, shapes.images or most)
         each = 2 * 4 * 4 * (config.data.size // 8) ** 2 + 257 * 1280 * 2 + 77 * 2048 * 2
         files[f"{cache_folder(config.data)} (at most, {used:,} pictures)"] = used * each
     return {name: size / GB for name, size in files.items()}
-
-
-def _pictures(config: Config) -> int | None:
-    """How many there are, where the data is on this machine."""
-    try:
-        return len(listing(Path(config.data.source), config.data.metadata)[0])
-    except DataError:
-        return None
 
 
 def _count(module: nn.Module | None) -> int:
@@ -465,7 +331,7 @@ def savings(cost: Cost) -> dict[str, float]:
         ("ema", 0),
     ]
     for name, value in changes:
-        other = estimate(config.model_copy(update={name: value}), cost.processes)
+        other = estimate(config.model_copy(update={name: value}), cost.processes, cost.shapes)
         out[f"{name}={value}"] = cost.peak - other.peak
     if not config.optimiser.eight_bit:
         out["optimiser.eight_bit=true"] = 6 * sum(cost.parameters.values()) / GB

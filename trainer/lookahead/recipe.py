@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from ..recipe import Outcome
 from .config import Config
 from .draws import Draws, draw
 from .export import export
-from .step import Batch, Part, Step
+from .step import Batch, Part, Step, parts
 from .validate import ProbeValidator, Probing
 
 # Figure of a log's line: its title. docs/training.md says what each should do.
@@ -78,14 +79,16 @@ class LookaheadRecipe:
         compile_blocks(self.losses.unet)
 
     def savings(self, processes: int) -> Mapping[str, float]:
-        from .estimate import estimate, savings
+        from .estimate import Shapes, estimate, savings
 
-        return savings(estimate(self.config, processes))
-
-
-def parts(config: Config) -> tuple[Part, ...]:
-    """The losses of a step, in the order in which they run."""
-    return ("diffusion",) if config.lookahead.arm == "none" else ("diffusion", "lookahead")
+        step = self.losses
+        shapes = Shapes(
+            json.dumps({k: v for k, v in step.unet.config.items() if not k.startswith("_")}),
+            step.encoder.image_proj.sizes,
+            step.null_features.shape[1],
+            len(step.shortcut.branches[0].lora_down.weight) if step.shortcut is not None else 0,
+        )
+        return savings(estimate(self.config, processes, shapes))
 
 
 def compile_blocks(unet: UNet2DConditionModel, **options: object) -> None:

@@ -28,9 +28,14 @@ from .draws import Draws
 Part = Literal["diffusion", "lookahead"]
 
 
+def parts(config: Config) -> tuple[Part, ...]:
+    """The losses of a step, in the order in which they run."""
+    return ("diffusion",) if config.lookahead.arm == "none" else ("diffusion", "lookahead")
+
+
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """B samples. A target shows the same person as its reference, in another picture."""
+    """B samples (`recipe.SampleBatch`). A target shows the same person as its reference, in another picture."""
 
     names: Sequence[str]  # what to call a sample in a message
     target: Tensor  # latents [B, 4, h, w], scaled as the UNet reads them

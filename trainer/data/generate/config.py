@@ -147,9 +147,9 @@ class GeneratorSettings(Section):
 class Checks(Section):
     """What a picture must have to be kept. Thresholds of None are not applied; `--pilot` shows what each would keep."""
 
-    detector: str | None = Field(None, description="insightface pack that finds faces, or `mini`")
-    recogniser: str | None = Field(None, description="ArcFace .onnx or IR-SE50 weights, or `mini`")
-    clip: str | None = Field(None, description="whole CLIP that tells styles, or `mini`")
+    detector: str | None = Field(None, description="folder of an insightface pack, which finds faces; or `mini`")
+    recogniser: str | None = Field(None, description="ArcFace .onnx or IR-SE50 weights")
+    clip: str | None = Field(None, description="whole CLIP, which tells styles")
     one_face: bool = Field(True, description="pictures with several faces are left out")
     face_size: Share | None = Field(0.15, description="least height of the face, as a share of the picture's")
     sharpness: Annotated[float, Field(ge=0)] | None = Field(None, description="least mean difference of neighbours")

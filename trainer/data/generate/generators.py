@@ -16,6 +16,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     TCDScheduler,
 )
+from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
 from ....lookahead.files.tensors import read_tensors, sha256
@@ -77,6 +78,10 @@ class FewStepSDXL:
         overflows = settings.precision == "fp16" and vae.config.get("force_upcast", False)
         for module, own in ((unet, dtype), (text, dtype), (vae, torch.float32 if overflows else dtype)):
             nn.Module.to(module.eval(), device, own)  # (diffusers' own warns of layers that it does not have)
+        if device.type == "cpu":  # faster there
+            unet.set_attn_processor(AttnProcessor())
+            for model in (text.first, text.second):
+                model.set_attn_implementation("eager")
         vae.to(memory_format=torch.channels_last)  # a plain CNN: quicker so
         if branches is not None:
             try:
@@ -116,24 +121,24 @@ class FewStepSDXL:
         return [Drawing(picture) for picture in to_bytes(decoded / 2 + 0.5)]
 
 
-def read_few_step(settings: GeneratorSettings, device: torch.device) -> FewStepSDXL:
-    """The generator of public files. Raises FileNotFoundError, ModelError or EncoderFileError, one sentence."""
-    base = load.found("base", settings.base, section="generator")
-    branches, files = read_lora(settings)
-    vae = None
+def read_few_step(
+    settings: GeneratorSettings, device: torch.device, folder: Path | None = None, *beside: Path
+) -> FewStepSDXL:
+    """The generator of public files. folder: what `settings.base` stands for, where it is a name; beside: where the
+    LoRA is looked for too.
+
+    Raises FileNotFoundError, ModelError or EncoderFileError, one sentence.
+    """
+    base = folder or load.found("base", settings.base, section="generator")
+    branches, vae, files = None, None, weights_in(base)
+    if settings.lora is not None:
+        path = _existing("generator.lora", settings.lora, "a few-step LoRA such as LCM-LoRA's", *beside)
+        branches, files = read_tensors(path)[0], [*files, path]
     if settings.vae is not None:
         vae = _existing("generator.vae", settings.vae, "an autoencoder of SDXL as a diffusers folder")
-        files = [*weights_in(vae), *files]
-    parts = load.load_base(base, _DTYPES[settings.precision], vae)
-    return FewStepSDXL(settings, parts, branches, [*weights_in(base), *files], device)
-
-
-def read_lora(settings: GeneratorSettings, *beside: Path) -> tuple[Mapping[str, Tensor] | None, list[Path]]:
-    """The tensors of the few-step LoRA, where there is one, and its file, looked for in the folders `beside` too."""
-    if settings.lora is None:
-        return None, []
-    path = _existing("generator.lora", settings.lora, "a few-step LoRA such as LCM-LoRA's", *beside)
-    return read_tensors(path)[0], [path]
+        files = [*files, *weights_in(vae)]
+    dtype = torch.float32 if device.type == "cpu" else _DTYPES[settings.precision]
+    return FewStepSDXL(settings, load.load_base(base, dtype, vae), branches, files, device)
 
 
 def _existing(field: str, name: str, what: str, *beside: Path) -> Path:

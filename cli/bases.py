@@ -1,0 +1,116 @@
+"""Base models that are known by a name, and the files that belong to them.
+
+`model.base: mini` is a name for a folder of model files like any other. It is looked up here, before anything is
+loaded; what a run says of itself (checkpoints, encoder files) is the name that was written down.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..lookahead.files import encoder_file
+from ..lookahead.files.tensors import read_tensors
+from ..sdxl.load import found
+from ..trainer.data.pairs import DataError, listing
+from ..trainer.lookahead.config import Config, Model
+from ..trainer.lookahead.estimate import Shapes
+
+DRAWN = "mini"  # `data.source` of people who are drawn as they are asked for
+
+
+@dataclass(frozen=True)
+class KnownBase:
+    """folder: SDXL in diffusers' layout. beside: where its encoders, LoRAs and recognisers lie, which a configuration
+    names without their folder. checkpoint: the one file of the same weights that users load; an encoder file names its
+    hash. own: by field of `model`, what it is where it is not set, or set to the name of the base. licence: of what
+    lies beside."""
+
+    folder: Path
+    beside: Path
+    checkpoint: Path
+    own: Mapping[str, Path]
+    licence: str
+
+
+def _mini(weights: Path) -> KnownBase:
+    from ..mini import drawn_people
+    from ..mini.files import insightface_pack, shipped
+    from ..mini.files import weights as files
+
+    folder = drawn_people.model_folder(weights)
+    own = {
+        "vae": folder / "vae",
+        "image_encoder": folder / "image_encoder",
+        "detector": (weights / insightface_pack.DETECTOR).parent,
+    }
+    return KnownBase(folder, weights, weights / files.CHECKPOINT, own, shipped.LICENCE)
+
+
+def _mini_weights(base: str) -> Path | None:
+    """The folder of the shipped files that `mini`, or the path of such a folder, stands for."""
+    from ..mini.files.weights import CHECKPOINT
+    from ..mini.plan import WEIGHTS
+
+    folder = WEIGHTS if base == "mini" else Path(base)
+    return folder if base == "mini" or (folder / CHECKPOINT).is_file() else None
+
+
+# Who knows a base by what `model.base` says, and who makes it of what they found.
+KNOWN: tuple[tuple[Callable[[str], Path | None], Callable[[Path], KnownBase]], ...] = ((_mini_weights, _mini),)
+
+
+def known_base(base: str) -> KnownBase | None:
+    """What is known by this name; None for the path of any other model."""
+    for find, make in KNOWN:
+        if (place := find(base)) is not None:
+            return make(place)
+    return None
+
+
+def resolve(model: Model, base: KnownBase | None) -> Model:
+    """The section `model` with the paths of a known base in the place of names."""
+    if base is None:
+        return model
+    paths: dict[str, str] = {"base": str(base.folder)}
+    for field in ("start", "shortcut", "recogniser"):
+        name = getattr(model, field)
+        if name is not None and not Path(name).expanduser().exists() and (base.beside / name).exists():
+            paths[field] = str(base.beside / name)
+    for field, path in base.own.items():
+        if getattr(model, field) in (None, model.base):
+            paths[field] = str(path)
+    return model.model_copy(update=paths)
+
+
+def shapes(config: Config) -> Shapes:
+    """What an estimate has to know of the files: those of a known base; else SDXL's, which need not be there."""
+    size = None
+    if config.data.source == DRAWN:
+        from ..mini.plan import IMAGE_SIZE
+
+        size = IMAGE_SIZE
+    images = None
+    with contextlib.suppress(DataError):  # data that is not on this machine
+        images = len(listing(Path(config.data.source), config.data.metadata)[0])
+    base = known_base(config.model.base)
+    if base is None:
+        return Shapes(size=size, images=images)
+    files = resolve(config.model, base)
+    unet = {k: v for k, v in _json(base.folder / "unet" / "config.json").items() if not k.startswith("_")}
+    vision = _json(base.own["image_encoder"] / "config.json")
+    patches = 1 + (vision["image_size"] // vision["patch_size"]) ** 2
+    sizes = encoder_file.read(found("start", files.start)).sizes
+    rank = 0
+    if config.lookahead.arm == "shortcut":
+        tensors, _ = read_tensors(found("shortcut", files.shortcut))
+        rank = max(len(tensor) for name, tensor in tensors.items() if name.endswith("lora_down.weight"))
+    return Shapes(json.dumps(unet), sizes, patches, rank, size, images)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
