@@ -186,12 +186,13 @@ def read_generator(config: GenerateConfig, where: torch.device) -> PictureGenera
 
 def read_inspector(config: GenerateConfig, where: torch.device) -> Inspector:
     """What looks at pictures. Where the detector is a known base's own, files are looked for beside that base too."""
+    from ..lookahead.vision.face_models import FaceModels
     from ..sdxl.load import found
     from ..trainer.data.generate.checks import Inspector
     from ..trainer.data.generate.config import digest
     from ..trainer.data.generate.generators import digest_files, weights_in
     from ..trainer.data.generate.styles import clip_scorer
-    from .assemble import open_detector, read_recogniser
+    from .assemble import PackDetector, read_recogniser
     from .bases import known_base
 
     checks, about, hashes = config.checks, {}, []
@@ -199,8 +200,9 @@ def read_inspector(config: GenerateConfig, where: torch.device) -> Inspector:
     beside = (base.beside,) if base else ()
     detector = recogniser = scorer = None
     if checks.detector is not None:
-        detector = open_detector(str(base.own["detector"]) if base else checks.detector)
-        pack = detector.pack
+        folder = base.own["detector"] if base else found("detector", checks.detector, section="checks")
+        pack = FaceModels(folder, threads=1 if where.type == "cpu" else None)  # torch has the other cores
+        detector = PackDetector(pack)
         about["detector"] = {"name": pack.name, "licence": pack.licence}
         hashes.append(digest_files(sorted(pack.folder.glob("*.onnx"))))
     if checks.recogniser is not None:

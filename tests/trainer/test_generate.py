@@ -409,10 +409,11 @@ def test_a_disk_that_is_full_in_the_middle_keeps_what_is_finished(drawn, tmp_pat
         ({}, (0, 1)),
         ({"RANK": "1", "WORLD_SIZE": "4"}, (1, 4)),
         ({"SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_COUNT": "8"}, (2, 8)),
+        ({"SLURM_ARRAY_TASK_ID": "8", "SLURM_ARRAY_TASK_COUNT": "8", "SLURM_ARRAY_TASK_MIN": "1"}, (7, 8)),
     ],
 )
 def test_a_worker_knows_its_number_from_whoever_started_it(environment, worker, monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"):
+    for name in ("RANK", "WORLD_SIZE", *(f"SLURM_ARRAY_TASK_{k}" for k in ("ID", "COUNT", "MIN"))):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

@@ -282,14 +282,12 @@ def _rounded(values: Tensor) -> list:
     return torch.round(values.double(), decimals=2).tolist()
 
 
-def share_of(numbers: Sequence[int], worker: int, workers: int) -> list[int]:
-    """The shards of one of several workers, which need not know of each other."""
-    return list(numbers)[worker::workers]
-
-
 def worker_from_environment() -> tuple[int, int]:
-    """This process's number and how many there are, as torchrun, accelerate or SLURM's array says it."""
-    for number, count in (("RANK", "WORLD_SIZE"), ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT")):
-        if number in os.environ and count in os.environ:
-            return int(os.environ[number]), int(os.environ[count])
+    """This process's number and how many there are, as torchrun, accelerate or an array job of SLURM says it."""
+    known = os.environ
+    if "RANK" in known and "WORLD_SIZE" in known:
+        return int(known["RANK"]), int(known["WORLD_SIZE"])
+    if "SLURM_ARRAY_TASK_ID" in known and "SLURM_ARRAY_TASK_COUNT" in known:
+        first = int(known.get("SLURM_ARRAY_TASK_MIN", 0))
+        return int(known["SLURM_ARRAY_TASK_ID"]) - first, int(known["SLURM_ARRAY_TASK_COUNT"])
     return 0, 1
