@@ -114,16 +114,16 @@ def generate(engine: Engine, numbers: Sequence[int]) -> None:
     from tqdm import tqdm
 
     missing, config = engine.missing(numbers), engine.config
-    drawn = kept = 0
+    generated = kept = 0
     total = len(missing) * config.people_per_shard * config.prompts.per_person
     if len(missing) < len(numbers):
         print(f"{len(numbers) - len(missing)} of {len(numbers)} shards are finished already.", file=sys.stderr)
     with tqdm(total=total, unit=" pictures", mininterval=1 if sys.stderr.isatty() else 30, disable=not missing) as bar:
 
         def progress(more: int, good: int) -> None:
-            nonlocal drawn, kept
-            drawn, kept = drawn + more, kept + good
-            bar.set_postfix_str(f"{1 - kept / drawn:.1%} left out", refresh=False)
+            nonlocal generated, kept
+            generated, kept = generated + more, kept + good
+            bar.set_postfix_str(f"{1 - kept / generated:.1%} rejected", refresh=False)
             bar.update(more)
 
         for number in missing:
@@ -185,7 +185,7 @@ def read_generator(config: GenerateConfig, where: torch.device) -> PictureGenera
 
 
 def read_inspector(config: GenerateConfig, where: torch.device) -> Inspector:
-    """What looks at pictures. Where the detector is a known base's own, files are looked for beside that base too."""
+    """What looks at pictures. Where the detector is a known base's own, files are measured for beside that base too."""
     from ..lookahead.vision.face_models import FaceModels
     from ..sdxl.load import found
     from ..trainer.data.generate.checks import Inspector

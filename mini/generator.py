@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..trainer.config import ConfigError
-from ..trainer.data.generate.generators import Drawing, to_bytes
+from ..trainer.data.generate.generators import GeneratedPicture, to_bytes
 from ..trainer.data.generate.prompts import PicturePlan
 from .plan import IMAGE_SIZE
 from .world.faces import (
@@ -51,18 +51,18 @@ class DrawnWorld:
         self.size = size
         self.digest = hashlib.sha256(f"{self.name} 1".encode()).hexdigest()
 
-    def __call__(self, plans: Sequence[PicturePlan]) -> list[Drawing]:
+    def __call__(self, plans: Sequence[PicturePlan]) -> list[GeneratedPicture]:
         """Raises ConfigError, one sentence, for a word that the drawn world does not know."""
         return [self._draw(plan) for plan in plans]
 
-    def _draw(self, plan: PicturePlan) -> Drawing:
+    def _draw(self, plan: PicturePlan) -> GeneratedPicture:
         faces = Faces(identity_of(plan), nuisance_of(plan))
         exact = {
             "landmarks": _rounded(landmarks(faces, self.size)[0]),
             "box": _rounded(boxes(faces, self.size)[0]),
             "identity": _rounded(identity_vector(faces.identity)[0]),
         }
-        return Drawing(to_bytes(render(faces, self.size, seed=plan.seed))[0], exact)
+        return GeneratedPicture(to_bytes(render(faces, self.size, seed=plan.seed))[0], exact)
 
 
 def identity_of(plan: PicturePlan) -> Batch:

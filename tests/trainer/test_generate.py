@@ -20,13 +20,13 @@ from lcm_lookahead.mini.plan import WEIGHTS
 from lcm_lookahead.sdxl.load import ModelError
 from lcm_lookahead.trainer.config import CONFIGS, ConfigError
 from lcm_lookahead.trainer.data.generate import checks, engine
-from lcm_lookahead.trainer.data.generate.checks import Inspector, Looked, choose, own_fault
+from lcm_lookahead.trainer.data.generate.checks import Inspector, Measurements, rejection_of, select
 from lcm_lookahead.trainer.data.generate.config import Checks, load
-from lcm_lookahead.trainer.data.generate.engine import Engine, describe, embedding_of
+from lcm_lookahead.trainer.data.generate.engine import Engine, embedding_of, summary
 from lcm_lookahead.trainer.data.generate.generators import FewStepSDXL, read_few_step
 from lcm_lookahead.trainer.data.generate.people import Person, read_people
 from lcm_lookahead.trainer.data.generate.prompts import PicturePlan, plan_pictures
-from lcm_lookahead.trainer.data.generate.report import auc, mean_and_spread, summed
+from lcm_lookahead.trainer.data.generate.report import added, auc, mean_and_deviation, thresholds
 from lcm_lookahead.trainer.data.shards import ShardError, Shards, shard_path, side_path
 
 FOLDER = CONFIGS / "generate"
@@ -149,14 +149,14 @@ def test_a_sample_says_all_that_is_known_of_a_person(drawn):
     assert str(Path.home()) not in json.dumps(about)
 
 
-def test_the_side_file_counts_what_was_drawn_kept_and_left_out(drawn):
+def test_the_side_file_counts_what_was_generated_kept_and_rejected(drawn):
     sides = [json.loads(side_path(shard_path(drawn, n)).read_text()) for n in range(2)]
-    total = summed(sides)
-    assert total["people"]["drawn"] == 6 and total["drawn"] == 18
-    assert total["kept"] + sum(total["left_out"].values()) == 18
-    assert total["kept"] == len(Shards(drawn))
+    total = added(sides)
+    assert total["people"]["generated"] == 6 and total["pictures"]["generated"] == 18
+    assert total["pictures"]["kept"] + sum(total["rejected"].values()) == 18
+    assert total["pictures"]["kept"] == len(Shards(drawn))
     assert sum(total["histograms"]["similarity"]) > 0
-    assert sum(total["cosines"]["within"]) <= sum(total["cosines"]["within_drawn"]) <= 18
+    assert sum(total["cosines"]["within"]) <= sum(total["cosines"]["within_generated"]) <= 18
 
 
 def test_the_drawn_world_draws_what_the_description_says():
@@ -187,54 +187,54 @@ def plan_of(number):
 def seen(angle=0.0, **more):
     """A picture whose embedding lies at an angle, in degrees; each with a look of its own."""
     radians = torch.deg2rad(torch.tensor(float(angle)))
-    values = {"faces": 1, "face_size": 0.6, "sharpness": 0.1, "small": torch.rand(16, 16)}
+    values = {"face_count": 1, "face_size": 0.6, "sharpness": 0.1, "thumbnail": torch.rand(16, 16)}
     values |= {"face": object(), "embedding": torch.stack([radians.cos(), radians.sin()])}
-    return Looked(**(values | more))
+    return Measurements(**(values | more))
 
 
 @pytest.mark.parametrize(
-    ("looked", "why"),
+    ("measured", "why"),
     [
         (seen(), None),
-        (seen(faces=0, face=None), checks.NO_FACE),
-        (seen(faces=2), checks.SEVERAL),
+        (seen(face_count=0, face=None), checks.NO_FACE),
+        (seen(face_count=2), checks.SEVERAL_FACES),
         (seen(face_size=0.1), checks.SMALL_FACE),
-        (seen(sharpness=0.001), checks.NOT_SHARP),
+        (seen(sharpness=0.001), checks.BLURRED),
         (seen(style=0.2), checks.OTHER_STYLE),
     ],
 )
-def test_each_fault_of_a_picture_has_its_reason(looked, why):
+def test_each_fault_of_a_picture_has_its_reason(measured, why):
     asked = Checks(detector="d", clip="c", face_size=0.3, sharpness=0.01, style=0.5)
-    assert own_fault(asked, looked) == why
+    assert rejection_of(asked, measured) == why
     opened = Checks(one_face=False, face_size=None)
-    assert own_fault(opened, looked) == (checks.NO_FACE if looked.face is None else None)
+    assert rejection_of(opened, measured) == (checks.NO_FACE if measured.face is None else None)
 
 
 def test_the_one_that_is_unlike_goes_and_those_that_are_alike_stay():
     """One stranger pulls the means of all below the threshold; without it the others are alike."""
     pictures = [seen(0), seen(20), seen(170), seen(10)]
-    looked, faults = choose(Checks(similarity=0.8), [plan_of(n) for n in range(4)], pictures)
-    assert faults == [None, None, checks.UNLIKE, None]
+    measured, rejected = select(Checks(similarity=0.8), [plan_of(n) for n in range(4)], pictures)
+    assert rejected == [None, None, checks.UNLIKE, None]
     cos = torch.cos(torch.deg2rad(torch.tensor([20.0, 10.0])))
-    assert looked[0].similarity == pytest.approx(float(cos.mean()), abs=1e-5)
-    assert looked[2].similarity < 0
+    assert measured[0].similarity == pytest.approx(float(cos.mean()), abs=1e-5)
+    assert measured[2].similarity < 0
 
 
-def test_a_copy_of_another_picture_is_left_out():
+def test_a_copy_of_another_picture_is_rejected():
     small = torch.rand(16, 16)
-    pictures = [seen(small=small), seen(), seen(small=small + 0.001)]
-    assert choose(Checks(), [plan_of(n) for n in range(3)], pictures)[1] == [None, None, checks.COPY]
+    pictures = [seen(thumbnail=small), seen(), seen(thumbnail=small + 0.001)]
+    assert select(Checks(), [plan_of(n) for n in range(3)], pictures)[1] == [None, None, checks.COPY]
 
 
-def test_a_person_without_plain_pictures_or_with_too_few_is_left_out():
+def test_a_person_without_plain_pictures_or_with_too_few_is_rejected():
     three = [plan_of(n) for n in range(3)]
-    pictures = [seen(faces=0, face=None, embedding=None), seen(), seen()]
-    assert choose(Checks(), three, pictures)[1] == [checks.NO_FACE, checks.NO_PLAIN, checks.NO_PLAIN]
-    pictures = [seen(), seen(faces=0, face=None, embedding=None), seen(faces=0, face=None, embedding=None)]
-    assert choose(Checks(), three, pictures)[1] == [checks.TOO_FEW, checks.NO_FACE, checks.NO_FACE]
+    pictures = [seen(face_count=0, face=None, embedding=None), seen(), seen()]
+    assert select(Checks(), three, pictures)[1] == [checks.NO_FACE, checks.NO_PLAIN, checks.NO_PLAIN]
+    pictures = [seen(), seen(face_count=0, face=None, embedding=None), seen(face_count=0, face=None, embedding=None)]
+    assert select(Checks(), three, pictures)[1] == [checks.TOO_FEW, checks.NO_FACE, checks.NO_FACE]
 
 
-def test_a_person_like_an_earlier_one_is_left_out(inspector):
+def test_a_person_like_an_earlier_one_is_rejected(inspector):
     """Every person has the face of person 0."""
 
     class OneFace(DrawnWorld):
@@ -242,12 +242,12 @@ def test_a_person_like_an_earlier_one_is_left_out(inspector):
             return super().__call__([replace(p, person=replace(p.person, number=0, attributes={})) for p in plans])
 
     made = Engine(settings("nowhere", "checks.duplicate=0.7"), OneFace(), inspector)
-    people = made.draw(range(3))
-    assert [person.fault for person in people] == [None, checks.LIKE_ANOTHER, checks.LIKE_ANOTHER]
-    assert describe(people)["left_out"][checks.LIKE_ANOTHER] >= 4
+    people = made.generate(range(3))
+    assert [person.rejected for person in people] == [None, checks.DUPLICATE, checks.DUPLICATE]
+    assert summary(people)["rejected"][checks.DUPLICATE] >= 4
 
 
-def test_pictures_are_looked_at_beside_drawing_but_come_in_order(inspector):
+def test_pictures_are_checked_beside_the_generator_but_come_in_order(inspector):
     class Slow(Inspector):
         def __call__(self, pictures, plans):
             time.sleep(0.05 if plans[0].number == 0 else 0)
@@ -255,7 +255,7 @@ def test_pictures_are_looked_at_beside_drawing_but_come_in_order(inspector):
 
     slow = Slow(None, None, None, {}, "")
     made = Engine(settings("nowhere", "generator.batch=1"), DrawnWorld(), slow)
-    numbers = [(p.plan.person.number, p.plan.number) for person in made.draw(range(3)) for p in person.pictures]
+    numbers = [(p.plan.person.number, p.plan.number) for person in made.generate(range(3)) for p in person.pictures]
     assert numbers == [(n, k) for n in range(3) for k in range(3)]
 
 
@@ -270,10 +270,10 @@ def few_step():
 def test_a_picture_is_that_of_its_seed_whatever_it_is_drawn_with(few_step):
     asked = plans(settings("nowhere", name="mini"))
     together, alone = few_step(asked), few_step(asked[1:2])
-    assert [d.picture.shape for d in together] == [(3, 128, 128)] * 3
-    apart = (together[1].picture.float() - alone[0].picture.float()).abs()
+    assert [d.pixels.shape for d in together] == [(3, 128, 128)] * 3
+    apart = (together[1].pixels.float() - alone[0].pixels.float()).abs()
     assert apart.mean() < 2  # rounding in 16 bit
-    others = (together[0].picture.float() - together[1].picture.float()).abs()
+    others = (together[0].pixels.float() - together[1].pixels.float()).abs()
     assert others.mean() > 10
 
 
@@ -284,7 +284,7 @@ def test_a_diffusers_folder_of_the_same_weights_draws_the_same(few_step, tmp_pat
     other = read_few_step(config.generator, CPU)
     asked = plans(config)[:2]
     for one, two in zip(few_step(asked), other(asked), strict=True):
-        assert (one.picture.float() - two.picture.float()).abs().mean() < 2
+        assert (one.pixels.float() - two.pixels.float()).abs().mean() < 2
     assert other.name == "sdxl + mini_collapsed_lora.safetensors"
 
 
@@ -292,7 +292,7 @@ def test_a_diffusers_folder_of_the_same_weights_draws_the_same(few_step, tmp_pat
 def test_every_sampler_draws_in_two_steps(sampler):
     config = settings("nowhere", f"generator.sampler={sampler}", "generator.steps=2", name="mini")
     drawing = command.read_generator(config, CPU)(plans(config)[:1])[0]
-    assert drawing.picture.float().std() > 20
+    assert drawing.pixels.float().std() > 20
 
 
 def test_files_that_are_missing_or_do_not_fit_are_said(tmp_path):
@@ -311,7 +311,7 @@ def test_a_clip_tells_styles():
 
     config = settings("nowhere", "prompts.per_person=7")
     asked = plans(config, 4)
-    pictures = torch.stack([d.picture for d in DrawnWorld()(asked)]) / 255
+    pictures = torch.stack([d.pixels for d in DrawnWorld()(asked)]) / 255
     score = clip_scorer(WEIGHTS / "mini_clip/model.safetensors", config.prompts, CPU)
     right = score(pictures, [plan.style for plan in asked])
     assert ((right > 0) & (right <= 1)).all()
@@ -323,7 +323,7 @@ def test_a_clip_tells_styles():
 
 def test_the_report_is_one_page_with_pictures_and_figures(drawn):
     page = (drawn / "report.html").read_text()
-    for text in ("people kept", "Similarity", "What was left out", "hair (balanced)", "speed of one worker", "AUC"):
+    for text in ("people kept", "Similarity", "Rejections", "hair (balanced)", "speed of one worker", "AUC"):
         assert text in page
     assert page.count("data:image/jpeg;base64,") == 1 and page.count("data:image/svg+xml;base64,") >= 4
     assert "http://" not in page.replace("http://www.w3.org", "") and 'src="data:' in page
@@ -340,13 +340,11 @@ def test_the_pilot_says_what_each_threshold_keeps_and_writes_no_shard(tmp_path, 
 
 def test_the_pilot_s_thresholds_keep_what_they_say(inspector):
     made = Engine(settings("nowhere", "checks.similarity=0.99"), DrawnWorld(), inspector)
-    from lcm_lookahead.trainer.data.generate.report import thresholds
-
     everyone, asked = made.pilot(range(5))
     rows = {row["name"]: row for row in thresholds(made.config, everyone)}
-    values = [p.looked.similarity for person in everyone for p in person.pictures]
+    values = [p.measured.similarity for person in everyone for p in person.pictures]
     at = rows["checks.similarity"]["at"]
-    assert np.mean(np.array(values) >= at[0.8]) == pytest.approx(0.8, abs=0.08)
+    assert np.mean(np.array(values) >= at[3]) == pytest.approx(0.8, abs=0.08)
     assert rows["checks.similarity"]["keeps"] == np.mean(np.array(values) >= 0.99)
     assert not any(person.kept() for person in asked) and all(person.kept() for person in everyone)
 
@@ -424,7 +422,7 @@ def test_figures_of_histograms_are_those_of_their_values():
     numbers = np.random.default_rng(0)
     own, other = numbers.normal(0.5, 0.1, 400).clip(-1, 1), numbers.normal(0.3, 0.2, 300).clip(-1, 1)
     one, two = (engine.histogram(v.tolist(), -1, 1) for v in (own, other))
-    mean, spread = mean_and_spread(one, -1, 1)
+    mean, spread = mean_and_deviation(one, -1, 1)
     assert mean == pytest.approx(own.mean(), abs=0.01) and spread == pytest.approx(own.std(), abs=0.01)
     exact = (own[:, None] > other[None]).mean()
     assert auc(one, two) == pytest.approx(exact, abs=0.01)

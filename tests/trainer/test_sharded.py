@@ -128,7 +128,7 @@ def test_shards_that_cannot_be_trained_on_are_said(tmp_path, models):
         ShardSource(settings(tmp_path / "alone", "nowhere"), *models)
     without = ShardSource(settings(tmp_path / "alone", "nowhere", "lookahead.arm=none"), models[0], None, None)
     assert without.targets.tolist() == [1]
-    with pytest.raises(DataError, match="00000000.01.png in .* is damaged"):
+    with pytest.raises(DataError, match="00000000.00.png in .* is no picture"):
         without.batch([0], [0], CPU)
     nobody = {"pictures": [picture("00.png", False), picture("01.png", False)]}
     write_shard(shard_path(tmp_path / "nobody", 0), [Sample("0", {"00.png": b"", "01.png": b""}, nobody)], {}, "c")

@@ -147,8 +147,11 @@ class ShardSource:
         """The picture as it is trained on, [1, 3, size, size] in [0, 1], and the face's landmarks in it [1, 5, 2]."""
         try:
             picture = read(io.BytesIO(self.shards.picture(place)))
-        except PictureError as error:
-            raise DataError(f"{self.name(place, about)} in {self.data.source} is damaged ({error}).") from None
+        except PictureError:
+            raise DataError(
+                f"{self.name(place, about)} in {self.data.source} is no picture: `lookahead generate --verify` with "
+                "the configuration that made it says which shards are damaged."
+            ) from None
         seen = self._seen(about)
         left, top, side = square_of(seen, self.data.reference_margin if as_reference else None)
         cut = picture[None, :, top : top + side, left : left + side]

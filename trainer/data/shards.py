@@ -55,6 +55,11 @@ def side_path(shard: Path) -> Path:
     return shard.with_suffix(".json")
 
 
+def times_path(shard: Path) -> Path:
+    """Of what is no part of the data set: how long it took."""
+    return shard.with_suffix(".times.json")
+
+
 def write_shard(shard: Path, samples: Iterable[Sample], side: Mapping[str, Any], content: str) -> None:
     """Write tar, side file and index, each whole or not at all. content: digest of the configuration.
 

@@ -1,4 +1,4 @@
-"""What is seen in drawn pictures, and which of them are kept: faces, identity, copies, style, size, sharpness."""
+"""What is measured in generated pictures, and which of them are kept: faces, identity, copies, style, sharpness."""
 
 from __future__ import annotations
 
@@ -15,119 +15,132 @@ from ....lookahead.vision.faces import Detector, Face, usable
 from .config import Checks
 from .prompts import PicturePlan
 
-Scorer = Callable[[Tensor, Sequence[str]], Tensor]  # pictures [n, 3, h, w] in [0, 1], styles -> probability of each [n]
-_SMALL = 16  # side of the grey picture that copies are told by
-_COPY = 0.006  # mean difference of grey values below which a picture is a copy
+Scorer = Callable[[Tensor, Sequence[str]], Tensor]  # pictures [n, 3, h, w] in [0, 1], styles -> probabilities [n]
+_THUMBNAIL = (16, 16)  # of the grey copy by which copies are told
+_COPY = 0.006  # mean difference of thumbnails below which a picture is a copy of another
 
-# Why a picture or a person is left out, in the order in which it is asked.
-NO_FACE, SEVERAL, SMALL_FACE, NOT_SHARP = "no face", "several faces", "face too small", "not sharp"
-OTHER_STYLE, COPY, UNLIKE = "asked style not shown", "copy of another picture", "unlike the person's others"
-NO_PLAIN, TOO_FEW, LIKE_ANOTHER = (
-    "person without a plain picture",
-    "person with too few pictures",
-    "like another person",
-)
+# Why a picture is rejected, in the order in which it is asked.
+NO_FACE = "no face"
+SEVERAL_FACES = "several faces"
+SMALL_FACE = "small face"
+BLURRED = "not sharp"
+OTHER_STYLE = "asked style not shown"
+COPY = "copy of another picture of the person"
+UNLIKE = "unlike the person's other pictures"
+# Why a person is rejected with all pictures.
+NO_PLAIN = "person without a plain picture"
+TOO_FEW = "person with too few pictures"
+DUPLICATE = "person like an earlier one"
 
 
 @dataclass(frozen=True, eq=False)
-class Looked:
-    """What is seen in one picture. None where it was not looked for, or there is no face."""
+class Measurements:
+    """What is known of one picture. None where nothing measures it, or there is no face to measure.
 
-    faces: int | None = None
-    face: Face | None = None
+    similarity: mean cosine to the person's other pictures, of those that were left when they were last compared.
+    """
+
+    sharpness: float  # mean absolute difference of neighbouring pixels in [0, 1]
+    thumbnail: Tensor  # float32 [16, 16], grey
+    face_count: int | None = None
+    face: Face | None = None  # the largest
+    face_size: float | None = None  # height of its box as a share of the picture's
     embedding: Tensor | None = None  # float32 [d], of unit length
-    face_size: float | None = None  # height of the face as a share of the picture's
-    sharpness: float = 0.0  # mean absolute difference of neighbouring values, in [0, 1]
     style: float | None = None  # probability of the asked style
-    small: Tensor | None = None  # float32 [16, 16], grey
-    similarity: float | None = None  # mean cosine to the person's other pictures, of those that were compared
+    similarity: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Inspector:
-    """Looks at pictures. scorer: tells styles. digest: of the weights of all three."""
+    """Measures pictures. about: names and licences of detector and recogniser; digest: of all weights."""
 
     detector: Detector | None
     recogniser: Recogniser | None
     scorer: Scorer | None
-    about: dict[str, dict[str, str]]  # name and licence of detector and recogniser, for the samples
+    about: dict[str, dict[str, str]]
     digest: str
 
     @torch.no_grad()
-    def __call__(self, pictures: Sequence[Tensor], plans: Sequence[PicturePlan]) -> list[Looked]:
-        """Of pictures uint8 [3, h, w]; each is looked at alone, so what is seen does not depend on the others."""
-        return [self._look(picture[None] / 255, plan.style) for picture, plan in zip(pictures, plans, strict=True)]
+    def __call__(self, pictures: Sequence[Tensor], plans: Sequence[PicturePlan]) -> list[Measurements]:
+        """Of pictures uint8 [3, h, w]; each is measured alone, so that it does not depend on its batch."""
+        return [self._measure(picture[None] / 255, plan.style) for picture, plan in zip(pictures, plans, strict=True)]
 
-    def _look(self, picture: Tensor, style: str) -> Looked:
-        grey = F.interpolate(picture.mean(1, keepdim=True), (_SMALL, _SMALL), mode="bilinear", antialias=True)[0, 0]
-        looked = Looked(sharpness=sharpness(picture), small=grey)
+    def _measure(self, picture: Tensor, style: str) -> Measurements:
+        grey = F.interpolate(picture.mean(1, keepdim=True), _THUMBNAIL, mode="bilinear", antialias=True)[0, 0]
+        measured = Measurements(sharpness(picture), grey)
         if self.scorer is not None:
-            score = float(self.scorer(picture, [style])[0])
-            looked = replace(looked, style=None if score != score else score)
+            measured = replace(measured, style=float(self.scorer(picture, [style])[0]))
         if self.detector is None:
-            return looked
+            return measured
         faces = [face for face in self.detector(picture)[0] if bool(usable(face.points[None]))]
+        measured = replace(measured, face_count=len(faces))
         face = largest(faces)
         if face is None:
-            return replace(looked, faces=0)
+            return measured
         height = float(face.box[3] - face.box[1]) / picture.shape[-2]
-        person = None if self.recogniser is None else embed(self.recogniser, picture, face.points[None])[0].cpu()
-        return replace(looked, faces=len(faces), face=face, face_size=height, embedding=person)
+        embedding = None
+        if self.recogniser is not None:
+            embedding = embed(self.recogniser, picture.to(_device(self.recogniser)), face.points[None])[0].cpu()
+        return replace(measured, face=face, face_size=height, embedding=embedding)
 
 
 def sharpness(picture: Tensor) -> float:
-    """Of [1, 3, h, w] in [0, 1]."""
+    """Mean absolute difference of neighbouring pixels of [1, 3, h, w]."""
     rows, columns = picture[..., 1:, :] - picture[..., :-1, :], picture[..., 1:] - picture[..., :-1]
     return float((rows.abs().mean() + columns.abs().mean()) / 2)
 
 
-def own_fault(checks: Checks, looked: Looked) -> str | None:
-    """Why a picture is left out whatever the person's others are, None where it is not."""
-    if looked.faces is not None:  # faces were looked for
-        if looked.face is None:
+def rejection_of(checks: Checks, measured: Measurements) -> str | None:
+    """Why a picture is rejected whatever the person's others are; None where it is not."""
+    if measured.face_count is not None:  # faces were looked for
+        if measured.face is None:
             return NO_FACE
-        if checks.one_face and looked.faces > 1:
-            return SEVERAL
-        if checks.face_size is not None and looked.face_size < checks.face_size:
+        if checks.one_face and measured.face_count > 1:
+            return SEVERAL_FACES
+        if checks.face_size is not None and measured.face_size < checks.face_size:
             return SMALL_FACE
-    if checks.sharpness is not None and looked.sharpness < checks.sharpness:
-        return NOT_SHARP
-    if checks.style is not None and looked.style is not None and looked.style < checks.style:
+    if checks.sharpness is not None and measured.sharpness < checks.sharpness:
+        return BLURRED
+    if checks.style is not None and measured.style is not None and measured.style < checks.style:
         return OTHER_STYLE
     return None
 
 
-def choose(
-    checks: Checks, plans: Sequence[PicturePlan], looked: Sequence[Looked]
-) -> tuple[list[Looked], list[str | None]]:
-    """Of the pictures of one person: what is seen, with the similarities, and why each is left out (None: it is kept).
+def select(
+    checks: Checks, plans: Sequence[PicturePlan], measured: Sequence[Measurements]
+) -> tuple[list[Measurements], list[str | None]]:
+    """Of one person's pictures, the measurements with similarities, and why each is rejected (None: it is kept).
 
-    Of the pictures that are unlike the others the worst is taken out and the rest compared again, until all are alike.
-    A person of whom too little is left is left out with all pictures.
+    Of pictures that are unlike the others the worst is rejected and the rest compared again, until all are alike. With
+    too little left the person is rejected with all pictures.
     """
-    faults = [own_fault(checks, each) for each in looked]
-    out = list(looked)
-    for n, each in enumerate(looked):
-        earlier = (looked[m].small for m in range(n) if faults[m] is None)
-        if faults[n] is None and any(float((each.small - small).abs().mean()) < _COPY for small in earlier):
-            faults[n] = COPY
-    left = [n for n, fault in enumerate(faults) if fault is None and looked[n].embedding is not None]
+    out, rejected = list(measured), [rejection_of(checks, each) for each in measured]
+    for n, each in enumerate(measured):
+        earlier = (measured[m].thumbnail for m in range(n) if rejected[m] is None)
+        if rejected[n] is None and any(float((each.thumbnail - other).abs().mean()) < _COPY for other in earlier):
+            rejected[n] = COPY
+    left = [n for n, each in enumerate(measured) if rejected[n] is None and each.embedding is not None]
     while len(left) > 1:
-        people = torch.stack([looked[n].embedding for n in left])
-        alike = ((people @ people.T).sum(1) - 1) / (len(left) - 1)
-        for n, similarity in zip(left, alike.tolist(), strict=True):
-            out[n] = replace(out[n], similarity=similarity)
-        worst = int(alike.argmin())
-        if checks.similarity is None or alike[worst] >= checks.similarity:
+        embeddings = torch.stack([measured[n].embedding for n in left])
+        similarity = ((embeddings @ embeddings.T).sum(1) - 1) / (len(left) - 1)
+        for n, value in zip(left, similarity.tolist(), strict=True):
+            out[n] = replace(out[n], similarity=value)
+        worst = int(similarity.argmin())
+        if checks.similarity is None or similarity[worst] >= checks.similarity:
             break
-        faults[left.pop(worst)] = UNLIKE
-    kept = [n for n, fault in enumerate(faults) if fault is None]
-    why = TOO_FEW if len(kept) < checks.pictures else None
-    why = NO_PLAIN if not any(plans[n].plain for n in kept) else why
-    return out, [fault or why for fault in faults]
+        rejected[left.pop(worst)] = UNLIKE
+    kept = [n for n, why in enumerate(rejected) if why is None]
+    person = TOO_FEW if len(kept) < checks.pictures else None
+    if not any(plans[n].plain for n in kept):
+        person = NO_PLAIN
+    return out, [why or person for why in rejected]
 
 
-def mean_person(looked: Sequence[Looked]) -> Tensor | None:
-    """The mean of the pictures' embeddings, of unit length; None where nobody was recognised."""
-    people = [each.embedding for each in looked if each.embedding is not None]
-    return F.normalize(torch.stack(people).mean(0), dim=0) if people else None
+def mean_embedding(measured: Sequence[Measurements]) -> Tensor | None:
+    """The mean of the pictures' embeddings, of unit length; None where there is none."""
+    embeddings = [each.embedding for each in measured if each.embedding is not None]
+    return F.normalize(torch.stack(embeddings).mean(0), dim=0) if embeddings else None
+
+
+def _device(recogniser: Recogniser) -> torch.device:
+    return next(iter(recogniser.state_dict().values())).device

@@ -23,7 +23,7 @@ _NOT_CONTENT = ("name", "out", "shards")  # what may change without changing a b
 _PATHS = {"generator": ("base", "lora", "vae"), "checks": ("detector", "recogniser", "clip"), "": ("names",)}
 
 
-def _some(weights: Weights) -> Weights:
+def _drawable_values(weights: Weights) -> Weights:
     if not weights:
         raise ValueError("it has no value to draw from: write some, each with a weight")
     if sum(weights.values()) <= 0:
@@ -40,7 +40,7 @@ class Attribute(Section):
         {}, description="left out where another attribute has one of these values: {hair_style: [a bald head]}"
     )
 
-    _check_values = field_validator("values")(_some)
+    _check_values = field_validator("values")(_drawable_values)
 
     @model_validator(mode="after")
     def _drawable(self) -> Attribute:
@@ -104,7 +104,7 @@ class Prompts(Section):
     @field_validator("styles", "contexts", "accessories")
     @classmethod
     def _check_weights(cls, weights: Weights) -> Weights:
-        return _some(weights)
+        return _drawable_values(weights)
 
     @model_validator(mode="after")
     def _complete(self) -> Prompts:
@@ -150,17 +150,17 @@ class Checks(Section):
     detector: str | None = Field(None, description="folder of an insightface pack, which finds faces; or `mini`")
     recogniser: str | None = Field(None, description="ArcFace .onnx or IR-SE50 weights")
     clip: str | None = Field(None, description="whole CLIP, which tells styles")
-    one_face: bool = Field(True, description="pictures with several faces are left out")
+    one_face: bool = Field(True, description="pictures with several faces are rejected")
     face_size: Share | None = Field(0.15, description="least height of the face, as a share of the picture's")
     sharpness: Annotated[float, Field(ge=0)] | None = Field(None, description="least mean difference of neighbours")
     similarity: Annotated[float, Field(ge=-1, le=1)] | None = Field(
         0.3, description="least mean cosine to the person's other pictures"
     )
     duplicate: Annotated[float, Field(ge=-1, le=1)] | None = Field(
-        0.8, description="a person whose mean embedding is this near to an earlier one's of the shard is left out"
+        0.8, description="a person whose mean embedding is this near to an earlier one's of the shard is rejected"
     )
     style: Share | None = Field(None, description="least probability of the asked style")
-    pictures: Annotated[int, Field(ge=2)] = Field(2, description="a person with fewer is left out")
+    pictures: Annotated[int, Field(ge=2)] = Field(2, description="a person with fewer is rejected")
 
     @model_validator(mode="after")
     def _judged(self) -> Checks:

@@ -1,4 +1,4 @@
-"""What draws pictures of plans: one small interface, and the few-step SDXL behind it."""
+"""What generates pictures of plans: one small interface, and the few-step SDXL behind it."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ from .prompts import PicturePlan
 
 
 @dataclass(frozen=True, eq=False)
-class Drawing:
-    """A picture, uint8 [3, h, w] on the CPU, and what its world knows of it exactly, as plain values."""
+class GeneratedPicture:
+    """A picture, uint8 [3, h, w] on the CPU, and what its generator knows of it exactly, as plain values."""
 
-    picture: Tensor
+    pixels: Tensor
     exact: Mapping[str, Any] = field(default_factory=dict)
 
 
 class PictureGenerator(Protocol):
-    """Draws pictures. Each is a function of its plan, and in last bits of the plans that it is drawn with."""
+    """Generates pictures: each a function of its plan, and in its last bits of the plans that are in its batch."""
 
     name: str
     licence: str
     digest: str  # of all weights: other ones draw other pictures
 
-    def __call__(self, plans: Sequence[PicturePlan]) -> list[Drawing]: ...
+    def __call__(self, plans: Sequence[PicturePlan]) -> list[GeneratedPicture]: ...
 
 
 # The distilled models of SDXL keep its noise schedule, and start from pure noise, at the last time step.
@@ -107,7 +107,7 @@ class FewStepSDXL:
         self.pipe.set_progress_bar_config(disable=True)
 
     @torch.no_grad()
-    def __call__(self, plans: Sequence[PicturePlan]) -> list[Drawing]:
+    def __call__(self, plans: Sequence[PicturePlan]) -> list[GeneratedPicture]:
         latents = self.pipe(
             [plan.prompt for plan in plans],
             height=self.settings.size,
@@ -118,14 +118,14 @@ class FewStepSDXL:
             output_type="latent",
         ).images
         decoded = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
-        return [Drawing(picture) for picture in to_bytes(decoded / 2 + 0.5)]
+        return [GeneratedPicture(pixels) for pixels in to_bytes(decoded / 2 + 0.5)]
 
 
 def read_few_step(
     settings: GeneratorSettings, device: torch.device, folder: Path | None = None, *beside: Path
 ) -> FewStepSDXL:
     """The generator of public files. folder: what `settings.base` stands for, where it is a name; beside: where the
-    LoRA is looked for too.
+    LoRA is measured for too.
 
     Raises FileNotFoundError, ModelError or EncoderFileError, one sentence.
     """

@@ -30,19 +30,19 @@ class DescribedPeople:
     def __init__(self, grammar: Grammar, seed: int):
         self.grammar = grammar
         self.key = digest([seed, grammar.model_dump(mode="json")])
-        shifts = uniform(self.key, "shift").random(len(PRIMES))
+        shifts = random_numbers(self.key, "shift").random(len(PRIMES))
         self._sequences = {name: (p, s) for name, p, s in zip(grammar.balance, PRIMES, shifts, strict=False)}
 
     def __call__(self, number: int) -> Person:
-        numbers, values = uniform(self.key, number), {}
+        numbers, values = random_numbers(self.key, number), {}
         for name, attribute in self.grammar.attributes.items():
             if name in self._sequences:
                 base, shift = self._sequences[name]
-                values[name] = (chosen(attribute.values, (halton(number, base) + shift) % 1.0),)
+                values[name] = (weighted_choice(attribute.values, (halton(number, base) + shift) % 1.0),)
             else:
                 least, most = attribute.draw
                 count = least + int(numbers.random() * (most - least + 1))
-                values[name] = tuple(shuffled(attribute.values, numbers)[:count])
+                values[name] = tuple(weighted_order(attribute.values, numbers)[:count])
         for name, attribute in self.grammar.attributes.items():
             if any(set(values[other]) & set(them) for other, them in attribute.unless.items()):
                 values[name] = ()
@@ -109,14 +109,14 @@ def halton(number: int, base: int) -> float:
     return value
 
 
-def chosen(weights: Mapping[str, float], u: float) -> str:
+def weighted_choice(weights: Mapping[str, float], u: float) -> str:
     """The value at u in [0, 1), each covering its share."""
     able = {value: weight for value, weight in weights.items() if weight > 0}
     sums = list(accumulate(able.values()))
     return next((value for value, end in zip(able, sums, strict=True) if u * sums[-1] < end), list(able)[-1])
 
 
-def shuffled(weights: Mapping[str, float], numbers: np.random.Generator) -> list[str]:
+def weighted_order(weights: Mapping[str, float], numbers: np.random.Generator) -> list[str]:
     """The values with a weight above zero in random order, those of larger weight rather earlier: as if each were drawn
     without putting it back (Efraimidis and Spirakis 2006)."""
     able = {value: weight for value, weight in weights.items() if weight > 0}
@@ -124,7 +124,7 @@ def shuffled(weights: Mapping[str, float], numbers: np.random.Generator) -> list
     return [list(able)[n] for n in np.argsort(when, kind="stable")]
 
 
-def uniform(*key: object) -> np.random.Generator:
+def random_numbers(*key: object) -> np.random.Generator:
     """Random numbers that belong to these texts and numbers, whatever was drawn before."""
     return np.random.Generator(np.random.PCG64(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:16], "big")))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .config import Prompts
-from .people import Person, chosen, shuffled, uniform
+from .people import Person, random_numbers, weighted_choice, weighted_order
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,14 @@ class PicturePlan:
 
 def plan_pictures(prompts: Prompts, person: Person, key: str) -> list[PicturePlan]:
     """The pictures of a person, the plain ones first. key: of whom the people are, and of the data set's seed."""
-    numbers = uniform(key, "pictures", person.number)
+    numbers = random_numbers(key, "pictures", person.number)
     styles: list[str] = []
     while len(styles) < prompts.per_person - prompts.plain_count:
-        styles += shuffled(prompts.styles, numbers)
+        styles += weighted_order(prompts.styles, numbers)
     out = []
     for number in range(prompts.per_person):
         plain = number < prompts.plain_count
-        context, accessory = (chosen(w, numbers.random()) for w in (prompts.contexts, prompts.accessories))
+        context, accessory = (weighted_choice(w, numbers.random()) for w in (prompts.contexts, prompts.accessories))
         seed = int(numbers.integers(2**32))
         parts = {
             "style": prompts.plain if plain else styles[number - prompts.plain_count],
