@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -84,19 +84,6 @@ def read_people(config: GenerateConfig) -> DescribedPeople | NamedPeople:
     if config.names is not None:
         return NamedPeople(Path(config.names).expanduser(), config.seed)
     return DescribedPeople(config.people, config.seed)
-
-
-def balance(
-    grammar: Grammar, people: Sequence[Mapping[str, Sequence[str]]]
-) -> dict[str, dict[str, tuple[float, float]]]:
-    """For each balanced attribute's values, the share of these people who have it, and the share that was asked."""
-    out = {}
-    for name in grammar.balance:
-        weights = grammar.attributes[name].values
-        have = {value: sum(value in attributes[name] for attributes in people) for value in weights}
-        total = sum(weights.values())
-        out[name] = {v: (have[v] / max(1, len(people)), weight / total) for v, weight in weights.items()}
-    return out
 
 
 def halton(number: int, base: int) -> float:
