@@ -5,7 +5,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python -m lcm_lookahead
 export HOST_VERSION COMFYUI_DIR PORT
 
-.PHONY: help setup host demo test matrix browser evaluate bench lint clean
+.PHONY: help setup host demo test portable matrix browser evaluate bench lint clean
 .DEFAULT_GOAL := help
 
 help: ## show this
@@ -16,17 +16,21 @@ setup: ## make the environment in .venv (about a minute)
 
 host: ## fetch the pinned ComfyUI into .host
 	@$(PYTHON) -m tools.start
-	@$(RUN).host.host $(ARGS)
+	@$(RUN).host.fetch $(ARGS)
 
 demo: ## draw reference faces under new prompts in a real ComfyUI
 	@$(PYTHON) -m tools.start
 	@$(RUN).mini.demo $(ARGS)
 
-test: ## lint and all tests that need no GPU, on the newest and the oldest ComfyUI
+test: ## lint and the tests, on the newest ComfyUI and, where versions differ, on the oldest
 	@$(PYTHON) -m tools.start
 	@$(RUN).tools.testing $(ARGS)
 
-matrix: ## the host tests on every supported ComfyUI
+portable: ## the tests as on other processors, with one and two threads, the slow ones too (an hour)
+	@$(PYTHON) -m tools.start
+	@$(RUN).tools.testing --portable $(ARGS)
+
+matrix: ## every host test on every supported ComfyUI
 	@$(PYTHON) -m tools.start
 	@$(RUN).tools.testing --matrix $(ARGS)
 
@@ -36,7 +40,7 @@ browser: ## the workflows and help pages in ComfyUI's own web page (needs Chromi
 
 evaluate: ## measure image prompt, KV injection and guidance over held-out references
 	@$(PYTHON) -m tools.start
-	@$(RUN).mini.studies.reference $(ARGS)
+	@$(RUN).cli.main evaluate $(ARGS)
 
 bench: ## the performance tables
 	@$(PYTHON) -m tools.start

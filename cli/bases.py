@@ -37,39 +37,32 @@ class KnownBase:
     licence: str
 
 
-def _mini(weights: Path) -> KnownBase:
+def _mini(base: str) -> KnownBase | None:
+    """The mini world: `mini`, or a folder that holds the files of a build."""
     from ..mini import drawn_people
     from ..mini.files import insightface_pack, shipped
-    from ..mini.files import weights as files
+    from ..mini.files.weights import CHECKPOINT
+    from ..mini.plan import WEIGHTS
 
+    weights = WEIGHTS if base == "mini" else Path(base).expanduser()
+    if base != "mini" and not (weights / CHECKPOINT).is_file():
+        return None
     folder = drawn_people.model_folder(weights)
     own = {
         "vae": folder / "vae",
         "image_encoder": folder / "image_encoder",
         "detector": (weights / insightface_pack.DETECTOR).parent,
     }
-    return KnownBase(folder, weights, weights / files.CHECKPOINT, own, shipped.LICENCE)
+    return KnownBase(folder, weights, weights / CHECKPOINT, own, shipped.LICENCE)
 
 
-def _mini_weights(base: str) -> Path | None:
-    """The folder of the shipped files that `mini`, or the path of such a folder, stands for."""
-    from ..mini.files.weights import CHECKPOINT
-    from ..mini.plan import WEIGHTS
-
-    folder = WEIGHTS if base == "mini" else Path(base)
-    return folder if base == "mini" or (folder / CHECKPOINT).is_file() else None
-
-
-# Who knows a base by what `model.base` says, and who makes it of what they found.
-KNOWN: tuple[tuple[Callable[[str], Path | None], Callable[[Path], KnownBase]], ...] = ((_mini_weights, _mini),)
+# Each is asked in turn whether it knows a base by what `model.base` says.
+KNOWN: tuple[Callable[[str], KnownBase | None], ...] = (_mini,)
 
 
 def known_base(base: str) -> KnownBase | None:
     """What is known by this name; None for the path of any other model."""
-    for find, make in KNOWN:
-        if (place := find(base)) is not None:
-            return make(place)
-    return None
+    return next((known for ask in KNOWN if (known := ask(base)) is not None), None)
 
 
 def resolve(model: Model, base: KnownBase | None) -> Model:

@@ -1,13 +1,16 @@
-"""The command that makes a data set of consistent people: models, workers, progress, pilot and report."""
+"""`lookahead generate`: a data set of consistent people."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .options import Overrides
 
 if TYPE_CHECKING:
     import torch
@@ -17,65 +20,54 @@ if TYPE_CHECKING:
     from ..trainer.data.generate.engine import Engine
     from ..trainer.data.generate.generators import PictureGenerator
 
-PILOT_PEOPLE = 50
 NAMES_WARNING = (
     "Warning: `names` makes pictures of real people. Their likeness is theirs: make sure that you may use it, and do "
     "not publish these pictures, or models trained on them, without their consent."
 )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", type=Path, help="a YAML file, such as trainer/configs/generate/mini.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that take the file's place")
-    parser.add_argument("--shards", metavar="A-B", help="make these shards alone, both included (default: all)")
-    parser.add_argument("--worker", metavar="I/N", help="make every N-th shard from the I-th on, counted from 0")
-    parser.add_argument(
-        "--pilot",
-        type=int,
-        nargs="?",
-        const=PILOT_PEOPLE,
-        metavar="N",
-        help="draw N people, and write pilot.html alone",
-    )
-    parser.add_argument("--report", action="store_true", help="write report.html of what is there, and make nothing")
-    parser.add_argument("--verify", action="store_true", help="compare every finished shard with its whole hash")
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point; `arguments` default to the command line's."""
-    parser = argparse.ArgumentParser(prog="lookahead generate", description="Make a data set of consistent people.")
-    add_arguments(parser)
-    run(parser.parse_args(arguments))
-
-
-def run(chosen: argparse.Namespace) -> None:
-    """Do what the parsed arguments say; ends with one sentence where something is wrong."""
+def generate(
+    config: Annotated[
+        Path,
+        typer.Argument(help="YAML file of the set, such as trainer/configs/generate/sdxl.yaml.", show_default=False),
+    ],
+    overrides: Overrides = None,
+    shards: Annotated[
+        str | None, typer.Option(metavar="A-B", help="Shards to make, both included.", show_default="all")
+    ] = None,
+    worker: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Make every N-th shard from the I-th on, counted from 0.",
+            show_default="as torchrun or SLURM says",
+        ),
+    ] = None,
+    pilot: Annotated[
+        int | None, typer.Option(min=2, help="People to try: write pilot.html, with thresholds, and no shard.")
+    ] = None,
+    report: Annotated[bool, typer.Option("--report", help="Write report.html of what is there; make nothing.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Compare the finished shards with their hashes.")] = False,
+) -> None:
+    """Generate a data set of consistent people. The same command again goes on where it stopped."""
     from ..trainer.data.generate.config import load
     from ..trainer.data.generate.report import write_report
-    from .assemble import ERRORS
 
-    try:
-        config = load(chosen.config, chosen.overrides)
-        if config.names is not None:
-            print(NAMES_WARNING, file=sys.stderr)
-        if chosen.verify:
-            return verify(config)
-        if chosen.report:
-            print(f"Written: {write_report(config)}")
-            return
-        numbers, (worker, workers) = asked_shards(chosen.shards, config.shards), asked_worker(chosen.worker)
-        engine = read_engine(config)
-        if chosen.pilot is not None:
-            return pilot(engine, chosen.pilot)
-        generate(engine, numbers[worker::workers])
-        if len(engine.missing(range(config.shards))) == 0:
-            print(f"Written: {write_report(config)}")
-    except ERRORS as error:
-        raise SystemExit(f"lookahead generate: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(
-            "lookahead generate: stopped; the same command goes on with the shards that are missing."
-        ) from None
+    settings = load(config, overrides or [])
+    if settings.names is not None:
+        print(NAMES_WARNING, file=sys.stderr)
+    if verify:
+        print(f"{verify_shards(settings)} shards are whole.")
+    elif report:
+        print(f"Written: {write_report(settings)}")
+    else:
+        (number, workers), numbers = asked_worker(worker), asked_shards(shards, settings.shards)
+        engine = read_engine(settings)
+        if pilot is not None:
+            return write_pilot(engine, pilot)
+        make_shards(engine, numbers[number::workers])
+        if not engine.missing(range(settings.shards)):
+            print(f"Written: {write_report(settings)}")
 
 
 def asked_shards(text: str | None, shards: int) -> range:
@@ -109,7 +101,7 @@ def asked_worker(text: str | None) -> tuple[int, int]:
     return int(number), int(count)
 
 
-def generate(engine: Engine, numbers: Sequence[int]) -> None:
+def make_shards(engine: Engine, numbers: Sequence[int]) -> None:
     """Make what is missing of these shards, with progress on stderr."""
     from tqdm import tqdm
 
@@ -130,27 +122,25 @@ def generate(engine: Engine, numbers: Sequence[int]) -> None:
             engine.make_shard(number, progress)
 
 
-def pilot(engine: Engine, people: int) -> None:
-    """Draw the first people with all thresholds open, and say which thresholds would keep what share."""
-    from ..trainer.data.generate.report import table_of_thresholds, thresholds, write_pilot
+def write_pilot(engine: Engine, people: int) -> None:
+    """Generate the first people with all thresholds open; print and write which thresholds would keep what share."""
+    from ..trainer.data.generate import report
 
-    if people < 2:
-        raise SystemExit(f"lookahead generate: --pilot is {people}: draw 2 people or more.")
-    everyone, asked = engine.pilot(range(people))
-    page = write_pilot(engine.config, everyone, asked, engine.about())
-    print(table_of_thresholds(thresholds(engine.config, everyone)))
-    pictures = sum(len(person.pictures) for person in asked)
-    kept = sum(len(person.kept()) for person in asked)
+    opened, asked = engine.pilot(range(people))
+    page = report.write_pilot(engine.config, opened, asked, engine.about())
+    print(report.table_of_thresholds(report.thresholds(engine.config, opened)))
+    pictures, kept = (sum(map(len, of)) for of in ([p.pictures for p in asked], [p.kept() for p in asked]))
     print(f"All together, the configuration keeps {kept} of {pictures} pictures. Written: {page}")
 
 
-def verify(config: GenerateConfig) -> None:
+def verify_shards(config: GenerateConfig) -> int:
+    """How many shards there are. Raises ShardError, one sentence, for one that is damaged."""
     from ..trainer.data.shards import Shards, read_index
 
     paths = Shards(Path(config.out)).paths
     for path in paths:
         read_index(path, whole=True)
-    print(f"{len(paths)} shards are whole.")
+    return len(paths)
 
 
 def read_engine(config: GenerateConfig) -> Engine:
@@ -217,7 +207,3 @@ def read_inspector(config: GenerateConfig, where: torch.device) -> Inspector:
         scorer = clip_scorer(path, config.prompts, where)
         hashes.append(digest_files(weights_in(path)))
     return Inspector(detector, recogniser, scorer, about, digest(hashes))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Identity and prompt scores with their intervals. Pure functions over tensors; figures are told apart by seed."""
+"""Identity and prompt scores with their 95 % intervals: pure functions over tensors, seeded."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from scipy.stats import binomtest, mannwhitneyu
 from torch import Tensor
 
 
@@ -24,20 +25,18 @@ def auc(own: Tensor, other: Tensor) -> float:
     """Area under the ROC curve: the chance that a value of `own` [n] exceeds one of `other` [m]; ties count half."""
     if not len(own) or not len(other):
         raise ValueError(f"AUC needs values on both sides, got {len(own)} own and {len(other)} other")
-    values = torch.cat([own, other]).double()
-    _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    ranks = (last - (counts.double() - 1) / 2)[inverse]  # average rank of equal values, from 1
-    above = ranks[: len(own)].sum() - len(own) * (len(own) + 1) / 2
-    return (above / (len(own) * len(other))).item()
+    u = mannwhitneyu(own.double().numpy(), other.double().numpy(), method="asymptotic").statistic
+    return float(u) / (len(own) * len(other))
 
 
 def bootstrap(figure: Callable[[Tensor], float], groups: int, rounds: int = 1000, seed: int = 0) -> Interval:
     """`figure(index)` over resampled groups (references, say), with the percentile interval of `rounds` draws.
 
     index [groups] holds the drawn groups, with repetition; `arange(groups)` gives the figure itself. Groups are drawn,
-    not pictures, because pictures of one reference are not independent.
+    not pictures, because pictures of one reference are not independent (the cluster bootstrap).
     """
+    # scipy.stats.bootstrap would do the same over `arange(groups)`, but draws by numpy's generators alone: all
+    # published intervals, which are seeded by torch's, would move in their last digits.
     numbers = torch.Generator().manual_seed(seed)
     drawn = [figure(torch.randint(groups, (groups,), generator=numbers)) for _ in range(rounds)]
     low, high = torch.tensor(drawn, dtype=torch.double).quantile(torch.tensor([0.025, 0.975], dtype=torch.double))
@@ -87,13 +86,11 @@ def proportion(hits: Tensor) -> Interval:
 
     Unlike the bootstrap's, it does not shrink to a point where all or none hit.
     """
-    n, z = len(hits), 1.959964
-    if not n:
+    if not len(hits):
         raise ValueError("a share needs at least one picture")
-    p = hits.double().mean().item()
-    middle, wide = (p + z * z / (2 * n)) / (1 + z * z / n), z * (p * (1 - p) / n + (z / (2 * n)) ** 2) ** 0.5
-    wide /= 1 + z * z / n
-    return Interval(p, max(0.0, min(p, middle - wide)), min(1.0, max(p, middle + wide)))
+    test = binomtest(int(hits.sum()), len(hits))
+    ends = test.proportion_ci(method="wilson")
+    return Interval(float(test.statistic), float(ends.low), float(ends.high))
 
 
 def share(hits: Tensor, rounds: int = 1000, seed: int = 0) -> Interval:

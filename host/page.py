@@ -1,16 +1,11 @@
 """The real web page of ComfyUI in headless Chromium: what a user's browser makes of a workflow file.
 
-    python -m lcm_lookahead.host.page workflows/image_prompt.json             what the page has to say against it
-    python -m lcm_lookahead.host.page workflows/image_prompt.json --save      write it again as the page saves it
-    python -m lcm_lookahead.host.page workflows/image_prompt.json --picture   draw its thumbnail beside it
-
 The page is ComfyUI's front end, a package of its own (GPL-3), fetched into `.cache` when it is first needed. Chromium
 is the user's, steered through its DevTools protocol; it can reach nothing but 127.0.0.1.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import base64
 import contextlib
@@ -23,15 +18,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..mini.demo import draw_references
-from ..tools.common import CACHE, ROOT, Problem, Stopwatch, one_at_a_time, run_main, say
+from ..tools.common import CACHE, Problem, Stopwatch, one_at_a_time
 from ..tools.setup import pip
-from .host import MINI_MODELS, TAESD, Host, die_with_parent, environment_python
-from .workflow import load, pictures_named
+from .fetch import environment_python
+from .server import Host, die_with_parent
 
 #: The front end that the default ComfyUI names in its requirements, and the hash of its wheel.
 FRONT_END = ("1.47.12", "b2155c1afbf30afd06ed217307a1abd92955b329361353a1b68a5297fc00902e")
@@ -100,25 +94,18 @@ def check_browser() -> str:
 
 
 @contextlib.contextmanager
-def page_host(**options: Any) -> Iterator[Host]:
-    """A host that serves the page, has all files that the shared workflows name, and can run none of them.
+def page_host(prepare: Callable[[Path], None] | None = None, **options: Any) -> Iterator[Host]:
+    """A host that serves the page. prepare: as for `Host`; the rest are further arguments of it."""
 
-    Its models are empty files: the page reads their names alone.
-    """
-    CACHE.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="page-", dir=CACHE) as folder:
-        base = Path(folder)
-        for path in (base / "input", base / "user" / "default"):
-            path.mkdir(parents=True)
-        for name in (*MINI_MODELS, *TAESD):
-            (base / "models" / name).parent.mkdir(parents=True, exist_ok=True)
-            (base / "models" / name).touch()
-        (base / "user" / "default" / "comfy.settings.json").write_text(json.dumps(SETTINGS))
-        names = pictures_named(sorted((ROOT / "workflows").glob("*.json")))
-        for name, picture in zip(names, draw_references(len(names)), strict=True):
-            picture.save(base / "input" / name)
-        with Host(base=base, weights=None, front_end=front_end(), **options) as host:
-            yield host
+    def with_settings(base: Path) -> None:
+        settings = base / "user" / "default" / "comfy.settings.json"
+        settings.parent.mkdir(parents=True, exist_ok=True)
+        settings.write_text(json.dumps(SETTINGS))
+        if prepare is not None:
+            prepare(base)
+
+    with Host(prepare=with_settings, front_end=front_end(), **options) as host:
+        yield host
 
 
 class Page:
@@ -326,33 +313,3 @@ def text_of(workflow: dict[str, Any]) -> str:
         return f"[{' '.join(line.strip() for line in found.group(1).splitlines())}]"
 
     return re.sub(r"\[\s*\n([^\[\]{}]*)\n\s*\]", flat, text) + "\n"
-
-
-def main(arguments: list[str]) -> int:
-    """Entry point of `python -m lcm_lookahead.host.page`."""
-    parser = argparse.ArgumentParser(prog="tools.page", description="Shows a workflow file to ComfyUI's own page.")
-    parser.add_argument("workflow", type=Path)
-    parser.add_argument("--save", action="store_true", help="write the file again as the page saves it")
-    parser.add_argument("--picture", action="store_true", help="draw the thumbnail beside the file")
-    parser.add_argument("--result", type=Path, help="a picture that the thumbnail shows as the saved one")
-    chosen = parser.parse_args(arguments)
-    with page_host() as host, Page(host.url) as page:
-        page.open(load(chosen.workflow))
-        if chosen.save:
-            chosen.workflow.write_text(text_of(page.saved()), encoding="utf-8")
-            say(f"{chosen.workflow} is written as the page saves it")
-        if chosen.result:
-            shutil.copy(chosen.result, host.folder("output"))
-            page.show_result("SaveImage", chosen.result.name)
-        if chosen.picture:
-            picture = page.picture()
-            picture.thumbnail((1200, 1200))
-            picture.save(chosen.workflow.with_suffix(".jpg"), quality=88, optimize=True)
-            print(chosen.workflow.with_suffix(".jpg"))
-        complaints = page.complaints()
-    print("\n".join(complaints) or "The page has nothing to say against it.")
-    return 1 if complaints else 0
-
-
-if __name__ == "__main__":
-    run_main(main)

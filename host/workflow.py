@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,3 +91,30 @@ def override(api: Api, where: str, **inputs: Any) -> Api:
                 )
             present[name] = value
     return changed
+
+
+def merge(runs: Sequence[Api]) -> tuple[Api, list[dict[str, str]]]:
+    """One graph for several runs: what is the same in several of them, with all that it depends on, stands in it once.
+
+    Returns it and, for each run, its ids there by the ids that the nodes had in the run.
+    """
+    merged: Api = {}
+    ids: dict[str, str] = {}  # by what a node is, with its links to nodes of the merged graph
+    places: list[dict[str, str]] = []
+
+    def place(api: Api, node_id: str, placed: dict[str, str]) -> str:
+        if node_id not in placed:
+            node = copy.deepcopy(api[node_id])
+            for name, value in node["inputs"].items():
+                if isinstance(value, list) and len(value) == 2 and value[0] in api:
+                    node["inputs"][name] = [place(api, value[0], placed), value[1]]
+            key = json.dumps([node["class_type"], node["inputs"]], sort_keys=True)
+            placed[node_id] = ids.setdefault(key, str(len(ids) + 1))
+            merged.setdefault(placed[node_id], node)
+        return placed[node_id]
+
+    for api in runs:
+        places.append({})
+        for node_id in api:
+            place(api, node_id, places[-1])
+    return merged, places

@@ -14,11 +14,11 @@ from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
 from ..lookahead.files.tensors import sha256
-from ..lookahead.losses.identity import NONE, IdentityLoss, People, embed
+from ..lookahead.losses.identity import NONE, FaceReferences, IdentityLoss, embed
 from ..lookahead.vision.arcface import Recogniser
 from ..lookahead.vision.faces import Detector
 from ..sdxl.configs import tokenizers
-from ..sdxl.load import Frozen, ModelError, Text
+from ..sdxl.load import Frozen, ModelError, PromptEncoder
 from ..sdxl.shared_unet import Condition
 from ..tools.common import CACHE
 from ..trainer.lookahead.config import Config
@@ -73,7 +73,7 @@ class DrawnPeople:
             points = landmarks(self.faces.rows(torch.tensor(references)), IMAGE_SIZE)
             people = embed(self.recogniser, photos, points).cpu()
             sizes = torch.full((len(points), 2), IMAGE_SIZE)
-            loss = IdentityLoss(self.recogniser, self.detector, People(people, points, sizes), NONE)
+            loss = IdentityLoss(self.recogniser, self.detector, FaceReferences(people, points, sizes), NONE)
         names = [f"picture {t % PER_PERSON} of person {t // PER_PERSON}" for t in targets]
         text, own = (self._text([self.captions[r] for r in rows], device) for rows in (targets, references))
         return Batch(names, z_r, z_c, text, own, features, loss)
@@ -117,7 +117,7 @@ class DrawnPeople:
             self._texts[caption] = self.models.text(caption)
         parts = [self._texts[caption] for caption in captions]
         context, pooled = (torch.cat(part).to(device) for part in zip(*parts, strict=True))
-        return Condition(context, pooled, base.added(pooled)["time_ids"])
+        return base.condition(context, pooled)
 
 
 def reference_of(target: int, number: int) -> int:
@@ -131,7 +131,7 @@ def reference_of(target: int, number: int) -> int:
 def frozen(weights: Path = WEIGHTS) -> Frozen:
     """The shipped models as the trainer takes them. Raises FileNotFoundError, one sentence, for one that is missing."""
     mini = models.load(weights)
-    text = Text(tokenizers(), mini.text.l, mini.text.g)
+    text = PromptEncoder(tokenizers(), mini.text.l, mini.text.g)
     return Frozen(mini.unet, text, mini.vae, models.load_image_encoder(weights))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..lookahead.method.attention import softmax_attention
+from ..lookahead.method.attention import eager_attention, softmax_attention
 
 MOST = 2**20  # products of queries and keys, a head; above, the matrix of weights takes too much memory
 
@@ -16,6 +16,4 @@ def cpu_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """
     if q.shape[1] * k.shape[1] > MOST:
         return softmax_attention(q, k, v, heads)
-    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
-    weight = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
-    return (weight @ v).transpose(1, 2).flatten(2)
+    return eager_attention(q, k, v, heads)

@@ -8,9 +8,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.nn import functional as F
 
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+from ..lookahead.files.atomic import first_line
 
 
 class PictureError(ValueError):
@@ -29,30 +28,21 @@ def read(path: Path) -> Tensor:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             bytes_ = np.asarray(image.convert("RGB"))
     except Exception as error:  # Pillow has an exception a format and kind of damage
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise PictureError(f"{path} cannot be read as a picture ({reason[:200]}).") from error
+        raise PictureError(f"{path} cannot be read as a picture ({first_line(error)}).") from error
     return torch.from_numpy(bytes_.copy()).permute(2, 0, 1) / 255
 
 
-def resized(picture: Tensor, size: int) -> Tensor:
-    """Square pictures [n, 3, h, h] in [0, 1] -> [n, 3, size, size]."""
-    if picture.shape[-1] == size:
-        return picture
-    return F.interpolate(picture, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
+def as_pixels(image: Image.Image | Tensor) -> Tensor:
+    """A picture, or pixels [1, H, W, 3] in [0, 1], as such pixels; turned as its camera says.
 
-
-def clip_input(pictures: Tensor, size: int) -> Tensor:
-    """Pictures [n, 3, h, w] in [0, 1] -> a CLIP image encoder's input [n, 3, size, size].
-
-    The shorter side is resized, the rest cut off about the centre, and values are rounded to 8 bit, as the host does.
+    Raises ValueError, one sentence, for anything else.
     """
-    height, width = pictures.shape[-2:]
-    if (height, width) != (size, size):
-        scale = size / min(height, width)
-        scaled = round(scale * height), round(scale * width)
-        pictures = F.interpolate(pictures, scaled, mode="bicubic", antialias=True)
-        top, left = (pictures.shape[2] - size) // 2, (pictures.shape[3] - size) // 2
-        pictures = pictures[:, :, top : top + size, left : left + size]
-    pictures = (255 * pictures).clamp(0, 255).round() / 255
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1).to(pictures) for values in (CLIP_MEAN, CLIP_STD))
-    return (pictures - mean) / std
+    if isinstance(image, Image.Image):
+        rgb = ImageOps.exif_transpose(image).convert("RGB")
+        return torch.from_numpy(np.asarray(rgb).copy()).unsqueeze(0) / 255.0
+    if not isinstance(image, Tensor) or image.ndim != 4 or image.shape[0] != 1 or image.shape[-1] != 3:
+        what = list(image.shape) if isinstance(image, Tensor) else type(image).__name__
+        raise ValueError(
+            f"The reference is {what}, and a picture or pixels of shape [1, H, W, 3] are needed: pass one."
+        )
+    return image.float()

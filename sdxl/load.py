@@ -1,7 +1,7 @@
 """The frozen models that an encoder is trained with, from the public files, on this machine alone: nothing is fetched.
 
 SDXL as a diffusers folder or as one checkpoint; an image encoder; a tiny autoencoder that decodes previews. (The
-few-step LoRA is read by `lora`, the recogniser by `lookahead.recognisers`, the detector by `lookahead.face_models`.)
+few-step LoRA is read by `lora`, the recogniser by `lookahead.vision.arcface`, the detector by `face_models` there.)
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from ..lookahead.files.atomic import first_line
 from ..lookahead.files.tensors import EncoderFileError, read_tensors
+from ..lookahead.vision import clip
+from ..lookahead.vision.images import clip_input
 from . import configs
-from .images import clip_input
 
 WANTED = {  # by field of the configuration: what it is, and where it comes from
     "base": ("SDXL as a diffusers folder or one .safetensors", "stabilityai/stable-diffusion-xl-base-1.0"),
@@ -61,7 +63,7 @@ def found(field: str, name: str | None, *beside: Path, section: str = "model") -
     )
 
 
-class Text(nn.Module):
+class PromptEncoder(nn.Module):
     """SDXL's two text encoders with their tokenizers."""
 
     def __init__(self, tokenizers: Sequence[CLIPTokenizer], first: CLIPTextModel, second: CLIPTextModelWithProjection):
@@ -75,9 +77,9 @@ class Text(nn.Module):
         for tokenizer, model in zip(self.tokenizers, (self.first, self.second), strict=True):
             length = model.config.max_position_embeddings
             ids = tokenizer(caption, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-            said = model(ids.input_ids.to(model.device), output_hidden_states=True)
-            hidden.append(said.hidden_states[-2])
-        return torch.cat(hidden, -1), said.text_embeds
+            output = model(ids.input_ids.to(model.device), output_hidden_states=True)
+            hidden.append(output.hidden_states[-2])
+        return torch.cat(hidden, -1), output.text_embeds
 
 
 class Preview(nn.Module):
@@ -96,7 +98,7 @@ class Frozen:
     """What SDXL is made of, in evaluation mode and with no gradients of its weights."""
 
     unet: UNet2DConditionModel
-    text: Text
+    text: PromptEncoder
     vae: AutoencoderKL | AutoencoderTiny
     vision: CLIPVisionModelWithProjection
 
@@ -120,22 +122,25 @@ class Frozen:
     @torch.no_grad()
     def features(self, pictures: Tensor) -> Tensor:
         """Pictures [n, 3, H, W] in [0, 1] -> what the image prompt reads: penultimate hidden states [n, patches, w]."""
-        seen = clip_input(pictures, self.vision.config.image_size)
-        return self._hidden(seen)
+        pixels = clip_input(pictures, self.vision.config.image_size)
+        return self._hidden(pixels)
 
     def null_features(self) -> Tensor:
-        """Of no picture, [1, patches, width]: of zeros in the encoder's own, normalised pixel space (not of a black
-        picture), as the public pipelines have it."""
+        """Features of no picture, [1, patches, width]: those of zeros in the encoder's normalised pixel space, not of
+        a black picture, as the public pipelines have it."""
         size = self.vision.config.image_size
         return self._hidden(torch.zeros(1, 3, size, size))
 
     @torch.no_grad()
-    def _hidden(self, seen: Tensor) -> Tensor:
-        seen = seen.to(self.vision.device, self.vision.dtype)
-        return self.vision(pixel_values=seen, output_hidden_states=True).hidden_states[-2]
+    def _hidden(self, pixels: Tensor) -> Tensor:
+        pixels = pixels.to(self.vision.device, self.vision.dtype)
+        return self.vision(pixel_values=pixels, output_hidden_states=True).hidden_states[-2]
 
 
-def load_base(path: Path, dtype: torch.dtype, vae: Path | None = None) -> tuple[UNet2DConditionModel, Text, nn.Module]:
+BaseModels = tuple[UNet2DConditionModel, PromptEncoder, nn.Module]  # the last reads pictures
+
+
+def load_base(path: Path, dtype: torch.dtype, vae: Path | None = None) -> BaseModels:
     """UNet, text encoders and the autoencoder that reads pictures, of a diffusers folder or a single checkpoint.
 
     vae: folder of an autoencoder in place of the base's. Autoencoders stay in 32 bit: SDXL's own overflows in 16, and
@@ -143,21 +148,21 @@ def load_base(path: Path, dtype: torch.dtype, vae: Path | None = None) -> tuple[
     """
     try:
         reader = load_vae(vae) if vae else None
-        unet, text, own = (_folder if path.is_dir() else _checkpoint)(path, dtype, reader)
+        unet, text, own_vae = (_folder if path.is_dir() else _checkpoint)(path, dtype, reader)
     except ModelError:
         raise
     except Exception as error:  # diffusers and transformers have many ways to say that a file is missing or misshapen
-        raise ModelError(f"{path} cannot be read as SDXL ({_short(error)}): get {_from('base')}.") from error
+        raise ModelError(f"{path} cannot be read as SDXL ({first_line(error)}): get {_from('base')}.") from error
     kind, channels = unet.config.addition_embed_type, unet.config.in_channels
     if kind != "text_time" or channels != 4:
         raise ModelError(
             f"{path} is no SDXL base model ({channels} input channels, {kind or 'no'} added conditions): use "
             f"{_from('base')}."
         )
-    return unet, text, own
+    return unet, text, own_vae
 
 
-def _folder(path: Path, dtype: torch.dtype, vae: nn.Module | None) -> tuple[UNet2DConditionModel, Text, nn.Module]:
+def _folder(path: Path, dtype: torch.dtype, vae: nn.Module | None) -> BaseModels:
     parts = ("unet", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", *(() if vae else ("vae",)))
     if missing := [name for name in parts if not (path / name).is_dir()]:
         raise ModelError(f"{path} has no folder {' and no '.join(missing)}: get {_from('base')}, all of it.")
@@ -167,33 +172,31 @@ def _folder(path: Path, dtype: torch.dtype, vae: nn.Module | None) -> tuple[UNet
         for name, kind in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection))
     )
     tokenizers = [CLIPTokenizer.from_pretrained(path / name, local_files_only=True) for name in parts[3:5]]
-    return unet, Text(tokenizers, first, second), vae or load_vae(path / "vae")
+    return unet, PromptEncoder(tokenizers, first, second), vae or load_vae(path / "vae")
 
 
 def _files(folder: Path) -> dict[str, Any]:
     """How to load the weights in a folder: from here, and the 16-bit variant where there is no other."""
-    there = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin"))
-    if not there:
+    weights = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin"))
+    if not weights:
         raise ModelError(f"{folder} holds no weights (.safetensors): the download is incomplete, get the folder again.")
-    only_16 = all(".fp16." in file.name for file in there)
+    only_16 = all(".fp16." in file.name for file in weights)
     return {"local_files_only": True} | ({"variant": "fp16"} if only_16 else {})
 
 
-def _checkpoint(path: Path, dtype: torch.dtype, vae: nn.Module | None) -> tuple[UNet2DConditionModel, Text, nn.Module]:
+def _checkpoint(path: Path, dtype: torch.dtype, vae: nn.Module | None) -> BaseModels:
     with tempfile.TemporaryDirectory() as folder:
         written = configs.write_configs(Path(folder))
         return read_checkpoint(path, written, dtype, vae)
 
 
-def read_checkpoint(
-    path: Path, configs: Path, dtype: torch.dtype, vae: nn.Module | None = None
-) -> tuple[UNet2DConditionModel, Text, nn.Module]:
-    """As `load_base`, of one file in the layout of SDXL's release; configs: a folder of `configs.write_configs`."""
+def read_checkpoint(path: Path, configs: Path, dtype: torch.dtype, vae: nn.Module | None = None) -> BaseModels:
+    """What `load_base` returns, of a file in the layout of SDXL's release; configs: of `configs.write_configs`."""
     given = {} if vae is None else {"vae": vae}
     pipe = StableDiffusionXLPipeline.from_single_file(
         str(path), config=str(configs), local_files_only=True, torch_dtype=dtype, **given
     )
-    text = Text((pipe.tokenizer, pipe.tokenizer_2), pipe.text_encoder, pipe.text_encoder_2)
+    text = PromptEncoder((pipe.tokenizer, pipe.tokenizer_2), pipe.text_encoder, pipe.text_encoder_2)
     return pipe.unet, text, vae or pipe.vae.float()
 
 
@@ -223,7 +226,7 @@ def load_preview(path: Path) -> Preview:
     except ModelError:
         raise
     except Exception as error:
-        raise ModelError(f"{path} cannot be read as TAESD ({_short(error)}): get {_from('vae')}.") from error
+        raise ModelError(f"{path} cannot be read as TAESD ({first_line(error)}): get {_from('vae')}.") from error
     return Preview(vae.eval().requires_grad_(False))
 
 
@@ -248,36 +251,16 @@ def load_image_encoder(path: Path, dtype: torch.dtype) -> CLIPVisionModelWithPro
         tensors, _ = read_tensors(path)
         with torch.device("meta"):
             model = CLIPVisionModelWithProjection(CLIPVisionConfig(**configs.VIT_H))
-        return fill_image_encoder(model, tensors).to(dtype)
+        return clip.fill(model, tensors, dtype)
     except ModelError:
         raise
     except (Exception, EncoderFileError) as error:
         raise ModelError(
-            f"{path} cannot be read as an image encoder ({_short(error)}): get {_from('image_encoder')}; another one "
-            "than ViT-H/14 needs its folder with config.json."
+            f"{path} cannot be read as an image encoder ({first_line(error)}): get {_from('image_encoder')}; another "
+            "one than ViT-H/14 needs its folder with config.json."
         ) from error
-
-
-def fill_image_encoder(model: CLIPVisionModelWithProjection, tensors: dict[str, Tensor]) -> nn.Module:
-    """Load weights in transformers' layout, as its own versions name them and as ComfyUI's files do."""
-    own = model.state_dict()
-    # transformers leaves "vision_model." out in some versions
-    names = {k if k in own else k.removeprefix("vision_model."): v for k, v in tensors.items()}
-    model.load_state_dict({k: v for k, v in names.items() if k in own}, assign=True, strict=False)
-    if missing := [k for k, v in model.state_dict().items() if v.is_meta and not k.endswith("position_ids")]:
-        raise ModelError(f"it lacks {missing[0]} and {len(missing) - 1} more weights")
-    for name, buffer in list(model.named_buffers()):
-        if buffer.is_meta:  # position_ids, which newer files leave out
-            parent, _, leaf = name.rpartition(".")
-            model.get_submodule(parent).register_buffer(leaf, torch.arange(buffer.shape[-1])[None], persistent=False)
-    return model
 
 
 def _from(field: str) -> str:
     what, source = WANTED[field]
     return f"{what} (from {source})"
-
-
-def _short(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".")[:200]

@@ -1,14 +1,14 @@
-"""One frozen UNet in three roles: decoder, KV encoder, shortcut model (arXiv 2404.03620, sections 4.1 to 4.3).
+"""One UNet in three roles: denoiser, KV encoder, shortcut model (arXiv 2404.03620, sections 4.1 to 4.3).
 
 Four UNets are resident in the paper's code; here all roles share one. What a pass does is written in one frozen object
 (`Pass`), and nothing else changes from role to role: no weight, no requires_grad, no flag of a layer. So a pass that is
-repeated in backward, as checkpointing does it, only has to find its own `Pass` again, and `Roles` sees to that. (The
-public switching calls of peft lose gradients in silence there: they switch requires_grad along with the activity.)
+repeated in backward, as checkpointing does it, only has to find its own `Pass` again, and `SharedUNet` sees to that.
+(The public switching calls of peft lose gradients in silence there: they switch requires_grad along with the activity.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -20,12 +20,11 @@ from torch.utils.checkpoint import checkpoint
 
 from ..lookahead.method.attention import (
     Attention,
-    LowRank,
     decoupled_cross_attention,
     extended_self_attention,
     softmax_attention,
 )
-from .encoder import Encoder, KeysValues
+from .encoder import Encoder, ImagePrompt, KeysValues, block_paths
 from .lora import LoRA
 
 CHECKPOINTING = ("none", "blocks", "all")
@@ -40,9 +39,20 @@ class Condition:
     pooled: Tensor
     time_ids: Tensor
 
+    @property
+    def added(self) -> dict[str, Tensor]:
+        """Beside the text's context, as diffusers names it (`added_cond_kwargs`)."""
+        return {"text_embeds": self.pooled, "time_ids": self.time_ids}
+
     def rows(self, chosen: slice) -> Condition:
         """Some of the rows."""
         return Condition(self.context[chosen], self.pooled[chosen], self.time_ids[chosen])
+
+    @staticmethod
+    def stacked(conditions: Sequence[Condition], n: int) -> Condition:
+        """Conditions of one or n rows as one batch: n rows of each, one after another."""
+        names = ("context", "pooled", "time_ids")
+        return Condition(*(rows_of_each([getattr(c, name) for c in conditions], n) for name in names))
 
     def where(self, keep: Tensor) -> Condition:
         """With no text (zero embeddings, zero pooled text) where keep, bool [B], is false."""
@@ -53,13 +63,15 @@ class Condition:
 class Pass:
     """What one pass of the UNet does, the same in forward and in the recomputation of backward.
 
-    exported: where the KV encoder puts keys and values; None: the pass is a decoder's. tokens [B, T, context] of the
-    image prompt; kv: the reference's keys and values; absent: bool [B], samples that do without them; shortcut:
-    strength of the few-step LoRA, a number or one for each sample.
+    exported: where the KV encoder puts keys and values; None: the pass predicts noise. image_prompt: by path of a
+    block, what its cross-attention reads beside the text, with `image_prompt_scale`; kv: the reference's keys and
+    values, by path; absent: bool [B], samples that do without these; shortcut: scale of the few-step LoRA, a number or
+    one for each sample.
     """
 
     exported: KeysValues | None = None
-    tokens: Tensor | None = None
+    image_prompt: ImagePrompt | None = None
+    image_prompt_scale: float = 1.0
     kv: KeysValues | None = None
     absent: Tensor | None = None
     shortcut: float | Tensor = 0.0
@@ -68,31 +80,32 @@ class Pass:
 PLAIN = Pass()
 
 
-class Roles:
-    """A frozen UNet that can decode with an encoder's help, export keys and values, and take the shortcut.
+class SharedUNet:
+    """A UNet that predicts noise with an encoder's help, exports keys and values, and takes the shortcut.
 
-    `inject` gives it our attention, `eject` leaves it as it was, bit for bit. attention: see `lookahead.attention`.
+    `inject` gives it our attention, `eject` leaves it as it was, bit for bit; where it is not injected it predicts as
+    the plain UNet. attention: see `lookahead.method.attention`.
     """
 
     def __init__(
         self,
         unet: UNet2DConditionModel,
-        encoder: Encoder,
+        encoder: Encoder | None = None,
         shortcut: LoRA | None = None,
         attention: Attention = softmax_attention,
     ):
         self.unet, self.encoder, self.shortcut, self.attention = unet, encoder, shortcut, attention
         self.now = PLAIN
 
-    def inject(self, checkpointing: str = "none") -> Roles:
+    def inject(self, checkpointing: str = "none") -> SharedUNet:
         """checkpointing: what is computed again in backward instead of being kept: "none", "blocks" (the transformer
         blocks, which keep most and cost least), or "all" (residual blocks too)."""
         if checkpointing not in CHECKPOINTING:
             raise ValueError(f"checkpointing is {checkpointing!r}: use one of {', '.join(CHECKPOINTING)}.")
         self._before = self.unet.attn_processors
-        own = {f"{path}.attn1.processor": _SelfAttention(self, path) for path in self.encoder.paths}
-        own |= {f"{path}.attn2.processor": _CrossAttention(self, path) for path in self.encoder.paths}
-        self.unet.set_attn_processor(own)
+        processors = {f"{path}.attn1.processor": _SelfAttention(self, path) for path in block_paths(self.unet)}
+        processors |= {f"{path}.attn2.processor": _CrossAttention(self, path) for path in block_paths(self.unet)}
+        self.unet.set_attn_processor(processors)
         self._stop = _after_the_last_block(self.unet).register_forward_pre_hook(self._stop_export)
         if self.shortcut is not None:
             self.shortcut.attach(self.unet).scale = 0.0
@@ -124,28 +137,27 @@ class Roles:
 
         The UNet stops after the last of them.
         """
-        found: KeysValues = {}
+        exported: KeysValues = {}
         try:
-            self._run(Pass(exported=found), x, t, condition)
+            self._run(Pass(exported=exported), x, t, condition)
         except _Exported:
-            return found
+            return exported
         raise RuntimeError("the UNet has no layer after its last attention: it is not SDXL's")
 
-    def decode(
+    def predict(
         self,
         x: Tensor,
         t: Tensor,
         condition: Condition,
-        tokens: Tensor | None = None,
+        image_prompt: ImagePrompt | None = None,
         kv: KeysValues | None = None,
         absent: Tensor | None = None,
         shortcut: float | Tensor = 0.0,
+        image_prompt_scale: float = 1.0,
     ) -> Tensor:
-        """Decoder, and shortcut model where `shortcut` (a number, or [B]) is above 0: the predicted noise [B, 4, h, w].
-
-        The other arguments are those of `Pass`.
-        """
-        return self._run(Pass(None, tokens, kv, absent, shortcut), x, t, condition)
+        """Denoiser, and shortcut model where `shortcut` (a number, or [B]) is above 0: the predicted noise
+        [B, 4, h, w]. The other arguments are those of `Pass`."""
+        return self._run(Pass(None, image_prompt, image_prompt_scale, kv, absent, shortcut), x, t, condition)
 
     @contextmanager
     def using(self, encoder: Encoder) -> Iterator[None]:
@@ -156,16 +168,15 @@ class Roles:
         finally:
             self.encoder = before
 
-    def _run(self, what: Pass, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        added = {"text_embeds": condition.pooled, "time_ids": condition.time_ids}
-        with self._during(what):
-            return self.unet(x, t, condition.context, added_cond_kwargs=added).sample
+    def _run(self, now: Pass, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        with self._during(now):
+            return self.unet(x, t, condition.context, added_cond_kwargs=condition.added).sample
 
     @contextmanager
-    def _during(self, what: Pass) -> Iterator[None]:
-        before, self.now = self.now, what
+    def _during(self, now: Pass) -> Iterator[None]:
+        before, self.now = self.now, now
         try:
-            with nullcontext() if self.shortcut is None else self.shortcut.at(what.shortcut):
+            with nullcontext() if self.shortcut is None else self.shortcut.at(now.shortcut):
                 yield
         finally:
             self.now = before
@@ -187,6 +198,18 @@ class Roles:
             raise _Exported
 
 
+def rows_of_each(parts: Sequence[Tensor], n: int) -> Tensor:
+    """Tensors of one or n rows as one batch: n rows of each, one after another."""
+    return torch.cat([part.expand(n, *part.shape[1:]) for part in parts])
+
+
+def joined(parts: Sequence[KeysValues | None], n: int) -> KeysValues | None:
+    """Keys and values of one or n rows as one batch, n rows of each; None where the first is (all or none are)."""
+    if parts[0] is None:
+        return None
+    return {path: tuple(rows_of_each([part[path][i] for part in parts], n) for i in (0, 1)) for path in parts[0]}
+
+
 class _Exported(Exception):
     """All keys and values are there. Raised outside of every checkpointed part."""
 
@@ -199,40 +222,41 @@ def _after_the_last_block(unet: UNet2DConditionModel) -> nn.Module:
     return unet.conv_norm_out
 
 
-def _changed(layer: nn.Module, change: LowRank | None, x: Tensor) -> Tensor:
-    return layer(x) if change is None else layer(x) + change(x)
-
-
 class _Processor:
     """An attention of one block, as the pass that is under way wants it."""
 
-    def __init__(self, roles: Roles, path: str):
-        self.roles, self.path = roles, path
+    def __init__(self, shared: SharedUNet, path: str):
+        self.shared, self.path = shared, path
 
     def _tuned(self, attn: nn.Module, name: str, x: Tensor, context: Tensor) -> Tensor:
         """The KV encoder's own attention."""
 
-        def change(layer: str) -> LowRank | None:
-            return self.roles.encoder.change("kv_encoder", self.path, f"{name}.{layer}")
+        def tuned(layer: str, of: Tensor) -> Tensor:
+            projected = attn.get_submodule(layer)(of)
+            return self.shared.encoder.kv.tuned(self.path, f"{name}.{layer}", projected, of)
 
-        q = _changed(attn.to_q, change("to_q"), x)
-        k, v = _changed(attn.to_k, change("to_k"), context), _changed(attn.to_v, change("to_v"), context)
-        return _changed(attn.to_out[0], change("to_out.0"), self.roles.attention(q, k, v, attn.heads))
+        q, k, v = tuned("to_q", x), tuned("to_k", context), tuned("to_v", context)
+        return tuned("to_out.0", self.shared.attention(q, k, v, attn.heads))
 
 
 class _SelfAttention(_Processor):
     @torch.compiler.disable  # what it reads is another in every block, and would make a graph of its own for each
     def __call__(self, attn: nn.Module, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
-        roles, now, x = self.roles, self.roles.now, hidden_states
+        now, attention, x = self.shared.now, self.shared.attention, hidden_states
         if now.exported is not None:
-            k, v = (roles.encoder.change("kv_export", self.path, f"attn1.{layer}") for layer in ("to_k", "to_v"))
-            now.exported[self.path] = (_changed(attn.to_k, k, x), _changed(attn.to_v, v, x))
+            kv = self.shared.encoder.kv
+            # Projected once more for the pass itself: two products with W in backward, of which the bits of a training
+            # run depend, where one projection would add the gradients first.
+            now.exported[self.path] = (
+                kv.exported(self.path, "attn1.to_k", attn.to_k(x), x),
+                kv.exported(self.path, "attn1.to_v", attn.to_v(x), x),
+            )
             return self._tuned(attn, "attn1", x, x)
         q, k, v = attn.to_q(x), attn.to_k(x), attn.to_v(x)
         if now.kv is None:
-            out = roles.attention(q, k, v, attn.heads)
+            out = attention(q, k, v, attn.heads)
         else:
-            out = extended_self_attention(q, k, v, *now.kv[self.path], attn.heads, now.absent, roles.attention)
+            out = extended_self_attention(q, k, v, *now.kv[self.path], attn.heads, now.absent, attention)
         return attn.to_out[0](out)
 
 
@@ -241,13 +265,13 @@ class _CrossAttention(_Processor):
     def __call__(
         self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor, *_: object, **__: object
     ) -> Tensor:
-        roles, now = self.roles, self.roles.now
+        now, attention = self.shared.now, self.shared.attention
         if now.exported is not None:
             return self._tuned(attn, "attn2", hidden_states, encoder_hidden_states)
         q, k, v = attn.to_q(hidden_states), attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
-        if now.tokens is None:
-            out = roles.attention(q, k, v, attn.heads)
+        if now.image_prompt is None:
+            out = attention(q, k, v, attn.heads)
         else:
-            k_ip, v_ip = roles.encoder.projections(self.path)(now.tokens)
-            out = decoupled_cross_attention(q, k, v, k_ip, v_ip, attn.heads, attention=roles.attention)
+            prompt, scale = now.image_prompt(self.path), now.image_prompt_scale
+            out = decoupled_cross_attention(q, k, v, *prompt, attn.heads, scale, attention=attention)
         return attn.to_out[0](out)

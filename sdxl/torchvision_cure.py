@@ -15,10 +15,10 @@ def let_torchvision_import() -> None:
     """
     if torch.version.cuda is not None or torch.version.hip is not None or hasattr(torch.ops.torchvision, "nms"):
         return
-    found = importlib.util.find_spec("torchvision")
-    if found is None or found.origin is None:
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or spec.origin is None:
         return
-    if "+cu" not in (Path(found.origin).parent / "version.py").read_text():
+    if "+cu" not in (Path(spec.origin).parent / "version.py").read_text():
         return
     for name in ("nms", "qnms"):
         torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

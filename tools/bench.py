@@ -10,7 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ..host.host import EXTENSIONS, environment_python, fetch, mini_models
+from ..host.fetch import environment_python, fetch
+from ..mini.files.host_models import MINI_EXTENSIONS, link_models
 from . import bench_training
 from .common import CACHE, ROOT, Problem, run_main, say
 
@@ -42,9 +43,9 @@ def measure(side: int = 0) -> dict[str, Any]:
         base = Path(folder)
         for name in ("models", "input", "output", "user", "temp", "custom_nodes"):
             (base / name).mkdir()
-        mini_models(base)
+        link_models(base)
         script = ROOT / "tools" / "bench_in_host.py"
-        command = [str(script), str(host), folder, str(ROOT), *map(str, EXTENSIONS)]
+        command = [str(script), str(host), folder, str(ROOT), *map(str, MINI_EXTENSIONS)]
         without_us = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         return _answer(command + ([str(side)] if side else []), host, without_us)
 

@@ -8,6 +8,7 @@ With SIDE it measures SDXL at full size with random weights in bfloat16, at SIDE
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import runpy
 import statistics
@@ -17,27 +18,6 @@ from typing import Any
 
 STEPS, ROUNDS = 6, 5
 FULL_STEPS, FULL_ROUNDS = 2, 2
-SDXL = {
-    "use_checkpoint": False,
-    "image_size": 32,
-    "out_channels": 4,
-    "in_channels": 4,
-    "use_spatial_transformer": True,
-    "legacy": False,
-    "num_classes": "sequential",
-    "adm_in_channels": 2816,
-    "model_channels": 320,
-    "num_res_blocks": [2, 2, 2],
-    "channel_mult": [1, 2, 4],
-    "transformer_depth": [0, 0, 2, 2, 10, 10],
-    "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
-    "transformer_depth_middle": 10,
-    "use_linear_in_transformer": True,
-    "context_dim": 2048,
-    "num_heads": -1,
-    "num_head_channels": 64,
-    "use_temporal_attention": False,
-}
 
 
 def main(host: str, base: str, pack: str, cpu_torchvision: str, mini: str, side: str = "") -> None:
@@ -111,8 +91,8 @@ def main(host: str, base: str, pack: str, cpu_torchvision: str, mini: str, side:
         subject = kept.subjects[0]
         entries = [rows for run_ in subject.cache.runs.values() for rows in run_.values()]
         sizes = {sum(t.nbytes for pairs in rows.values() for pair in pairs for t in pair) for rows in entries}
-        injection = replayed.model_options["transformer_options"]["lookahead"]["kv_injections"][0]
-        counted = injection.numbers_a_row() * model.model.get_dtype_inference().itemsize
+        injection = replayed.model_options["transformer_options"]["lookahead"].effects[0]
+        counted = injection.source.numel_per_row() * model.model.get_dtype_inference().itemsize
         gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
         if side:
             vae, few = _ColourVAE(), _with_random_lora(model)
@@ -133,6 +113,14 @@ def main(host: str, base: str, pack: str, cpu_torchvision: str, mini: str, side:
     print("BENCH " + json.dumps(report))
 
 
+def _sdxl_layout() -> dict[str, Any]:
+    """SDXL's UNet in the host's spelling, by the pack that the host has loaded."""
+    import nodes
+
+    package = nodes.NODE_CLASS_MAPPINGS["LookaheadGuidanceSampler"].__module__.rpartition(".nodes.")[0]
+    return importlib.import_module(f"{package}.lookahead.files.unet_layout").SDXL.host()
+
+
 def _random_sdxl() -> Any:
     """The host's own SDXL around a UNet of full size; random weights in bfloat16, without a file."""
     import comfy.model_base
@@ -142,7 +130,7 @@ def _random_sdxl() -> Any:
     import torch
 
     device = comfy.model_management.get_torch_device()
-    config = comfy.supported_models.SDXL({**SDXL, "dtype": torch.bfloat16})
+    config = comfy.supported_models.SDXL({**_sdxl_layout(), "dtype": torch.bfloat16})
     model = comfy.model_base.SDXL(config, device=device)
     numbers = torch.Generator(device).manual_seed(1)
     for parameter in model.diffusion_model.parameters():
@@ -302,8 +290,7 @@ def _guidance_bytes(side: int = 1024) -> dict[str, int]:
         return total, checkpointing
 
     with torch.inference_mode(False), torch.enable_grad():
-        config = {k: list(v) if isinstance(v, list) else v for k, v in SDXL.items()}
-        unet = UNetModel(**config, **kinds, operations=comfy.ops.manual_cast).requires_grad_(False)
+        unet = UNetModel(**_sdxl_layout(), **kinds, operations=comfy.ops.manual_cast).requires_grad_(False)
         options = {"optimized_attention_override": lambda _, q, k, v, *args, **kwargs: Attention.apply(q, k, v)}
         tiny = comfy.taesd.taesd.TAESD().to(**kinds).requires_grad_(False)
 

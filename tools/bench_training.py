@@ -151,7 +151,7 @@ def _ours(step: Any, batch: Any, draws: Any, config: Any) -> tuple[Callable[[int
 
 
 class _Separate:
-    """What `Roles` offers, by a UNet for each role."""
+    """What `SharedUNet` offers, by a UNet for each role."""
 
     def __init__(self, encoder: Any, decoder: Any, fast: Any):
         self.encoding, self.decoding, self.fast = encoder, decoder, fast
@@ -159,22 +159,22 @@ class _Separate:
     def export(self, *inputs: Any) -> Any:
         return self.encoding.export(*inputs)
 
-    def decode(self, *inputs: Any) -> Any:
+    def predict(self, *inputs: Any) -> Any:
         *same, shortcut = inputs
-        return (self.fast if isinstance(shortcut, type(same[0])) else self.decoding).decode(*same)
+        return (self.fast if isinstance(shortcut, type(same[0])) else self.decoding).predict(*same)
 
 
 def _papers(step: Any, batch: Any, draws: Any, config: Any) -> tuple[Callable[[int], None], int]:
     import torch
 
-    from ..sdxl.shared_unet import Roles
+    from ..sdxl.shared_unet import SharedUNet
     from ..trainer.lookahead.recipe import LookaheadRecipe
     from ..trainer.train import make_optimiser
 
     plain, shortcut = step.roles.eject(), step.shortcut
     attention = step.roles.attention
     unets = [plain, *(copy.deepcopy(plain) for _ in range(3))]
-    step.roles = _Separate(*(Roles(unet, step.encoder, None, attention).inject() for unet in unets[:3]))
+    step.roles = _Separate(*(SharedUNet(unet, step.encoder, None, attention).inject() for unet in unets[:3]))
     optimiser = make_optimiser(config, LookaheadRecipe(config, step), step.alpha_bar.device)
     trained = list(step.encoder.parameters())
 
@@ -230,7 +230,7 @@ def _sdxl(side: int, device: Any) -> tuple[Any, Any, Any, Any]:
     import torch
     from diffusers import AutoencoderTiny
 
-    from ..lookahead.losses.base import L1Loss
+    from ..lookahead.losses.l1 import L1Loss
     from ..lookahead.method.resampler import ResamplerSizes
     from ..sdxl import configs, lora
     from ..sdxl.encoder import Encoder

@@ -39,6 +39,8 @@ NEEDED_BYTES = 3_000_000_000
 RECIPE = 1  # raise it when the steps below change in a way that an existing environment needs
 STAMP = "lookahead-setup.json"
 UNFINISHED = "lookahead-unfinished"
+#: What pip passes on from its HTTP client when there is no connection, or when it breaks
+UNREACHABLE = re.compile("Max retries exceeded|ConnectionError|Connection (refused|reset|broken)|timed out", re.I)
 
 
 def check_python(version: tuple[int, ...]) -> None:
@@ -77,49 +79,30 @@ def read_stamp(venv: Path) -> dict[str, str]:
 
 def explain_pip(output: str, step: str) -> Problem:
     """One sentence for what pip's output complains about."""
-    low = output.lower()
-    said = [line.strip() for line in output.splitlines() if "error" in line.lower()]
-    last = said[-1] if said else ""
-    if "no space left on device" in low or "disk quota exceeded" in low:
+    if re.search("No space left on device|Disk quota exceeded", output):
         return Problem(full_disk_sentence())
-    if "do not match the hashes" in low:
-        expected = re.search(r"Expected sha256 (\w+)", output)
-        got = re.search(r"Got\s+(\w+)", output)
+    if differ := re.search(r"Expected sha256 (\w+)\s+Got\s+(\w+)", output):
         return Problem(
-            f"{step}: the downloaded file has the sha256 {got.group(1) if got else '?'} instead of the expected "
-            f"{expected.group(1) if expected else '?'}; it was thrown away: try again, and if it stays so, the package "
-            f"index serves another file than the one this project was tested with."
+            f"{step}: the downloaded file has the sha256 {differ[2]} instead of the expected {differ[1]}; it was "
+            f"thrown away: try again, and if it stays so, the package index serves another file than the tested one."
         )
-    unreachable = (
-        "newconnectionerror",
-        "connection refused",
-        "name resolution",
-        "failed to resolve",
-        "timed out",
-        "network is unreachable",
-        "max retries exceeded",
-        "no route to host",
-        "connection reset",
-        "proxyerror",
-        "remotedisconnected",
-        "nameresolutionerror",
-        "connecttimeout",
-    )
     missing = re.search(r"No matching distribution found for (\S+)", output)
-    # Where it is told not to try again, pip hides that there was no connection: then it knows of no version at all.
-    if any(word in low for word in unreachable) or (missing and "(from versions: none)" in low):
+    # Without a connection pip knows of no version at all; where it is told not to try again, it says nothing else.
+    if UNREACHABLE.search(output) or (missing and "(from versions: none)" in output):
+        absent = f", or has no {missing[1]} at all" if missing else ""
         return Problem(
-            f"{step}: the package index could not be reached"
-            + (f", or has no {missing.group(1)} at all" if missing else "")
-            + "; check the network and pip's settings (`pip config list`), then try again."
+            f"{step}: the package index could not be reached{absent}; check the network and pip's settings "
+            f"(`pip config list`), then try again."
         )
     if missing:
         return Problem(
-            f"{step}: the package index has no {missing.group(1)} for Python {platform.python_version()} on "
+            f"{step}: the package index has no {missing[1]} for Python {platform.python_version()} on "
             f"{platform.system()} {platform.machine()}; check pip's settings (`pip config list`) or try "
             f"another Python ({OLDEST_PYTHON[0]}.{OLDEST_PYTHON[1]} or newer)."
         )
-    return Problem(f"{step}: pip failed ({last or 'without a word'}); all it said is in {CACHE / 'pip.log'}.")
+    errors = [line.strip() for line in output.splitlines() if "error" in line.lower()]
+    last = errors[-1] if errors else "without a word"
+    return Problem(f"{step}: pip failed ({last}); all it said is in {CACHE / 'pip.log'}.")
 
 
 def pip_environment(temporary: Path) -> dict[str, str]:

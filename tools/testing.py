@@ -1,38 +1,95 @@
-"""`make test`, `make matrix` and `make browser`: the suite in the processes it needs, and one line that sums them up.
+"""`make test`, `make portable`, `make matrix` and `make browser`: the suite in the processes it needs, and one line
+that sums them up.
 
-    make test                       ruff, all tests but the host's, then the host's on 0.30.0 and 0.16.3
-    make matrix                     the host's on all supported versions, and a table
+    make test                       ruff; all tests but the slow ones; on the oldest ComfyUI those marked `contract`
+    make portable                   the suite as on other processors, with one and two threads; the slow tests too
+    make matrix                     the whole host suite on every supported version
     make browser                    workflows and help in ComfyUI's web page; with Chromium, a part of `make test`
     make test ARGS="-- -k lora"     what follows -- goes to pytest
 
 Host tests run in processes of their own, one for each host: they have the host in the process and load the pack as
-the host does.
+the host does. As many processes run at a time as there are cores for their threads.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..host import host, page
+from ..host import fetch, page
 from .common import CACHE, ROOT, Problem, Stopwatch, run_main, say
 
-NO_HOST = ("tests/house", "tests/tools", "tests/unit", "tests/trainer")
-TESTED = (host.DEFAULT_VERSION, list(host.VERSIONS)[-1])  # the newest and the oldest
+HOST = ("tests/host",)
+NO_HOST = {  # by the name of the job that runs them: small jobs at the end keep both cores busy to the end
+    "trainer": ("tests/trainer",),
+    "tools": ("tests/tools",),
+    "library": ("tests/unit", "tests/house"),
+}
+QUICK, CONTRACT, EVERYTHING = "not slow", "contract and not slow", ""  # expressions for pytest's -m
+NEWEST, OLDEST = fetch.DEFAULT_VERSION, list(fetch.VERSIONS)[-1]
 KINDS = ("failures", "errors", "skipped")
+SLOWEST = 20  # tests shown with their durations
+PROGRESS_SECONDS = 60.0  # between lines of progress
+
+# Results must not hang on how a processor rounds: these take away its widest instructions, as an older one would.
+# ATen's own kernels, oneDNN's convolutions and MKL's matrix products each have a switch of their own.
+_OLDER = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+_OLDEST = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_CBWR": "COMPATIBLE"}
+_TWO_THREADS = {"OMP_NUM_THREADS": "2"}
+PROCESSORS: dict[str, dict[str, str]] = {
+    "own": {},
+    "own, 2 threads": _TWO_THREADS,
+    "avx2": _OLDER,
+    "avx2, 2 threads": _OLDER | _TWO_THREADS,
+    "default": _OLDEST,
+    "default, 2 threads": _OLDEST | _TWO_THREADS,
+}
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What one process of tests said."""
+class Job:
+    """One process of pytest.
+
+    marks: expression for pytest's -m, "" for all tests; environment: variables on top of this process's own.
+    """
+
+    name: str
+    paths: tuple[str, ...]
+    marks: str = QUICK
+    environment: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def file_name(self) -> str:
+        """The name with what file names can hold."""
+        return re.sub(r"[^\w.-]+", "-", self.name)
+
+    @property
+    def report(self) -> Path:
+        """Where its JUnit report is written."""
+        return CACHE / f"report-{self.file_name}.xml"
+
+    @property
+    def output(self) -> Path:
+        """Where what it prints is written when another job runs at the same time."""
+        return CACHE / f"output-{self.file_name}.txt"
+
+    @property
+    def threads(self) -> int:
+        """How many threads its tests compute with."""
+        return int(self.environment.get("OMP_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or 1)
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """How a job ended. status: the process's exit status; slowest: (seconds, test) of its slowest tests."""
 
     name: str
     status: int
@@ -41,6 +98,7 @@ class Outcome:
     errors: int = 0
     skipped: int = 0
     seconds: float = 0.0
+    slowest: tuple[tuple[float, str], ...] = ()
 
     @property
     def good(self) -> bool:
@@ -58,113 +116,164 @@ def counts(report: Path) -> dict[str, int]:
     return {"passed": total - failed - errors - skipped, "failed": failed, "errors": errors, "skipped": skipped}
 
 
-def pytest(
-    name: str, paths: Iterable[str], extra: Sequence[str] = (), output: Path | None = None, **environment: str
-) -> Outcome:
-    """One process of pytest over the paths that exist. output: the file that gets what it prints."""
-    found = [path for path in paths if (ROOT / path).exists()]
-    report = CACHE / f"report-{name}.xml"
+def slowest(report: Path, number: int = SLOWEST) -> tuple[tuple[float, str], ...]:
+    """The slowest tests of a JUnit report as (seconds, file::test), the slowest first; fixtures are in their first."""
+    if not report.is_file():
+        return ()
+    cases = ElementTree.parse(report).getroot().iter("testcase")
+    timed = [(float(case.get("time", 0)), f"{case.get('classname')}::{case.get('name')}") for case in cases]
+    return tuple(sorted(timed, reverse=True)[:number])
+
+
+def run(job: Job, extra: Sequence[str] = (), live: bool = True) -> JobResult:
+    """Run a job's pytest. live: whether it prints here, or into the job's output file."""
+    paths = [path for path in job.paths if (ROOT / path).exists()]
     CACHE.mkdir(exist_ok=True)
-    report.unlink(missing_ok=True)
-    say(f"\n== {name}" if output is None else f"\n== {name}: runs beside the host tests, and is shown after them")
+    job.report.unlink(missing_ok=True)
     watch = Stopwatch()
     # The program, not `python -m pytest`: that would put this folder, with its `nodes`, in front of the host's.
-    command = [Path(sys.executable).with_name("pytest"), *found, "-q", f"--junitxml={report}", *extra]
-    env = {"OMP_NUM_THREADS": "1", **os.environ, **environment}
-    with nullcontext() if output is None else output.open("w") as to:
-        status = subprocess.run(command, cwd=ROOT, env=env, stdout=to, stderr=to).returncode
-    return Outcome(name, status, **counts(report), seconds=watch.seconds)
+    command = [Path(sys.executable).with_name("pytest"), *paths, "-q", f"--junitxml={job.report}"]
+    command += [*(["-m", job.marks] if job.marks else []), *extra]
+    env = {"OMP_NUM_THREADS": "1", **os.environ, **job.environment}
+    if live:
+        say(f"\n== {job.name}")
+        status = subprocess.run(command, cwd=ROOT, env=env).returncode
+    else:
+        with job.output.open("w") as output:
+            status = subprocess.run(command, cwd=ROOT, env=env, stdout=output, stderr=output).returncode
+    return JobResult(job.name, status, **counts(job.report), seconds=watch.seconds, slowest=slowest(job.report))
 
 
-def ruff() -> Outcome:
+def run_all(jobs: Sequence[Job], extra: Sequence[str] = ()) -> list[JobResult]:
+    """Run jobs, in their order, as many at a time as the cores have room for; what each printed is shown at its end."""
+    at_a_time = max(1, (os.cpu_count() or 1) // max(job.threads for job in jobs))
+    if at_a_time == 1 or len(jobs) == 1:
+        return [run(job, extra) for job in jobs]
+    say(f"\n== {', '.join(job.name for job in jobs)}: {at_a_time} at a time, each is shown when it has ended")
+    watch, printed = Stopwatch(), 0.0
+    with ThreadPoolExecutor(at_a_time) as pool:
+        running: dict[Future[JobResult], Job] = {pool.submit(run, job, extra, False): job for job in jobs}
+        results = list(running)
+        while running:
+            for ended in wait(running, timeout=1.0, return_when="FIRST_COMPLETED").done:
+                job = running.pop(ended)
+                say(f"\n== {job.name}")
+                print(job.output.read_text(errors="replace") if job.output.is_file() else "", flush=True)
+                job.output.unlink(missing_ok=True)
+            if watch.seconds - printed > PROGRESS_SECONDS:
+                printed = watch.seconds
+                say(f"   {printed:.0f} s: {', '.join(filter(None, map(progress, running.values())))}")
+    return [future.result() for future in results]
+
+
+def progress(job: Job) -> str:
+    """How far a job that prints into its file is, in words; nothing before its first line."""
+    percent = re.findall(r"\[ *(\d+)%\]", job.output.read_text(errors="replace") if job.output.is_file() else "")
+    return f"{job.name} {percent[-1]} %" if percent else ""
+
+
+def ruff() -> JobResult:
     """The lint; it counts as no test."""
     say("== ruff")
     watch = Stopwatch()
     status = subprocess.run([Path(sys.executable).with_name("ruff"), "check", "-q", "."], cwd=ROOT).returncode
-    return Outcome("ruff", status, passed=1 - bool(status), failed=int(bool(status)), seconds=watch.seconds)
+    return JobResult("ruff", status, passed=1 - bool(status), failed=int(bool(status)), seconds=watch.seconds)
 
 
-def on_hosts(versions: Iterable[str], extra: Sequence[str]) -> list[Outcome]:
-    """The host tests on each of these versions, or on the user's own checkout alone."""
+def on_host(version: str, marks: str = QUICK) -> Job:
+    """The host tests on one version, or on the user's own checkout."""
     own = os.environ.get("COMFYUI_DIR")
     if own:
-        host.own_checkout(own)
-        return [pytest(f"host {own}".replace("/", "_"), ["tests/host"], extra)]
-    outcomes = []
-    for version in versions:
-        host.fetch(version)
-        outcomes.append(pytest(f"host-{version}", ["tests/host"], extra, HOST_VERSION=version))
-    return outcomes
+        fetch.own_checkout(own)
+        return Job(f"host {own}", HOST, marks)
+    fetch.fetch(version)  # before all tests: the trainer's read CLIP's vocabulary there
+    return Job(f"host-{version}", HOST, marks, {"HOST_VERSION": version})
 
 
-def no_host_and_hosts(versions: Iterable[str], extra: Sequence[str]) -> list[Outcome]:
-    """All tests but the page's. Each process keeps one core busy, so with two the host tests run beside the others."""
-    if not os.environ.get("COMFYUI_DIR"):
-        for version in versions:
-            host.fetch(version)  # before all tests: the trainer's read CLIP's vocabulary there
-    if (os.cpu_count() or 1) < 2:
-        return [pytest("no-host", NO_HOST, extra), *on_hosts(versions, extra)]
-    CACHE.mkdir(exist_ok=True)
-    output = CACHE / "output-no-host.txt"
-    with ThreadPoolExecutor(1) as pool:
-        no_host = pool.submit(pytest, "no-host", NO_HOST, extra, output)
-        hosts = on_hosts(versions, extra)
-        outcome = no_host.result()
-    say("\n== no-host")
-    print(output.read_text() if output.exists() else "", flush=True)
-    return [outcome, *hosts]
-
-
-def in_the_page(extra: Sequence[str]) -> Outcome:
+def in_the_page() -> Job:
     """The tests in ComfyUI's own web page, which is that of the default host."""
     page.front_end()
-    return pytest("browser", ["tests/browser"], extra)
+    return Job("browser", ("tests/browser",))
 
 
-def table(outcomes: Sequence[Outcome]) -> str:
-    """The outcomes, one a line."""
-    lines = [f"{'':24}{'passed':>8}{'failed':>8}{'errors':>8}{'skipped':>8}{'seconds':>9}"]
-    for one in outcomes:
+def ordinary_jobs(version: str | None) -> list[Job]:
+    """What `make test` runs, longest first. version: the only host to test on, instead of the newest and the oldest."""
+    chosen = version or os.environ.get("COMFYUI_DIR")
+    jobs = [on_host(version or NEWEST)]
+    if not chosen:
+        jobs.append(on_host(OLDEST, CONTRACT))
+    jobs += [Job(name, paths) for name, paths in NO_HOST.items()]
+    if page.browser() is None:
+        say("\n== browser: not run, there is no Chromium on the PATH")
+    elif not chosen:
+        jobs.append(in_the_page())
+    return jobs
+
+
+def jobs_of_a_processor(name: str) -> list[Job]:
+    """What `make portable` runs with one of PROCESSORS: all, on the newest host; with "own" the slow tests too."""
+    environment, of_host = PROCESSORS[name], on_host(os.environ.get("HOST_VERSION") or NEWEST)
+    marks = QUICK if environment else EVERYTHING
+    return [
+        Job(f"{of_host.name} ({name})", HOST, marks, of_host.environment | environment),
+        *(Job(f"{job} ({name})", paths, marks, environment) for job, paths in NO_HOST.items()),
+    ]
+
+
+def table(results: Sequence[JobResult]) -> str:
+    """The results, one a line."""
+    width = max(24, *(len(one.name) + 2 for one in results))
+    lines = [f"{'':{width}}{'passed':>8}{'failed':>8}{'errors':>8}{'skipped':>8}{'seconds':>9}"]
+    for one in results:
         figures = f"{one.passed:8}{one.failed:8}{one.errors:8}{one.skipped:8}{one.seconds:9.1f}"
-        lines.append(f"{one.name:24}{figures}{'' if one.good else '   <- not good'}")
+        lines.append(f"{one.name:{width}}{figures}{'' if one.good else '   <- not good'}")
     return "\n".join(lines)
 
 
-def closing_line(outcomes: Sequence[Outcome], seconds: float) -> str:
+def table_of_slowest(results: Sequence[JobResult], number: int = SLOWEST) -> str:
+    """The slowest tests of all jobs, one a line."""
+    timed = sorted(((seconds, one.name, test) for one in results for seconds, test in one.slowest), reverse=True)
+    return "\n".join(f"{seconds:8.1f} s  {name}: {test}" for seconds, name, test in timed[:number])
+
+
+def closing_line(results: Sequence[JobResult], seconds: float) -> str:
     """One line in the manner of pytest's own that sums up all processes."""
-    sums = {kind: sum(getattr(one, kind) for one in outcomes) for kind in ("failed", "passed", "skipped", "errors")}
+    sums = {kind: sum(getattr(one, kind) for one in results) for kind in ("failed", "passed", "skipped", "errors")}
     parts = [f"{number} {kind}" for kind, number in sums.items() if number or kind in ("passed", "failed")]
     return f"{', '.join(parts)} in {seconds:.1f}s"
 
 
 def main(arguments: list[str]) -> int:
-    """Entry point of `make test`, `make matrix` and `make browser`."""
+    """Entry point of `make test`, `make portable`, `make matrix` and `make browser`."""
     parser = argparse.ArgumentParser(prog="make test", description="Runs the tests.")
     parser.add_argument("--matrix", action="store_true", help="host tests alone, on all supported versions")
+    parser.add_argument("--portable", action="store_true", help="as on other processors, with one and two threads")
     parser.add_argument("--browser", action="store_true", help="the tests in the web page alone")
     parser.add_argument("extra", nargs="*", help="arguments for pytest, after --")
     chosen = parser.parse_args(arguments)
     watch = Stopwatch()
     version = os.environ.get("HOST_VERSION")
     if version:
-        host.check_version(version)
+        fetch.check_version(version)
+    results: list[JobResult] = []
     if chosen.browser:
         page.check_browser()
-        outcomes = [in_the_page(chosen.extra)]
+        results += run_all([in_the_page()], chosen.extra)
     elif chosen.matrix:
-        outcomes = on_hosts(host.VERSIONS, chosen.extra)
+        own = os.environ.get("COMFYUI_DIR")
+        results += run_all([on_host(v, EVERYTHING) for v in ([own] if own else fetch.VERSIONS)], chosen.extra)
+    elif chosen.portable:
+        for name in PROCESSORS:
+            results += run_all(jobs_of_a_processor(name), chosen.extra)
     else:
-        outcomes = [ruff(), *no_host_and_hosts([version] if version else TESTED, chosen.extra)]
-        if page.browser() is None:
-            say("\n== browser: not run, there is no Chromium on the PATH")
-        elif not version and not os.environ.get("COMFYUI_DIR"):
-            outcomes.append(in_the_page(chosen.extra))
-    print(f"\n{table(outcomes)}\n")
-    tests = [one for one in outcomes if one.name != "ruff"]
+        results += [ruff(), *run_all(ordinary_jobs(version), chosen.extra)]
+    print(f"\n{table(results)}\n")
+    tests = [one for one in results if one.name != "ruff"]
     if not any(one.passed + one.failed + one.errors for one in tests):
         raise Problem("no test ran: is tests/ there, and does a pattern after -- match any test?")
+    print(f"The slowest:\n{table_of_slowest(tests)}\n")
     print(closing_line(tests, watch.seconds), flush=True)
-    return 0 if all(one.good for one in outcomes) else 1
+    return 0 if all(one.good for one in results) else 1
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..lookahead.files.atomic import first_line
 from ..lookahead.files.tensors import EncoderFileError
 from .config import RunConfig
 from .recipe import Recipe
@@ -123,9 +124,10 @@ def resume(folder: Path, config: RunConfig, state: State, say: Callable[[str], o
         stored = torch.load(last / "state.pt", map_location="cpu", weights_only=True)
         before, progress = json.loads(stored["config"]), TrainingProgress(**stored["progress"])
     except Exception as error:  # a file cut short raises many kinds
-        why = (str(error).splitlines() or [type(error).__name__])[0]
         older = f"the run goes on from {checkpoints[-2].name}" if len(checkpoints) > 1 else "the run begins anew"
-        raise TrainingError(f"{last}/state.pt is damaged ({why}): delete the folder {last}, and {older}.") from None
+        raise TrainingError(
+            f"{last}/state.pt is damaged ({first_line(error)}): delete the folder {last}, and {older}."
+        ) from None
     if progress.step > config.steps:
         raise TrainingError(
             f"The run in {folder} is at step {progress.step}, beyond steps={config.steps}: give at least "

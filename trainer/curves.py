@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..lookahead.files.atomic import atomic
 from .checkpoints import TrainingError
 from .log import lines
 
@@ -73,9 +73,8 @@ def plot(runs: Mapping[str, Mapping[str, Points]], panels: Mapping[str, str], pa
     handles = [axes[0].plot([], [], color=f"C{number}", label=name)[0] for number, name in enumerate(runs)]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(runs)), fontsize=8, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    figure.savefig(part, format="png")
-    os.replace(part, path)
+    with atomic(path) as part:
+        figure.savefig(part, format="png")
 
 
 def curves(folders: Sequence[Path], panels: Mapping[str, str], out: Path) -> Path:

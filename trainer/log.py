@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import sys
 import time
 import uuid
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from ..lookahead.files.atomic import atomic
 from .checkpoints import TrainingError
 from .config import RunConfig
 
@@ -121,9 +121,8 @@ def _cut(path: Path, step: int) -> None:
     if not step:
         path.unlink(missing_ok=True)
     elif path.exists():
-        part = path.with_suffix(".part")
-        part.write_text("".join(json.dumps(line) + "\n" for line in lines(path) if line["step"] <= step))
-        os.replace(part, path)
+        with atomic(path) as part:
+            part.write_text("".join(json.dumps(line) + "\n" for line in lines(path) if line["step"] <= step))
 
 
 def _append(path: Path, values: object) -> None:

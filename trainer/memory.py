@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from .config import RunConfig
 
-def out_of_memory(savings: Mapping[str, float]) -> str:
-    """One sentence: the knobs that are left to turn, and the GB that each saves."""
-    knobs = "; ".join(f"{knob} (saves {saved:.1f} GB)" for knob, saved in savings.items())
-    turn = knobs or "all knobs are turned, so that it takes a card with more memory"
-    return f"Memory ran out. What can be changed, with what it saves: {turn}."
+
+def out_of_memory(config: RunConfig, savings: Mapping[str, float]) -> str:
+    """One sentence: the knobs that are left to turn, and the GB that each saves.
+
+    savings: by change, such as "accumulate=2". What may not change in a run that goes on (`RunConfig.FREE`) comes last.
+    """
+    knobs: dict[bool, list[str]] = {True: [], False: []}
+    for knob, saved in savings.items():
+        knobs[knob.partition("=")[0] in config.FREE].append(f"{knob} (saves {saved:.1f} GB)")
+    turn = knobs[True]
+    if knobs[False]:
+        turn = [*turn, f"in a new run, with another `out`: {', '.join(knobs[False])}"]
+    said = "; ".join(turn) or "all knobs are turned, so that it takes a card with more memory"
+    return f"Memory ran out. What can be changed, with what it saves as counted for this run: {said}."
 
 
 def spilled(reserved: float, there: float) -> str | None:

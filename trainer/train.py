@@ -44,7 +44,7 @@ def train(config: RunConfig, recipe: Recipe, source: Source) -> Path | None:
     try:
         return _train(accelerator, config, recipe, source)
     except torch.OutOfMemoryError as error:
-        raise TrainingError(out_of_memory(recipe.savings(accelerator.num_processes))) from error
+        raise TrainingError(out_of_memory(config, recipe.savings(accelerator.num_processes))) from error
 
 
 def _train(accelerator: Accelerator, config: RunConfig, recipe: Recipe, source: Source) -> Path | None:
@@ -58,7 +58,7 @@ def _train(accelerator: Accelerator, config: RunConfig, recipe: Recipe, source: 
     state = State(recipe, optimiser, average, accelerator.scaler, source.digest())
     progress = resume(folder, config, state, accelerator.print)
     first = progress.step
-    check_alike(accelerator, trained, first)
+    _check_alike(accelerator, trained, first)
     log = Log(folder, config, accelerator, first)
     validations = _Validations(accelerator, config, recipe, source, state, log)
     with contextlib.closing(log), _Stop() as stop:
@@ -96,7 +96,7 @@ def _train(accelerator: Accelerator, config: RunConfig, recipe: Recipe, source: 
             # (who is told to stop may have little time: it saves at once, and validates when it goes on)
             better = not leave and validations.due(done) and validations.run(progress)
             if _due(config.save_every, done):
-                check_alike(accelerator, trained, done)
+                _check_alike(accelerator, trained, done)
             if main and (better or _due(config.save_every, done) or done == config.steps or leave):
                 save(folder, config, progress, state)
             if leave:
@@ -225,7 +225,7 @@ class _Validations:
         return better
 
 
-def check_alike(accelerator: Accelerator, trained: Sequence[nn.Parameter], step: int) -> None:
+def _check_alike(accelerator: Accelerator, trained: Sequence[nn.Parameter], step: int) -> None:
     """Raises TrainingError where the processes are not at one step with the same weights."""
     if accelerator.num_processes == 1:
         return

@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-RES_BLOCKS = 2  # residual blocks a level of the encoder half; the decoder half has one more
+from .unet_layout import SDXL
 
-SDXL_DEPTH = (0, 2, 10)  # transformer depth a level, highest resolution first
-SDXL_MIDDLE_DEPTH = 10
+RES_BLOCKS = SDXL.res_blocks
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class BlockName:
 
 
 def block_names(
-    depth: Sequence[int] = SDXL_DEPTH, middle_depth: int = SDXL_MIDDLE_DEPTH, res_blocks: int = RES_BLOCKS
+    depth: Sequence[int] = SDXL.depth, middle_depth: int = SDXL.depth[-1], res_blocks: int = RES_BLOCKS
 ) -> list[BlockName]:
     """All transformer blocks of a UNet in the order of the public files.
 
@@ -62,7 +61,7 @@ def diffusers_path(key: tuple[str, int, int], res_blocks: int = RES_BLOCKS) -> s
     return f"up_blocks.{level}.attentions.{i}.transformer_blocks.{index}"
 
 
-def level_of(key: tuple[str, int, int], levels: int = len(SDXL_DEPTH), res_blocks: int = RES_BLOCKS) -> int:
+def level_of(key: tuple[str, int, int], levels: int = len(SDXL.depth), res_blocks: int = RES_BLOCKS) -> int:
     """How often the latent is halved where the block works: 0 at its own size, 2 in the deepest level of SDXL."""
     group, block, _ = key
     if group == "middle":

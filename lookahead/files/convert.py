@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..method.kv_encoder import KV_ENCODER, KV_EXPORT, layers
 from . import encoder_file
 from .block_names import block_names, ip_adapter_key
 from .encoder_file import METADATA_FIELDS, EncoderFile, EncoderFileError
@@ -129,8 +130,8 @@ def convert(
     file, notes = read_any(source, base, PRECISIONS[precision])
     if to == ENCODER:
         metadata = {k: v for k, v in file.metadata.items() if k in METADATA_FIELDS or k.startswith("modelspec.")}
-        own = ("format", "format_version", "tokens")
-        metadata = {k: v for k, v in metadata.items() if k not in own}
+        anew = ("format", "format_version", "tokens")
+        metadata = {k: v for k, v in metadata.items() if k not in anew}
         encoder_file.write(target, file.image_proj, file.ip_adapter, metadata, file.kv)
     else:
         write_ip_adapter(target, file)
@@ -141,9 +142,7 @@ def convert(
 
 def write_ip_adapter(path: str | os.PathLike[str], file: EncoderFile) -> None:
     """Write the image prompt of an encoder file as a stock IP-Adapter Plus (.safetensors), with its provenance."""
-    tensors = {f"image_proj.{k}": v for k, v in file.image_proj.items()}
-    for n, pair in enumerate(file.ip_adapter):
-        tensors |= {ip_adapter_key(n, which): value for which, value in zip("kv", pair, strict=True)}
+    tensors = encoder_file.image_prompt_tensors(file.image_proj, file.ip_adapter)
     metadata = {k: v for k, v in file.metadata.items() if k not in ("format", "format_version")}
     write_tensors(path, {k: v.contiguous() for k, v in tensors.items()}, metadata)
 
@@ -181,7 +180,7 @@ def _published(
         "format": encoder_file.FORMAT,
         "format_version": encoder_file.FORMAT_VERSION,
         "base_model": "stable-diffusion-xl-base-1.0",
-        "kv_prompt": "a photo of a face",
+        "kv_prompt": encoder_file.DEFAULT_KV_PROMPT,
         "size": "1024",
         "config": f"converted from {name}, a checkpoint of the paper's own code",
     }
@@ -191,14 +190,14 @@ def _published(
         compared = _compare(tensors, names, name, Path(base))
         metadata |= {"base_model": Path(base).name, "base_model_hash": sha256(base)}
         notes = [f"its own copy of SDXL is that of {Path(base).name} ({compared} weights compared)"]
-    found = {f"image_proj.{k}": tensors[v] for k, v in names.image_proj.items()}
+    renamed = {f"image_proj.{k}": tensors[v] for k, v in names.image_proj.items()}
     for n, (k, v) in enumerate(names.ip_adapter):
-        found |= {ip_adapter_key(n, "k"): tensors[k], ip_adapter_key(n, "v"): tensors[v]}
-    found |= (kv := _kv(tensors, names, name, notes))
+        renamed |= {ip_adapter_key(n, "k"): tensors[k], ip_adapter_key(n, "v"): tensors[v]}
+    renamed |= (kv := _kv(tensors, names, name, notes))
     ranks = sorted({value.shape[0] for key, value in kv.items() if key.endswith("lora_A.weight")})
     if ranks:
         metadata["kv_rank"] = ", ".join(map(str, ranks))
-    return {k: _cast(v, dtype) for k, v in found.items()}, metadata, notes
+    return {k: _cast(v, dtype) for k, v in renamed.items()}, metadata, notes
 
 
 def _kv(tensors: Mapping[str, Tensor], names: PublishedNames, file: str, notes: list[str]) -> dict[str, Tensor]:
@@ -207,13 +206,13 @@ def _kv(tensors: Mapping[str, Tensor], names: PublishedNames, file: str, notes: 
     kv = {key: tensors[full] for key, full in names.kv.items()}
     whole = 0
     for layer, full in names.export.items():
-        own = layer.removeprefix("kv_export.") + ".weight"
-        if own not in names.copy:
+        base = layer.removeprefix("kv_export.") + ".weight"
+        if base not in names.copy:
             raise EncoderFileError(
-                f"{file}: the weight encoder_unet.{own} is missing, which the exported projection is compared with: "
+                f"{file}: the weight encoder_unet.{base} is missing, which the exported projection is compared with: "
                 "the file is incomplete; download it again."
             )
-        trained, frozen = tensors[full], tensors[names.copy[own]]
+        trained, frozen = tensors[full], tensors[names.copy[base]]
         if trained.shape != frozen.shape:
             raise EncoderFileError(
                 f"{file}: {full} has shape {list(trained.shape)} where {list(frozen.shape)} fits the rest of the file: "
@@ -239,20 +238,12 @@ def _kv(tensors: Mapping[str, Tensor], names: PublishedNames, file: str, notes: 
 def _untuned(names: PublishedNames, kv: dict[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Zeros for a half that the paper's code left untuned (rank 0): an encoder file's KV encoder is whole."""
     out = {}
-    last = max((b for b in names.blocks if b.startswith("up_blocks")), key=_order)
-    for half, layers in (
-        ("kv_encoder", [f"attn{a}.{to}" for a in (1, 2) for to in ("to_q", "to_k", "to_v", "to_out.0")]),
-        ("kv_export", ["attn1.to_k", "attn1.to_v"]),
-    ):
-        wanted = [f"{b}.{layer}" for b in names.blocks for layer in layers if half == "kv_export" or b != last]
-        have = {key for key in kv if key.startswith(half)}
-        if have and half == "kv_encoder":
-            continue  # what is missing of it is found when the file is checked
-        for layer in wanted:
-            if f"{half}.{layer}.lora_A.weight" not in have and f"{layer}.weight" in names.copy:
-                rows, columns = tensors[names.copy[f"{layer}.weight"]].shape
-                out[f"{half}.{layer}.lora_A.weight"] = torch.zeros(1, columns)
-                out[f"{half}.{layer}.lora_B.weight"] = torch.zeros(rows, 1)
+    has_encoder = any(key.startswith(KV_ENCODER) for key in kv)  # what is missing of it is found in the file's check
+    for half, path, projection in layers(names.blocks):
+        layer, base = f"{half}.{path}.{projection}", f"{path}.{projection}.weight"
+        if (half == KV_EXPORT or not has_encoder) and f"{layer}.lora_A.weight" not in kv and base in names.copy:
+            rows, columns = tensors[names.copy[base]].shape
+            out[f"{layer}.lora_A.weight"], out[f"{layer}.lora_B.weight"] = torch.zeros(1, columns), torch.zeros(rows, 1)
     return out
 
 
@@ -261,32 +252,32 @@ def _compare(tensors: Mapping[str, Tensor], names: PublishedNames, file: str, ba
 
     base: one file with the host's names (`model.diffusion_model.*`) or a diffusers UNet.
     """
-    theirs, _ = read_tensors(base, mapped=True)
+    weights, _ = read_tensors(base, mapped=True)
     prefix = "model.diffusion_model."
-    if any(key.startswith(prefix) for key in theirs):
+    if any(key.startswith(prefix) for key in weights):
         # The layout does not depend on the depth, so the deepest that there is gives names to all.
         folder = {"input": "input_blocks.{}.1", "output": "output_blocks.{}.1", "middle": "middle_block.1"}
         hosts = {n.diffusers: n.host for n in block_names((16, 16, 16), 16)}
-        found = {}
+        base_names = {}
         for ours in names.copy:
             match = re.match(_BLOCK, ours)
             if match:
                 group, block, index = hosts[match["block"]]
                 path = f"{prefix}{folder[group].format(block)}.transformer_blocks.{index}"
-                found[ours] = path + ours[match.end() :]
+                base_names[ours] = path + ours[match.end() :]
     else:
-        found = {ours: ours for ours in names.copy if re.match(_BLOCK, ours)}
-    if not found or not any(key in theirs for key in found.values()):
+        base_names = {ours: ours for ours in names.copy if re.match(_BLOCK, ours)}
+    if not base_names or not any(key in weights for key in base_names.values()):
         raise EncoderFileError(
             f"{base.name} is no SDXL checkpoint to compare {file} with: give sd_xl_base_1.0.safetensors or the "
             "safetensors file of a diffusers UNet."
         )
-    for ours, key in found.items():
+    for ours, key in base_names.items():
         a = tensors[names.copy[ours]].float()
-        b = theirs[key].float() if key in theirs else None
+        b = weights[key].float() if key in weights else None
         if b is None or a.shape != b.shape or not (a - b).norm() <= SAME_BASE * b.norm():  # (also of NaN)
             raise EncoderFileError(
                 f"{file} was trained on another base model than {base.name}: its copy of {ours} differs; give the "
                 "checkpoint that it was trained on."
             )
-    return len(found)
+    return len(base_names)

@@ -16,11 +16,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..method.kv_encoder import EXPORTED, KV_ENCODER, KV_EXPORT, TUNED
 from ..method.resampler import ResamplerSizes
 from .block_names import ip_adapter_key
 from .tensors import EncoderFileError, read_tensors, write_tensors
 
-__all__ = ["EncoderFile", "EncoderFileError", "METADATA_FIELDS", "provenance", "read", "write"]
+__all__ = [
+    "EncoderFile",
+    "EncoderFileError",
+    "METADATA_FIELDS",
+    "kv_prompt",
+    "provenance",
+    "read",
+    "reference_size",
+    "write",
+]
 
 FORMAT = "lcm-lookahead-encoder"
 FORMAT_VERSION = "1"
@@ -48,15 +58,15 @@ METADATA_FIELDS = {
     "config": "training configuration",
     "steps": "training steps",
 }
+DEFAULT_SIZE = 1024  # of the reference picture where the metadata do not say: SDXL's own
+DEFAULT_KV_PROMPT = "a photo of a face"
 PROVENANCE_UNKNOWN = "no provenance in the file"
 
 _IP_NAME = re.compile(r"ip_adapter\.(\d+)\.to_([kv])_ip\.weight")
 _BLOCK = r"(?:(?:down|up)_blocks\.\d+|mid_block)\.attentions\.\d+\.transformer_blocks\.\d+"
-_KV_NAME = re.compile(
-    rf"(?P<layer>(?:kv_encoder\.{_BLOCK}\.attn[12]\.(?:to_q|to_k|to_v|to_out\.0)|"
-    rf"kv_export\.{_BLOCK}\.attn1\.(?:to_k|to_v)))\.lora_(?P<half>[AB])\.weight"
-)
-KV_HALVES = {"kv_encoder": 8, "kv_export": 2}  # layers a block: q, k, v, out of both attentions; k, v of the first
+KV_HALVES = {KV_ENCODER: TUNED, KV_EXPORT: EXPORTED}  # the projections of a block that each half changes
+_KV_LAYER = "|".join(rf"{half}\.{_BLOCK}\.(?:{'|'.join(map(re.escape, own))})" for half, own in KV_HALVES.items())
+_KV_NAME = re.compile(rf"(?P<layer>{_KV_LAYER})\.lora_(?P<half>[AB])\.weight")
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,29 +117,39 @@ def read(path: str | os.PathLike[str]) -> EncoderFile:
 
 def from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], name: str) -> EncoderFile:
     """Check flat tensors as they stand in a file. `name` is used in messages only; errors as in `read`."""
-    own = metadata.get("format") == FORMAT
-    if own and metadata.get("format_version") != FORMAT_VERSION:
+    is_own = metadata.get("format") == FORMAT
+    if is_own and metadata.get("format_version") != FORMAT_VERSION:
         raise EncoderFileError(
             f"{name} has encoder format version {metadata.get('format_version')}, and this version of the pack reads "
             f"{FORMAT_VERSION}: update the pack."
         )
-    other = None if own else _what_else(tensors)
+    other = None if is_own else _what_else(tensors)
     if other:
         raise EncoderFileError(f"{name} is {other}")
     image_proj = {k.removeprefix("image_proj."): v for k, v in tensors.items() if k.startswith("image_proj.")}
-    kv = {k: v for k, v in tensors.items() if own and _KV_NAME.fullmatch(k)}
+    kv = {k: v for k, v in tensors.items() if is_own and _KV_NAME.fullmatch(k)}
     _check_values(tensors, name)
     sizes = _check_resampler(image_proj, name)
     ip_adapter = _check_projections(tensors, sizes, name)
     _check_kv(kv, len(ip_adapter), metadata, name)
-    known = len(image_proj) + 2 * len(ip_adapter) + len(kv)
-    if known != len(tensors):
+    count = len(image_proj) + 2 * len(ip_adapter) + len(kv)
+    if count != len(tensors):
         surplus = [k for k in tensors if not k.startswith("image_proj.") and not _IP_NAME.fullmatch(k) and k not in kv]
         raise EncoderFileError(
             f"{name} has weights that are not part of an encoder file ({_some(surplus)}): it is of another kind, or "
             "was written by a newer version of the pack."
         )
-    return EncoderFile(name, OWN_KIND if own else STOCK_KIND, sizes, image_proj, ip_adapter, kv, dict(metadata))
+    return EncoderFile(name, OWN_KIND if is_own else STOCK_KIND, sizes, image_proj, ip_adapter, kv, dict(metadata))
+
+
+def image_prompt_tensors(
+    image_proj: Mapping[str, Tensor], ip_adapter: Sequence[tuple[Tensor, Tensor]]
+) -> dict[str, Tensor]:
+    """The image prompt's weights under the names of the public IP-Adapter Plus files; arguments as in `write`."""
+    tensors = {f"image_proj.{k}": v for k, v in image_proj.items()}
+    for n, pair in enumerate(ip_adapter):
+        tensors |= {ip_adapter_key(n, which): weight for which, weight in zip("kv", pair, strict=True)}
+    return tensors
 
 
 def write(
@@ -149,10 +169,7 @@ def write(
     unknown = [k for k in metadata if k not in METADATA_FIELDS and not k.startswith("modelspec.")]
     if unknown:
         raise EncoderFileError(f"Encoder files have no metadata field {_some(unknown)}; known are {METADATA_FIELDS}.")
-    tensors = {f"image_proj.{k}": v for k, v in image_proj.items()}
-    for n, (to_k, to_v) in enumerate(ip_adapter):
-        tensors[ip_adapter_key(n, "k")], tensors[ip_adapter_key(n, "v")] = to_k, to_v
-    tensors.update(kv or {})
+    tensors = image_prompt_tensors(image_proj, ip_adapter) | dict(kv or {})
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     metadata = {
         **metadata,
@@ -162,6 +179,17 @@ def write(
     }
     from_tensors(tensors, metadata, path.name)
     write_tensors(path, tensors, metadata)
+
+
+def reference_size(metadata: Mapping[str, str]) -> int:
+    """Side in pixels of the square that the VAE sees of a reference: what the encoder was trained with, or 1024."""
+    size = metadata.get("size", "")
+    return int(size) if size.isdecimal() and int(size) >= 64 else DEFAULT_SIZE
+
+
+def kv_prompt(metadata: Mapping[str, str]) -> str:
+    """The prompt that the KV encoder was trained with, or "a photo of a face"."""
+    return metadata.get("kv_prompt") or DEFAULT_KV_PROMPT
 
 
 def provenance(file: EncoderFile) -> str:
@@ -174,8 +202,8 @@ def provenance(file: EncoderFile) -> str:
     ]
     fields = [k for k in METADATA_FIELDS if k not in ("format", "format_version", "tokens")]
     fields += sorted(k for k in file.metadata if k.startswith("modelspec."))
-    said = [f"{METADATA_FIELDS.get(k, k)}: {file.metadata[k]}" for k in fields if file.metadata.get(k)]
-    return "\n".join(lines + (said or [PROVENANCE_UNKNOWN]))
+    shown = [f"{METADATA_FIELDS.get(k, k)}: {file.metadata[k]}" for k in fields if file.metadata.get(k)]
+    return "\n".join(lines + (shown or [PROVENANCE_UNKNOWN]))
 
 
 def _check_values(tensors: Mapping[str, Tensor], name: str) -> None:
@@ -293,15 +321,15 @@ def _check_kv(kv: Mapping[str, Tensor], blocks: int, metadata: Mapping[str, str]
                 f"{name}: {layer} has low-rank weights of shapes {list(a.shape)} and {list(b.shape)}, and [rank, in] "
                 "and [out, rank] are needed: the file is damaged."
             )
-    for half, per_block in KV_HALVES.items() if layers else ():
-        own = [layer for layer in layers if layer.startswith(half + ".")]
-        of_block = Counter(layer.partition(".attn")[0] for layer in own)
+    for half, projections in KV_HALVES.items() if layers else ():
+        of_half = [layer for layer in layers if layer.startswith(half + ".")]
+        of_block = Counter(layer.partition(".attn")[0] for layer in of_half)
         # The last block's attentions cannot change any key or value that is exported, so files leave it out.
-        complete = {blocks} | ({blocks - 1} if half == "kv_encoder" else set())
-        if len(of_block) not in complete or any(count != per_block for count in of_block.values()):
+        complete = {blocks} | ({blocks - 1} if half == KV_ENCODER else set())
+        if len(of_block) not in complete or any(count != len(projections) for count in of_block.values()):
             raise EncoderFileError(
-                f"{name} has {len(own)} layers of {half} where {blocks * per_block} fit its {blocks} attentions: the "
-                "file is incomplete; download it again."
+                f"{name} has {len(of_half)} layers of {half} where {blocks * len(projections)} fit its {blocks} "
+                "attentions: the file is incomplete; download it again."
             )
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from .atomic import atomic
 
 
 class EncoderFileError(ValueError):
@@ -72,20 +73,17 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], m
     from safetensors.torch import save_file
 
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # what a new file gets here; safetensors would leave it to its owner alone
-        save_file(dict(tensors), temporary, metadata=dict(metadata))
-        temporary.chmod(mode)
-        os.replace(temporary, path)
+        with atomic(path) as part:
+            part.touch()
+            mode = part.stat().st_mode  # what a new file gets here; safetensors would leave it to its owner alone
+            save_file(dict(tensors), part, metadata=dict(metadata))
+            part.chmod(mode)
     except (OSError, SafetensorError) as error:
         why = getattr(error, "strerror", None) or error
         raise EncoderFileError(
             f"{path} cannot be written ({why}): free some space there, or name another place."
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _read_pickle(path: Path, mapped: bool) -> dict[str, Tensor]:

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..vision.arcface import Recogniser
-from ..vision.faces import Detector, Face, align, area, elsewhere, nearest, samples_for, usable
-from .base import checked, of_rows
+from ..vision.faces import Detector, Face, align, area, nearest, rescale_landmarks, samples_for, usable
+from .base import clamp_preview, select_references
 
 # Where the face of a preview is taken to be when none is found in it: where it was last in this image, else where the
 # reference has it; where it was last alone; nowhere.
@@ -39,23 +39,25 @@ def embed(recogniser: Recogniser, pictures: Tensor, points: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class People:
-    """The references of an identity loss."""
+class FaceReferences:
+    """The m people with whom an identity loss compares."""
 
     embeddings: Tensor  # [m, d], of unit length
     points: Tensor  # [m, 5, 2], where the face was
     sizes: Tensor  # int64 [m, 2], height and width of the picture that it was in
 
 
-def read_people(recogniser: Recogniser, detector: Detector, pictures: Sequence[Tensor], together: bool) -> People:
-    """The people in pictures [3, h, w] in [0, 1] of any sizes, on the recogniser's device; the largest face of each.
+def read_references(
+    recogniser: Recogniser, detector: Detector, pictures: Sequence[Tensor], average: bool
+) -> FaceReferences:
+    """Reads the largest face of each reference picture [3, h, w] in [0, 1], of any size, on the recogniser's device.
 
-    together: all show one person, whose embedding is the mean; pictures without a face are then left out. Else each is
+    average: all show one person, whose embedding is the mean; pictures without a face are then left out. Else each is
     a reference of its own. Raises NoFaceError where no face is left.
     """
     faces = [largest(detector(picture[None])[0]) for picture in pictures]
     without = [i for i, face in enumerate(faces) if face is None]
-    if len(without) == len(faces) or (without and not together):
+    if len(without) == len(faces) or (without and not average):
         which = "the reference" if len(faces) == 1 else f"reference picture {without[0] + 1} of {len(faces)}"
         raise NoFaceError(
             f"No face was found in {which}: use a picture that shows one clearly, with some room around the head."
@@ -71,18 +73,18 @@ def read_people(recogniser: Recogniser, detector: Detector, pictures: Sequence[T
         embeddings = torch.cat([embed(recogniser, picture[None], face.points[None]) for picture, face in seen]).cpu()
     points = torch.stack([face.points for _, face in seen])
     sizes = torch.tensor([picture.shape[-2:] for picture, _ in seen])
-    if together:
-        return People(F.normalize(embeddings.mean(0, keepdim=True), dim=-1), points[:1], sizes[:1])
-    return People(embeddings, points, sizes)
+    if average:
+        return FaceReferences(F.normalize(embeddings.mean(0, keepdim=True), dim=-1), points[:1], sizes[:1])
+    return FaceReferences(embeddings, points, sizes)
 
 
 @dataclass(eq=False)
 class Memory:
-    """What one run remembers of its previews."""
+    """One run remembers here where the faces of its previews were."""
 
     places: dict[int, Tensor] = field(default_factory=dict)  # the last landmarks [5, 2] by number of the image
     size: tuple[int, ...] = ()  # of the previews that they are in
-    told: bool = False  # that some have no face
+    warned: bool = False  # that some have no face
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +99,7 @@ class IdentityLoss:
 
     recogniser: Recogniser
     detector: Detector
-    people: People
+    references: FaceReferences
     fallback: str = REFERENCE
     memory: Memory | None = None
 
@@ -105,31 +107,31 @@ class IdentityLoss:
         if self.fallback not in FALLBACKS:
             raise ValueError(f"The fallback is {self.fallback!r}: use one of {', '.join(FALLBACKS)}.")
 
-    def started(self, generator: torch.Generator | None = None) -> IdentityLoss:
-        """The loss for one run (`losses.started`); it draws nothing."""
+    def bind_rng(self, generator: torch.Generator | None = None) -> IdentityLoss:
+        """Gives the loss a memory for one run; it draws nothing."""
         return replace(self, memory=Memory())
 
     def __call__(self, preview: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """As `losses.Loss`. A preview without a face (`fallback`) does not count: it is 0, without a gradient."""
-        pictures = (checked(preview.to(torch.promote_types(preview.dtype, torch.float32))) + 1) / 2
+        """Computes `Loss`. A preview without a face (`fallback`) is not valid: its value is 0, without a gradient."""
+        pictures = (clamp_preview(preview.to(torch.promote_types(preview.dtype, torch.float32))) + 1) / 2
         memory = self.memory or Memory()
         rows = torch.arange(len(pictures)) if rows is None else rows.cpu()
         points, there = self._find(pictures.detach(), rows.tolist(), memory)
-        if self.memory and not self.memory.told and not there.all():
-            self.memory.told = True
+        if self.memory and not self.memory.warned and not there.all():
+            self.memory.warned = True
             logging.warning(
                 "[LCM-Lookahead] no face was found in %d of %d previews, which do not count for the identity loss.",
                 int((~there).sum()),
                 len(there),
             )
         found = embed(self.recogniser, pictures, points)
-        values = 1 - (found * of_rows(self.people.embeddings, found, rows)).sum(-1)
-        counts = there.to(values.device)
-        return torch.where(counts, values, 0.0), counts
+        values = 1 - (found * select_references(self.references.embeddings, found, rows)).sum(-1)
+        valid = there.to(values.device)
+        return torch.where(valid, values, 0.0), valid
 
     def _find(self, pictures: Tensor, rows: list[int], memory: Memory) -> tuple[Tensor, Tensor]:
-        """Landmarks [n, 5, 2] and whether they count [n], on the CPU. Those that do not are usable all the same."""
-        size, people = tuple(pictures.shape[-2:]), self.people
+        """Finds landmarks [n, 5, 2] and whether they are valid [n], on the CPU; a crop can be cut by any of them."""
+        size, references = tuple(pictures.shape[-2:]), self.references
         if memory.size != size:
             memory.size, memory.places = size, {}
         points, there = [], []
@@ -141,7 +143,7 @@ class IdentityLoss:
                 memory.places[row] = last
             there.append(bool(faces) or self.fallback == REFERENCE or (self.fallback == LAST and last is not None))
             if last is None:
-                which = row % len(people.points)
-                last = elsewhere(people.points[which], tuple(people.sizes[which].tolist()), size)
+                which = row % len(references.points)
+                last = rescale_landmarks(references.points[which], tuple(references.sizes[which].tolist()), size)
             points.append(last)
         return torch.stack(points), torch.tensor(there)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..files.atomic import first_line
 from ..files.tensors import EncoderFileError, read_tensors
 from .faces import CROP
 
@@ -126,19 +127,19 @@ def from_onnx(path: Path, scale: tuple[float, float] | None = None) -> Recognise
     try:
         model = onnx.load(path)
     except Exception as error:  # protobuf's own kinds, and OSError
-        raise RecogniserError(f"{name} cannot be read as ONNX ({_short(error)}): download it again.") from error
+        raise RecogniserError(f"{name} cannot be read as ONNX ({first_line(error)}): download it again.") from error
     size = _input_size(model, name)
     try:
         network = convert(model)
     except NotImplementedError as error:
         raise RecogniserError(
-            f"{name} uses an operation that onnx2torch does not know ({_short(error)}): use the same recogniser in "
+            f"{name} uses an operation that onnx2torch does not know ({first_line(error)}): use the same recogniser in "
             "torch (.pth or .safetensors), or export it with opset 17 by torch's older exporter (dynamo=False)."
         ) from error
     except Exception as error:  # a KeyError, an AssertionError ...: whatever it stumbles over
         raise RecogniserError(
-            f"onnx2torch cannot convert {name} ({type(error).__name__}: {_short(error)}): use the same recogniser in "
-            "torch (.pth or .safetensors)."
+            f"onnx2torch cannot convert {name} ({type(error).__name__}: {first_line(error)}): use the same recogniser "
+            "in torch (.pth or .safetensors)."
         ) from error
     network.float().eval()
     one_by_one = _check(network, model, path, size)
@@ -158,7 +159,7 @@ def import_onnx2torch() -> None:
         import onnx2torch  # noqa: F401
     except Exception as error:  # a torchvision of another build raises RuntimeError
         raise ImportError(
-            f"onnx2torch cannot be imported ({_short(error)}), most often because torchvision does not fit torch: "
+            f"onnx2torch cannot be imported ({first_line(error)}), most often because torchvision does not fit torch: "
             "install a torchvision that does, or choose a recogniser in torch."
         ) from error
 
@@ -220,11 +221,6 @@ def _check(network: nn.Module, model: Any, path: Path, size: int) -> bool:
 
 def _far(a: Tensor, b: Tensor) -> bool:
     return bool((a - b).abs().max() > _FURTHEST * b.norm(dim=-1).max())
-
-
-def _short(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".")[:160]
 
 
 # The public layouts. Names of modules are those of the files.

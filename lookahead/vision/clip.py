@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..files.tensors import read_tensors
+from .images import CLIP_MEAN, CLIP_STD
 
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of all public CLIP models
 TRANSFORMERS_NAMES = ("model", "pytorch_model")  # beside these lies the config.json that belongs to them
 # Heads and activation of the public picture halves by their width: OpenAI's B and L, OpenCLIP's H, g and bigG.
 PUBLIC = {
@@ -98,7 +98,7 @@ def picture_config(file: CLIPFile) -> Any:
 
 
 def text_config(file: CLIPFile) -> Any:
-    """The same of the text half."""
+    """The package's configuration of the text half: sizes from the shapes, the rest from beside or as published."""
     from transformers import CLIPTextConfig
 
     vocabulary, width = shape(file, "text_model.embeddings.token_embedding.weight", 2)
@@ -138,8 +138,8 @@ class CLIPPictures(nn.Module):
         config = picture_config(file)
         self.size: int = config.image_size
         self.model = loaded(file, CLIPVisionModelWithProjection, config)
-        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(CLIP_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(CLIP_STD).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, pictures: Tensor) -> Tensor:
         return self.model(pixel_values=(pictures - self.mean) / self.std).image_embeds
@@ -195,15 +195,30 @@ def loaded(file: CLIPFile, kind: type[nn.Module], config: Any) -> nn.Module:
     """The package's network with the file's weights in float32, frozen. Raises ValueError where they do not fit."""
     with torch.device("meta"):  # the file's tensors take these places: nothing is allocated or initialised twice
         network = kind(config)
+    try:
+        return fill(network, file.tensors, torch.float32)
+    except ValueError as error:
+        raise ValueError(f"{file.name} does not fit CLIP's layout: {error}; download it again.") from error
+
+
+def fill(network: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> nn.Module:
+    """Put weights in the layout of transformers into one half of CLIP, built on the meta device; frozen.
+
+    Some versions of transformers leave out the "vision_model." or "text_model." with which files name a half's weights.
+    dtype: of the weights, None as they are stored. Raises ValueError, which says of a weight what is wrong with it.
+    """
+    half = "text_model." if hasattr(network.config, "vocab_size") else "vision_model."
     weights = {}
     for name, place in network.state_dict().items():
-        found = file.tensors.get(name)
+        if name.endswith("position_ids"):
+            continue
+        found = next((tensors[k] for k in (name, half + name, name.removeprefix(half)) if k in tensors), None)
         if found is None or found.shape != place.shape:
             got = "is missing" if found is None else f"has the shape {list(found.shape)}, not {list(place.shape)}"
-            raise ValueError(f"{file.name} does not fit CLIP's layout: {name} {got}; download it again.")
-        weights[name] = found.float()
-    network.load_state_dict(weights, assign=True)
-    for module in network.modules():  # counting numbers, which no file holds
+            raise ValueError(f"{name} {got}")
+        weights[name] = found if dtype is None else found.to(dtype)
+    network.load_state_dict(weights, assign=True, strict=False)
+    for module in network.modules():  # counting numbers, which newer files do not hold
         if "position_ids" in module._buffers:
             module.position_ids = torch.arange(module.position_ids.shape[-1]).expand(1, -1)
     return network.requires_grad_(False).eval()

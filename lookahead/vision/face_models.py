@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..files.atomic import first_line
 from .faces import Face
 
 if TYPE_CHECKING:
@@ -118,10 +119,9 @@ def open_app(folder: Path, gpu: bool = False, threads: int | None = None) -> Fac
             "antelopev2."
         ) from error
     except Exception as error:  # onnxruntime has an exception a kind of damage; insightface adds its own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise FaceModelError(
-            f"{folder.name} cannot be opened ({reason[:200]}): one of {_names(folder)} is damaged or no face model, so "
-            "put the pack's own files there again."
+            f"{folder.name} cannot be opened ({first_line(error)}): one of {_names(folder)} is damaged or no face "
+            "model, so put the pack's own files there again."
         ) from error
     if not getattr(app.det_model, "use_kps", False):
         raise FaceModelError(

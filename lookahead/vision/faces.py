@@ -55,7 +55,7 @@ def template(size: int = CROP, margin: float = 0.0) -> Tensor:
     return (TEMPLATE + CROP * margin) * zoom
 
 
-def similarity(points: Tensor, to: Tensor | None = None) -> Tensor:
+def umeyama(points: Tensor, to: Tensor | None = None) -> Tensor:
     """[n, 5, 2] -> [n, 2, 3]: rotation, scale and shift that bring the points nearest to `to` (default: TEMPLATE).
 
     Least squares without reflection (Umeyama), which for points of a plane is a complex regression. Differentiable.
@@ -77,7 +77,7 @@ def misfit(points: Tensor) -> Tensor:
     Some 2 to 8 for faces. Landmarks that form no face, or are named the wrong way round, lie far off, because a
     similarity does not mirror.
     """
-    matrix = similarity(points)
+    matrix = umeyama(points)
     aligned = points @ matrix[:, :, :2].transpose(1, 2) + matrix[:, None, :, 2]
     return (aligned - TEMPLATE.to(points)).norm(dim=-1).mean(1)
 
@@ -90,7 +90,7 @@ def usable(points: Tensor) -> Tensor:
 
 def pixels_per_sample(points: Tensor, size: int = CROP) -> Tensor:
     """[n, 5, 2] -> [n]: how many pixels of the picture one of the crop is wide."""
-    return 1 / similarity(points, template(size))[:, :, 0].norm(dim=1)
+    return 1 / umeyama(points, template(size))[:, :, 0].norm(dim=1)
 
 
 def align(pictures: Tensor, points: Tensor, to: Tensor | None = None, size: int = CROP, samples: int = 1) -> Tensor:
@@ -103,7 +103,7 @@ def align(pictures: Tensor, points: Tensor, to: Tensor | None = None, size: int 
     """
     dtype = torch.promote_types(pictures.dtype, torch.float32)
     pictures, points = pictures.to(dtype), points.to(device=pictures.device, dtype=dtype)
-    matrix = similarity(points, template(size) if to is None else to)
+    matrix = umeyama(points, template(size) if to is None else to)
     turn, shift = matrix[:, :, :2], matrix[:, :, 2]
     axis = (torch.arange(size * samples, device=pictures.device, dtype=dtype) + 0.5) / samples - 0.5
     y, x = torch.meshgrid(axis, axis, indexing="ij")
@@ -125,15 +125,30 @@ def samples_for(points: Tensor, size: int = CROP) -> int:
 
 
 def area(face: Face) -> float:
-    """Of the box, in pixels."""
+    """The area of the face's box, in pixels."""
     x0, y0, x1, y1 = face.box.tolist()
     return max(0.0, x1 - x0) * max(0.0, y1 - y0)
 
 
 def middle(face: Face) -> tuple[float, float]:
-    """Of the box."""
+    """The centre (x, y) of the face's box."""
     x0, y0, x1, y1 = face.box.tolist()
     return (x0 + x1) / 2, (y0 + y1) / 2
+
+
+def square_around(face: Face, height: int, width: int, margin: float | None = None) -> tuple[int, int, int]:
+    """The square (left, top, side) around a face's box with a margin (share of its longer side) on each side; without a
+    margin the largest square of the picture, as near to the face as it goes.
+
+    Moved into the picture [height, width] where it reaches over the edge, and no larger than its shorter side.
+    """
+    side = min(height, width)
+    if margin is not None:
+        x0, y0, x1, y1 = face.box.tolist()
+        side = max(1, min(round(max(x1 - x0, y1 - y0) * (1 + 2 * margin)), side))
+    x, y = middle(face)
+    left, top = (min(max(round(centre + 0.5 - side / 2), 0), size - side) for centre, size in ((x, width), (y, height)))
+    return left, top, side
 
 
 def nearest(faces: Sequence[Face], points: Tensor) -> Face:
@@ -141,7 +156,7 @@ def nearest(faces: Sequence[Face], points: Tensor) -> Face:
     return min(faces, key=lambda face: float((face.points - points).norm(dim=-1).mean()))
 
 
-def elsewhere(points: Tensor, seen: tuple[int, int], now: tuple[int, int]) -> Tensor:
+def rescale_landmarks(points: Tensor, seen: tuple[int, int], now: tuple[int, int]) -> Tensor:
     """Landmarks [..., 5, 2] of a picture of (height, width) `seen`, at the same place of one of size `now`.
 
     Relative to the middle, in shares of the shorter side, so that a face keeps its shape.

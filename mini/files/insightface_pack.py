@@ -21,7 +21,7 @@ from torch import nn
 from ...lookahead.vision.face_models import open_app
 from ..plan import WEIGHTS
 from ..stages import stage
-from ..stages.face_networks import CROP, DETECTOR_SIZE, STRIDES, Detector, FaceRecogniser
+from ..stages.face_networks import CROP, DETECTOR_SIZE, STRIDES, FaceDetector, FaceRecogniser
 
 if TYPE_CHECKING:
     from insightface.app import FaceAnalysis
@@ -38,7 +38,7 @@ These face models were trained on procedurally drawn faces alone. They show nobo
 _OPSET = 17  # what onnx2torch reads
 
 
-def write_detector(net: Detector, path: Path) -> None:
+def write_detector(net: FaceDetector, path: Path) -> None:
     """Weights are stored in 16 bit and used in 32; `net` is in evaluation mode."""
     names = [f"{kind}_{stride}" for kind in ("score", "bbox", "kps") for stride in STRIDES]
     # Left to itself the exporter melts norms into convolutions, whose weights are then no longer those of 16 bit.

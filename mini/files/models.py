@@ -9,10 +9,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from diffusers import AutoencoderTiny, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection
 
+from ...lookahead.vision import clip
 from ..plan import WEIGHTS
 from ..stages import base, image_encoder, stage, vae
 from ..stages.text import TextEncoders
@@ -50,13 +52,9 @@ def load(weights: Path = WEIGHTS) -> Models:
 
 def load_image_encoder(weights: Path = WEIGHTS) -> CLIPVisionModelWithProjection:
     """The shipped image encoder, frozen, in 32 bit."""
-    encoder = image_encoder.build()
-    own = encoder.state_dict()
-    stored = stage.read_tensors(weights / CLIP_VISION)
-    # transformers leaves "vision_model." out in some versions
-    names = {k if k in own else k.removeprefix("vision_model."): v for k, v in stored.items()}
-    encoder.load_state_dict({k: v.to(own[k].dtype) for k, v in names.items() if k in own})
-    return encoder.eval().requires_grad_(False)
+    with torch.device("meta"):
+        encoder = image_encoder.build()
+    return clip.fill(encoder, stage.read_tensors(weights / CLIP_VISION), torch.float32)
 
 
 def _fill(

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..plan import WEIGHTS
 from ..stages import stage, vae
-from ..stages.face_networks import Detector, FaceRecogniser
-from ..stages.networks import Recogniser, StyleScorer
+from ..stages.face_networks import FaceDetector, FaceRecogniser
+from ..stages.networks import EvaluationRecogniser, StyleScorer
 from . import insightface_pack
 from .checkpoint import sdxl_checkpoint
 from .shipped import LICENCE, File, table, write_manifest
@@ -68,7 +68,7 @@ _TENSORS: dict[str, Callable[[Path], Mapping[str, Tensor]]] = {CHECKPOINT: _chec
 
 
 def _detector(folder: Path, path: Path) -> None:
-    insightface_pack.write_detector(insightface_pack.rounded(Detector(), folder / "detector.safetensors"), path)
+    insightface_pack.write_detector(insightface_pack.rounded(FaceDetector(), folder / "detector.safetensors"), path)
 
 
 def _recogniser(folder: Path, path: Path) -> None:
@@ -101,9 +101,9 @@ def read_face_recogniser(path: Path) -> FaceRecogniser | None:
     return insightface_pack.rounded(FaceRecogniser(), path)
 
 
-def evaluators(weights: Path = WEIGHTS) -> tuple[Recogniser, StyleScorer]:
+def evaluators(weights: Path = WEIGHTS) -> tuple[EvaluationRecogniser, StyleScorer]:
     """The two networks that only measure, from the shipped files."""
-    nets = Recogniser(), StyleScorer()
+    nets = EvaluationRecogniser(), StyleScorer()
     for net, name in zip(nets, (RECOGNISER, STYLE_SCORER), strict=True):
         stored = stage.read_tensors(weights / name)
         net.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in stored.items()})

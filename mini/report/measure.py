@@ -1,26 +1,32 @@
 """What a build reports of itself, on held-out people, prompts and seeds: autoencoder, judges, base, image prompt.
 
-Every function reads the stages' results from `folder`, returns a `Result` and draws its pictures into `folder/report`.
+Every function reads the stages' results from `folder`, returns a `Measurement` and draws pictures into `folder/report`.
 Figures over people have bootstrap intervals (people are drawn); shares among samples, each with a noise of its own,
 have Wilson's, which stay honest where all samples are right.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderTiny, UNet2DConditionModel
+from diffusers import AutoencoderTiny
 from torch import Tensor
 
 from ...evaluation.stats import Interval, auc, bootstrap, identity_auc, own_and_other, proportion, share
+from ...lookahead.method.attention import eager_attention
+from ...lookahead.method.sampling import ddim_timesteps, sample_ddim
+from ...sdxl.shared_unet import Condition, SharedUNet
 from ..plan import IMAGE_SIZE, LATENT_SIZE, Plan
 from ..stages import base, clip, evaluators, image_encoder, image_prompt, stage, vae
 from ..stages.text import TextEncoders, tokenize, tokenizer
 from ..world import data
 from ..world.faces import CONTINUOUS, DISCRETE, PLACES, SKIN_NAMES, STYLES
 from ..world.references import reference_faces
+from ..world.sheet import save_grid
 
 CHUNK = 32
 STEPS, GUIDANCE = 25, 3.0  # of samples
@@ -31,7 +37,7 @@ SAMPLES = "samples.safetensors"  # of the base, in `folder/report`: pictures (by
 
 
 @dataclass(frozen=True)
-class Result:
+class Measurement:
     """Figures with their intervals (a plain number is a count or a limit, not an estimate), and what they stand on."""
 
     figures: dict[str, Interval | float]
@@ -65,7 +71,7 @@ def roc(own: Tensor, other: Tensor, points: int = 61) -> list[list[float]]:
 
 
 @torch.no_grad()
-def autoencoder(folder: Path, plan: Plan) -> Result:
+def autoencoder(folder: Path, plan: Plan) -> Measurement:
     """Who is it, in a picture and in its reconstruction; noise of the reconstruction by style."""
     pictures, net = held_out(folder, plan), vae.load(folder)
     recogniser, _ = evaluators.load(folder)
@@ -94,14 +100,14 @@ def autoencoder(folder: Path, plan: Plan) -> Result:
     rows = min(len(c) for c in columns)
     grid = torch.stack([c[:rows] for c in columns], 1).flatten(0, 1)
     save_grid(grid, len(plan.styles), drawings(folder) / "reconstructions.png")
-    return Result(figures, f"{people * per_person} pictures of {people} held-out people")
+    return Measurement(figures, f"{people * per_person} pictures of {people} held-out people")
 
 
 # The networks that only measure
 
 
 @torch.no_grad()
-def judges(folder: Path, plan: Plan) -> Result:
+def judges(folder: Path, plan: Plan) -> Measurement:
     """How well do the evaluation recogniser and the scorer know drawn pictures of people they have not seen?"""
     pictures = held_out(folder, plan)
     recogniser, scorer = evaluators.load(folder)
@@ -127,7 +133,7 @@ def judges(folder: Path, plan: Plan) -> Result:
     for name, answer in zip(("style", "place"), torch.cat(said, 1), strict=True):
         right = answer == pictures.labels[name]
         figures[f"scorer accuracy, {name}"] = share(right.view(people, per_person))
-    return Result(figures, f"{len(pictures)} drawn pictures of {people} held-out people", curves)
+    return Measurement(figures, f"{len(pictures)} drawn pictures of {people} held-out people", curves)
 
 
 # Samples of the base
@@ -135,24 +141,20 @@ def judges(folder: Path, plan: Plan) -> Result:
 
 @torch.no_grad()
 def sample(
-    unet: UNet2DConditionModel,
+    predict: Callable[[Tensor, Tensor, Condition], Tensor],
     text: TextEncoders,
     prompts: list[str],
     numbers: torch.Generator,
     steps: int = STEPS,
     guidance: float = GUIDANCE,
 ) -> Tensor:
-    """DDIM samples in plain diffusers: latents [n, 4, h, w]."""
-    steps_of = base.scheduler()
-    steps_of.set_timesteps(steps)
-    tokens = tokenizer()
-    context, pooled = text(torch.cat([tokenize(tokens, [""] * len(prompts)), tokenize(tokens, prompts)]))
-    z = torch.randn(len(prompts), 4, LATENT_SIZE, LATENT_SIZE, generator=numbers)
-    for t in steps_of.timesteps:
-        e = unet(torch.cat([z, z]), t, context, added_cond_kwargs=base.added(pooled)).sample
-        without, with_text = e.chunk(2)
-        z = steps_of.step(without + guidance * (with_text - without), t, z).prev_sample
-    return z
+    """Latents [n, 4, h, w] by DDIM under classifier-free guidance; predict: as `base.predict` of a UNet."""
+    tokens, n = tokenizer(), len(prompts)
+    context, pooled = text(torch.cat([tokenize(tokens, [""] * n), tokenize(tokens, prompts)]))
+    both = base.condition(context, pooled)
+    guided = base.classifier_free(predict, both.rows(slice(n, None)), both.rows(slice(n)), guidance)
+    z = torch.randn(n, 4, LATENT_SIZE, LATENT_SIZE, generator=numbers)
+    return sample_ddim(guided, z, ddim_timesteps(steps), base.alpha_bar())
 
 
 class Painter:
@@ -161,33 +163,34 @@ class Painter:
     def __init__(self, folder: Path):
         self.unet, self.text = base.load(folder)
         self.vae: AutoencoderTiny = vae.load(folder)
-        self.adapter: image_prompt.Adapter | None = None
+        self.shared = SharedUNet(self.unet, attention=eager_attention)
 
     def read(self, folder: Path, references: Tensor) -> Tensor:
         """Attach the image prompt; its tokens of references [n, 3, h, w], and of none as the last: [n + 1, 16, c]."""
-        self.adapter = image_prompt.load(stage.read_tensors(folder / "overfit.safetensors"), self.unet)
-        self.adapter.attach(self.unet)
+        adapter = image_prompt.load(stage.read_tensors(folder / "overfit.safetensors"), self.unet)
+        self.shared = SharedUNet(self.unet, adapter, attention=eager_attention).inject()
         encoder = image_encoder.load(folder)
         seen = torch.cat([image_encoder.features(encoder, x) for x in references.split(CHUNK)])
-        return self.adapter.image_proj(torch.cat([seen, image_encoder.null_features(encoder)]))
+        return adapter.image_proj(torch.cat([seen, image_encoder.null_features(encoder)]))
 
     def __call__(self, prompts: list[str], seed: int, tokens: Tensor | None = None, weight: float = 1.0) -> Tensor:
         """`tokens` [n + 1, 16, c] as `read` gives them. The noise depends on seed and place in the list alone."""
         out = []
         for first in range(0, len(prompts), CHUNK):
             some = prompts[first : first + CHUNK]
-            if self.adapter and tokens is not None:
+            options: dict[str, object] = {}
+            if tokens is not None:
                 mine = tokens[:-1][first : first + CHUNK]
-                self.adapter.set_tokens(torch.cat([tokens[-1:].expand_as(mine), mine]), weight)
-            z = sample(self.unet, self.text, some, stage.numbers_of_step(seed, first), STEPS, GUIDANCE)
+                both = torch.cat([tokens[-1:].expand_as(mine), mine])
+                options = {"image_prompt": self.shared.encoder.image_prompt(both), "image_prompt_scale": weight}
+            predict = partial(self.shared.predict, **options)
+            z = sample(predict, self.text, some, stage.numbers_of_step(seed, first))
             out.append((self.vae.decoder(z) / 2 + 0.5).clamp(0, 1))
-        if self.adapter:
-            self.adapter.set_tokens(None)
         return torch.cat(out)
 
 
 @torch.no_grad()
-def samples(folder: Path, plan: Plan) -> Result:
+def samples(folder: Path, plan: Plan) -> Measurement:
     """Style and place of samples on short prompts. Keeps the pictures for measure_found.py, with further
     photos, which count there alone."""
     paint = Painter(folder)
@@ -217,7 +220,7 @@ def samples(folder: Path, plan: Plan) -> Result:
     save_grid(by_style[:, :rows].transpose(0, 1).flatten(0, 1), len(index), drawings(folder) / "samples.png")
     basis = f"{len(style)} samples ({plan.report_samples} a style, places in turn)"
     how = f"{STEPS} DDIM steps, guidance {GUIDANCE:g}"
-    return Result(figures, f"{basis}, {how}; further {photos} photos for the faces below")
+    return Measurement(figures, f"{basis}, {how}; further {photos} photos for the faces below")
 
 
 # Attributes of long captions
@@ -234,7 +237,7 @@ def read_attributes(vector: Tensor) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def captions(folder: Path, plan: Plan) -> Result:
+def captions(folder: Path, plan: Plan) -> Measurement:
     """Do samples show what long captions say? Read by the evaluation recogniser, smiles by the image-text model where
     there is one. A caption is that of a drawn held-out picture, on which the same reading is done: what the readers
     themselves reach; and the share of the most frequent answer is what a guess reaches."""
@@ -278,14 +281,16 @@ def captions(folder: Path, plan: Plan) -> Result:
             figures[f"all, smile (AUC of closeness to 'smiling'): {k}"] = bootstrap(
                 lambda i, c=close: auc(c[i][smiling[i]], c[i][~smiling[i]]), len(close), 300
             )
-    return Result(figures, f"{sum(len(r) for r in groups.values())} long captions of {len(person)} held-out people")
+    return Measurement(
+        figures, f"{sum(len(r) for r in groups.values())} long captions of {len(person)} held-out people"
+    )
 
 
 # The image prompt alone
 
 
 @torch.no_grad()
-def backbone(folder: Path, plan: Plan) -> Result:
+def backbone(folder: Path, plan: Plan) -> Measurement:
     """Identity in photos at weight 1, and what the weight does to style, place and identity in the other styles."""
     n = plan.report_references
     faces, paint = reference_faces(n, IMAGE_SIZE), Painter(folder)
@@ -336,16 +341,4 @@ def backbone(folder: Path, plan: Plan) -> Result:
         figures[f"fall of style accuracy from weight 0 to {weight}"] = share(fall[:, None])
     save_grid(torch.cat(rows), len(rows[0]), drawings(folder) / "backbone.png")
     basis = f"{n} held-out references; {2 * n} photos, and {n} pictures in other styles for each weight"
-    return Result(figures, basis, curves)
-
-
-def save_grid(pictures: Tensor, columns: int, path: Path) -> None:
-    """Pictures [n, 3, h, w] in [0, 1] as one PNG, row by row."""
-    from PIL import Image
-
-    n, _, h, w = pictures.shape
-    rows = -(-n // columns)
-    sheet = torch.zeros(rows * columns, 3, h, w)
-    sheet[:n] = pictures
-    sheet = sheet.view(rows, columns, 3, h, w).permute(0, 3, 1, 4, 2).reshape(rows * h, columns * w, 3)
-    Image.fromarray((sheet * 255).round().byte().numpy()).save(path)
+    return Measurement(figures, basis, curves)

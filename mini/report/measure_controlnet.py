@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,14 +12,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...evaluation.stats import Interval, bootstrap
-from ..plan import LATENT_SIZE
+from ...sdxl.shared_unet import Condition
 from ..stages import base, controlnet, evaluators, stage, vae
-from ..stages.text import TextEncoders, tokenize, tokenizer
 from ..world.data import Pictures
 from ..world.edges import edges
 from ..world.faces import STYLES
-from .measure import save_grid
+from ..world.sheet import save_grid
+from .measure import sample
 
+STEPS = 20  # of DDIM
 NEAR = 3  # pixels a side of the window within which two edges count as the same
 
 
@@ -33,30 +35,16 @@ def agreement(found: Tensor, wanted: Tensor) -> Tensor:
     return 2 * precision * recall / (precision + recall).clamp(min=1e-6)
 
 
-@torch.no_grad()
-def sample(
-    unet: UNet2DConditionModel,
-    text: TextEncoders,
-    net: ControlNetModel | None,
-    prompts: list[str],
-    hint: Tensor,
-    numbers: torch.Generator,
-    strength: float = 1.0,
-    steps: int = 20,
-    guidance: float = 3.0,
-) -> Tensor:
-    """DDIM latents [n, 4, h, w] under edges `hint` [n, 3, 8h, 8w]; `net` None samples without them."""
-    order = base.scheduler()
-    order.set_timesteps(steps)
-    tokens, n = tokenizer(), len(prompts)
-    context, pooled = text(torch.cat([tokenize(tokens, [""] * n), tokenize(tokens, prompts)]))
-    added, both = base.added(pooled), torch.cat([hint, hint])
-    z = torch.randn(n, 4, LATENT_SIZE, LATENT_SIZE, generator=numbers)
-    for t in order.timesteps:
-        e = controlnet.predict(unet, net, torch.cat([z, z]), t, context, added, both, strength)
-        without, with_text = e.chunk(2)
-        z = order.step(without + guidance * (with_text - without), t, z).prev_sample
-    return z
+def edge_guided(
+    unet: UNet2DConditionModel, net: ControlNetModel | None, hint: Tensor
+) -> Callable[[Tensor, Tensor, Condition], Tensor]:
+    """`controlnet.predict` under edges `hint` [n, 3, 8h, 8w], for batches of n rows or a multiple; without if `net` is
+    None."""
+
+    def predict(x: Tensor, t: Tensor, text: Condition) -> Tensor:
+        return controlnet.predict(unet, net, x, t, text, hint.repeat(len(x) // len(hint), 1, 1, 1))
+
+    return predict
 
 
 @torch.no_grad()
@@ -85,7 +73,8 @@ def report(folder: Path, pictures: Pictures, people: int = 32, seed: int = 1) ->
         ("with edges", short, net),
         ("with edges, next style", others, net),
     ):
-        z = sample(unet, text, with_net, prompts, hint, torch.Generator().manual_seed(seed))
+        predict = edge_guided(unet, with_net, hint)
+        z = sample(predict, text, prompts, torch.Generator().manual_seed(seed), STEPS)
         drawn[name] = (autoencoder.decoder(z) / 2 + 0.5).clamp(0, 1)
     figures = {}
     for name, x in drawn.items():

@@ -1,4 +1,4 @@
-"""What insightface finds with the mini face models, on held-out people and on any pictures given.
+"""What insightface finds with the mini face models, on held-out people.
 
 Everything goes through insightface's own FaceAnalysis: it detects, aligns by the landmarks that it found, and embeds.
 Intervals are those of drawing people, or Wilson's for shares of pictures. Lengths are shares of the eye distance.
@@ -9,11 +9,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from scipy.stats import spearmanr
 from torch import Tensor
 
 from ...evaluation.stats import Interval, auc, bootstrap, identity_auc, proportion, share
 from ...lookahead.vision.face_models import find_and_embed
-from ...lookahead.vision.faces import align, misfit
+from ...lookahead.vision.faces import align
 from ..plan import IMAGE_SIZE, Plan
 from ..stages.detector import empty_pictures, paste
 from ..stages.face_networks import FaceRecogniser, embed
@@ -140,29 +141,6 @@ def _resized(app: FaceAnalysis, pictures: Tensor, box: Tensor, true: Tensor, siz
     return found.there, torch.where(found.there, landmark_error(found.points, true), torch.nan)
 
 
-def report_of_pictures(app: FaceAnalysis, pictures: Tensor, finished: Tensor | None = None) -> dict[str, float]:
-    """Are there faces in generated pictures [n, 3, h, w]? `finished`, [n, 3, h, w], are the pictures that one-step
-    previews are of: then also how well both agree."""
-    found = look(app, pictures)
-    fits = misfit(found.points[found.there])
-    figures = {
-        "pictures": float(len(pictures)),
-        "share with a face": found.there.float().mean().item(),
-        "share with more than one": (found.faces > 1).float().mean().item(),
-        "score where found": found.score[found.there].mean().item(),
-        "landmarks' misfit to the template, pixels": fits.mean().item(),
-    }
-    if finished is not None:
-        other = look(app, finished)
-        both = found.there & other.there
-        figures["share with a face in both"] = both.float().mean().item()
-        figures["landmarks' distance to the finished picture's"] = (
-            landmark_error(found.points[both], other.points[both]).mean().item()
-        )
-        figures["similarity to the finished picture"] = (found.embedding * other.embedding)[both].sum(1).mean().item()
-    return figures
-
-
 def alike_people(identity: Tensor, hardest: float = 0.1) -> Tensor:
     """bool [people, people]: the pairs of different people that are nearest in the parameters [people, k] that they
     were drawn with."""
@@ -205,7 +183,7 @@ def rank_correlation(
                 parts = [t[index, :, index].flatten()] if own else []
                 parts += [_of_alike(t, alike, index)] if others else []
                 rows.append(torch.cat(parts))
-            return spearman(*rows)
+            return float(spearmanr(*(row.numpy() for row in rows)).statistic)
 
         return bootstrap(figure, people, rounds)
 
@@ -214,14 +192,3 @@ def rank_correlation(
         "rank correlation, pairs of similar people": over(False, True),
         "rank correlation, a person's own pairs": over(True, False),
     }
-
-
-def spearman(a: Tensor, b: Tensor) -> float:
-    """Rank correlation of two lists of numbers [n]; ties share their mean rank."""
-    ranks = torch.stack([_ranks(a), _ranks(b)])
-    return torch.corrcoef(ranks)[0, 1].item()
-
-
-def _ranks(values: Tensor) -> Tensor:
-    _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
-    return (counts.cumsum(0).double() - (counts.double() - 1) / 2)[inverse]

@@ -7,18 +7,21 @@ methods are compared on the same prompts and seeds. The recogniser and the score
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderTiny, UNet2DConditionModel
 from torch import Tensor
 
 from ...evaluation.stats import Interval, share
+from ...lookahead.method.sampling import ddim_timesteps, sample_ddim
+from ...lookahead.method.schedule import preview_latent
 from ...sdxl import lora
 from ..plan import IMAGE_SIZE, LATENT_SIZE, Plan
 from ..stages import base, evaluators, lcm, style_lora, vae
-from ..stages.networks import Recogniser, StyleScorer
+from ..stages.networks import EvaluationRecogniser, StyleScorer
 from ..stages.text import TextEncoders, tokenize, tokenizer
 from ..world import data
 from ..world.faces import STYLES, Faces, render, sample_identities, sample_nuisance
@@ -38,7 +41,7 @@ class World(NamedTuple):
     text: TextEncoders
     autoencoder: AutoencoderTiny
     loras: dict[str, lora.LoRA]
-    recogniser: Recogniser
+    recogniser: EvaluationRecogniser
     scorer: StyleScorer
     held_out: data.Pictures
 
@@ -80,7 +83,7 @@ def _chosen(world: World, n: int, seed: int) -> Tensor:
 # One-step previews (figure 2 of the paper)
 
 
-class Run(NamedTuple):
+class PreviewedRun(NamedTuple):
     """A finished run of the base and what could be foreseen on the way; a list entry for each of SHARES."""
 
     finished: Tensor
@@ -89,34 +92,32 @@ class Run(NamedTuple):
 
 
 @torch.no_grad()
-def run_with_previews(world: World, prompts: list[str], seed: int, personal: bool = False) -> Run:
+def run_with_previews(world: World, prompts: list[str], seed: int, personal: bool = False) -> PreviewedRun:
     """DDIM with guidance, 50 steps, and the previews by each of METHODS at SHARES of them.
 
     `personal`: base and few-step model both with the LoRA of one person.
     """
-    schedule, arithmetic = base.scheduler(), lcm.Steps()
-    schedule.set_timesteps(DDIM_STEPS)
     at = {round(s * DDIM_STEPS) for s in SHARES}
-    ids = tokenize(tokenizer(), prompts)
-    positive, negative = world.text(ids), world.text(tokenize(tokenizer(), [""]))
+    positive, negative = (base.condition(*world.text(tokenize(tokenizer(), p))) for p in (prompts, [""]))
     z = torch.randn(len(prompts), 4, LATENT_SIZE, LATENT_SIZE, generator=torch.Generator().manual_seed(seed))
+    alpha_bar, predict = base.alpha_bar(), partial(base.predict, world.unet)
     foreseen: dict[str, list[Tensor]] = {m: [] for m in METHODS}
     steps = []
+
+    def foresee(now: dict[str, Any]) -> None:
+        if now["i"] not in at:
+            return
+        x, t = now["x"], now["t"]
+        with world.loras["lcm_lora"].at(1.0):
+            few = predict(x, t, positive)
+        for name, e in zip(METHODS, (predict(x, t, positive), now["e"], few), strict=True):
+            foreseen[name].append(preview_latent(x, e, t, alpha_bar[t]))
+        steps.append(int(t[0]))
+
     with world.loras["style_lora"].at(1.0) if personal else world.loras["lcm_lora"].at(0.0):
-        for number, step in enumerate(schedule.timesteps):
-            t = step.expand(len(prompts))
-            context, pooled = (torch.cat([n.expand_as(p), p]) for n, p in zip(negative, positive, strict=True))
-            both = lcm.predict(world.unet, torch.cat([z, z]), torch.cat([t, t]), context, pooled)
-            without, with_text = both.chunk(2)
-            guided = without + lcm.GUIDANCE * (with_text - without)
-            if number in at:
-                with world.loras["lcm_lora"].at(1.0):
-                    few = lcm.predict(world.unet, z, t, *positive)
-                for name, eps in zip(METHODS, (with_text, guided, few), strict=True):
-                    foreseen[name].append(arithmetic.preview(z, t, eps))
-                steps.append(int(step))
-            z = schedule.step(guided, step, z).prev_sample
-    return Run(z, steps, foreseen)
+        guided = base.classifier_free(predict, positive, negative, lcm.GUIDANCE)
+        z = sample_ddim(guided, z, ddim_timesteps(DDIM_STEPS), alpha_bar, foresee)
+    return PreviewedRun(z, steps, foreseen)
 
 
 @torch.no_grad()
@@ -192,7 +193,7 @@ def drawers(world: World) -> dict[str, Callable[[list[str], torch.Generator], Te
 
     ways: dict[str, Callable[[list[str], torch.Generator], Tensor]] = {
         "base, 50 steps": lambda prompts, numbers: sample(
-            world.unet, world.text, prompts, numbers, DDIM_STEPS, lcm.GUIDANCE
+            partial(base.predict, world.unet), world.text, prompts, numbers, DDIM_STEPS, lcm.GUIDANCE
         )
     }
     if "lcm_lora" in world.loras:

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...evaluation.stats import Interval, identity_auc, own_and_other, proportion, share
+from ...lookahead.vision.faces import misfit
 from ..plan import Plan
 from ..stages import evaluators, stage
 from ..world.faces import PLACES, STYLES
 from . import measure_few_step
-from .measure import CHUNK, SAMPLES, Result, held_out, roc, short_prompt
-from .measure_faces import landmark_error, look, misfit, rank_correlation
+from .measure import CHUNK, SAMPLES, Measurement, held_out, roc, short_prompt
+from .measure_faces import landmark_error, look, rank_correlation
 
 if TYPE_CHECKING:
     from insightface.app import FaceAnalysis
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 PREVIEWS_SEED = 24
 
 
-def in_samples(folder: Path, plan: Plan, app: FaceAnalysis) -> Result:
+def in_samples(folder: Path, plan: Plan, app: FaceAnalysis) -> Measurement:
     """Faces in the base's samples by style; in photos also whether the five landmarks lie as a face's do in the
     recogniser's crop, with drawn photos for comparison."""
     kept = stage.read_tensors(folder / "report" / SAMPLES)
@@ -39,11 +40,11 @@ def in_samples(folder: Path, plan: Plan, app: FaceAnalysis) -> Result:
         figures["landmarks' distance from the crop's template in pixels, drawn photos"] = share(usual[:, None])
         figures["limit in pixels: 99 of 100 drawn photos are nearer"] = limit.item()
         figures["landmarks within the limit, photo"] = proportion(ours <= limit)
-    return Result(figures, f"{len(kept['style'])} samples of the base, {int(photo.sum())} of them photos")
+    return Measurement(figures, f"{len(kept['style'])} samples of the base, {int(photo.sum())} of them photos")
 
 
 @torch.no_grad()
-def in_previews(folder: Path, plan: Plan, app: FaceAnalysis) -> Result:
+def in_previews(folder: Path, plan: Plan, app: FaceAnalysis) -> Measurement:
     """Faces in one-step previews of photos, and how far their landmarks are from those of the finished picture."""
     world, n = measure_few_step.open_world(folder, plan), min(CHUNK, plan.report_prompts)
     prompts = [short_prompt(STYLES.index("photo"), i % len(PLACES)) for i in range(n)]
@@ -59,11 +60,11 @@ def in_previews(folder: Path, plan: Plan, app: FaceAnalysis) -> Result:
             if both.sum() > 1:
                 apart = landmark_error(found.points[both], finished.points[both])
                 figures[f"{name}: landmarks' distance in eye distances"] = share(apart[:, None])
-    return Result(figures, f"{n} photos on short prompts, {measure_few_step.DDIM_STEPS} DDIM steps")
+    return Measurement(figures, f"{n} photos on short prompts, {measure_few_step.DDIM_STEPS} DDIM steps")
 
 
 @torch.no_grad()
-def two_recognisers(folder: Path, plan: Plan, app: FaceAnalysis) -> Result:
+def two_recognisers(folder: Path, plan: Plan, app: FaceAnalysis) -> Measurement:
     """Do the loss's recogniser, through insightface, and the evaluation recogniser order hard pairs alike?"""
     pictures = held_out(folder, plan)
     judge, _ = evaluators.load(folder)
@@ -78,4 +79,4 @@ def two_recognisers(folder: Path, plan: Plan, app: FaceAnalysis) -> Result:
     figures["face recogniser AUC, photo to styled"] = identity_auc(alike, rounds=100)
     curve = roc(*own_and_other(alike, torch.arange(plan.held_out_people)))
     basis = f"{len(pictures)} drawn pictures of {plan.held_out_people} held-out people"
-    return Result(figures, basis, {"face recogniser through insightface, photo to styled": curve})
+    return Measurement(figures, basis, {"face recogniser through insightface, photo to styled": curve})

@@ -31,14 +31,14 @@ from ..stages import clip, stage
 from ..stages.face_networks import FaceRecogniser
 from ..world import data
 from . import measure, measure_controlnet, measure_faces, measure_few_step, measure_found, page
-from .measure import Result
+from .measure import Measurement
 
 if TYPE_CHECKING:
     from insightface.app import FaceAnalysis
 
 PACKAGES = ("torch", "diffusers", "transformers", "insightface", "onnxruntime", "safetensors", "numpy")
 LIMIT = 60e6  # bytes of all shipped files
-Run = Callable[[Path, Plan, Path], Result]  # stages' folder, plan, folder of the shipped files
+Run = Callable[[Path, Plan, Path], Measurement]  # stages' folder, plan, folder of the shipped files
 
 
 @dataclass(frozen=True)
@@ -56,79 +56,79 @@ def _app(weights: Path) -> FaceAnalysis:
     return insightface_pack.load(weights / "insightface")
 
 
-def _vae(folder: Path, plan: Plan, weights: Path) -> Result:
+def _vae(folder: Path, plan: Plan, weights: Path) -> Measurement:
     return measure.autoencoder(folder, plan)
 
 
-def _judges(folder: Path, plan: Plan, weights: Path) -> Result:
+def _judges(folder: Path, plan: Plan, weights: Path) -> Measurement:
     return measure.judges(folder, plan)
 
 
-def _base(folder: Path, plan: Plan, weights: Path) -> Result:
+def _base(folder: Path, plan: Plan, weights: Path) -> Measurement:
     return measure.samples(folder, plan)
 
 
-def _in_samples(folder: Path, plan: Plan, weights: Path) -> Result:
+def _in_samples(folder: Path, plan: Plan, weights: Path) -> Measurement:
     return measure_found.in_samples(folder, plan, _app(weights))
 
 
-def _captions(folder: Path, plan: Plan, weights: Path) -> Result:
+def _captions(folder: Path, plan: Plan, weights: Path) -> Measurement:
     return measure.captions(folder, plan)
 
 
-def _backbone(folder: Path, plan: Plan, weights: Path) -> Result:
+def _backbone(folder: Path, plan: Plan, weights: Path) -> Measurement:
     return measure.backbone(folder, plan)
 
 
-def _previews(folder: Path, plan: Plan, weights: Path) -> Result:
+def _previews(folder: Path, plan: Plan, weights: Path) -> Measurement:
     world = measure_few_step.open_world(folder, plan)
     prompts = ["a photo of a face in a forest", "a pencil drawing of a face", "a comic of a face at night"]
     measure_few_step.draw_previews(world, prompts, measure.drawings(folder) / "previews.png")
     figures = measure_few_step.previews(world, plan.report_prompts)
-    return Result(figures, f"captions of {plan.report_prompts} held-out pictures, half of them long")
+    return Measurement(figures, f"captions of {plan.report_prompts} held-out pictures, half of them long")
 
 
-def _in_previews(folder: Path, plan: Plan, weights: Path) -> Result:
+def _in_previews(folder: Path, plan: Plan, weights: Path) -> Measurement:
     return measure_found.in_previews(folder, plan, _app(weights))
 
 
-def _few_steps(folder: Path, plan: Plan, weights: Path) -> Result:
+def _few_steps(folder: Path, plan: Plan, weights: Path) -> Measurement:
     world = measure_few_step.open_world(folder, plan)
     figures = measure_few_step.few_steps(world, plan.report_prompts, finds=measure_few_step.finder(folder))
-    return Result(figures, f"short captions of {plan.report_prompts} held-out pictures, each with its own noise")
+    return Measurement(figures, f"short captions of {plan.report_prompts} held-out pictures, each with its own noise")
 
 
-def _spread(folder: Path, plan: Plan, weights: Path) -> Result:
+def _spread(folder: Path, plan: Plan, weights: Path) -> Measurement:
     prompts = max(2, plan.report_prompts // 5)
     figures = measure_few_step.spread(measure_few_step.open_world(folder, plan), prompts=prompts)
-    return Result(figures, f"{prompts} long captions, 6 seeds each")
+    return Measurement(figures, f"{prompts} long captions, 6 seeds each")
 
 
-def _person(folder: Path, plan: Plan, weights: Path) -> Result:
+def _person(folder: Path, plan: Plan, weights: Path) -> Measurement:
     world, n = measure_few_step.open_world(folder, plan), max(2, plan.report_prompts // 2)
-    return Result(measure_few_step.person(world, n), f"{n} short captions of held-out pictures")
+    return Measurement(measure_few_step.person(world, n), f"{n} short captions of held-out pictures")
 
 
-def _faces(folder: Path, plan: Plan, weights: Path) -> Result:
+def _faces(folder: Path, plan: Plan, weights: Path) -> Measurement:
     pictures, net = measure.held_out(folder, plan), FaceRecogniser()
     net = insightface_pack.rounded(net, folder / "face_recogniser.safetensors")
     figures = measure_faces.report(_app(weights), net, pictures, plan)
-    return Result(figures, f"{len(pictures)} drawn pictures of {plan.held_out_people} held-out people")
+    return Measurement(figures, f"{len(pictures)} drawn pictures of {plan.held_out_people} held-out people")
 
 
-def _two_recognisers(folder: Path, plan: Plan, weights: Path) -> Result:
+def _two_recognisers(folder: Path, plan: Plan, weights: Path) -> Measurement:
     return measure_found.two_recognisers(folder, plan, _app(weights))
 
 
-def _controlnet(folder: Path, plan: Plan, weights: Path) -> Result:
+def _controlnet(folder: Path, plan: Plan, weights: Path) -> Measurement:
     people = max(2, plan.report_prompts // 3)
     figures = measure_controlnet.report(folder, measure.held_out(folder, plan), people)
-    return Result(figures, f"a picture each of {people} held-out people, styles in turn")
+    return Measurement(figures, f"a picture each of {people} held-out people, styles in turn")
 
 
-def _clip(folder: Path, plan: Plan, weights: Path) -> Result:
+def _clip(folder: Path, plan: Plan, weights: Path) -> Measurement:
     pictures = measure.held_out(folder, plan)
-    return Result(clip.measure(clip.load(folder), pictures), f"{len(pictures)} drawn pictures of held-out people")
+    return Measurement(clip.measure(clip.load(folder), pictures), f"{len(pictures)} drawn pictures of held-out people")
 
 
 _PICTURE = ("base", "vae", "sharpen")
@@ -170,9 +170,10 @@ _MODULES = {
 
 @dataclass(frozen=True)
 class Claim:
-    """What issue 3 asks for: figures of `measure` whose names match `figure`, each at least (or above) `least`.
+    """A requirement on a build: figures of `measure` whose names match `figure` reach `least` (or exceed it).
 
-    Without `least` the figure is only to be reported."""
+    point: its number in the plan for the mini world. Without `least` the figures are only to be reported.
+    """
 
     point: int
     text: str

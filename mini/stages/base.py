@@ -7,6 +7,7 @@ picture takes shape. A tenth of the captions is dropped, half of it to the empty
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -14,6 +15,11 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 
+from ...lookahead.files.unet_layout import UNetLayout
+from ...lookahead.method.guidance import Scales, guided
+from ...lookahead.method.sampling import Predict
+from ...lookahead.method.schedule import TIMESTEPS, add_noise, alphas_cumprod
+from ...sdxl.shared_unet import Condition
 from ..plan import CONTEXT, IMAGE_SIZE, LATENT_SIZE, SIZES, Plan
 from ..world.data import Pictures
 from . import stage
@@ -22,29 +28,18 @@ from .text import TextEncoders, tokenize, tokenizer
 BATCH = 32
 DROP = 0.1
 MIN_SNR = 5.0
-STEPS = 1000
+_S = SIZES["unet"]
+LAYOUT = UNetLayout(
+    tuple(_S["model_channels"] * m for m in _S["channel_mult"]),
+    tuple(_S["transformer_depth"]),
+    CONTEXT,
+    SIZES["text"]["width_g"],
+    _S["head_channels"],
+)
 
 
 def build_unet() -> UNet2DConditionModel:
-    s = SIZES["unet"]
-    widths = tuple(s["model_channels"] * m for m in s["channel_mult"])
-    kinds = ["CrossAttnDownBlock2D" if d else "DownBlock2D" for d in s["transformer_depth"]]
-    unet = UNet2DConditionModel(
-        sample_size=LATENT_SIZE,
-        in_channels=4,
-        out_channels=4,
-        down_block_types=tuple(kinds),
-        up_block_types=tuple(k.replace("Down", "Up") for k in reversed(kinds)),
-        block_out_channels=widths,
-        layers_per_block=2,
-        transformer_layers_per_block=tuple(max(1, d) for d in s["transformer_depth"]),
-        attention_head_dim=tuple(w // s["head_channels"] for w in widths),  # diffusers' name for the number of heads
-        cross_attention_dim=CONTEXT,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=6 * 256 + SIZES["text"]["width_g"],
-        use_linear_projection=True,
-    )
+    unet = UNet2DConditionModel(sample_size=LATENT_SIZE, **LAYOUT.diffusers())
     # SDPA's backward is slow in bf16 on a CPU; at 256 tokens the plain product costs nothing on a GPU either.
     unet.set_attn_processor(AttnProcessor())
     return unet
@@ -61,18 +56,47 @@ def scheduler() -> DDIMScheduler:
     )
 
 
-def added(pooled: Tensor) -> dict[str, Tensor]:
-    """SDXL's size conditioning of a whole picture, with the pooled text embedding."""
+def condition(context: Tensor, pooled: Tensor) -> Condition:
+    """A text with SDXL's size conditioning of a whole picture."""
     size = torch.tensor([IMAGE_SIZE, IMAGE_SIZE, 0, 0, IMAGE_SIZE, IMAGE_SIZE], device=pooled.device)
-    return {"text_embeds": pooled, "time_ids": size.float().expand(len(pooled), 6)}
+    return Condition(context, pooled.float(), size.float().expand(len(pooled), 6))
+
+
+def alpha_bar(device: torch.device | str = "cpu") -> Tensor:
+    """Of all timesteps, [1000]."""
+    return alphas_cumprod().float().to(device)
+
+
+def predict(unet: UNet2DConditionModel, x: Tensor, t: Tensor, text: Condition) -> Tensor:
+    """The UNet's prediction of the noise, float32."""
+    return unet(x, t, text.context, added_cond_kwargs=text.added).sample.float()
+
+
+def classifier_free(
+    predict: Callable[[Tensor, Tensor, Condition], Tensor], positive: Condition, negative: Condition, guidance: float
+) -> Predict:
+    """Classifier-free guidance of `predict`, both predictions in one batch, the negative's rows first.
+
+    negative: of one row, or of as many as the positive.
+    """
+    texts = {"uncond": negative, "text": positive}
+
+    def guide(x: Tensor, t: Tensor) -> Tensor:
+        def both(names: Sequence[str]) -> Sequence[Tensor]:
+            count, text = len(names), Condition.stacked([texts[name] for name in names], len(x))
+            return predict(x.repeat(count, 1, 1, 1), t.repeat(count), text).chunk(count)
+
+        return guided(both, Scales(guidance, 0.0, 0.0))
+
+    return guide
 
 
 class Noising:
     """Timesteps, noise and noised latents of one step, from that step's numbers, and the loss that goes with them."""
 
     def __init__(self, device: torch.device):
-        self.alphas = scheduler().alphas_cumprod.to(device)
-        snr = self.alphas / (1 - self.alphas)
+        self.alpha_bar = alpha_bar(device)
+        snr = self.alpha_bar / (1 - self.alpha_bar)
         self._weight = snr.clamp(max=MIN_SNR) / snr
 
     def loss(self, predicted: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -80,10 +104,9 @@ class Noising:
         return (self._weight[t] * (predicted.float() - noise).square().mean((1, 2, 3))).mean()
 
     def __call__(self, latent: Tensor, numbers: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        t = torch.randint(STEPS, (len(latent),), generator=numbers).to(latent.device)
+        t = torch.randint(TIMESTEPS, (len(latent),), generator=numbers).to(latent.device)
         noise = torch.randn(latent.shape, generator=numbers).to(latent.device)
-        a = self.alphas[t].view(-1, 1, 1, 1)
-        return t, noise, a.sqrt() * latent + (1 - a).sqrt() * noise
+        return t, noise, add_noise(latent, noise, self.alpha_bar[t])
 
 
 def drop_text(ids: Tensor, empty: Tensor, numbers: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -113,7 +136,7 @@ def train(folder: Path, pictures: Pictures, latents: Tensor, plan: Plan) -> None
         with torch.autocast(device.type, torch.bfloat16):
             context, pooled = text(ids.to(device))
             keep = keep.to(device)
-            predicted = unet(x, t, context * keep, added_cond_kwargs=added(pooled.float() * keep[:, 0])).sample
+            predicted = predict(unet, x, t, condition(context * keep, pooled.float() * keep[:, 0]))
         return noised.loss(predicted, noise, t)
 
     models = {"unet": unet, "text": text}

@@ -7,7 +7,6 @@ too are no mistakes: they share the target. It is no relative of the style score
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -16,12 +15,12 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from ...evaluation.stats import Interval, auc, bootstrap
+from ...lookahead.vision.images import CLIP_MEAN, CLIP_STD, clip_normalise, resize_square
 from ..plan import SIZES, WEIGHTS, Plan
 from ..world.data import Pictures
 from ..world.faces import GLASSES_NAMES, HAIR_COLOUR_NAMES, HAIR_NAMES, PLACES, SKIN_NAMES, STYLES
 from . import stage
 from .evaluators import disturb
-from .image_encoder import MEAN, STD
 from .text import find_tokenizer, tokenizer
 
 BATCH = 96
@@ -46,10 +45,7 @@ def build() -> CLIPModel:
 def preprocess(picture: Tensor) -> Tensor:
     """[n, 3, h, w] in [0, 1], square, -> the model's pixel_values: what `image_processor` does, with gradients."""
     size = _S["vision"]["image_size"]
-    if picture.shape[-1] != size:
-        picture = F.interpolate(picture, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
-    mean, std = (torch.tensor(v, device=picture.device).view(1, 3, 1, 1) for v in (MEAN, STD))
-    return (picture - mean) / std
+    return clip_normalise(resize_square(picture, size))
 
 
 def image_processor() -> CLIPImageProcessor:
@@ -57,8 +53,8 @@ def image_processor() -> CLIPImageProcessor:
     return CLIPImageProcessor(
         size={"shortest_edge": size},
         crop_size={"height": size, "width": size},
-        image_mean=list(MEAN),
-        image_std=list(STD),
+        image_mean=list(CLIP_MEAN),
+        image_std=list(CLIP_STD),
     )
 
 
@@ -220,11 +216,3 @@ def measure(model: CLIPModel, pictures: Pictures) -> dict[str, Interval]:
             lambda rows, c=close, y=there: auc(c[rows][y[rows]], c[rows][~y[rows]]), len(close), rounds=200
         )
     return figures
-
-
-def report(folder: Path, pictures: Pictures) -> None:
-    """Measure the stage's result on held-out people and keep the figures in `clip_report.json`."""
-    figures = measure(load(folder), pictures)
-    for name, value in figures.items():
-        print(f"{name:32} {value}")
-    (folder / "clip_report.json").write_text(json.dumps({k: list(v) for k, v in figures.items()}, indent=1))

@@ -9,12 +9,14 @@ distribution: it pays to sit on the mode, and nothing asks to cover the rest.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...lookahead.method.schedule import TIMESTEPS, add_noise, pred_original_sample, preview_latent
 from ...sdxl import lora
 from ..plan import LATENT_SIZE, Plan
 from ..world.data import Pictures
@@ -23,7 +25,7 @@ from .text import tokenize, tokenizer
 
 BATCH = 16
 GUIDANCE = 6.0  # of the base's score: higher is narrower
-FIRST = base.STEPS - 1  # the time step that noise is taken for
+FIRST = TIMESTEPS - 1  # the time step that noise is taken for
 LOW, HIGH = 20, 980  # time steps at which the two scores are compared
 RATE = 3e-4
 
@@ -40,9 +42,10 @@ def train(folder: Path, pictures: Pictures, plan: Plan) -> None:
     generator.scale = own.scale = 0.0
     tokens = tokenizer()
     long, empty = tokenize(tokens, pictures.long), tokenize(tokens, [""])
-    steps = lcm.Steps(device)
+    alpha_bar = base.alpha_bar(device)
+    predict = partial(base.predict, unet)
     with torch.no_grad():
-        nothing = text(empty.to(device))
+        nothing = base.condition(*text(empty.to(device)))
 
     def loss(step: int) -> Tensor:
         numbers = stage.numbers_of_step(plan.seed + 11, step)
@@ -52,18 +55,19 @@ def train(folder: Path, pictures: Pictures, plan: Plan) -> None:
         first = torch.full_like(t, FIRST)
         with torch.autocast(device.type, torch.bfloat16):
             with torch.no_grad():
-                condition = text(long[index].to(device))
+                condition = base.condition(*text(long[index].to(device)))
             with generator.at(1.0):
-                picture = steps.preview(z, first, lcm.predict(unet, z, first, *condition))
-            x = steps.noised(picture.detach(), t, noise)
+                picture = preview_latent(z, predict(z, first, condition), first, alpha_bar[first])
+            x = add_noise(picture.detach(), noise, alpha_bar[t])
             with torch.no_grad():
-                wanted = steps.x0(x, t, lcm.guided(unet, x, t, condition, nothing, GUIDANCE))
+                guided = base.classifier_free(predict, condition, nothing, GUIDANCE)
+                wanted = pred_original_sample(x, guided(x, t), alpha_bar[t])
             with own.at(1.0):
-                eps = lcm.predict(unet, x, t, *condition)
+                eps = predict(x, t, condition)
         learn_own = F.mse_loss(eps, noise)
         with torch.no_grad():
             size = (picture - wanted).abs().mean((1, 2, 3), keepdim=True)
-            direction = (steps.x0(x, t, eps) - wanted) / size
+            direction = (pred_original_sample(x, eps, alpha_bar[t]) - wanted) / size
         # The gradient of this with respect to the picture is the direction; each LoRA gets its own term's gradient.
         follow = 0.5 * F.mse_loss(picture, picture.detach() - direction)
         return follow + learn_own

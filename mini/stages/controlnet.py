@@ -14,8 +14,9 @@ import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import Tensor
 
+from ...sdxl.shared_unet import Condition
 from ..files.checkpoint import cldm_controlnet
-from ..plan import SIZES, Plan
+from ..plan import Plan
 from ..world.data import Pictures
 from ..world.edges import edges
 from . import base, stage
@@ -26,18 +27,14 @@ THRESHOLDS = (0.3, 1.0)  # of strong edges, drawn anew every step: users choose 
 
 
 def build() -> ControlNetModel:
-    s = SIZES["unet"]
-    widths = tuple(s["model_channels"] * m for m in s["channel_mult"])
+    same = ("block_out_channels", "layers_per_block", "addition_embed_type", "addition_time_embed_dim")
+    same += ("projection_class_embeddings_input_dim", "attention_head_dim")  # there is no attention; diffusers asks
+    layout = base.LAYOUT.diffusers()
     return ControlNetModel(
-        down_block_types=("DownBlock2D",) * len(widths),
+        down_block_types=("DownBlock2D",) * len(base.LAYOUT.channels),
         mid_block_type="UNetMidBlock2D",
-        block_out_channels=widths,
-        layers_per_block=2,
         conditioning_embedding_out_channels=(16, 32, 96, 256),  # the host knows no other
-        addition_embed_type="text_time",
-        addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=6 * 256 + SIZES["text"]["width_g"],
-        attention_head_dim=tuple(w // s["head_channels"] for w in widths),  # there is no attention; diffusers asks
+        **{name: layout[name] for name in same},
     )
 
 
@@ -52,17 +49,17 @@ def predict(
     net: ControlNetModel | None,
     x: Tensor,
     t: Tensor,
-    context: Tensor,
-    added: dict[str, Tensor],
+    text: Condition,
     hint: Tensor,
     strength: float = 1.0,
 ) -> Tensor:
     """The base's noise prediction [n, 4, h, w] under edges `hint` [n, 3, 8h, 8w]; without them if `net` is None."""
     extra = {}
     if net is not None:
-        down, middle = net(x, t, context, hint, conditioning_scale=strength, added_cond_kwargs=added, return_dict=False)
+        options = {"conditioning_scale": strength, "added_cond_kwargs": text.added, "return_dict": False}
+        down, middle = net(x, t, text.context, hint, **options)
         extra = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
-    return unet(x, t, context, added_cond_kwargs=added, **extra).sample
+    return unet(x, t, text.context, added_cond_kwargs=text.added, **extra).sample
 
 
 def train(folder: Path, pictures: Pictures, latents: Tensor, plan: Plan) -> None:
@@ -90,7 +87,8 @@ def train(folder: Path, pictures: Pictures, latents: Tensor, plan: Plan) -> None
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
             context, pooled = text(ids.to(device))
         with torch.autocast(device.type, torch.bfloat16):
-            predicted = predict(unet, net, x, t, context * keep, base.added(pooled.float() * keep[:, 0]), hint)
+            condition = base.condition(context * keep, pooled.float() * keep[:, 0])
+            predicted = predict(unet, net, x, t, condition, hint)
         return noised.loss(predicted, noise, t)  # weighted to the steps in which a picture takes shape, as edges do
 
     stage.train("controlnet", folder, {"net": net}, loss, steps=plan.controlnet_steps, rate=1e-3, ema=0.995)

@@ -19,7 +19,7 @@ from ..world.data import Pictures, group_of_people
 from ..world.faces import STYLES, boxes, landmarks, render_empty, sample_nuisance
 from ..world.styles import blur
 from . import stage
-from .face_networks import ANCHORS, DETECTOR_SIZE, STRIDES, Detector
+from .face_networks import ANCHORS, DETECTOR_SIZE, STRIDES, FaceDetector
 
 ONE, TWO, EMPTY = 20, 6, 6  # scenes a batch with one face, with two, with none
 BATCH = ONE + TWO + EMPTY
@@ -37,7 +37,7 @@ class Scenes(NamedTuple):
     there: Tensor  # bool [n, 2]
 
 
-class Source(NamedTuple):
+class SceneParts(NamedTuple):
     """What scenes are made of: drawn pictures with what is known about them, and pictures without a person."""
 
     pictures: Pictures
@@ -46,9 +46,11 @@ class Source(NamedTuple):
     empty: Tensor  # uint8 [m, 3, 128, 128]
 
 
-def source(pictures: Pictures, group: str, people: int, plan: Plan, empty: int = 1000) -> Source:
+def source(pictures: Pictures, group: str, people: int, plan: Plan, empty: int = 1000) -> SceneParts:
     faces = group_of_people(group, people, plan.styles)
-    return Source(pictures, boxes(faces, _S), landmarks(faces, _S), empty_pictures(empty, plan.seed + 7, plan.styles))
+    return SceneParts(
+        pictures, boxes(faces, _S), landmarks(faces, _S), empty_pictures(empty, plan.seed + 7, plan.styles)
+    )
 
 
 def empty_pictures(n: int, seed: int, styles: tuple[str, ...] = STYLES) -> Tensor:
@@ -60,7 +62,7 @@ def empty_pictures(n: int, seed: int, styles: tuple[str, ...] = STYLES) -> Tenso
     return (torch.cat(drawn) * 255).round().byte()
 
 
-def scenes(s: Source, numbers: torch.Generator) -> Scenes:
+def scenes(s: SceneParts, numbers: torch.Generator) -> Scenes:
     """One batch: first the scenes with two faces, then those with one, then those with none."""
 
     def uniform(*shape: int) -> Tensor:
@@ -139,7 +141,7 @@ def disturb(x: Tensor, numbers: torch.Generator) -> Tensor:
     return x.clamp(0, 1)
 
 
-def loss_of(net: Detector, s: Scenes, device: torch.device) -> Tensor:
+def loss_of(net: FaceDetector, s: Scenes, device: torch.device) -> Tensor:
     """Focal loss of the scores, GIoU of the boxes, smooth L1 of the landmarks in shares of the face's size."""
     x = (s.picture * 255 - 127.5) / 128
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -204,7 +206,7 @@ def train(folder: Path, pictures: Pictures, plan: Plan) -> None:
         return
     torch.manual_seed(plan.seed + 7)
     device = stage.device()
-    net = Detector().to(device, memory_format=torch.channels_last)
+    net = FaceDetector().to(device, memory_format=torch.channels_last)
     drawn = source(pictures, "train", plan.people, plan)
 
     def loss(step: int) -> Tensor:
@@ -215,7 +217,7 @@ def train(folder: Path, pictures: Pictures, plan: Plan) -> None:
     stage.finish("detector", folder)
 
 
-def load(folder: Path) -> Detector:
-    net = Detector()
+def load(folder: Path) -> FaceDetector:
+    net = FaceDetector()
     net.load_state_dict(stage.read_tensors(folder / "detector.safetensors"))
     return net.eval().requires_grad_(False)

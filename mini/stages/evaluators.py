@@ -12,7 +12,7 @@ from ..plan import Plan
 from ..world.data import Pictures
 from ..world.styles import blur
 from . import stage
-from .networks import Recogniser, StyleScorer
+from .networks import EvaluationRecogniser, StyleScorer
 
 BATCH = 96
 
@@ -32,10 +32,10 @@ def train_recogniser(folder: Path, pictures: Pictures, plan: Plan) -> None:
     """Regression of the parameters that the faces were drawn with, from any style."""
     target = pictures.labels["identity"]
 
-    def loss(net: Recogniser, x: Tensor, index: Tensor) -> Tensor:
+    def loss(net: EvaluationRecogniser, x: Tensor, index: Tensor) -> Tensor:
         return F.mse_loss(net(x).float(), target[index].to(x.device))
 
-    net = Recogniser()
+    net = EvaluationRecogniser()
     net.centre.copy_(target.mean(0))
     _train("recogniser", folder, net, loss, pictures, plan.recogniser_steps, plan.seed + 2)
 
@@ -73,8 +73,8 @@ def _train(name: str, folder: Path, net: nn.Module, loss, pictures: Pictures, st
     stage.finish(name, folder)
 
 
-def load(folder: Path) -> tuple[Recogniser, StyleScorer]:
-    nets = Recogniser(), StyleScorer()
+def load(folder: Path) -> tuple[EvaluationRecogniser, StyleScorer]:
+    nets = EvaluationRecogniser(), StyleScorer()
     for net, name in zip(nets, ("recogniser", "style_scorer"), strict=True):
         net.load_state_dict(stage.read_tensors(folder / f"{name}.safetensors"))
         net.eval().requires_grad_(False)

@@ -22,7 +22,7 @@ def _rows(maps: Tensor, width: int) -> Tensor:
     return maps.permute(0, 2, 3, 1).reshape(maps.shape[0], -1, width)
 
 
-class Detector(nn.Module):
+class FaceDetector(nn.Module):
     """Faces with five landmarks, at three strides.
 
     Input [n, 3, 128, 128], RGB, (bytes - 127.5) / 128. Outputs, as SCRFD orders them: the scores [m, 1] of the three

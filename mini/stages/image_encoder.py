@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from ...lookahead.vision.images import clip_normalise, resize_square
 from ..plan import SIZES, Plan
 from ..world.data import Pictures
 from ..world.faces import IDENTITY_SIZE, PLACES, STYLES
@@ -20,8 +21,6 @@ from . import stage
 from .evaluators import disturb
 
 BATCH = 64
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def build() -> CLIPVisionModelWithProjection:
@@ -31,10 +30,7 @@ def build() -> CLIPVisionModelWithProjection:
 def preprocess(picture: Tensor) -> Tensor:
     """[n, 3, h, w] in [0, 1], square, -> the encoder's input: CLIP's mean and deviation, at the encoder's size."""
     size = SIZES["clip_vision"]["image_size"]
-    if picture.shape[-1] != size:
-        picture = F.interpolate(picture, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
-    mean, std = (torch.tensor(v, device=picture.device).view(1, 3, 1, 1) for v in (MEAN, STD))
-    return (picture - mean) / std
+    return clip_normalise(resize_square(picture, size))
 
 
 def train(folder: Path, groups: list[Pictures], plan: Plan) -> None:

@@ -9,12 +9,15 @@ upwards. No guidance embedding: the strength of the guidance is built in, as in 
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from ...lookahead.method.sampling import sample_lcm
+from ...lookahead.method.schedule import TIMESTEPS, add_noise, ddim_step, preview_latent
 from ...sdxl import lora
 from ..plan import LATENT_SIZE, Plan
 from ..world.data import Pictures
@@ -23,58 +26,11 @@ from .text import TextEncoders, tokenize, tokenizer
 
 RANK, CONV_RANK = 12, 8
 BATCH = 16
-SKIP = base.STEPS // 50  # what one DDIM step of fifty covers
+SKIP = TIMESTEPS // 50  # what one DDIM step of fifty covers
 GUIDANCE = 3.0  # what the base is sampled with everywhere
-SIGMA_DATA, TIMESTEP_SCALING = 0.5, 10.0  # the boundary scaling of the public LCMs
 HUBER = 1e-3
 TARGET_DECAY = 0.95
 RATE = 1e-3
-
-
-class Steps:
-    """The arithmetic of noised latents [n, 4, h, w] at integer time steps [n], in float32."""
-
-    def __init__(self, device: torch.device | str = "cpu"):
-        alphas = base.scheduler().alphas_cumprod.to(device)
-        self._signal, self._noise = alphas.sqrt(), (1 - alphas).sqrt()
-
-    def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Shares of signal and noise at t, [n, 1, 1, 1] each."""
-        return self._signal[t].view(-1, 1, 1, 1), self._noise[t].view(-1, 1, 1, 1)
-
-    def noised(self, latent: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        signal, rate = self.rates(t)
-        return signal * latent + rate * noise
-
-    def x0(self, x: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """The clean latent that a prediction of the noise amounts to."""
-        signal, rate = self.rates(t)
-        return (x - rate * eps) / signal
-
-    def preview(self, x: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """The answer of a few-step model: x0, except that at t = 0 it is x itself (the boundary condition)."""
-        s = (TIMESTEP_SCALING * t.float()).view(-1, 1, 1, 1)
-        skip, out = SIGMA_DATA**2 / (s**2 + SIGMA_DATA**2), s / (s**2 + SIGMA_DATA**2).sqrt()
-        return out * self.x0(x, t, eps) + skip * x
-
-
-def predict(unet: UNet2DConditionModel, x: Tensor, t: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
-    """The UNet's prediction of the noise, float32."""
-    return unet(x, t, context, added_cond_kwargs=base.added(pooled.float())).sample.float()
-
-
-def guided(
-    unet: UNet2DConditionModel,
-    x: Tensor,
-    t: Tensor,
-    positive: tuple[Tensor, Tensor],
-    negative: tuple[Tensor, Tensor],
-    guidance: float,
-) -> Tensor:
-    """Classifier-free guidance; positive and negative are (context, pooled), the negative of one row or n."""
-    context, pooled = (torch.cat([n.expand_as(p), p]) for n, p in zip(negative, positive, strict=True))
-    without, with_text = predict(unet, torch.cat([x, x]), torch.cat([t, t]), context, pooled).chunk(2)
-    return without + guidance * (with_text - without)
 
 
 def train(folder: Path, pictures: Pictures, latents: Tensor, plan: Plan) -> None:
@@ -90,9 +46,9 @@ def train(folder: Path, pictures: Pictures, latents: Tensor, plan: Plan) -> None
         each.attach(unet).scale = 0.0
     tokens = tokenizer()
     long, short, empty = (tokenize(tokens, t) for t in (pictures.long, pictures.short, [""]))
-    steps = Steps(device)
+    alpha_bar = base.alpha_bar(device)
     with torch.no_grad():
-        nothing = text(empty.to(device))
+        nothing = base.condition(*text(empty.to(device)))
 
     def loss(step: int) -> Tensor:
         torch._foreach_lerp_(list(target.parameters()), [p.detach() for p in student.parameters()], 1 - TARGET_DECAY)
@@ -100,19 +56,19 @@ def train(folder: Path, pictures: Pictures, latents: Tensor, plan: Plan) -> None
         index = torch.randint(len(pictures), (BATCH,), generator=numbers)
         described = torch.rand(BATCH, 1, 1, generator=numbers) < 0.5
         ids = torch.where(described, long[index], short[index]).to(device)
-        t = torch.randint(1, base.STEPS, (BATCH,), generator=numbers).to(device)
+        t = torch.randint(1, TIMESTEPS, (BATCH,), generator=numbers).to(device)
         s = (t - SKIP).clamp(min=0)
         noise = torch.randn(latents[index].shape, generator=numbers).to(device)
-        x = steps.noised(latents[index].float().to(device), t, noise)
+        x = add_noise(latents[index].float().to(device), noise, alpha_bar[t])
         with torch.autocast(device.type, torch.bfloat16):
             with torch.no_grad():
-                condition = text(ids)
-                eps = guided(unet, x, t, condition, nothing, GUIDANCE)
-                x_s = steps.noised(steps.x0(x, t, eps), s, eps)  # one DDIM step
+                condition = base.condition(*text(ids))
+                eps = base.classifier_free(partial(base.predict, unet), condition, nothing, GUIDANCE)(x, t)
+                x_s = ddim_step(x, eps, alpha_bar[t], alpha_bar[s])
                 with target.at(1.0):
-                    wanted = steps.preview(x_s, s, predict(unet, x_s, s, *condition))
+                    wanted = preview_latent(x_s, base.predict(unet, x_s, s, condition), s, alpha_bar[s])
             with student.at(1.0):
-                answer = steps.preview(x, t, predict(unet, x, t, *condition))
+                answer = preview_latent(x, base.predict(unet, x, t, condition), t, alpha_bar[t])
         return ((answer - wanted).square() + HUBER**2).sqrt().mean() - HUBER
 
     stage.train(
@@ -142,12 +98,14 @@ def sample(
 
     The time steps are those of the host's `lcm` sampler with the schedule `sgm_uniform`; no guidance.
     """
-    arithmetic = Steps()
-    context, pooled = text(tokenize(tokenizer(), prompts))
+    text_of_all = base.condition(*text(tokenize(tokenizer(), prompts)))
     x = torch.randn(len(prompts), 4, LATENT_SIZE, LATENT_SIZE, generator=numbers)
-    for step in range(steps):
-        t = torch.full((len(prompts),), (base.STEPS - 1) * (steps - step) // steps)
-        if step:
-            x = arithmetic.noised(x, t, torch.randn(x.shape, generator=numbers))
-        x = arithmetic.preview(x, t, predict(unet, x, t, context, pooled))
-    return x
+    timesteps = [(TIMESTEPS - 1) * (steps - step) // steps for step in range(steps)]
+
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        return base.predict(unet, x, t, text_of_all)
+
+    def noise(x: Tensor) -> Tensor:
+        return torch.randn(x.shape, generator=numbers)
+
+    return sample_lcm(predict, x, timesteps, base.alpha_bar(), noise)

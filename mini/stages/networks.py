@@ -41,7 +41,7 @@ def _view(picture: Tensor) -> Tensor:
     return F.interpolate(picture, size=(VIEW, VIEW), mode="bilinear", antialias=True) * 2 - 1
 
 
-class Recogniser(nn.Module):
+class EvaluationRecogniser(nn.Module):
     """Who is it? Predicts the parameters that the face was drawn with; their direction is the embedding."""
 
     def __init__(self) -> None:

@@ -18,6 +18,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ...lookahead.files.tensors import write_tensors as save_whole
+
 SAVE_SECONDS = 120
 LOG_STEPS = 50
 
@@ -35,7 +37,7 @@ def device() -> torch.device:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Save as safetensors through a temporary file, so that `path` is either whole or as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors.write_tensors(path, {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata or {})
+    save_whole(path, {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata or {})
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

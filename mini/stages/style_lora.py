@@ -15,7 +15,7 @@ from ...sdxl import lora
 from ..plan import IMAGE_SIZE, Plan
 from ..world.data import Pictures
 from ..world.faces import STYLES, Faces, captions, render, sample_identities, sample_nuisance
-from . import base, lcm, stage, vae
+from . import base, stage, vae
 from .text import tokenize, tokenizer
 
 NAME = "zorka"
@@ -63,8 +63,8 @@ def train(folder: Path, pictures: Pictures, latents: Tensor, plan: Plan) -> None
         t, noise, x = noised(torch.cat([own[mine], latents[others].float()]).to(device), numbers)
         with torch.autocast(device.type, torch.bfloat16):
             with torch.no_grad():
-                condition = text(ids)
-            return noised.loss(lcm.predict(unet, x, t, *condition), noise, t)
+                condition = base.condition(*text(ids))
+            return noised.loss(base.predict(unet, x, t, condition), noise, t)
 
     stage.train("style_lora", folder, {"lora": made}, loss, steps=plan.style_lora_steps, rate=RATE, decay=0.0, ema=0.98)
     stage.write_tensors(out, lora.public_tensors(made))

@@ -1,49 +1,60 @@
-"""What training made of the encoder: trained encoder files against the one that training starts from, in the real host.
+"""What training made of the encoder: trained encoder files against the one that training starts from.
 
-`make evaluate ARGS="--encoders shortcut=a.safetensors shortcut=b.safetensors none=c.safetensors"`: files of one name
-are one arm, trained with several seeds; FILE@0.75 draws with that weight of the image prompt. Identity by a
-recogniser, style by a scorer, neither of which took part in any training. Writes docs/encoders.md, .json and .jpg.
+Files of one name are one arm, trained with several seeds; FILE@0.75 draws with that weight of the image prompt.
+Identity by a recogniser, style by a scorer, neither of which took part in any training. Writes encoders.md, .json and
+.jpg.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from ...host.host import WEIGHTS
+import torch
+from torch import Tensor
+
+from ...evaluation.contact_sheet import Cell, contact_sheet
+from ...evaluation.stats import share
+from ...lookahead.files import encoder_file
+from ...lookahead.files.tensors import read_tensors, sha256, write_tensors
 from ...tools.common import CACHE, ROOT, Problem, say
-from .reference import _BOTH, ARMS, STYLES, Arm, _how, draw
+from ..files.weights import evaluators
+from ..plan import WEIGHTS
+from ..world.faces import STYLES as ALL_STYLES
+from ..world.references import reference_faces
+from .drawing import BOTH, MEASURED_WITH, ReferenceArm, draw
+from .study import SIMILARITY, STYLE, STYLES, Figures, Table, render, to_image, write_page
 
 # What training starts from: as it is, at other weights (the lower ones are what users and the paper choose to get some
 # style back), and with KV injection without training.
 BEFORE, BEFORE_KV = "before", "before, KV beside it"
-WEIGHTS_TOO = {f"before, weight {weight}": Arm(image_prompt=weight) for weight in (1.25, 0.75, 0.5)}
-BASELINES = {BEFORE: ARMS["image prompt"], **WEIGHTS_TOO, BEFORE_KV: _BOTH}
+WEIGHTS_TOO = {f"before, weight {weight}": ReferenceArm(image_prompt=weight) for weight in (1.25, 0.75, 0.5)}
+BASELINES = {BEFORE: ReferenceArm(image_prompt=1.0), **WEIGHTS_TOO, BEFORE_KV: BOTH}
 COMPARED = (BEFORE, *WEIGHTS_TOO)  # gains are over these
-SIMILARITY, STYLE = "similarity to the own reference", "style accuracy"
+
+#: By arm, similarity to the own reference and whether the style is right, [references, styles] each
+Scores = dict[str, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainedEncoder:
     """A trained encoder file, and the weight of the image prompt to draw with."""
 
     file: Path
     weight: float = 1.0
 
 
-def parse(chosen: Sequence[str]) -> dict[str, list[Run]]:
+def parse(chosen: Sequence[str]) -> dict[str, list[TrainedEncoder]]:
     """NAME=FILE or NAME=FILE@WEIGHT, in turn -> the runs of each name."""
-    found: dict[str, list[Run]] = {}
+    found: dict[str, list[TrainedEncoder]] = {}
     for one in chosen:
         name, equals, rest = one.partition("=")
         file, weight = re.fullmatch(r"(.*?)(?:@(\d*\.?\d+))?", rest).groups()
-        run = Run(Path(file), float(weight or 1))
+        run = TrainedEncoder(Path(file), float(weight or 1))
         if not equals or not run.file.is_file():
             raise Problem(
                 f"--encoders got {one!r}: give NAME=FILE or NAME=FILE@WEIGHT, with the encoder file of a run."
@@ -56,12 +67,10 @@ def parse(chosen: Sequence[str]) -> dict[str, list[Run]]:
 
 def with_kv(file: Path) -> bool:
     """Whether an encoder file has a trained KV encoder."""
-    from ...lookahead.files import encoder_file
-
     return bool(encoder_file.read(file).kv)
 
 
-def arms_of(runs: dict[str, list[Run]]) -> tuple[dict[str, Arm], dict[str, Path]]:
+def arms_of(runs: dict[str, list[TrainedEncoder]]) -> tuple[dict[str, ReferenceArm], dict[str, Path]]:
     """Arms for `draw`, the baselines and one a run; the files by their names in the host."""
     arms, names = dict(BASELINES), {}
     for name, some in runs.items():
@@ -77,25 +86,20 @@ def _surroundings() -> str:
     """All besides arm and people that a picture depends on: weights, settings, host and our own sources."""
     files = [
         WEIGHTS / "manifest.json",
-        *(ROOT / name for name in ("mini/studies/reference.py", "host/graph.py", "host/host.py")),
+        *(ROOT / name for name in ("mini/studies/drawing.py", "mini/studies/study.py", "mini/files/host_models.py")),
     ]
-    files += [file for folder in ("lookahead", "nodes") for file in sorted((ROOT / folder).rglob("*.py"))]
+    files += [file for folder in ("lookahead", "nodes", "host") for file in sorted((ROOT / folder).rglob("*.py"))]
     sources = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
     return repr((sources, os.environ.get("COMFYUI_DIR"), os.environ.get("HOST_VERSION"), STYLES))
 
 
 def pictures(
-    references: int, arms: dict[str, Arm], names: dict[str, Path], first: int = 0
-) -> tuple[Any, dict[str, Any]]:
-    """As `evaluate.draw`; what was drawn before, in the same surroundings, is taken from the cache."""
-    import torch
-
-    from ...lookahead.files.tensors import read_tensors, sha256, write_tensors
-    from ..world.references import reference_faces
-
+    references: int, arms: dict[str, ReferenceArm], names: dict[str, Path], first: int = 0
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """As `draw`; what was drawn before, in the same surroundings, is taken from the cache."""
     surroundings = _surroundings()
 
-    def place(arm: Arm) -> Path:
+    def place(arm: ReferenceArm) -> Path:
         file = sha256(names[arm.encoder]) if arm.encoder in names else arm.encoder
         key = repr((surroundings, astuple(replace(arm, encoder=file)), first, references))
         return CACHE / "evaluated" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
@@ -112,13 +116,8 @@ def pictures(
     return reference_faces(references, first=first), stored
 
 
-def scores(faces: Any, drawn: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """By arm, similarity to the own reference and whether the style is right: [references, styles] each."""
-    import torch
-
-    from ..files.weights import evaluators
-    from ..world.faces import STYLES as ALL_STYLES
-
+def scores(faces: Tensor, drawn: dict[str, Tensor]) -> Scores:
+    """What the judges say of faces [n, 3, H, W] and what was drawn of them, [n, styles, 3, H, W] by arm."""
     recogniser, scorer = evaluators()
     asked = torch.tensor([ALL_STYLES.index(s) for s in STYLES])
     found = {}
@@ -132,13 +131,10 @@ def scores(faces: Any, drawn: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def table(found: dict[str, dict[str, Any]], files: dict[str, list[Run]]) -> dict[str, Any]:
+def table(found: Scores, files: dict[str, list[TrainedEncoder]]) -> Table:
     """Figures by arm, the runs of an arm together, with paired gains over what training started from."""
-    import torch
 
-    from ...evaluation.stats import share
-
-    def row(runs: list[str], gains: bool) -> dict[str, Any]:
+    def row(runs: list[str], gains: bool) -> Figures:
         values = {what: torch.cat([found[run][what] for run in runs], 1) for what in (SIMILARITY, STYLE)}
         figures = {what: share(v) for what, v in values.items()}
         figures |= {f"{SIMILARITY}, {style}": share(_of(values[SIMILARITY], i)) for i, style in enumerate(STYLES)}
@@ -157,16 +153,12 @@ def table(found: dict[str, dict[str, Any]], files: dict[str, list[Run]]) -> dict
     return rows
 
 
-def _of(values: Any, style: int) -> Any:
+def _of(values: Tensor, style: int) -> Tensor:
     return values[:, style :: len(STYLES)]
 
 
-def differences(found: dict[str, dict[str, Any]], files: dict[str, list[Run]]) -> dict[str, dict[str, Any]]:
+def differences(found: Scores, files: dict[str, list[TrainedEncoder]]) -> Table:
     """Paired differences of arms that follow each other, run by run; of as many runs as both have."""
-    import torch
-
-    from ...evaluation.stats import share
-
     pairs = {}
     for one, other in zip(list(files), list(files)[1:], strict=False):
         runs = range(1, min(len(files[one]), len(files[other])) + 1)
@@ -177,91 +169,45 @@ def differences(found: dict[str, dict[str, Any]], files: dict[str, list[Run]]) -
     return pairs
 
 
-def page(rows: dict[str, Any], pairs: dict[str, Any], references: int, first: int = 0) -> str:
+def page(rows: Table, pairs: Table, references: int, first: int = 0) -> str:
     """docs/encoders.md."""
-
-    def line(name: str, figures: dict[str, Any], wanted: Sequence[str]) -> str:
-        return f"| {name} | " + " | ".join(str(figures.get(c, "")) for c in wanted) + " |"
-
-    def lines(wanted: Sequence[str]) -> str:
-        return "\n".join(line(name, f, wanted) for name, f in rows.items())
-
-    def measure(what: str) -> str:
-        return lines([what, *(f"{what}, over {name}" for name in COMPARED)])
-
-    heads = " | ".join(f"over *{name}*" for name in COMPARED)
-    by_style = {what: lines([f"{what}, {style}" for style in STYLES]) for what in (SIMILARITY, STYLE)}
-    between = "\n".join(line(name, f, (SIMILARITY, STYLE)) for name, f in pairs.items())
-    if pairs:
-        between = f"| arms, one after another | similarity | style accuracy |\n|---|---|---|\n{between}\n\n"
-    styles = f"| | {' | '.join(STYLES)} |\n|---|{'---|' * len(STYLES)}"
-    return f"""# What training makes of the encoder, on the mini world
-
-Written by `make evaluate ARGS="--encoders ..."`: {_how(references, STYLES)}
-They are numbers {first} to {first + references - 1} of the held-out people. Runs of an arm differ in their seed; gains
-and differences are paired. *Before* is what training starts from: the mini IP-Adapter Plus Face, which was trained on
-photos too long, as the public one, and hardly follows a style; at weight 1, at other weights (the paper has 0.5 too),
-and at weight 1 with KV injection without training.
-
-The paper's own figures (its tables 1 and 2, similarity and prompt score over 5,000 photos): adapter at weight 1
-.368 and 21.39, at 0.5 .268 and 25.82; trained on consistent data alone .220 and 28.14, with x0 previews .282
-and 27.50, with shortcut previews .301 and 27.31, with KV too .345 and 26.33. So in the paper training gives up some
-likeness of the adapter at weight 1 for much of the prompt; the lookahead loss and KV bring likeness back.
-
-| similarity to the reference | | {heads} |
-|---|---|{"---|" * len(COMPARED)}
-{measure(SIMILARITY)}
-
-| style accuracy | | {heads} |
-|---|---|{"---|" * len(COMPARED)}
-{measure(STYLE)}
-
-{between}Similarity by style of the prompt:
-
-{styles}
-{by_style[SIMILARITY]}
-
-Style accuracy by style of the prompt:
-
-{styles}
-{by_style[STYLE]}
-
-![The reference, then each arm under four prompts](encoders.jpg)
-"""
+    people = {"references": references, "first": first}
+    scores = {"similarity": SIMILARITY, "style": STYLE}
+    return render(
+        "encoders.md.jinja",
+        rows=rows,
+        pairs=pairs,
+        compared=COMPARED,
+        styles=STYLES,
+        **people,
+        **scores,
+        **MEASURED_WITH,
+    )
 
 
-def sheet(faces: Any, drawn: dict[str, Any], found: dict[str, dict[str, Any]], path: Path, people: int = 3) -> None:
+def sheet(faces: Tensor, drawn: dict[str, Tensor], found: Scores, path: Path, people: int = 3) -> None:
     """A row an arm, a person beside the other: the reference and what was drawn under each prompt."""
-    from PIL import Image
-
-    from ...evaluation.contact_sheet import Cell, contact_sheet
-
-    def picture(pixels: Any) -> Image.Image:
-        return Image.fromarray((pixels.permute(1, 2, 0) * 255).round().byte().numpy())
-
     rows = []
     for arm, pictures in drawn.items():
         row = []
         for n in range(people):
-            row.append(Cell(picture(faces[n]), arm if n == 0 else ""))
+            row.append(Cell(to_image(faces[n]), arm if n == 0 else ""))
             alike = found[arm][SIMILARITY][n].tolist()
-            row += [Cell(picture(p), f"identity {v:+.2f}") for p, v in zip(pictures[n], alike, strict=True)]
+            row += [Cell(to_image(p), f"identity {v:+.2f}") for p, v in zip(pictures[n], alike, strict=True)]
         rows.append(row)
     contact_sheet(["reference", *STYLES] * people, rows, "Before training and after").save(path, quality=85)
 
 
-def evaluate(references: int, out: Path, chosen: Sequence[str], begin: int = 0) -> int:
-    """Draw, measure and write: encoders.md, .json and .jpg, into `out`."""
-    files = parse(chosen)
-    faces, drawn = pictures(references, *arms_of(files), begin)
+def evaluate(references: int, out: Path, trained: Sequence[str], first: int = 0) -> None:
+    """Draw, measure and write: encoders.md, .json and .jpg, into `out`.
+
+    trained: NAME=FILE or NAME=FILE@WEIGHT in turn; first: number of the first of the people.
+    """
+    files = parse(trained)
+    faces, drawn = pictures(references, *arms_of(files), first)
     found = scores(faces, drawn)
     rows, pairs = table(found, files), differences(found, files)
     out.mkdir(parents=True, exist_ok=True)
-    first = {arm: p for arm, p in drawn.items() if arm in BASELINES or arm.endswith(", run 1")}
-    sheet(faces, first, found, out / "encoders.jpg")
-    plain = {name: {k: list(v) for k, v in f.items()} for name, f in {**rows, **pairs}.items()}
-    (out / "encoders.json").write_text(json.dumps(plain, indent=1) + "\n")
-    text = page(rows, pairs, references, begin)
-    (out / "encoders.md").write_text(text)
-    print(text)
-    return 0
+    shown = {arm: p for arm, p in drawn.items() if arm in BASELINES or arm.endswith(", run 1")}
+    sheet(faces, shown, found, out / "encoders.jpg")
+    write_page(out, "encoders", rows | pairs, page(rows, pairs, references, first))

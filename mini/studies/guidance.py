@@ -1,26 +1,35 @@
 """Does lookahead guidance steer a picture, and better than guidance by x0? Measured in the real host.
 
-`make evaluate ARGS=--guidance`: each loss (identity, CLIP, LPIPS) steers pictures without guidance, guided by the
+Each loss (identity, CLIP, LPIPS) steers pictures without guidance, guided by the
 shortcut's preview (lookahead) and by plain x0. Who judges took no part in the loss: another recogniser, a style
 scorer, LPIPS with another network. Writes docs/guidance.md, .json and a picture for each loss.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ...evaluation.stats import Interval
+from ...evaluation.stats import share as share_of_rows
 from ...host.graph import Graph
-from ...host.host import Host
+from ...lookahead.vision.perceptual import lpips_network
 from ...tools.common import Stopwatch, say
-from .reference import CFG, SIZE, _pictures, _save, prompt_of
+from ..files.host_models import mini_host
+from ..files.weights import evaluators
+from ..world.faces import PLACES as ALL_PLACES
+from ..world.faces import STYLES as ALL_STYLES
+from ..world.references import reference_faces
+from .study import CFG, SIZE, STYLES, Table, prompt_of, render, saved_pictures, to_image, write_page
 
 SAMPLER, SCHEDULER, STEPS = "ddim", "ddim_uniform", 50  # the paper's
 BATCH = 8  # pictures drawn at once, each towards a reference of its own
-STYLES = ("photo", "oil painting", "comic", "wanted poster")
 NONE, X0, LOOKAHEAD = "unguided", "plain x0", "lookahead"
 IDENTITY, CLIP, LPIPS = "identity", "CLIP", "LPIPS"
 LOSSES = (IDENTITY, CLIP, LPIPS)
@@ -28,7 +37,7 @@ PLACES = ("in a forest", "on a beach", "in a city", "at night", "in the snow")
 
 
 @dataclass(frozen=True)
-class Arm:
+class GuidanceArm:
     """How pictures are guided: kind of preview, and inputs of the guidance sampler that are not its defaults."""
 
     kind: str = NONE
@@ -36,8 +45,11 @@ class Arm:
 
 
 EARLY = {"start": 0.04}  # two of 50 steps are done, instead of six
-ARMS = {NONE: Arm(), X0: Arm(X0), LOOKAHEAD: Arm(LOOKAHEAD)}
-IDENTITY_ARMS = ARMS | {f"{X0}, earlier": Arm(X0, EARLY), f"{LOOKAHEAD}, earlier": Arm(LOOKAHEAD, EARLY)}
+ARMS = {NONE: GuidanceArm(), X0: GuidanceArm(X0), LOOKAHEAD: GuidanceArm(LOOKAHEAD)}
+IDENTITY_ARMS = ARMS | {
+    f"{X0}, earlier": GuidanceArm(X0, EARLY),
+    f"{LOOKAHEAD}, earlier": GuidanceArm(LOOKAHEAD, EARLY),
+}
 BASELINES = {LOOKAHEAD: X0, f"{LOOKAHEAD}, earlier": f"{X0}, earlier"}
 
 
@@ -51,7 +63,7 @@ def words_of(batch: int) -> str:
     return f"{prompt_of(style_of(batch))} {PLACES[batch % len(PLACES)]}"
 
 
-def graph(loss: str, references: Sequence[str], batch: int, seed: int, arms: dict[str, Arm]) -> dict[str, Any]:
+def graph(loss: str, references: Sequence[str], batch: int, seed: int, arms: dict[str, GuidanceArm]) -> dict[str, Any]:
     """Every arm with one batch of references, all from the same noise (API format); SaveImage nodes are the arms."""
     nodes = Graph()
     add = nodes.add
@@ -122,42 +134,26 @@ def _complete(nodes: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]:
     return nodes
 
 
-def draw(
-    loss: str, arms: dict[str, Arm], count: int, first: int = 0, seed: int = 0, host: Host | None = None
-) -> tuple[Any, dict[str, Any]]:
-    """References [count, 3, 128, 128], and by arm what the host drew towards them, of the same shape.
-
-    first: number of the first held-out person; seed: of the first batch's noise.
-    """
-    import torch
-
-    from ..world.references import reference_faces
-
-    references = reference_faces(count, first=first)
-    drawn: dict[str, list[Any]] = {name: [] for name in arms}
+def draw(loss: str, arms: dict[str, GuidanceArm], count: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """References [count, 3, 128, 128], and by arm what the host drew towards them, of the same shape."""
+    references = reference_faces(count)
+    drawn: dict[str, list[Tensor]] = {name: [] for name in arms}
     watch = Stopwatch()
-    with host or Host() as running:
+    with mini_host() as host:
         for batch, begin in enumerate(range(0, count, BATCH)):
-            names = [f"face-{first + number}.png" for number in range(begin, min(begin + BATCH, count))]
+            names = [f"face-{number}.png" for number in range(begin, min(begin + BATCH, count))]
             for name, face in zip(names, references[begin:], strict=False):
-                _save(face, running.folder("input") / name)
-            nodes = graph(loss, names, batch, seed + 1000 * batch, arms)
-            result = running.run(_complete(nodes, running.object_info()), timeout=7200).check()
+                to_image(face).save(host.folder("input") / name)
+            nodes = graph(loss, names, batch, 1000 * batch, arms)
+            result = host.run(_complete(nodes, host.object_info()), timeout=7200).check()
             for name, pictures in drawn.items():
-                pictures.append(torch.stack(_pictures(running, result, name)))
+                pictures.append(saved_pictures(host, result, name))
             say(f"{loss}: {begin + len(names)} of {count} drawn in {watch.seconds:.0f} s")
     return references, {name: torch.cat(pictures) for name, pictures in drawn.items()}
 
 
-def measure(loss: str, references: Any, drawn: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def measure(loss: str, references: Tensor, drawn: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """By arm, a value a picture [n] for each measure: what the loss is about, and what guidance may damage."""
-    import torch
-
-    from ...lookahead.vision.perceptual import lpips_network
-    from ..files.weights import evaluators
-    from ..world.faces import PLACES as ALL_PLACES
-    from ..world.faces import STYLES as ALL_STYLES
-
     recogniser, scorer = evaluators()
     batches = [number // BATCH for number in range(len(references))]
     style = torch.tensor([ALL_STYLES.index(style_of(b)) for b in batches])
@@ -182,31 +178,28 @@ def measure(loss: str, references: Any, drawn: dict[str, Any]) -> dict[str, dict
     return found
 
 
-def _detail(pictures: Any) -> Any:
+def _detail(pictures: Tensor) -> Tensor:
     """Mean size of the Laplacian: noise and artefacts raise it, blur lowers it."""
-    import torch
-
     grey = pictures.mean(1, keepdim=True)
     kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]]).view(1, 1, 3, 3)
-    return torch.nn.functional.conv2d(grey, kernel).abs().mean((1, 2, 3))
+    return functional.conv2d(grey, kernel).abs().mean((1, 2, 3))
 
 
-def _psnr(pictures: Any, references: Any) -> Any:
-    from torch.nn.functional import adaptive_avg_pool2d
-
-    error = (adaptive_avg_pool2d(pictures, 16) - adaptive_avg_pool2d(references, 16)).square().mean((1, 2, 3))
+def _psnr(pictures: Tensor, references: Tensor) -> Tensor:
+    """PSNR [n] in dB of the pictures shrunken to 16 pixels."""
+    small, wanted = (functional.adaptive_avg_pool2d(x, 16) for x in (pictures, references))
+    error = (small - wanted).square().mean((1, 2, 3))
     return -10 * error.log10()
 
 
-def intervals(values: dict[str, dict[str, Any]], together: int = 1) -> dict[str, dict[str, Any]]:
+def intervals(values: dict[str, dict[str, Tensor]], together: int = 1) -> Table:
     """By arm and measure, the mean with its interval; for all arms but the first also what they gain over it.
 
     together: how many neighbours are no independent pictures, and are drawn as one.
     """
-    from ...evaluation.stats import share as over_rows
 
-    def share(column: Any) -> Any:
-        return over_rows(column[: len(column) // together * together].reshape(-1, together))
+    def share(column: Tensor) -> Interval:
+        return share_of_rows(column[: len(column) // together * together].reshape(-1, together))
 
     first, *others = values
     figures = {arm: {name: share(v[:, None]) for name, v in found.items()} for arm, found in values.items()}
@@ -219,79 +212,34 @@ def intervals(values: dict[str, dict[str, Any]], together: int = 1) -> dict[str,
     return figures
 
 
-ABOUT = {
-    IDENTITY: "The identity loss steers towards the face of a reference (ArcFace of the mini pack); the prompts ask "
-    "for a style and say nothing of a person. The similarity is that of the evaluation recogniser.",
-    CLIP: "The CLIP loss steers by words (the mini image-text model): a style and a place. The prompt is empty, so "
-    "that nothing else asks for them, and no person takes part. The style scorer says whether they came; by chance it "
-    f"is 1 in 8 and 1 in 6. {BATCH} seeds share their words, and the intervals draw words.",
-    LPIPS: "The LPIPS loss (the real package, VGG with seeded random weights, since the published ones cannot be had "
-    "here) steers towards the layout of the reference picture. Judges: LPIPS with AlexNet, also random, where less is "
-    "better, and the PSNR of pictures shrunken to 16 pixels.",
-}
-
-
-def page(figures: dict[str, dict[str, dict[str, Any]]], count: int) -> str:
+def page(figures: dict[str, Table], count: int) -> str:
     """docs/guidance.md."""
-    parts = []
+    losses = {}
     for loss, arms in figures.items():
-        names = [name for name in arms[NONE]]
-        extra = [f"{name}, {what}" for name in names[:2] for what in ("gain", "gain over x0")]
-        extra = [name for name in extra if any(name in f for f in arms.values())]
-        rows = [
-            f"| {name} | " + " | ".join(str(f[name]) if name in f else "" for f in arms.values()) + " |"
-            for name in [*names, *extra]
-        ]
-        first = "" if loss == CLIP else "the references, then "
-        parts.append(f"""## {loss[0].upper()}{loss[1:]}
-
-{ABOUT[loss]}
-
-| | {" | ".join(arms)} |
-|---|{"---|" * len(arms)}
-{chr(10).join(rows)}
-
-![Rows: {first}what the arms of the table drew, in their order](guidance_{loss.lower()}.jpg)
-""")
-    return f"""# What lookahead guidance does on the mini world
-
-Written by `make evaluate ARGS=--guidance`: {count} triples of a held-out person, a prompt and a seed for each loss,
-{STEPS} steps ({SAMPLER}, {SCHEDULER}) at CFG {CFG:g} in the real ComfyUI, guided once with the node's default values.
-95 % intervals by drawing triples; gains are paired. All arms start from the same noise and differ in the preview alone:
-lookahead is the LCM-LoRA's one-step preview, plain x0 what the base itself predicts. *Earlier* is after two of the
-steps, the others after six, as in the paper. Nobody who measures took part in a loss. *Fine detail* is the mean size
-of the Laplacian: it shows noise and artefacts (more) and blur (less).
-
-{chr(10).join(parts)}"""
+        names = list(arms[NONE])
+        gains = [f"{name}, {what}" for name in names[:2] for what in ("gain", "gain over x0")]
+        rows = [*names, *(name for name in gains if any(name in f for f in arms.values()))]
+        losses[loss] = {"arms": arms, "rows": rows}
+    setup = {"steps": STEPS, "sampler": SAMPLER, "scheduler": SCHEDULER, "cfg": CFG, "batch": BATCH}
+    return render("guidance.md.jinja", losses=losses, count=count, **setup)
 
 
-def sheet(drawn: dict[str, Any], path: Path, columns: int = 12) -> None:
+def sheet(drawn: dict[str, Tensor], path: Path, columns: int = 12) -> None:
     """A row an arm; the triples are spread over all batches."""
-    import torch
-    from PIL import Image
-
     count = len(drawn[NONE])
     chosen = torch.linspace(0, count - 1, min(columns, count)).long()
     rows = [torch.cat(list(pictures[chosen]), 2) for pictures in drawn.values()]
-    grid = (torch.cat(rows, 1).permute(1, 2, 0) * 255).round().byte().numpy()
-    Image.fromarray(grid).save(path, quality=88)
+    to_image(torch.cat(rows, 1)).save(path, quality=88)
 
 
-def evaluate(count: int, out: Path, losses: Sequence[str] = LOSSES) -> int:
-    """Draw, measure and write: guidance.md, .json and the pictures, into `out`."""
+def evaluate(count: int, out: Path) -> None:
+    """Draw, measure and write: guidance.md, .json and a picture for each loss, into `out`."""
     figures = {}
     out.mkdir(parents=True, exist_ok=True)
-    for loss in losses:
+    for loss in LOSSES:
         references, drawn = draw(loss, IDENTITY_ARMS if loss == IDENTITY else ARMS, count)
         together = BATCH if loss == CLIP else 1  # the pictures of a batch share the words that steer them
         figures[loss] = intervals(measure(loss, references, drawn), together)
         shown = drawn if loss == CLIP else {"reference": references, **drawn}  # words have no picture
         sheet(shown, out / f"guidance_{loss.lower()}.jpg")
-    plain = {
-        loss: {arm: {k: list(v) for k, v in f.items()} for arm, f in arms.items()} for loss, arms in figures.items()
-    }
-    (out / "guidance.json").write_text(json.dumps(plain, indent=1) + "\n")
-    text = page(figures, count)
-    (out / "guidance.md").write_text(text)
-    print(text)
-    return 0
+    write_page(out, "guidance", figures, page(figures, count))

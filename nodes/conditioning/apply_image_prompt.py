@@ -9,12 +9,13 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..reference.encoder import Encoder
+from ..reference.subject import Reference
 from ..schema import schema
-from ..sockets import REFERENCE, Reference
+from ..sockets import REFERENCE
 from .cross_attention import ImagePrompt
 from .rows import When
-from .unet_blocks import CrossAttention, cross_attentions
-from .wrappers import add_image_prompt
+from .unet_blocks import CrossAttentionBlock, cross_attentions
+from .wrappers import add_effect
 
 
 class LookaheadApplyImagePrompt(io.ComfyNode):
@@ -103,11 +104,11 @@ class LookaheadApplyImagePrompt(io.ComfyNode):
                     when=When(start, end),
                     mask=None if mask is None else mask.reshape(-1, *mask.shape[-2:]).float().clamp(0, 1),
                 )
-                model = add_image_prompt(model, prompt)
+                model = add_effect(model, prompt)
         return io.NodeOutput(model)
 
 
-def key_layout(encoder: Encoder, attentions: list[CrossAttention]) -> dict[tuple[str, int, int], tuple[int, int]]:
+def key_layout(encoder: Encoder, attentions: list[CrossAttentionBlock]) -> dict[tuple[str, int, int], tuple[int, int]]:
     """For each cross-attention of a model where its keys begin in the encoder's packed channels, and their width.
 
     Raises ValueError, one sentence, where the encoder was made for a model of another layout.

@@ -7,12 +7,14 @@ import logging
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..reference.subject import Reference, Subject
 from ..schema import schema
-from ..sockets import REFERENCE, Reference, Subject
+from ..sockets import REFERENCE
+from .kv_injection import KVInjection
+from .reference_pass import FIXED, SHARED, KVSource
 from .rows import When
-from .self_attention import FIXED, SHARED, KVBlock, KVInjection
-from .unet_blocks import self_attentions
-from .wrappers import add_kv_injection
+from .unet_blocks import KVBlock, self_attentions
+from .wrappers import add_effect
 
 ALL, COARSE, FINE, UP, MIDDLE_UP = "all", "coarse", "fine", "up", "middle and up"
 
@@ -132,19 +134,22 @@ class LookaheadApplyKVInjection(io.ComfyNode):
             )
         if weight != 0:
             for subject in reference.subjects:
-                injection = KVInjection(
+                source = KVSource(
                     subject=subject,
                     blocks=chosen,
                     all_blocks=tuple(everything),
-                    weight=weight,
                     noise=noise,
                     noise_seed=noise_seed,
                     cache_bytes=int(cache_gb * 2**30),
-                    network=None if subject.encoder is None else subject.encoder.kv,
+                    kv_patcher=None if subject.encoder is None else subject.encoder.kv_patcher,
+                )
+                injection = KVInjection(
+                    source=source,
+                    weight=weight,
                     mask=None if mask is None else mask.reshape(-1, *mask.shape[-2:]).float().clamp(0, 1),
                     when=When(start, end),
                 )
-                model = add_kv_injection(model, injection)
+                model = add_effect(model, injection)
         return io.NodeOutput(model)
 
 
@@ -184,8 +189,8 @@ def check_subject(subject: Subject, blocks: list[KVBlock]) -> None:
             f"The reference's own prompt has text of width {text.shape[-1]}, and this MODEL reads {context_width} with "
             "a pooled output: connect the CLIP of the SDXL checkpoint at Encode Lookahead Reference."
         )
-    if subject.encoder is not None and subject.encoder.kv is not None:
-        check_kv_encoder(subject.encoder.name, subject.encoder.kv.model.widths, blocks)
+    if subject.encoder is not None and subject.encoder.kv_patcher is not None:
+        check_kv_encoder(subject.encoder.name, subject.encoder.kv_patcher.model.widths, blocks)
 
 
 def check_kv_encoder(name: str, widths: dict[str, tuple[int, int]], blocks: list[KVBlock]) -> None:

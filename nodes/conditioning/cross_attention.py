@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor
 
 from ...lookahead.method.attention import image_prompt_term, mask_on_tokens
+from .effect import ActiveEffect, Effect, Replacements, RunStart, UNetPass
 from .rows import RowLayout, When
-
-BlockKey = tuple[str, int, int]
+from .unet_blocks import BlockKey, host_attention
 
 
 @dataclass(frozen=True, eq=False)
-class ImagePrompt:
-    """One image prompt on a MODEL. Immutable: clones of the MODEL share it.
+class ImagePrompt(Effect):
+    """The image prompt of one subject on a MODEL.
 
     keys_values, null_keys_values: as in `Subject`; layout: for each cross-attention, by the host's key, the offset of
     its keys in the packed channels and its width; weight: a tensor without dimensions, since a compiled model keeps
@@ -47,10 +46,26 @@ class ImagePrompt:
             mask=None if self.mask is None else self.mask.to(device),
         )
 
+    def begin(self, run: RunStart) -> ActiveImagePrompt:
+        return ActiveImagePrompt(self.to(run.device, run.dtype))
+
+
+class ActiveImagePrompt(ActiveEffect[ImagePrompt]):
+    """An image prompt in one run: its term is added around what stands in each cross-attention."""
+
+    order = 100
+
+    @classmethod
+    def cross_attentions(
+        cls, acting: Sequence[ActiveImagePrompt], unet_pass: UNetPass, attn2: Replacements
+    ) -> Replacements:
+        prompts = [active.effect.to(unet_pass.x.device, unet_pass.dtype) for active in acting]
+        return replacements(prompts, unet_pass.layout, attn2, unet_pass.once)
+
 
 def replacements(
-    prompts: list[ImagePrompt], layout: RowLayout, attn2: dict, once: Callable[[str], None]
-) -> dict[Any, Callable]:
+    prompts: list[ImagePrompt], layout: RowLayout, attn2: Replacements, once: Callable[[str], None]
+) -> Replacements:
     """`attn2` (the host's replacements of cross-attentions) with ours around whatever stands there."""
     terms = [PromptRows(p, layout) for p in prompts]
     if any(term.mask is None and term.prompt.mask is not None for term in terms):
@@ -104,17 +119,6 @@ class PromptRows:
                 self.grids[grid] = mask_on_tokens(self.mask, *grid).to(q.dtype)
             mask = self.grids[grid]
         return image_prompt_term(q, k, v, extra["n_heads"], mask=mask, attention=attention)
-
-
-def host_attention(extra: dict[str, Any]) -> Callable:
-    """The host's attention (q, k, v, heads) with the options of this block, so that overrides of others hold."""
-
-    def attention(q, k, v, heads):
-        return optimized_attention(
-            q, k, v, heads, attn_precision=extra.get("attn_precision"), transformer_options=extra
-        )
-
-    return attention
 
 
 def cross_attention(

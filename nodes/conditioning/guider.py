@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ...lookahead.method.guidance import three_scale_guidance
 from ..schema import schema
-from .wrappers import ours, without_kv
+from .kv_injection import ActiveKVInjection
+from .wrappers import EffectContext, with_conds
 
 AS_SET = "as set below"
 PRESETS = {  # text, full, kv
@@ -47,11 +48,11 @@ class ThreeScaleGuider(comfy.samplers.CFGGuider):
                 "Another node replaces the guidance (a sampler CFG function, such as RescaleCFG or the old Perp-Neg), "
                 "and the Lookahead Guider has its own: remove that node, or use CFGGuider."
             )
-        call = ours(options).get("call")
-        if call is None or not call.passes or (self.full == 0 and self.kv == 0):
-            unread = {"positive": positive, "negative": negative}
+        if not EffectContext.of(options).acting(ActiveKVInjection) or (self.full == 0 and self.kv == 0):
+            conds = {"positive": positive, "negative": negative}
+            without_kv = with_conds(options, conds, without=ActiveKVInjection)
             return comfy.samplers.sampling_function(
-                self.inner_model, x, timestep, negative, positive, self.cfg, without_kv(options, unread), seed=seed
+                self.inner_model, x, timestep, negative, positive, self.cfg, without_kv, seed=seed
             )
         # Nodes that keep something for each condition know it by its uuid, so the passes must differ in it.
         apart = {"positive": _renamed(positive), "negative": _renamed(negative)}
@@ -61,7 +62,8 @@ class ThreeScaleGuider(comfy.samplers.CFGGuider):
         text = apart["positive"] if self.text else None
         e_nt = e_nu = torch.zeros_like(x)  # as the host has it for what is not evaluated
         if text is not None or unconditional is not None:
-            e_nt, e_nu = self._evaluate([text, unconditional], x, timestep, without_kv(options, apart))
+            without_kv = with_conds(options, apart, without=ActiveKVInjection)
+            e_nt, e_nu = self._evaluate([text, unconditional], x, timestep, without_kv)
         conds = [positive if self.full else None, negative if self.kv else None]
         e_ft, e_fu = self._evaluate(conds, x, timestep, options)
         cond = e_ft if self.full else e_nt if self.text else e_nu  # the last: only the reference guides

@@ -8,7 +8,9 @@ picture, no ControlNet, no image prompt. The pass ends in the last block that ex
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
@@ -19,14 +21,17 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...lookahead.method.attention import mask_on_tokens
-from ..reference.kv_cache import KeysValues, Rows
-from .cross_attention import BlockKey, host_attention
-from .self_attention import SHARED, KVBlock, KVInjection
+from ..reference.kv_cache import KVByBlock, KVByRole
+from .unet_blocks import BlockKey, KVBlock, host_attention
 
 if TYPE_CHECKING:
     from comfy.model_base import BaseModel
     from comfy.model_patcher import ModelPatcher
 
+    from ..reference.kv_encoder import KVNetwork
+    from ..reference.subject import Subject
+
+SHARED, FIXED = "shared", "fixed"
 _KEY = "lookahead_reference_pass"
 _INPUT, _OUTPUT = "lookahead_input", "lookahead_output"  # what one block passes to itself, in its own extra_options
 
@@ -35,33 +40,66 @@ class _LastExport(Exception):
     """Everything is exported: the rest of the UNet need not run."""
 
 
+@dataclass(frozen=True, eq=False)
+class KVSource:
+    """What a reference pass reads and exports.
+
+    subject: its latents are noised, and its own prompt is the text; blocks: the self-attentions that export, out of
+    all_blocks, both in the order in which the host runs them; noise, noise_seed: SHARED for the picture's own noise,
+    FIXED for one that is drawn from the seed; cache_bytes: the most that may be kept of the passes; kv_patcher: the
+    host's patcher of the KV encoder's network, or None (without training).
+    """
+
+    subject: Subject
+    blocks: tuple[KVBlock, ...]
+    all_blocks: tuple[KVBlock, ...]
+    noise: str = SHARED
+    noise_seed: int = 0
+    cache_bytes: int = 2 << 30
+    kv_patcher: ModelPatcher | None = None
+
+    @property
+    def kv_network(self) -> KVNetwork | None:
+        return None if self.kv_patcher is None else self.kv_patcher.model
+
+    def grid(self, level: int) -> tuple[int, int]:
+        """Height and width of the reference in tokens at a level of the UNet."""
+        height, width = self.subject.latents.shape[-2:]
+        return math.ceil(height / 2**level), math.ceil(width / 2**level)
+
+    def numel_per_row(self) -> int:
+        """How many numbers one image of a batch reads: keys and values of all blocks, of all pictures read at once."""
+        pictures = 1 if self.subject.one_each else len(self.subject.latents)
+        return 2 * pictures * sum(math.prod(self.grid(block.level)) * block.width for block in self.blocks)
+
+
 class ReferencePass:
-    """Keys and values of one KV injection in one run.
+    """The keys and values of one reference in one run: from the step before, the cache, or a pass of the UNet.
 
     noise: that of the run, [images, 4, h, w] on the CPU; seed: the guider's; evaluations: how many were made in this
     run, 0 when all came from the cache.
     """
 
-    def __init__(self, injection: KVInjection, patcher: ModelPatcher, noise: Tensor, seed: int):
-        self.injection, self.evaluations, self._patcher = injection, 0, patcher
-        latents = injection.subject.latents
+    def __init__(self, source: KVSource, patcher: ModelPatcher, noise: Tensor, seed: int):
+        self.source, self.evaluations, self._patcher = source, 0, patcher
+        latents = source.subject.latents
         fits = noise.ndim == 4 and noise.shape[-2:] == latents.shape[-2:] and bool(noise.any())
-        if injection.noise == SHARED and fits:
+        if source.noise == SHARED and fits:
             self._noise = noise.float().cpu()
         else:
-            generator = torch.Generator().manual_seed(seed if injection.noise == SHARED else injection.noise_seed)
+            generator = torch.Generator().manual_seed(seed if source.noise == SHARED else source.noise_seed)
             self._noise = torch.randn(1, *latents.shape[1:], generator=generator)
         # How many images read something of their own; the others read the same in turn.
-        self._images = max(len(self._noise), min(len(latents), len(noise)) if injection.subject.one_each else 1)
+        self._images = max(len(self._noise), min(len(latents), len(noise)) if source.subject.one_each else 1)
         self._signature: tuple | None = None
-        self._now: tuple[float, KeysValues] = (-1.0, {})
+        self._now: tuple[float, KVByRole] = (-1.0, {})
         self._conds: dict[bool, list[dict[str, Any]]] = {}
         self._under_masks: dict[tuple[int, int], list[Tensor]] | None = None
         self._levels: dict[float, bool] = {}  # by sigma, whether everything is kept or was
 
     def keys_values(
         self, model: BaseModel, timestep: Tensor, roles: set[bool], current: Collection[tuple] = ()
-    ) -> KeysValues:
+    ) -> KVByRole:
         """Keys and values at this noise level for the roles asked for: from this step, the cache, or a pass.
 
         current: signatures of all that goes on in this run, which never make way in the cache.
@@ -71,7 +109,7 @@ class ReferencePass:
             self._now = (sigma, {})
         known = self._now[1]
         run = self.signature(model)
-        cache = self.injection.subject.cache
+        cache = self.source.subject.cache
         self._levels.setdefault(sigma, True)
         for role in roles - known.keys():
             rows = cache.get(run, (sigma, role))
@@ -82,25 +120,25 @@ class ReferencePass:
             self.evaluations += 1
             found = dict(zip(missing, self._evaluate(model, timestep[:1], sigma, missing), strict=True))
             known.update(found)
-            if not cache.put(run, sigma, found, self.injection.cache_bytes, current):
+            if not cache.put(run, sigma, found, self.source.cache_bytes, current):
                 self._levels[sigma] = False
         return {role: known[role] for role in roles}
 
     def signature(self, model: BaseModel) -> tuple:
         """All that the exported keys and values depend on, beside what the reference itself holds."""
         if self._signature is None:
-            sampling, i = model.model_sampling, self.injection
+            sampling = model.model_sampling
             digest = hashlib.sha256(self._noise.numpy().tobytes())
             digest.update(sampling.sigmas.float().cpu().numpy().tobytes())
             injected = [x for group in getattr(self._patcher, "injections", {}).values() for x in group]
-            blocks = tuple(b.key for b in i.blocks)
+            blocks = tuple(block.key for block in self.source.blocks)
             precision = model.get_dtype_inference(), str(self._patcher.load_device), type(sampling).__mro__
             base = ref(model), self._patcher.patches_uuid, *injected
             self._signature = (digest.hexdigest(), self._images, blocks, precision, base)
         return self._signature
 
-    def _evaluate(self, model: BaseModel, timestep: Tensor, sigma: float, roles: list[bool]) -> list[Rows]:
-        subject, device = self.injection.subject, timestep.device
+    def _evaluate(self, model: BaseModel, timestep: Tensor, sigma: float, roles: list[bool]) -> list[KVByBlock]:
+        subject, device = self.source.subject, timestep.device
         latents = model.process_latent_in(subject.latents.to(device, torch.float32))
         noise = self._noise.to(device)
         pictures = len(latents)
@@ -109,7 +147,7 @@ class ReferencePass:
             x = latents[turn % pictures] + sigma * noise[turn % len(noise)]
         else:  # every image reads all pictures: these are neighbours among the rows
             x = (latents[None] + sigma * noise[:, None]).flatten(0, 1)
-        export = _Export(self.injection, 1 if subject.one_each else pictures, self._tokens_under_masks(device))
+        export = _Export(self.source, 1 if subject.one_each else pictures, self._tokens_under_masks(device))
         conds = [self._condition(model, role, x, device) for role in roles]
         comfy.samplers.calc_cond_batch(model, conds, x, timestep.expand(len(x)), export.model_options())
         return [export.rows[index] for index in range(len(roles))]
@@ -117,7 +155,7 @@ class ReferencePass:
     def _condition(self, model: BaseModel, conditional: bool, x: Tensor, device: torch.device) -> list[dict[str, Any]]:
         """The reference's own prompt, or nothing (zeros), built as the host builds conditions, at its own size."""
         if conditional not in self._conds:
-            text, values = self.injection.subject.kv_prompt[0]
+            text, values = self.source.subject.kv_prompt[0]
             pooled = values.get("pooled_output")
             if not conditional:
                 text, pooled = torch.zeros_like(text), None if pooled is None else torch.zeros_like(pooled)
@@ -134,11 +172,11 @@ class ReferencePass:
     def _tokens_under_masks(self, device: torch.device) -> dict[tuple[int, int], list[Tensor]]:
         """By grid, for each picture the numbers of the tokens under its mask (at least the most covered); empty without
         masks. Found before the pass, since that asks for values of tensors."""
-        masks = self.injection.subject.mask
+        masks = self.source.subject.mask
         if self._under_masks is None:
             self._under_masks = {}
-            for level in {block.level for block in self.injection.blocks} if masks is not None else ():
-                grid = self.injection.grid(level)
+            for level in {block.level for block in self.source.blocks} if masks is not None else ():
+                grid = self.source.grid(level)
                 covered = mask_on_tokens(masks.float().cpu(), *grid).squeeze(-1)
                 enough = (covered > 0.5) | (covered == covered.amax(1, keepdim=True))
                 self._under_masks[grid] = [row.nonzero().squeeze(1).to(device) for row in enough]
@@ -146,7 +184,7 @@ class ReferencePass:
 
     def summary(self) -> str | None:
         """What to tell of the cache after a run: nothing where all was kept, or came from it, or should not be kept."""
-        held, bound = sum(self._levels.values()), self.injection.cache_bytes
+        held, bound = sum(self._levels.values()), self.source.cache_bytes
         if held == len(self._levels) or bound == 0:
             return None
         return (
@@ -159,25 +197,25 @@ class ReferencePass:
 class _Export:
     """The patches of one reference pass and what they collect, by index of the condition list. Lives as long as it.
 
-    together: how many rows of the pass (pictures of one subject) are read by one image; under_masks: by grid, for each
-    picture the numbers of the tokens that are exported, empty for all.
+    pictures_per_image: how many rows of the pass (pictures of one subject) are read by one image; under_masks: by grid,
+    for each picture the numbers of the tokens that are exported, empty for all.
     """
 
-    def __init__(self, injection: KVInjection, together: int, under_masks: dict[tuple[int, int], list[Tensor]]):
-        self.rows: dict[int, Rows] = {}
-        self._injection, self._network = injection, injection.low_rank
-        self._exported = {block.key for block in injection.blocks}
-        self._last = injection.blocks[-1].key
-        self._together, self._under_masks = together, under_masks
+    def __init__(self, source: KVSource, pictures_per_image: int, under_masks: dict[tuple[int, int], list[Tensor]]):
+        self.rows: dict[int, KVByBlock] = {}
+        self._source, self._network = source, source.kv_network
+        self._exported = {block.key for block in source.blocks}
+        self._last = source.blocks[-1].key
+        self._pictures_per_image, self._under_masks = pictures_per_image, under_masks
 
     def model_options(self) -> dict[str, Any]:
         """Fresh model options: nothing of the picture's or of other nodes is in them."""
         options: dict[str, Any] = {"wrappers": {WrappersMP.APPLY_MODEL: {_KEY: [_until_last_export]}}}
         if self._network is None:
-            attn1 = {block.key: self._self_attention(block) for block in self._injection.blocks}
+            attn1 = {block.key: self._self_attention(block) for block in self._source.blocks}
             options["patches_replace"] = {"attn1": attn1}
         else:  # blocks that export nothing are tuned as well, since later ones read what they put out
-            everything = self._injection.all_blocks
+            everything = self._source.all_blocks
             options["patches_replace"] = {
                 "attn1": {block.key: self._self_attention(block) for block in everything},
                 "attn2": {block.key: self._cross_attention(block) for block in everything},
@@ -250,8 +288,8 @@ class _Export:
             pairs = list(zip(k_part, v_part, strict=True))
             if kept:
                 pairs = [(k[kept[n % len(kept)]], v[kept[n % len(kept)]]) for n, (k, v) in enumerate(pairs)]
-            if self._together > 1:
-                groups = [pairs[at : at + self._together] for at in range(0, len(pairs), self._together)]
+            if (size := self._pictures_per_image) > 1:
+                groups = [pairs[at : at + size] for at in range(0, len(pairs), size)]
                 pairs = [tuple(torch.cat(parts) for parts in zip(*group, strict=True)) for group in groups]
             self.rows.setdefault(index, {})[key] = pairs
         if key == self._last:

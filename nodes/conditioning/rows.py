@@ -63,11 +63,11 @@ class Area:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """What is known of an evaluation of conditions.
+class CondBatch:
+    """The condition lists of one evaluation (the host's `calc_cond_batch`), by which rows of a UNet pass are read.
 
-    roles: by list index; areas: by condition; latent: height and width; pictures: how many the batch holds, which is
-    what each condition has in rows.
+    roles: for each list whether it is conditional; areas: by a condition's uuid; latent: height and width of the
+    picture; pictures: how many the batch holds, which is the number of rows of each condition.
     """
 
     roles: tuple[bool, ...]
@@ -75,7 +75,7 @@ class Rows:
     latent: tuple[int, int]
     pictures: int
 
-    def of(self, options: Mapping[str, Any]) -> tuple[bool, ...]:
+    def roles_of(self, options: Mapping[str, Any]) -> tuple[bool, ...]:
         """For each chunk of a UNet pass whether it is conditional."""
         return tuple(0 <= i < len(self.roles) and self.roles[i] for i in options.get("cond_or_uncond") or [0])
 
@@ -91,19 +91,19 @@ class RowLayout:
     problem: what to log where the rows are of a kind that cannot be followed, else None.
     """
 
-    def __init__(self, x: Tensor, options: Mapping[str, Any], rows: Rows | None):
+    def __init__(self, x: Tensor, options: Mapping[str, Any], batch: CondBatch | None):
         self.rows = x.shape[0]
         self.problem: str | None = None
         chunks = len(options.get("cond_or_uncond") or [0])
-        self.images = rows.pictures if rows is not None else max(self.rows // chunks, 1)
+        self.images = batch.pictures if batch is not None else max(self.rows // chunks, 1)
         # Nodes that draw in tiles (MultiDiffusion) pass several tiles at once: all chunks of one tile, then the next.
         self.copies, rest = divmod(self.rows, chunks * self.images)
         if rest or self.copies == 0:
             self.problem = "another node puts together a batch that the reference cannot follow: it runs without it."
         # A pass that no known list of the guider asked for counts as unconditional.
-        self._roles = rows.of(options) if rows is not None else (False,) * chunks
-        self._areas = rows.areas_of(options) if rows is not None else (None,) * chunks
-        self._latent = rows.latent if rows is not None else tuple(x.shape[-2:])
+        self._roles = batch.roles_of(options) if batch is not None else (False,) * chunks
+        self._areas = batch.areas_of(options) if batch is not None else (None,) * chunks
+        self._latent = batch.latent if batch is not None else tuple(x.shape[-2:])
         self._seen = tuple(x.shape[-2:])
 
     def __iter__(self) -> Iterator[tuple[int, bool]]:

@@ -2,122 +2,47 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ...lookahead.method.attention import extended_self_attention, mask_on_tokens
-from .cross_attention import BlockKey, host_attention
-from .rows import RowLayout, When
+from .effect import Replacements
+from .rows import RowLayout
+from .unet_blocks import BlockKey, KVBlock, host_attention
 
 if TYPE_CHECKING:
-    from comfy.model_patcher import ModelPatcher
-
-    from ..reference.kv_cache import KeysValues
-    from ..reference.kv_encoder import KVNetwork
-    from ..sockets import Subject
-
-SHARED, FIXED = "shared", "fixed"
-
-
-class KVBlock(NamedTuple):
-    """A self-attention that exports its keys and values.
-
-    level: how often the latent is halved there; context_width: of the text that the cross-attention beside it reads.
-    """
-
-    key: BlockKey
-    path: str
-    width: int
-    level: int
-    context_width: int
-
-
-@dataclass(frozen=True, eq=False)
-class KVInjection:
-    """One reference whose keys and values join the picture's. Immutable: clones of the MODEL share it.
-
-    blocks: the self-attentions that take part, out of all_blocks, both in the order in which the host runs them;
-    weight: in (0, 1], how far the plain output moves to the extended one; noise, noise_seed: what the reference is
-    noised with; cache_bytes: bound of what is kept of the passes; network: the host's handle of the KV encoder's
-    low-rank weights, or None (without training);
-    mask: [masks, H, W] in [0, 1], where in the picture the reference is read, or None; when: the part of the sampling.
-    """
-
-    subject: Subject
-    blocks: tuple[KVBlock, ...]
-    all_blocks: tuple[KVBlock, ...]
-    weight: float = 1.0
-    noise: str = SHARED
-    noise_seed: int = 0
-    cache_bytes: int = 2 << 30
-    network: ModelPatcher | None = None
-    mask: Tensor | None = None
-    when: When = field(default_factory=When)
-
-    @property
-    def low_rank(self) -> KVNetwork | None:
-        return None if self.network is None else self.network.model
-
-    def to(self, device: torch.device) -> KVInjection:
-        """A copy with its mask on a device."""
-        return self if self.mask is None else replace(self, mask=self.mask.to(device))
-
-    def grid(self, level: int) -> tuple[int, int]:
-        """Height and width of the reference in tokens at a level of the UNet."""
-        height, width = self.subject.latents.shape[-2:]
-        return math.ceil(height / 2**level), math.ceil(width / 2**level)
-
-    def numbers_a_row(self) -> int:
-        """How many numbers a row of reference KV holds: keys and values of all blocks, of all pictures read at once."""
-        pictures = 1 if self.subject.one_each else len(self.subject.latents)
-        return 2 * pictures * sum(math.prod(self.grid(block.level)) * block.width for block in self.blocks)
-
-
-class EstimatedRows(NamedTuple):
-    """In rows of a picture: what is kept beside the picture's own rows, and the largest batch of the reference pass."""
-
-    kept: int
-    evaluated: int
-
-
-def estimated_rows(model: Any, injections: tuple[KVInjection, ...], noise_shape: list[int]) -> EstimatedRows:
-    """What reference KV takes, in the unit of the host's memory estimate: rows of the picture's shape."""
-    dtype = model.get_dtype_inference()
-    a_row = max(model.memory_required([1, *noise_shape[1:]]), 1)
-    kept = evaluated = 0
-    for injection in injections:
-        pictures, _, *size = injection.subject.latents.shape
-        shared = injection.noise == SHARED and tuple(size) == tuple(noise_shape[-2:])
-        images = noise_shape[0] if shared else 1
-        kept += 2 * images * injection.numbers_a_row() * dtype.itemsize
-        area = math.prod(size) / math.prod(noise_shape[-2:])
-        evaluated = max(evaluated, math.ceil(images * pictures * area))
-    return EstimatedRows(math.ceil(kept / a_row), evaluated)
+    from ..reference.kv_cache import KVByRole
 
 
 class KVRows:
-    """One reference's keys and values laid out for the rows of one UNet pass. Lives as long as the pass.
+    """The keys and values of one reference laid out for the rows of one UNet pass. Lives as long as the pass.
 
+    blocks: the self-attentions that read them; weight: in (0, 1]; mask: [masks, H, W] over whole pictures, or None.
     missing: the pass could not be laid out (a mask over tiles of a picture).
     """
 
-    def __init__(self, injection: KVInjection, known: KeysValues, layout: RowLayout):
-        self.injection, self._known, self.rows = injection, known, layout.rows
+    def __init__(
+        self,
+        kv: KVByRole,
+        layout: RowLayout,
+        blocks: Sequence[KVBlock],
+        weight: float = 1.0,
+        mask: Tensor | None = None,
+    ):
+        self._kv, self.blocks, self.weight, self.rows = kv, blocks, weight, layout.rows
         self._layout = list(layout)
-        self.mask = None if injection.mask is None else layout.mask(injection.mask)
-        self.missing = injection.mask is not None and self.mask is None
+        self.mask = None if mask is None else layout.mask(mask)
+        self.missing = mask is not None and self.mask is None
         self._grids: dict[tuple[int, int], Tensor] = {}
 
     def tokens(self, key: BlockKey, like: Tensor) -> list[tuple[Tensor, Tensor]]:
         """For each row its reference's keys and values, each [tokens, channels]."""
         out = []
         for image, conditional in self._layout:
-            stack = self._known[conditional][key]
+            stack = self._kv[conditional][key]
             k, v = stack[image % len(stack)]
             out.append((k.to(like, non_blocking=True), v.to(like, non_blocking=True)))
         return out
@@ -125,22 +50,15 @@ class KVRows:
     def coefficient(self, grid: tuple[int, int], like: Tensor) -> Tensor | float:
         """weight * mask for every token: a number, or [rows, tokens, 1]."""
         if self.mask is None:
-            return self.injection.weight
+            return self.weight
         if grid not in self._grids:
             mask = mask_on_tokens(self.mask.to(like.device), *grid).to(like.dtype)
-            self._grids[grid] = mask * self.injection.weight
+            self._grids[grid] = mask * self.weight
         return self._grids[grid]
 
 
-def replacements(
-    injections: tuple[KVInjection, ...],
-    known: tuple[KeysValues, ...],
-    layout: RowLayout,
-    attn1: dict,
-    once: Callable[[str], None],
-) -> dict[Any, Callable]:
+def replacements(references: list[KVRows], attn1: Replacements, once: Callable[[str], None]) -> Replacements:
     """`attn1` (the host's replacements of self-attentions) with ours where no other node's stands."""
-    references = [KVRows(i, k, layout) for i, k in zip(injections, known, strict=True)]
     if any(reference.missing for reference in references):
         once(
             "another node cuts the picture into tiles, which a KV injection with a mask cannot follow: it is left out."
@@ -148,7 +66,7 @@ def replacements(
         references = [reference for reference in references if not reference.missing]
     by_key: dict[BlockKey, list[KVRows]] = {}
     for reference in references:
-        for block in reference.injection.blocks:
+        for block in reference.blocks:
             by_key.setdefault(block.key, []).append(reference)
     taken = [key for key in by_key if key in attn1 or key[:2] in attn1]
     if taken:
@@ -169,7 +87,7 @@ def self_attention(key: BlockKey, references: list[KVRows], once: Callable[[str]
     apart: list[list[KVRows]] = []
     for reference in references:
         if reference.mask is None:
-            together.setdefault(reference.injection.weight, []).append(reference)
+            together.setdefault(reference.weight, []).append(reference)
         else:
             apart.append([reference])
     groups = [*together.values(), *apart]
@@ -203,7 +121,7 @@ def self_attention(key: BlockKey, references: list[KVRows], once: Callable[[str]
                 parts.append(extended_self_attention(q[at], k[at], v[at], *one, heads, attention=attention))
             return torch.cat(parts)
 
-        if len(groups) == 1 and groups[0][0].mask is None and groups[0][0].injection.weight == 1:
+        if len(groups) == 1 and groups[0][0].mask is None and groups[0][0].weight == 1:
             return extended(groups[0])
         plain = attention(q, k, v, heads)
         out = plain

@@ -1,29 +1,47 @@
-"""What we must know of a MODEL: whether it is SDXL, and its cross-attentions."""
+"""The host's SDXL UNet: its attentions, their widths and keys, and the attention function of a block."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import comfy.model_base
+from comfy.ldm.modules.attention import optimized_attention
 
 from ...lookahead.files.block_names import diffusers_path, level_of
-from .self_attention import KVBlock
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
 
-@dataclass(frozen=True)
-class CrossAttention:
-    """One cross-attention of the host's UNet. key: as in the host's `patches_replace`; widths in channels."""
+BlockKey = tuple[str, int, int]  # of a transformer block, as in the host's `patches_replace`: ("input", 4, 0)
 
-    key: tuple[str, int, int]
+
+@dataclass(frozen=True)
+class CrossAttentionBlock:
+    """A cross-attention of the host's UNet; context_width is that of the text it reads. Widths are in channels."""
+
+    key: BlockKey
     width: int
     context_width: int
 
 
-def cross_attentions(model: ModelPatcher) -> list[CrossAttention]:
+class KVBlock(NamedTuple):
+    """A self-attention of the host's UNet, which may read or export keys and values.
+
+    path: of its transformer block in diffusers; width: in channels; level: how often the latent is halved there;
+    context_width: of the text that the cross-attention of the same transformer block reads, in channels.
+    """
+
+    key: BlockKey
+    path: str
+    width: int
+    level: int
+    context_width: int
+
+
+def cross_attentions(model: ModelPatcher) -> list[CrossAttentionBlock]:
     """All cross-attentions of an SDXL model, in the order of the public files (input, output, middle).
 
     Read from the model's own modules, so that every block layout of the SDXL family fits. Raises ValueError, one
@@ -41,7 +59,7 @@ def cross_attentions(model: ModelPatcher) -> list[CrossAttention]:
             for module in block or ():  # some distilled SDXL have no middle block
                 for t, transformer in enumerate(getattr(module, "transformer_blocks", ())):
                     to_k = transformer.attn2.to_k
-                    found.append(CrossAttention((group, i, t), to_k.out_features, to_k.in_features))
+                    found.append(CrossAttentionBlock((group, i, t), to_k.out_features, to_k.in_features))
     return found
 
 
@@ -54,3 +72,14 @@ def self_attentions(model: ModelPatcher) -> list[KVBlock]:
     found = sorted(cross_attentions(model), key=lambda attention: order.index(attention.key[0]))
     levels = len(model.model.model_config.unet_config["channel_mult"])
     return [KVBlock(a.key, diffusers_path(a.key), a.width, level_of(a.key, levels), a.context_width) for a in found]
+
+
+def host_attention(extra: dict[str, Any]) -> Callable:
+    """The host's attention (q, k, v, heads) under the options of one block, so that overrides of other nodes hold."""
+
+    def attention(q, k, v, heads):
+        return optimized_attention(
+            q, k, v, heads, attn_precision=extra.get("attn_precision"), transformer_options=extra
+        )
+
+    return attention

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 if TYPE_CHECKING:
-    from .lora_bypass import Branches
+    from .lora_bypass import Bypasses
 
 _BLOCKS = (ResBlock, attention.BasicTransformerBlock, autoencoder.ResnetBlock, autoencoder.AttnBlock, TAESDBlock)
 _CONVOLUTIONS = {
@@ -65,18 +65,18 @@ class Checkpointing:
 
 @contextmanager
 def differentiable(
-    networks: Iterable[nn.Module], checkpointing: Checkpointing | None = None, branches: Branches | None = None
+    networks: Iterable[nn.Module], checkpointing: Checkpointing | None = None, bypasses: Bypasses | None = None
 ) -> Iterator[None]:
     """Inside, autograd works through networks of the host (in `inference_mode(False)`); afterwards they are as before.
 
-    branches: low-rank changes that some layers of the networks get while they are switched on. Raises ValueError, one
+    bypasses: low-rank changes that some layers of the networks get while they are switched on. Raises ValueError, one
     sentence, when a layer is of a kind whose weights cannot be had.
     """
     undo: list[Callable[[], None]] = []
     try:
         for network in networks:
             for module in network.modules():
-                _install(module, checkpointing, branches, undo)
+                _install(module, checkpointing, bypasses, undo)
         yield
     finally:
         for restore in reversed(undo):
@@ -91,10 +91,10 @@ def pytorch_attention(_: Callable, *args: Any, **kwargs: Any) -> Tensor:
     return attention.attention_pytorch(*args, **kwargs)
 
 
-def _install(module: nn.Module, checkpointing: Checkpointing | None, branches: Branches | None, undo: list) -> None:
+def _install(module: nn.Module, checkpointing: Checkpointing | None, bypasses: Bypasses | None, undo: list) -> None:
     castable = isinstance(module, comfy.ops.CastWeightBiasOp)
     if castable and _is_linear(module):
-        _through_cast(module, lambda x, *args, **kwargs: _layer(module, branches, x, *args, **kwargs), undo)
+        _through_cast(module, lambda x, *args, **kwargs: _layer(module, bypasses, x, *args, **kwargs), undo)
     elif castable and isinstance(module, nn.GroupNorm | nn.LayerNorm):
         _through_cast(module, lambda x: _norm(module, x), undo)
     else:
@@ -105,7 +105,7 @@ def _install(module: nn.Module, checkpointing: Checkpointing | None, branches: B
     if isinstance(module, autoencoder.AttnBlock):
         _set(module, "optimized_attention", autoencoder.pytorch_attention, undo)
     if isinstance(module, _BLOCKS) and checkpointing is not None and checkpointing.enabled:
-        _set(module, "forward", _block(module, checkpointing, branches), undo)
+        _set(module, "forward", _block(module, checkpointing, bypasses), undo)
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -135,10 +135,10 @@ def _set(module: nn.Module, name: str, value: Any, undo: list, still: Callable[[
     module.__dict__[name] = value
 
 
-def _layer(module: nn.Module, branches: Branches | None, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _layer(module: nn.Module, bypasses: Bypasses | None, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     out = _Frozen.apply(x, module, args, kwargs)
-    branch = None if branches is None else branches.of(module)
-    return out if branch is None else out + branch(x)
+    bypass = None if bypasses is None else bypasses.of(module)
+    return out if bypass is None else out + bypass(x)
 
 
 class _Frozen(torch.autograd.Function):
@@ -211,7 +211,7 @@ def _norm(module: nn.GroupNorm | nn.LayerNorm, x: Tensor) -> Tensor:
     return nn.functional.layer_norm(x, module.normalized_shape, weight, bias, module.eps)
 
 
-def _block(module: nn.Module, checkpointing: Checkpointing, branches: Branches | None) -> Callable:
+def _block(module: nn.Module, checkpointing: Checkpointing, bypasses: Bypasses | None) -> Callable:
     """The forward of a block that keeps nothing but its input, unless it is one of the kept."""
     forward = module.forward
 
@@ -221,12 +221,12 @@ def _block(module: nn.Module, checkpointing: Checkpointing, branches: Branches |
         # The UNet writes into its options while it runs: the block must see the same when it is computed again.
         args = [dict(a) if isinstance(a, dict) else a for a in args]
         kwargs = {name: dict(a) if isinstance(a, dict) else a for name, a in kwargs.items()}
-        rows = None if branches is None else branches.rows
+        rows = None if bypasses is None else bypasses.rows
 
         def run(x: Tensor) -> Tensor:
-            if branches is None:
+            if bypasses is None:
                 return forward(x, *args, **kwargs)
-            with branches.switched(rows):
+            with bypasses.switched(rows):
                 return forward(x, *args, **kwargs)
 
         return _Checkpointed.apply(x, run, module, checkpointing)

@@ -1,4 +1,4 @@
-"""What guided runs tell: losses and previews, live and afterwards. A SAMPLER cannot put out pictures of its run."""
+"""Guided runs report their losses and previews, live and afterwards. A SAMPLER cannot put out pictures of its run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..schema import schema
-from ..sockets import GUIDANCE_REPORT, GuidanceReport
+from ..sockets import GUIDANCE_REPORT
 
 _KEPT = 8  # runs
 SHOWN = 512  # pixels a side of the previews that are kept
@@ -22,7 +22,7 @@ _COLOURS = ("#1b6ca8", "#d1495b", "#2e7d32", "#b8860b", "#6a4c93", "#00838f", "#
 
 
 class Iterate(NamedTuple):
-    """losses: one number an image, None where it did not count; step: of the sampler."""
+    """The losses of one iteration: one number an image, None where it is not valid; step: the sampler's step."""
 
     step: int
     sigma: float
@@ -30,9 +30,12 @@ class Iterate(NamedTuple):
 
 
 @dataclass
-class Run:
-    """One guided run. pictures: previews before and after the first and the last guided step, [n, H, W, 3] in 8 bit,
-    at most SHOWN pixels a side; notes: what the user should know of it, a sentence each."""
+class RunReport:
+    """The report of one guided run.
+
+    pictures: previews before and after the first and the last guided step, [n, H, W, 3] in 8 bit, at most SHOWN pixels
+    a side; notes: what the user should know of the run, a sentence each.
+    """
 
     loss: str
     iterates: list[Iterate] = field(default_factory=list)
@@ -63,13 +66,20 @@ class Run:
         return "\n".join([*(lines or [_UNGUIDED]), *self.notes])
 
 
+@dataclass(frozen=True, eq=False)
+class GuidanceReport:
+    """What travels as LOOKAHEAD_GUIDANCE_REPORT: the last guided runs, by a mark of their latents; it alone changes."""
+
+    runs: dict[str, RunReport] = field(default_factory=dict)
+
+
 def mean(losses: list[float | None]) -> float | None:
-    """The mean of those that count, None where none does."""
+    """The mean of the valid losses, None where none is."""
     known = [loss for loss in losses if loss is not None]
     return sum(known) / len(known) if known else None
 
 
-def keep(report: GuidanceReport, samples: Tensor, run: Run) -> None:
+def keep(report: GuidanceReport, samples: Tensor, run: RunReport) -> None:
     """Keep a run under the mark of the latents it gave; the oldest makes way."""
     mark = mark_of(samples)
     report.runs.pop(mark, None)
@@ -98,7 +108,7 @@ def shown_while_running(pictures: Tensor, text: str, size: int = 768) -> tuple[s
     return ("JPEG", out, size)
 
 
-def curve(run: Run, width: int = 768, height: int = 432) -> Tensor:
+def curve(run: RunReport, width: int = 768, height: int = 432) -> Tensor:
     """The losses over the iterations as IMAGE [1, H, W, 3]: a line for each picture, a grey one where a step begins.
 
     The run's text stands above; with each line of it beyond the first the picture is taller.
@@ -178,7 +188,7 @@ class LookaheadGuidanceReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, latent: dict, report: GuidanceReport | None = None) -> io.NodeOutput:
-        run = Run("") if report is None else report.runs.get(mark_of(latent["samples"]))
+        run = RunReport("") if report is None else report.runs.get(mark_of(latent["samples"]))
         if run is None:
             raise ValueError(
                 "The report knows no guided run that gave this latent: connect output (not denoised_output) of the "

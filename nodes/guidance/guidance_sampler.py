@@ -12,14 +12,18 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ...lookahead.method.guidance import RAW, RELATIVE, UNIT_RMS, Optimisation
+from ...lookahead.method.latent_optimisation import RAW, RELATIVE, UNIT_RMS, Optimisation
 from ...lookahead.method.schedule import chosen_steps
+from ..losses.lookahead_loss import LookaheadLoss
 from ..schema import schema
-from ..sockets import GUIDANCE_REPORT, LOSS, SHORTCUT, GuidanceReport, LookaheadLoss, Shortcut
-from .guidance_report import keep
-from .guided_run import ALWAYS, AUTO, JITTER, NEVER, Guidance, GuidedRun
+from ..sockets import GUIDANCE_REPORT, LOSS, SHORTCUT
+from .guidance_report import GuidanceReport, keep
+from .guided_run import JITTER, Guidance, GuidedRun
+from .interceptor import Interceptor
+from .memory import ALWAYS, AUTO, NEVER
 from .preview import Call
-from .sampler_steps import Step, guided_steps
+from .sampler_steps import GuidedStep, guided_steps
+from .shortcut import Shortcut
 
 _NOTHING = "[LCM-Lookahead] no step of this run is guided: it ends at noise level %.3g, before start (%.3g)."
 
@@ -88,7 +92,7 @@ def _guided_function(function: Any, run: GuidedRun) -> Any:
             steps = guided_steps(function, options, model, sigmas, run.start_sigma, guidance.steps)
             if not steps:
                 logging.warning(_NOTHING, float(sigmas[-1]), run.start_sigma)
-        interceptor = Interceptor(model, run, {step.call: step for step in steps})
+        interceptor = Interceptor(model, {step.call: step for step in steps}, run.guide)
 
         def show(info):
             if callback is not None:
@@ -100,30 +104,6 @@ def _guided_function(function: Any, run: GuidedRun) -> Any:
         return function(interceptor, x, sigmas, extra_args=extra_args, callback=show, disable=disable, **options)
 
     return sample
-
-
-class Interceptor:
-    """In the place of what a sampler function calls: guides at the first call of a guided step, and passes it on."""
-
-    def __init__(self, model: Any, run: GuidedRun, steps: dict[int, Step]):
-        self.__dict__.update(_model=model, _run=run, _steps=steps, _calls=0, last=None)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in self.__dict__:
-            self.__dict__[name] = value
-        else:
-            setattr(self._model, name, value)
-
-    def __call__(self, x: Tensor, sigma: Tensor, **options: Any) -> Tensor:
-        self.last = Call(self._model, sigma, options)
-        step = self._steps.get(self._calls)
-        self._calls += 1
-        if step is not None:
-            self._run.guide(x, Call(self._model, sigma, options), step)
-        return self._model(x, sigma, **options)
 
 
 class SplitSampler(comfy.samplers.Sampler):
@@ -156,12 +136,12 @@ class SplitSampler(comfy.samplers.Sampler):
         total = len(levels) - 1
 
         def part(first: int, last: int, noise: Tensor, latent_image: Tensor | None) -> Tensor:
-            def told(step, denoised, x, _):
+            def on_step(step, denoised, x, _):
                 if callback is not None:
                     callback(first + step, denoised, x, total)
 
             return self._sampler.sample(
-                model_wrap, sigmas[first : last + 1], extra_args, told, noise, latent_image, None, disable_pbar
+                model_wrap, sigmas[first : last + 1], extra_args, on_step, noise, latent_image, None, disable_pbar
             )
 
         try:
@@ -178,7 +158,7 @@ class SplitSampler(comfy.samplers.Sampler):
                 sigma = sigmas[n].expand(len(x))
                 call = Call(model_wrap, sigma, {"model_options": extra_args["model_options"], "seed": run.seed})
                 x = x.clone()
-                run.guide(x, call, Step(n, n, levels[n], levels[n + 1]))
+                run.guide(x, call, GuidedStep(n, n, levels[n], levels[n + 1]))
                 begin = n
             if not steps and guidance.optimisation.iterations:
                 logging.warning(_NOTHING, levels[-1], run.start_sigma)

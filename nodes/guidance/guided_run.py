@@ -1,8 +1,7 @@
-"""One run with lookahead guidance: what happens at a guided step, and around it."""
+"""One run with lookahead guidance: at a guided step it optimises the sampler's latent."""
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,35 +11,44 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ...lookahead.losses.base import started
-from ...lookahead.method import guidance as method
+from ...lookahead.losses.base import bind_rng
 from ...lookahead.method.attention import mask_on_tokens
-from ...lookahead.method.schedule import lora_scale
-from .autograd import Checkpointing
-from .guidance_report import Iterate, Run, mean, shown_while_running
+from ...lookahead.method.latent_optimisation import (
+    Decode,
+    Evaluation,
+    Loss,
+    Optimisation,
+    Predict,
+    evaluate_preview,
+    optimise_latent,
+    time_travel,
+)
+from ...lookahead.method.schedule import lora_scale, to_ve, to_vp
+from .guidance_report import Iterate, RunReport, mean, shown_while_running
+from .memory import AUTO, MemoryLadder
 from .preview import Call, Previewer, as_image
-from .sampler_steps import Step
+from .sampler_steps import GuidedStep
 
 if TYPE_CHECKING:
-    from ..sockets import LookaheadLoss, Shortcut
+    from ..losses.lookahead_loss import LookaheadLoss
+    from .shortcut import Shortcut
 
-AUTO, ALWAYS, NEVER = "auto", "always", "never"
-JITTER = 0.9  # the strength of the LoRA is drawn from [0.1, 1], as in the paper's training (section 4.3)
+JITTER = 0.9  # the LoRA scale is drawn from [0.1, 1], as in the paper's training (`schedule.lora_scale`)
 
 
 @dataclass(frozen=True, eq=False)
 class Guidance:
-    """What a guided SAMPLER was made with. Immutable.
+    """The settings of a guided SAMPLER. Immutable.
 
     start: where in the sampling it begins, by the host's convention (0 first step, 1 last); steps: how many in a row;
     cfg, positive: of the preview; time_travel: how often a guided step is gone back and guided again; jitter: how far
-    the strength of the few-step LoRA is lowered by chance; mask: [masks, H, W] in [0, 1] or None, where the latent may
+    the scale of the few-step LoRA is lowered by chance; mask: [masks, H, W] in [0, 1] or None, where the latent may
     move; checkpointing: which blocks are computed twice; live: every how many steps a preview is shown, 0 for none.
     """
 
     shortcut: Shortcut
     loss: LookaheadLoss
-    optimisation: method.Optimisation = field(default_factory=method.Optimisation)
+    optimisation: Optimisation = field(default_factory=Optimisation)
     start: float = 0.12
     steps: int = 1
     cfg: float = 1.0
@@ -62,16 +70,15 @@ class GuidedRun:
         self.guidance, self.guider = guidance, guider
         self.seed = seed
         self._noise, self._latent_image = noise, latent_image
-        self.report = Run(guidance.loss.name)
+        self.report = RunReport(guidance.loss.name)
         self.previewer = Previewer(guidance.shortcut, guider, guidance.positive, guidance.cfg)
         self.report.notes += self.previewer.notes
-        self._checkpointing = Checkpointing(enabled=guidance.checkpointing != NEVER)
+        self._memory = MemoryLadder(guidance.checkpointing, self.report.notes)
         self._generator = torch.Generator().manual_seed(seed or 0)
         # One for each picture: the first of a batch is drawn as if alone, as by the host.
         self._jitter = [torch.Generator().manual_seed(((seed or 0) + row) % 2**64) for row in range(len(noise))]
-        self._loss = started(guidance.loss.loss, torch.Generator().manual_seed(seed or 0))
-        self._together: int | None = None  # how many pictures are decoded at once; None for all
-        self._smaller = False  # previews at half their size
+        self._loss = bind_rng(guidance.loss.loss, torch.Generator().manual_seed(seed or 0))
+        self._lora_scale: Tensor | None = None  # of the evaluation that runs
 
     @property
     def start_sigma(self) -> float:
@@ -83,19 +90,19 @@ class GuidedRun:
         self.previewer.load(list(self.guidance.loss.patchers), self._noise, factor=3.0)
 
     def close(self) -> None:
-        """After the run, also after one that failed."""
+        """Clean up after the run, also after one that failed."""
         self.previewer.close()
 
-    def guide(self, x: Tensor, call: Call, step: Step) -> None:
+    def guide(self, x: Tensor, call: Call, step: GuidedStep) -> None:
         """Move the sampler's state x [n, c, h, w] at a guided step, in place."""
         self.previewer.prepare(call)
         conds = self.previewer.conds(self._noise, self._latent_image, call)
         before = x.clone()
         for again in range(self.guidance.time_travel + 1):
             if again:
-                x.copy_(self._gone_back(x, call, step))
+                x.copy_(self._time_travel(x, call, step))
             with torch.inference_mode(False):  # autograd does not work in it
-                moved = self._optimised(x, call, conds, step)
+                moved = self._optimise(x, call, conds, step)
             x.copy_(moved)  # here, in the host's own mode: x is an inference tensor
         # Both with the few-step LoRA at its full strength, whatever the iterations drew.
         for when, state in (("before", before), ("after", x)):
@@ -112,22 +119,24 @@ class GuidedRun:
 
     # -- one step
 
-    def _optimised(self, x: Tensor, call: Call, conds: dict[str, Any], step: Step) -> Tensor:
+    def _optimise(self, x: Tensor, call: Call, conds: dict[str, Any], step: GuidedStep) -> Tensor:
         settings = self.guidance.optimisation
-        call.sigma = call.sigma.clone()
-        scale = (call.sigma.reshape(-1, 1, 1, 1) ** 2 + 1).sqrt()  # between the host's x and the paper's z_t
+        call.sigma = sigma = call.sigma.clone()
         bar = comfy.utils.ProgressBar(settings.iterations)
 
-        def told(number: int, e: method.Evaluation) -> None:
-            losses = [v if c else None for v, c in zip(e.values.tolist(), e.counts.tolist(), strict=True)]
+        def on_iterate(number: int, e: Evaluation) -> None:
+            losses = [v if valid else None for v, valid in zip(e.values.tolist(), e.valid.tolist(), strict=True)]
             self.report.iterates.append(Iterate(step.number, step.sigma, losses))
-            now = mean(losses)
-            value = "does not count" if now is None else f"{now:.3f}"
+            average = mean(losses)
+            value = "does not count" if average is None else f"{average:.3f}"
             text = f"{number}/{settings.iterations}  {value}  {self.report.loss}"
             progress.set_postfix_str(f"{self.report.loss} {value}", refresh=False)
             progress.update(number - progress.n)
             image = as_image(e.picture)
             bar.update_absolute(number, settings.iterations, shown_while_running(image, text))
+
+        def predict(z: Tensor) -> Tensor:
+            return self.previewer.latent(to_ve(z, sigma), call, conds, self._lora_scale, grad=torch.is_grad_enabled())
 
         with (
             tqdm(
@@ -138,87 +147,39 @@ class GuidedRun:
             ) as progress,
             torch.enable_grad(),
         ):
-            z = (x / scale).detach()
-            mask = self._where(z, call.denoise_mask)
+            z = to_vp(x, sigma).detach()
+            mask = self._update_mask(z, call.denoise_mask)
+            best = optimise_latent(predict, self._decode, self._loss, z, settings, mask, on_iterate, self._evaluate)
+        return (x + to_ve(best - z, sigma)).detach()  # where nothing moved, the bits stay
 
-            def evaluation(z: Tensor, grad: bool) -> method.Evaluation:
-                comfy.model_management.throw_exception_if_processing_interrupted()
-                return self._evaluated(z, scale, call, conds, grad)
+    def _evaluate(self, predict: Predict, decode: Decode, loss: Loss, z: Tensor, gradient: bool) -> Evaluation:
+        """`evaluate_preview` with a LoRA scale of its own, and as little memory as it takes."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        self._lora_scale = self._draw_lora_scale(z)
 
-            best = method.optimise_latent(z, evaluation, settings, mask, told)
-        return (x + (best - z) * scale).detach()  # where nothing moved, the bits stay
+        def once() -> Evaluation:
+            with torch.set_grad_enabled(gradient), self._installed():
+                return evaluate_preview(predict, decode, loss, z, gradient, self._memory.chunk_size)
 
-    def _evaluated(self, z: Tensor, scale: Tensor, call: Call, conds: dict[str, Any], grad: bool) -> method.Evaluation:
-        """With less and less memory: all blocks computed twice; pictures decoded one by one; at half their size."""
-        strength = self._strength(z)
-        known = dict(self._checkpointing.saved)
-        while True:
-            try:
-                with torch.set_grad_enabled(grad), self._installed():
-                    found = method.evaluate_preview(
-                        z,
-                        lambda z: self.previewer.latent(z * scale, call, conds, strength, grad=grad),
-                        self._decode,
-                        self._loss,
-                        grad,
-                        self._together,
-                    )
-                if grad and not known and self._checkpointing.saved and self.guidance.checkpointing == AUTO:
-                    self._settle(z.device)
-                return found
-            except Exception as error:
-                if not _out_of_memory(error):
-                    raise
-                self._take_less(len(z))
-            # Outside of the handler: until it ends, the error keeps everything alive that did not fit.
-            comfy.model_management.soft_empty_cache()
+        return self._memory.attempt(once, z, gradient)
 
     def _installed(self):
         losses = [p.model for p in self.guidance.loss.patchers if isinstance(p.model, nn.Module)]
-        return self.previewer.installed(self._checkpointing, losses)
+        return self.previewer.installed(self._memory.checkpointing, losses)
 
     def _decode(self, latent: Tensor) -> Tensor:
-        return self.previewer.decode(nn.functional.avg_pool2d(latent, 2) if self._smaller else latent)
+        return self.previewer.decode(nn.functional.avg_pool2d(latent, 2) if self._memory.half_size else latent)
 
     def _decode_one_by_one(self, latent: Tensor) -> Tensor:
         return torch.cat([self._decode(one) for one in latent.split(1)])
 
-    def _settle(self, device: torch.device) -> None:
-        """The first iteration has measured every block: keep as many as fit into the memory that is free."""
-        c = self._checkpointing
-        free = comfy.model_management.get_free_memory(device)
-        c.keep_what_fits(0.8 * free)
-        logging.info(
-            "[LCM-Lookahead] the gradient keeps %.2f GB where no block is computed twice, and %.2f GB are free: %d "
-            "of %d blocks are computed twice.",
-            *(c.total / 2**30, free / 2**30, len(c.saved) - len(c.kept), len(c.saved)),
-        )
+    def _draw_lora_scale(self, z: Tensor) -> Tensor:
+        """The few-step LoRA's scale for each picture, [n]: 1, or by chance less, against what pleases one network
+        alone (`schedule.lora_scale`)."""
+        u = torch.cat([torch.rand(1, generator=generator) for generator in self._jitter])
+        return lora_scale(u, 1.0, 1.0 - self.guidance.jitter).to(z)
 
-    def _take_less(self, images: int) -> None:
-        if self._checkpointing.kept or not self._checkpointing.enabled:
-            self._checkpointing.kept.clear()
-            self._checkpointing.enabled = True
-            what = "every block is computed twice"
-        elif self._together is None and images > 1:
-            self._together = 1
-            what = "pictures are decoded one by one"
-        elif not self._smaller:
-            self._smaller = True
-            what = "previews are decoded at half their size"
-        else:
-            raise ValueError(
-                "The memory is too small for the gradient, even with previews of half the size: use a smaller picture "
-                "or batch, TAESD as the shortcut's vae, or close other programs."
-            )
-        logging.warning("[LCM-Lookahead] out of memory: from now on, %s.", what)
-        self.report.notes.append(f"Out of memory: from then on, {what}.")
-
-    def _strength(self, z: Tensor) -> Tensor:
-        """Of the few-step LoRA for each picture: 1, or by chance less, against what pleases one network alone."""
-        chance = torch.cat([torch.rand(1, generator=generator) for generator in self._jitter])
-        return lora_scale(chance, 1.0, 1.0 - self.guidance.jitter).to(z)
-
-    def _where(self, z: Tensor, denoise_mask: Tensor | None) -> Tensor | None:
+    def _update_mask(self, z: Tensor, denoise_mask: Tensor | None) -> Tensor | None:
         """Where the latent may move, [n, 1, h, w]: under the mask, and where the run paints at all."""
         mask = None
         if self.guidance.mask is not None:
@@ -230,14 +191,8 @@ class GuidedRun:
             mask = painted if mask is None else mask * painted
         return mask
 
-    def _gone_back(self, x: Tensor, call: Call, step: Step) -> Tensor:
+    def _time_travel(self, x: Tensor, call: Call, step: GuidedStep) -> Tensor:
         denoised = call.model(x, call.sigma, **call.options)
         noise = torch.randn(x.shape, generator=self._generator).to(x)
         sigma = call.sigma.reshape(-1, 1, 1, 1)
-        return method.travel_back(x, denoised, sigma, torch.full_like(sigma, step.sigma_next), noise)
-
-
-def _out_of_memory(error: Exception) -> bool:
-    known = getattr(comfy.model_management, "is_oom", None)
-    oom = getattr(comfy.model_management, "OOM_EXCEPTION", torch.OutOfMemoryError)
-    return bool(known(error)) if known else isinstance(error, oom)
+        return time_travel(x, denoised, sigma, torch.full_like(sigma, step.sigma_next), noise)

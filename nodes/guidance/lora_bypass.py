@@ -1,4 +1,4 @@
-"""A few-step LoRA as branches beside the layers of the base that is loaded, with a strength for each picture.
+"""A few-step LoRA bypasses the layers of the base that is loaded, with a strength for each picture.
 
 The base keeps its weights: a second patcher of the same UNet would unload it in the middle of a run, and merged weights
 could not have a strength of their own for each picture.
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 Patch = tuple[float, Any, float, Any, Any]  # strength, what is added, strength of the weight itself, offset, function
 
 
-class Branch(nn.Module):
-    """scale * up(mid(down(x))) beside one Linear or Conv2d; mid is there where a LoRA splits a convolution in three."""
+class Bypass(nn.Module):
+    """A LoRA adds scale * up(mid(down(x))) to one Linear or Conv2d; mid splits some convolutions in three."""
 
     def __init__(self, layer: nn.Module, shape: torch.Size, patch: Patch):
         super().__init__()
@@ -64,21 +64,21 @@ def _convolution(weight: Tensor, **kernel: Any) -> nn.Module:
     return layer
 
 
-class Branches(nn.Module):
-    """The branches of one shortcut on one base. rows: the strength of each row of the pass, None while they are off."""
+class Bypasses(nn.Module):
+    """The bypasses of one shortcut on one base. rows: the strength of each row of the pass, None while they are off."""
 
     def __init__(self, base: nn.Module, patches: dict[str, list[Patch]]):
         super().__init__()
         self.rows: Tensor | None = None
         self.beside = nn.ModuleList()
-        self._by_layer: dict[int, list[Branch]] = {}
+        self._by_layer: dict[int, list[Bypass]] = {}
         for key, added in patches.items():
             layer = base.get_submodule(key.removesuffix(".weight"))
             shape = getattr(layer, "_orig_shape", None) or layer.weight.shape
             for patch in added:
-                branch = Branch(layer, torch.Size(shape), patch)
-                self.beside.append(branch)
-                self._by_layer.setdefault(id(layer), []).append(branch)
+                bypass = Bypass(layer, torch.Size(shape), patch)
+                self.beside.append(bypass)
+                self._by_layer.setdefault(id(layer), []).append(bypass)
         self.requires_grad_(False).eval()
 
     def of(self, layer: nn.Module):
@@ -90,14 +90,14 @@ class Branches(nn.Module):
         def change(x: Tensor) -> Tensor:
             # Each row may have been cut into tiles (as HyperTile does): tiles of a row are neighbours.
             strength = rows.to(x).repeat_interleave(x.shape[0] // len(rows))
-            out = sum(branch(x) for branch in found)
+            out = sum(bypass(x) for bypass in found)
             return out * strength.reshape(-1, *[1] * (out.ndim - 1))
 
         return change
 
     @contextmanager
     def switched(self, rows: Tensor | None) -> Iterator[None]:
-        """Inside, the branches act with a strength for each row."""
+        """Inside, the bypasses act with a strength for each row."""
         before, self.rows = self.rows, rows
         try:
             yield
@@ -105,10 +105,10 @@ class Branches(nn.Module):
             self.rows = before
 
 
-def branches_patcher(base: nn.Module, patches: dict[str, list[Patch]]) -> ModelPatcher:
-    """The branches as the host manages models."""
+def bypass_patcher(base: nn.Module, patches: dict[str, list[Patch]]) -> ModelPatcher:
+    """The bypasses as a model that the host loads and unloads."""
     return comfy.model_patcher.ModelPatcher(
-        Branches(base, patches),
+        Bypasses(base, patches),
         load_device=comfy.model_management.get_torch_device(),
         offload_device=comfy.model_management.unet_offload_device(),
     )
@@ -131,7 +131,7 @@ def added_patches(base: ModelPatcher, shortcut: ModelPatcher) -> tuple[dict[str,
 
 
 def check_patches(added: dict[str, list[Patch]], base: nn.Module) -> None:
-    """Raise ValueError, one sentence, where a patch cannot run as a branch."""
+    """Raise ValueError, one sentence, where a patch cannot run as a bypass."""
     for key, patches in added.items():
         path = key.removesuffix(".weight")
         for _, value, strength_model, offset, function in patches:

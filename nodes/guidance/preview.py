@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from ...lookahead.method.schedule import consistency_output, to_vp
 from ..conditioning import wrappers
 from . import autograd
-from .lora_bypass import Branches, added_patches, branches_patcher, check_patches
+from .lora_bypass import Bypasses, added_patches, bypass_patcher, check_patches
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
-    from ..sockets import Shortcut
+    from .shortcut import Shortcut
 
 KEY = "lookahead_shortcut"
 # Wrappers of others that keep something from call to call, or compile, cannot stand a pass that is none of the run's.
@@ -36,7 +36,7 @@ _NO_LORA = (
 
 
 class Call:
-    """What the sampler gives to the model at one step, beside the latent.
+    """One call of the model by the sampler: all that it gives beside the latent.
 
     model: what it calls (the host's inpainting wrapper around the guider), or None; options: its keyword arguments.
     """
@@ -48,7 +48,7 @@ class Call:
 
 
 class Previewer:
-    """Looks ahead within one run of a guider; lives as long as it.
+    """Makes the one-step previews of one run of a guider; lives as long as it.
 
     positive: conditions of the preview in place of the guider's own, as CONDITIONING; cfg: guidance of the preview, 1
     for none. Raises ValueError, one sentence, where the shortcut does not fit.
@@ -84,7 +84,7 @@ class Previewer:
             if more:
                 logging.info("[LCM-Lookahead] %d weight patches of the sampled model act in the preview as well.", more)
             self.shortcut.networks.clear()
-            self.shortcut.networks[key] = branches_patcher(base.model, added) if added else None
+            self.shortcut.networks[key] = bypass_patcher(base.model, added) if added else None
         self.network = self.shortcut.networks[key]
         if self.network is None:
             self.notes.append(_NO_LORA)
@@ -107,7 +107,7 @@ class Previewer:
             self.second.pre_run()
 
     def close(self) -> None:
-        """After the run."""
+        """Clean up after the run."""
         if self.second is not None:
             self.second.cleanup()
 
@@ -117,7 +117,7 @@ class Previewer:
         return found if self.network is None else [*found, self.network.model]
 
     @property
-    def branches(self) -> Branches | None:
+    def bypasses(self) -> Bypasses | None:
         return None if self.network is None else self.network.model
 
     # -- conditions
@@ -165,13 +165,9 @@ class Previewer:
     # -- prediction and decoder
 
     def prepare(self, call: Call) -> None:
-        """What is read of references at this noise level, before anything of the preview is switched on."""
-        inner, options = self.guider.inner_model, call.model_options
-        acting = wrappers.passes_now(options, call.sigma, inner.model_sampling)
+        """Reads the references at this noise level, before anything of the preview is switched on."""
         roles = {True, False} if "negative" in self.guider.conds else {True}
-        current = {p.signature(inner) for p in acting}
-        for reference_pass in acting:
-            reference_pass.keys_values(inner, call.sigma, roles, current)
+        wrappers.prefetch(call.model_options, self.guider.inner_model, call.sigma, roles)
 
     def latent(self, x: Tensor, call: Call, conds: dict[str, Any], strength: Tensor, grad: bool) -> Tensor:
         """The preview [n, c, h, w] in the host's scale, of the state x at the call's noise level.
@@ -214,7 +210,7 @@ class Previewer:
             for kind, by_key in transformer.get("wrappers", {}).items()
         }
         if self.network is not None:
-            wrappers.setdefault(WrappersMP.APPLY_MODEL, {})[KEY] = [_with_branches(self.network.model, strength)]
+            wrappers.setdefault(WrappersMP.APPLY_MODEL, {})[KEY] = [_with_bypasses(self.network.model, strength)]
         transformer["wrappers"] = wrappers
         if grad:
             transformer["optimized_attention_override"] = autograd.pytorch_attention
@@ -241,8 +237,8 @@ class Previewer:
     def installed(
         self, checkpointing: autograd.Checkpointing | None = None, others: Iterable[nn.Module] = ()
     ) -> Iterator[None]:
-        """Inside, the branches can be switched on, and gradients flow where autograd is on (also through `others`)."""
-        with autograd.differentiable([*self.networks(), *others], checkpointing, self.branches):
+        """Inside, the bypasses can be switched on, and gradients flow where autograd is on (also through `others`)."""
+        with autograd.differentiable([*self.networks(), *others], checkpointing, self.bypasses):
             yield
 
 
@@ -253,7 +249,7 @@ def _load(models: list[ModelPatcher], memory: float) -> None:
 
 
 class _Inner:
-    """In the place of the guider, for the host's inpainting wrapper."""
+    """Stands in the place of the guider, for the host's inpainting wrapper."""
 
     def __init__(self, predicted: Callable, inner_model: Any):
         self._predicted, self.inner_model = predicted, inner_model
@@ -263,7 +259,7 @@ class _Inner:
 
 
 class _Constant:
-    """A ControlNet whose effect on the preview counts, but is not differentiated."""
+    """A ControlNet acts on the preview, but no gradient goes through it."""
 
     def __init__(self, control: Any):
         self._control = control
@@ -281,7 +277,7 @@ class _Constant:
 
 
 class _Added(Tensor):
-    """What a ControlNet adds. The UNet adds it in place, to tensors that autograd still needs: here it does not."""
+    """A ControlNet's residual, which the UNet adds in place, to tensors that autograd still needs: here it does not."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -289,10 +285,10 @@ class _Added(Tensor):
         return args[0] + args[1] if func is Tensor.add_ else func(*args, **(kwargs or {}))
 
 
-def _with_branches(branches: Branches, strength: Tensor) -> Callable:
+def _with_bypasses(bypasses: Bypasses, strength: Tensor) -> Callable:
     def apply_model(executor, x, *args, **kwargs):
         # Images are neighbours within each condition, and conditions within each tile of those who draw in tiles.
-        with branches.switched(strength.repeat(x.shape[0] // len(strength))):
+        with bypasses.switched(strength.repeat(x.shape[0] // len(strength))):
             return executor(x, *args, **kwargs)
 
     return apply_model

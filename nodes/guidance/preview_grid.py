@@ -13,10 +13,12 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ...lookahead.vision.image_metrics import root_mean_square, structural_similarity
+from ..losses.lookahead_loss import LookaheadLoss
 from ..schema import schema
-from ..sockets import LOSS, SHORTCUT, LookaheadLoss, Shortcut
-from .guidance_sampler import Interceptor
+from ..sockets import LOSS, SHORTCUT
+from .interceptor import Interceptor
 from .preview import Previewer, as_image
+from .shortcut import Shortcut
 
 
 class Shot(NamedTuple):
@@ -117,7 +119,7 @@ class LookaheadPreviewGrid(io.ComfyNode):
         def watched(model_k, x, sigmas, extra_args=None, callback=None, disable=None, **options):
             previewer = Previewer(shortcut, guider)
             previewer.load(list(loss.patchers) if loss else [], x, factor=1.0)
-            interceptor = Interceptor(model_k, None, {})
+            interceptor = Interceptor(model_k)
 
             def show(info):
                 if callback is not None:
@@ -159,7 +161,7 @@ def parse_fractions(text: str) -> list[float]:
 
 
 class Numbers(NamedTuple):
-    """Of one shot: for shortcut and x0 each the means over the batch of rmse, ssim and the loss (None without one)."""
+    """The figures of one shot: for shortcut and x0 the batch's mean rmse, ssim and loss (None without one)."""
 
     fraction: float
     shortcut: tuple[float, float, float | None]
@@ -178,15 +180,15 @@ def numbers(shot: Shot, end: Tensor, loss: LookaheadLoss | None) -> Numbers:
 
 
 def loss_of(images: Tensor, loss: LookaheadLoss | None) -> float | None:
-    """The mean loss of IMAGEs, over those that count; None where there is none."""
+    """The mean loss of IMAGEs over those that are valid; None where none is."""
     if loss is None:
         return None
     if loss.patchers:
         with torch.inference_mode(False):
             comfy.model_management.load_models_gpu(list(loss.patchers))
         images = images.to(loss.patchers[0].load_device)
-    values, counts = loss.loss(images.movedim(-1, 1) * 2 - 1, None)
-    return float(values[counts].mean()) if bool(counts.any()) else None
+    values, valid = loss.loss(images.movedim(-1, 1) * 2 - 1, None)
+    return float(values[valid].mean()) if bool(valid.any()) else None
 
 
 def text(rows: list[Numbers], loss: LookaheadLoss | None, end: Tensor) -> str:

@@ -16,8 +16,8 @@ from torch import Tensor
 from ...lookahead.method.schedule import chosen_steps
 
 
-class Step(NamedTuple):
-    """number: of the step; call: number of the model call with which it begins; sigma, sigma_next: noise levels."""
+class GuidedStep(NamedTuple):
+    """A guided step: its number, that of the model call with which it begins, its noise level and the next one."""
 
     number: int
     call: int
@@ -33,7 +33,7 @@ class _Rehearsal(NamedTuple):
 
 def guided_steps(
     function: Callable, options: dict[str, Any], model: Any, sigmas: Tensor, start_sigma: float, count: int
-) -> list[Step]:
+) -> list[GuidedStep]:
     """The steps of a run of the sampler function that are guided: see `chosen_steps`.
 
     Raises ValueError, one sentence, for a sampler that has no fixed steps or keeps its state elsewhere.
@@ -63,7 +63,7 @@ def guided_steps(
             if not (stays.abs().min() > 1e-11 or (through - 1).abs().max() < 1e-6):
                 raise ValueError(refused.format("does not go on from the latent that it shows the model"))
     following = [*levels[1:], 0.0]
-    return [Step(n, plan.begins[n], levels[n], following[n]) for n in chosen]
+    return [GuidedStep(n, plan.begins[n], levels[n], following[n]) for n in chosen]
 
 
 def _rehearse(function, options, model, sigmas: Tensor, answer: float, offset_at: int) -> _Rehearsal:

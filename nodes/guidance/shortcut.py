@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
 from comfy_api.latest import io
 
 from ..conditioning.unet_blocks import cross_attentions
 from ..schema import schema
-from ..sockets import SHORTCUT, Shortcut
+from ..sockets import SHORTCUT
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+    from comfy.sd import VAE
 
 ONE_STEP, PLAIN_X0 = "one-step", "plain x0"
+
+
+@dataclass(frozen=True, eq=False)
+class Shortcut:
+    """What travels as LOOKAHEAD_SHORTCUT: how to look ahead in one step.
+
+    model: the base with a few-step LoRA, or a distilled model; vae: decodes previews; one_step: use the model (with the
+    scaling of consistency models), else the x0 prediction of the model that is sampled. networks: what was made of the
+    LoRA for a base, by the base's patches; it alone changes.
+    """
+
+    model: ModelPatcher
+    vae: VAE
+    one_step: bool = True
+    networks: dict[Any, ModelPatcher | None] = field(default_factory=dict)
 
 
 class LookaheadShortcut(io.ComfyNode):

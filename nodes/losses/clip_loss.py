@@ -10,11 +10,13 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ...lookahead.losses.base import Combined, EmbeddingLoss, Loss
-from ...lookahead.losses.views import Views
+from ...lookahead.losses.base import Combined, Loss
+from ...lookahead.losses.cutouts import Cutouts
+from ...lookahead.losses.embedding import EmbeddingLoss
 from ...lookahead.vision import clip
 from ..schema import schema
-from ..sockets import LOSS, LookaheadLoss
+from ..sockets import LOSS
+from .lookahead_loss import LookaheadLoss
 from .network import AVERAGE, ONE_EACH, GradientPatcher, fingerprint, picture_loss
 
 FOLDER = "clip_vision"
@@ -131,7 +133,7 @@ class LookaheadCLIPLoss(io.ComfyNode):
             if image is not None:
                 parts["picture"] = picture_loss(patcher, image, several, views)
             if text:
-                parts["words"] = EmbeddingLoss(patcher.model, text_target(file, text, neutral), Views(views))
+                parts["words"] = EmbeddingLoss(patcher.model, text_target(file, text, neutral), Cutouts(views))
         loss = Combined(tuple((1.0, part) for part in parts.values())) if len(parts) > 1 else next(iter(parts.values()))
         return io.NodeOutput(LookaheadLoss(loss, (patcher,), f"CLIP {' and '.join(parts)}"))
 

@@ -6,7 +6,8 @@ from comfy_api.latest import io
 
 from ...lookahead.losses.base import Combined
 from ..schema import schema
-from ..sockets import LOSS, LookaheadLoss
+from ..sockets import LOSS
+from .lookahead_loss import LookaheadLoss
 
 SLOTS = ("a", "b", "c", "d")
 

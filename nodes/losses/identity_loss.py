@@ -8,13 +8,14 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ...lookahead.losses.identity import LAST, NONE, REFERENCE, IdentityLoss, read_people
+from ...lookahead.losses.identity import LAST, NONE, REFERENCE, IdentityLoss, read_references
 from ...lookahead.vision import arcface
 from ...lookahead.vision.face_models import FaceModels
 from ...lookahead.vision.perceptual import BACKBONES
 from ..reference.images import split_alpha
 from ..schema import schema
-from ..sockets import FACE_ANALYSIS, LOSS, LookaheadLoss
+from ..sockets import FACE_ANALYSIS, LOSS
+from .lookahead_loss import LookaheadLoss
 from .network import AVERAGE, EXTENSIONS, FOLDER, ONE_EACH, GradientPatcher, fingerprint
 
 OF_THE_PACK = "of the face pack"
@@ -110,6 +111,6 @@ class LookaheadIdentityLoss(io.ComfyNode):
             patcher = GradientPatcher(load_recogniser(face_analysis, recogniser))
             comfy.model_management.load_model_gpu(patcher)
             pictures = split_alpha(image)[0].movedim(-1, 1).clone().to(patcher.load_device)
-            people = read_people(patcher.model, face_analysis, list(pictures), several == AVERAGE)
-        loss = IdentityLoss(patcher.model, face_analysis, people, FALLBACKS[no_face])
+            references = read_references(patcher.model, face_analysis, list(pictures), several == AVERAGE)
+        loss = IdentityLoss(patcher.model, face_analysis, references, FALLBACKS[no_face])
         return io.NodeOutput(LookaheadLoss(loss, (patcher,), "identity"))

@@ -6,9 +6,10 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ...lookahead.losses.base import L1Loss
+from ...lookahead.losses.l1 import L1Loss
 from ..schema import schema
-from ..sockets import LOSS, LookaheadLoss
+from ..sockets import LOSS
+from .lookahead_loss import LookaheadLoss
 from .network import pictures_of
 
 

@@ -6,11 +6,12 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ...lookahead.losses.base import LPIPSLoss
-from ...lookahead.losses.views import Views
+from ...lookahead.losses.cutouts import Cutouts
+from ...lookahead.losses.lpips import LPIPSLoss
 from ...lookahead.vision.perceptual import BACKBONES, lpips_network
 from ..schema import schema
-from ..sockets import LOSS, LookaheadLoss
+from ..sockets import LOSS
+from .lookahead_loss import LookaheadLoss
 from .network import FOLDER, GradientPatcher, find_file, fingerprint, pictures_of
 
 FILE, RANDOM = "from a file", "random"
@@ -104,6 +105,6 @@ class LookaheadLPIPSLoss(io.ComfyNode):
         with torch.inference_mode(False):  # else the weights could not take part in gradients
             network = lpips_network(backbone, backbone_path(backbone) if weights == FILE else None)
             patcher = GradientPatcher(network)
-            loss = LPIPSLoss(network, pictures_of(image), size, Views(views))
+            loss = LPIPSLoss(network, pictures_of(image), size, Cutouts(views))
         name = "LPIPS" if weights == FILE else "LPIPS (random weights)"
         return io.NodeOutput(LookaheadLoss(loss, (patcher,), name))

@@ -10,8 +10,8 @@ import folder_paths
 import torch
 from torch import Tensor, nn
 
-from ...lookahead.losses.base import EmbeddingLoss, embed
-from ...lookahead.losses.views import Views
+from ...lookahead.losses.cutouts import Cutouts
+from ...lookahead.losses.embedding import EmbeddingLoss, embed
 from ..reference.images import split_alpha
 
 FOLDER = "lookahead_losses"
@@ -65,7 +65,7 @@ def picture_loss(patcher: GradientPatcher, image: Tensor, several: str, views: i
     targets = embed(patcher.model, pictures_of(image).to(patcher.load_device)).to("cpu")
     if several == AVERAGE:
         targets = targets.mean(dim=0, keepdim=True)
-    return EmbeddingLoss(patcher.model, targets, Views(views))
+    return EmbeddingLoss(patcher.model, targets, Cutouts(views))
 
 
 def find_file(folder: str, names: tuple[str, ...], wanted: str) -> str:

@@ -7,10 +7,10 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ...lookahead.vision.face_models import SIZES, THRESHOLD, FaceModels
-from ...lookahead.vision.faces import Face
+from ...lookahead.vision.faces import Face, square_around
 from ..schema import schema
 from ..sockets import FACE_ANALYSIS
-from .face_crop import ORDERS, SMALLEST, aligned_crop, drawing, in_order, natural_size, plain_crop, square_around
+from .face_crop import ORDERS, SMALLEST, aligned_crop, drawing, in_order, natural_size, plain_crop
 from .images import split_alpha
 
 PLAIN, ALIGNED = "as it is", "upright"

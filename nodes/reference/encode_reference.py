@@ -7,11 +7,12 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ...lookahead.losses.views import centre_square
+from ...lookahead.vision.images import centre_square
 from ..schema import schema
-from ..sockets import ENCODER, REFERENCE, Reference, Subject
+from ..sockets import ENCODER, REFERENCE
 from .encoder import DEFAULT_SIZE, Encoder
 from .images import centre_square_masks, clip_pixels, join_masks, split_alpha
+from .subject import Reference, Subject
 
 KV_PROMPT = "a photo of a face"
 TOGETHER, AVERAGE, ONE_EACH = "together", "average", "one per picture"

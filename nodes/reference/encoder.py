@@ -47,7 +47,7 @@ class Encoder:
         self.widths = file.widths
         self.metadata = file.metadata
         self.network = EncoderNetwork(file)
-        self.kv = kv_patcher(file)
+        self.kv_patcher = kv_patcher(file)
         self.patcher = comfy.model_patcher.ModelPatcher(
             self.network,
             load_device=comfy.model_management.text_encoder_device(),

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torch.nn import functional as F
 
 from ...lookahead.vision.faces import CROP, Face, align, area, middle, pixels_per_sample, samples_for, template
+from ...lookahead.vision.images import resize_square
 
 SMALLEST = 64  # side of a crop in pixels
 _CHOSEN, _OTHER, _POINTS = (80, 220, 100), (240, 180, 60), (240, 80, 80)
@@ -36,25 +36,10 @@ def in_order(faces: list[Face], order: str, height: int, width: int) -> list[Fac
     return sorted(faces, key=lambda face: ORDERS[order](face, height, width))
 
 
-def square_around(face: Face, height: int, width: int, margin: float) -> tuple[int, int, int]:
-    """(left, top, side) of the square around a face's box with a margin (share of its longer side) on each side.
-
-    Moved into the picture where it reaches over the edge, and no larger than the picture's shorter side.
-    """
-    x0, y0, x1, y1 = face.box.tolist()
-    side = max(1, min(round(max(x1 - x0, y1 - y0) * (1 + 2 * margin)), height, width))
-    x, y = middle(face)
-    left, top = (min(max(round(centre + 0.5 - side / 2), 0), size - side) for centre, size in ((x, width), (y, height)))
-    return left, top, side
-
-
 def plain_crop(picture: Tensor, square: tuple[int, int, int], size: int) -> Tensor:
     """The square (left, top, side) of a picture [3, h, w] in [0, 1], resized: [3, size, size]."""
     left, top, side = square
-    crop = picture[:, top : top + side, left : left + side]
-    if side == size:
-        return crop
-    return F.interpolate(crop[None], (size, size), mode="bicubic", antialias=True)[0].clamp(0, 1)
+    return resize_square(picture[None, :, top : top + side, left : left + side], size)[0]
 
 
 def natural_size(face: Face, margin: float) -> int:

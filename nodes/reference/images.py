@@ -6,7 +6,7 @@ import comfy.clip_model
 import torch
 from torch import Tensor
 
-from ...lookahead.losses.views import centre_square
+from ...lookahead.vision.images import centre_square
 
 SHORTEST_SIDE = 32  # pixels; below that there is nothing to see a face from
 

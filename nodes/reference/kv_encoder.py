@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ...lookahead.files.encoder_file import EncoderFile
-from ...lookahead.method.attention import LowRank
+from ...lookahead.method.kv_encoder import LowRank
 
 
 class KVNetwork(nn.Module):

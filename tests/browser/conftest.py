@@ -4,7 +4,8 @@ import os
 
 import pytest
 from lcm_lookahead.host import page as tool
-from lcm_lookahead.host.host import DEFAULT_VERSION
+from lcm_lookahead.host.fetch import DEFAULT_VERSION
+from lcm_lookahead.tools.page import stand_ins
 
 
 @pytest.fixture(scope="session")
@@ -13,7 +14,7 @@ def host():
         pytest.skip("no Chromium on the PATH (on Debian: apt install chromium)")
     if os.environ.get("COMFYUI_DIR"):
         pytest.skip("COMFYUI_DIR is set: the page that belongs to it is not known")
-    with tool.page_host(version=DEFAULT_VERSION) as running:
+    with tool.page_host(stand_ins, version=DEFAULT_VERSION) as running:
         yield running
 
 

@@ -35,7 +35,7 @@ def host_directory() -> Path:
 @pytest.fixture(scope="session")
 def pack(tmp_path_factory):
     """The host has loaded the pack: `pack.nodes` by node id, `pack.module("nodes.conditioning.rows")` for the rest."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     sys.path.insert(0, str(host_directory()))
     from comfy.cli_args import args
 

@@ -6,6 +6,8 @@ import logging
 import pytest
 import torch
 
+pytestmark = pytest.mark.contract
+
 IDS = {
     "LookaheadLoadEncoder",
     "LookaheadEncodeReference",

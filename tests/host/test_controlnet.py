@@ -47,6 +47,7 @@ def stock(pack):
     return load, apply
 
 
+@pytest.mark.contract
 def test_the_stock_loader_finds_every_weight(net, stock, pack, caplog):
     tensors = pack.module("mini.files.checkpoint").cldm_controlnet(net.state_dict())
     with caplog.at_level(logging.DEBUG):
@@ -88,6 +89,7 @@ def test_the_host_computes_what_diffusers_computes(mini, net, stock, tools, pack
     assert difference(ours, in_diffusers(None)) > 1e-2  # the edges do something here
 
 
+@pytest.mark.contract
 def test_our_edges_are_those_of_the_host_s_canny_node(pack):
     import comfy_extras.nodes_canny
 

@@ -20,6 +20,7 @@ def models(pack, mini):
         path.unlink()
 
 
+@pytest.mark.contract
 def test_a_stock_file_is_converted_and_back(pack, mini, tools, models):
     node = pack.nodes["LookaheadConvertEncoder"]
     assert "stock.bin" in node.define_schema().inputs[0].options and node.validate_inputs("stock.bin") is True

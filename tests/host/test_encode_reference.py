@@ -20,6 +20,7 @@ def encode(mini, tools, encoder):
     return call
 
 
+@pytest.mark.contract
 def test_networks_are_known_to_the_hosts_memory_management(encoder, mini, encode, tools):
     import comfy.model_management
     import comfy.model_patcher
@@ -118,6 +119,7 @@ def test_a_wide_picture_is_cropped_about_its_centre_never_squashed(encode):
     assert torch.allclose(encode(image).pixels, image[:, :, 32:96], atol=1e-6)
 
 
+@pytest.mark.contract
 def test_several_pictures_together_on_average_or_one_each(encode, tools):
     images = tools.picture(4, n=3)
     together, average = encode(images), encode(images, several="average")
@@ -146,6 +148,7 @@ def test_a_clip_vision_of_another_width_is_refused(encode, tools, tmp_path):
     assert "64" in tools.one_sentence(error) and "128" in str(error.value)
 
 
+@pytest.mark.contract
 def test_a_vision_model_that_is_not_clip_is_refused(encode, tools):
     class SigLip:
         model_type = "siglip_vision_model"
@@ -155,6 +158,7 @@ def test_a_vision_model_that_is_not_clip_is_refused(encode, tools):
     assert "siglip_vision_model" in tools.one_sentence(error)
 
 
+@pytest.mark.contract
 def test_latents_and_prompt_for_later_nodes_are_made_when_their_sockets_are_connected(encode, mini, tools):
     class Vae:
         def encode(self, pixels):

@@ -104,6 +104,7 @@ def test_it_is_what_finite_differences_say(worlds, gradient, make_vae, checkpoin
         (torch.bfloat16, None, 0.2),
     ],
 )
+@pytest.mark.contract
 def test_it_is_that_of_a_plain_run_of_the_same_network(worlds, gradient, dtype, compute, close):
     """Weights in 32 and 16 bit, cast to 32 or not, loaded in inference mode, against a plain copy in 32 bit."""
     world = worlds("mini", dtype=dtype, compute=compute)
@@ -165,6 +166,7 @@ def plainly_cast(networks):
             del module.comfy_cast_weights
 
 
+@pytest.mark.contract
 def test_no_weight_is_read_from_a_buffer_after_its_layer_is_done(mini, gradient, monkeypatch):
     chain = Chain(mini, small_autoencoder(torch.float32), torch.float32)
     expected = chain.gradient(gradient, noisy())
@@ -176,6 +178,7 @@ def test_no_weight_is_read_from_a_buffer_after_its_layer_is_done(mini, gradient,
     assert not plain.isfinite().all()  # the plain path reads what has been overwritten
 
 
+@pytest.mark.contract
 def test_networks_are_afterwards_as_before(mini, gradient):
     chain = Chain(mini, small_autoencoder(torch.float32), torch.float32)
 

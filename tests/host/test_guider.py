@@ -69,6 +69,7 @@ def test_it_weighs_the_four_predictions(mini, model, predict, scales):
     assert close(predict(model, *scales), expected, 1e-4)
 
 
+@pytest.mark.contract
 def test_without_a_kv_injection_it_is_the_hosts_guider_at_text_plus_full(mini, tools, draw):
     """To the bit, also with an image prompt, and for samplers that ask for the unconditional prediction."""
     prompted = tools.apply(mini.model, tools.reference(mini, tools.picture(1)))
@@ -151,6 +152,7 @@ def test_each_picture_of_a_batch_is_as_if_drawn_alone(model, draw, watch, pictur
     assert torch.equal(*noise) and close(together[:1], draw(model, 3.0, 2.0, 2.0), 1e-4)
 
 
+@pytest.mark.contract
 def test_areas_are_given_to_both_passes(model, watch, mini, tools, texts):
     (text, options), negative = texts[0][0], texts[1]
     halves = [[text, {**options, "area": (8, 4, 0, column)}] for column in (0, 4)]
@@ -190,6 +192,7 @@ def test_another_guidance_is_refused_before_anything_is_evaluated(mini, model, w
 
 
 @pytest.mark.parametrize("scales", [(3.0, 2.0, 2.0), (5.0, 0.0, 2.0), (0.0, 0.0, 2.0)])
+@pytest.mark.contract
 def test_functions_before_and_after_the_guidance(mini, model, predict, scales):
     """They get the prediction with text and KV (without KV where that is not made) and the plain unconditional one."""
     (e_nu, e_nt), (e_fu, e_ft) = ((predict(m, 0.0), predict(m, 1.0)) for m in (mini.model, model))
@@ -230,6 +233,7 @@ def test_what_a_function_before_the_guidance_changes_counts(model, predict):
 
 
 @pytest.mark.parametrize("which", ["cond", "uncond"])
+@pytest.mark.contract
 def test_functions_after_the_guidance_evaluate_with_the_options_of_the_full_pass(model, watch, texts, tools, which):
     import comfy.samplers
 
@@ -245,6 +249,7 @@ def test_functions_after_the_guidance_evaluate_with_the_options_of_the_full_pass
     assert watch.rows == [POSITIVE if which == "cond" else NEGATIVE] and len(watch.references) == 1
 
 
+@pytest.mark.contract
 def test_a_function_in_place_of_the_evaluation_makes_both_passes(model, predict):
     import comfy.samplers
 
@@ -261,6 +266,7 @@ def test_a_function_in_place_of_the_evaluation_makes_both_passes(model, predict)
     assert passes == [[True, True], [True, False]]
 
 
+@pytest.mark.contract
 def test_the_two_passes_have_names_of_their_own_that_stay_from_step_to_step(model, watch, texts, tools):
     """Nodes that keep something for each condition know it by its uuid."""
     guider = tools.three_scales(watch.model(model), *texts)
@@ -279,6 +285,7 @@ def test_the_two_passes_have_names_of_their_own_that_stay_from_step_to_step(mode
 
 
 @pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m", "uni_pc", "euler_cfg_pp", "dpmpp_2m_cfg_pp"])
+@pytest.mark.contract
 def test_every_kind_of_sampler(model, draw, watch, sampler):
     assert draw(watch.model(model), 3.0, 2.0, 2.0, sampler=sampler, steps=3).isfinite().all()
     assert set(watch.rows) == PLAIN | {POSITIVE, NEGATIVE} and len(watch.rows) == 4 * len(watch.passes) / 2
@@ -287,6 +294,7 @@ def test_every_kind_of_sampler(model, draw, watch, sampler):
 
 
 @pytest.mark.parametrize("scales", [(0.2, 0.3, 0.5), (0.0, 1.0, 0.0)])
+@pytest.mark.contract
 def test_samplers_that_need_the_unconditional_prediction_get_it_also_where_the_scales_add_up_to_1(
     model, draw, watch, scales
 ):
@@ -294,6 +302,7 @@ def test_samplers_that_need_the_unconditional_prediction_get_it_also_where_the_s
     assert ("negative", 0, ()) in watch.rows
 
 
+@pytest.mark.contract
 def test_sampler_custom_advanced(model, tools, texts, watch):
     import comfy.samplers
     from comfy_extras.nodes_custom_sampler import Noise_RandomNoise, SamplerCustomAdvanced
@@ -309,6 +318,7 @@ def test_sampler_custom_advanced(model, tools, texts, watch):
     assert set(watch.rows) == PLAIN | {POSITIVE, NEGATIVE}
 
 
+@pytest.mark.contract
 def test_an_interrupt_leaves_nothing_behind(mini, model, tools, texts, draw):
     import comfy.model_management
 
@@ -324,4 +334,5 @@ def test_an_interrupt_leaves_nothing_behind(mini, model, tools, texts, draw):
     again = tools.sample(model, *texts, torch.zeros(LATENT), steps=2, guider=guider)
     assert torch.equal(again, guided) and torch.equal(draw(mini.model, 3.0), plain)
     assert guider.model_options is before["model_options"]
-    assert set(guider.model_options["transformer_options"]["lookahead"]) == {"kv_injections"}
+    context = guider.model_options["transformer_options"]["lookahead"]
+    assert (len(context.effects), context.run, context.call, context.batch) == (1, None, None, None)

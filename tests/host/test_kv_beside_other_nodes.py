@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+pytestmark = pytest.mark.contract
+
 BLOCKS = 17  # self-attentions of the mini world, two of them in its middle
 
 

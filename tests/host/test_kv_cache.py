@@ -40,6 +40,7 @@ def reference(mini, tools):
 
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("pictures", [1, 2])
+@pytest.mark.contract
 def test_a_second_run_makes_no_reference_pass_and_gives_the_same_bits(mini, tools, draw, trained, pictures):
     encoder = tools.kv_encoder(mini) if trained else None
     reference = tools.kv_reference(mini, tools.picture(1), encoder=encoder)
@@ -141,6 +142,7 @@ def test_two_nodes_with_one_reference_share_what_is_kept(mini, tools, reference,
     assert draw(model)[1] == 2 * STEPS
 
 
+@pytest.mark.contract
 def test_an_interrupted_run_leaves_what_is_right(mini, tools, reference, draw):
     import comfy.model_management
 
@@ -156,6 +158,7 @@ def test_an_interrupted_run_leaves_what_is_right(mini, tools, reference, draw):
     assert torch.equal(after, draw(tools.inject(mini.model, tools.kv_reference(mini, tools.picture(1))))[0])
 
 
+@pytest.mark.contract
 def test_the_cache_goes_with_its_reference(mini, tools, draw):
     reference = tools.kv_reference(mini, tools.picture(1))
     draw(tools.inject(mini.model, reference))

@@ -75,6 +75,7 @@ def test_conditional_rows_read_the_reference_under_its_prompt_and_the_others_und
 
 
 @pytest.mark.usefixtures("split_batches")
+@pytest.mark.contract
 def test_batches_split_by_memory(mini, tools, reference, watch, draw):
     draw(watch.model(tools.inject(mini.model, reference)))
     assert [len(one.rows) for one in watch.passes] == [1, 1] and set(watch.rows) == EXPECTED
@@ -134,6 +135,7 @@ def test_the_reference_has_its_own_sizes_and_pooled_text(mini, tools, reference,
 
 
 @pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.contract
 def test_dual_cfg(mini, tools, reference, watch, draw, texts, nested):
     from comfy_extras.nodes_custom_sampler import Guider_DualCFG
 
@@ -144,6 +146,7 @@ def test_dual_cfg(mini, tools, reference, watch, draw, texts, nested):
     assert len(watch.rows) == 3 and set(watch.rows) == EXPECTED | {("other", 0, FACE)}
 
 
+@pytest.mark.contract
 def test_perp_neg_has_two_unconditional_lists(mini, tools, reference, watch, draw, texts):
     from comfy_extras.nodes_perpneg import Guider_PerpNeg
 
@@ -155,6 +158,7 @@ def test_perp_neg_has_two_unconditional_lists(mini, tools, reference, watch, dra
 
 
 @pytest.mark.parametrize("which", ["cond", "uncond"])
+@pytest.mark.contract
 def test_nodes_that_evaluate_one_list_alone_after_the_guider(mini, tools, reference, watch, draw, which):
     import comfy.samplers
 
@@ -171,6 +175,7 @@ def test_nodes_that_evaluate_one_list_alone_after_the_guider(mini, tools, refere
     assert len(watch.references) == 1  # the same noise level: nothing is evaluated again
 
 
+@pytest.mark.contract
 def test_areas_and_masks_of_conditions(mini, tools, reference, watch, draw, texts):
     (text, options), other = texts["positive"][0], texts["other"][0]
     mask = torch.zeros(1, 64, 64)
@@ -409,6 +414,7 @@ def test_a_reference_mask_that_the_crop_leaves_nothing_of_is_refused(mini, tools
         ("middle and up", {"middle": 2, "output": 9}),
     ],
 )
+@pytest.mark.contract
 def test_the_chosen_blocks_read_the_reference(mini, tools, reference, draw, blocks, where):
     found = {}
 
@@ -481,6 +487,7 @@ def test_a_reference_without_a_vae_or_a_prompt_is_refused(mini, tools):
         assert "clip" in refused(tools, mini.model, without_prompt, weight=weight)
 
 
+@pytest.mark.contract
 def test_a_vae_of_another_family_is_refused(mini, tools):
     class Wide:
         def encode(self, pixels):
@@ -514,6 +521,7 @@ def test_a_kv_encoder_for_fewer_blocks_is_refused(mini, tools):
     assert "another base model" in refused(tools, mini.model, reference)
 
 
+@pytest.mark.contract
 def test_models_that_are_not_sdxl_are_refused(mini, tools, reference):
     import comfy.model_base
     import comfy.model_patcher

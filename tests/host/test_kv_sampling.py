@@ -46,6 +46,7 @@ def draw(texts, tools):
 # -- nothing remains
 
 
+@pytest.mark.contract
 def test_the_model_without_the_node_is_bit_equal_before_and_after(mini, trained, tools, draw):
     before = draw(mini.model)
     with_kv = draw(tools.inject(mini.model, trained))
@@ -56,6 +57,7 @@ def test_the_model_without_the_node_is_bit_equal_before_and_after(mini, trained,
 
 
 @pytest.mark.parametrize("where", ["between steps", "in a reference pass", "in the picture's pass"])
+@pytest.mark.contract
 def test_an_interrupt_leaves_nothing_behind(mini, trained, tools, draw, texts, where):
     """It is a BaseException in newer hosts."""
     import comfy.model_management
@@ -82,26 +84,28 @@ def test_an_interrupt_leaves_nothing_behind(mini, trained, tools, draw, texts, w
         hook.remove()
     assert torch.equal(draw(mini.model), plain) and torch.equal(draw(model), patched)
     assert torch.equal(draw(model, guider=guider), patched)
-    assert set(model.model_options["transformer_options"]["lookahead"]) == {"kv_injections"}
+    context = model.model_options["transformer_options"]["lookahead"]
+    assert (len(context.effects), context.run, context.call, context.batch) == (1, None, None, None)
 
 
 def test_what_lives_as_long_as_a_run_goes_with_it(mini, trained, tools, draw, pack, monkeypatch):
     made = []
-    patches = pack.module("nodes.conditioning.wrappers")
+    kv_injection = pack.module("nodes.conditioning.kv_injection")
 
-    class Watched(patches.ReferencePass):
+    class Watched(kv_injection.ReferencePass):
         def __init__(self, *args):
             super().__init__(*args)
             made.append(weakref.ref(self))
 
-    monkeypatch.setattr(patches, "ReferencePass", Watched)
+    monkeypatch.setattr(kv_injection, "ReferencePass", Watched)
     model = tools.inject(mini.model, trained)
-    options = model.model_options["transformer_options"]["lookahead"]
-    before = dict(options)
+    context = model.model_options["transformer_options"]["lookahead"]
+    before = [dict(vars(part)) for part in (context, context.effects[0], context.effects[0].source)]
     draw(model)
     gc.collect()
-    assert [ref() for ref in made] == [None] and options == before
-    assert set(vars(before["kv_injections"][0])) == set(type(before["kv_injections"][0]).__dataclass_fields__)
+    assert [ref() for ref in made] == [None]
+    assert model.model_options["transformer_options"]["lookahead"] is context
+    assert [vars(part) for part in (context, context.effects[0], context.effects[0].source)] == before
 
 
 def test_two_branches_do_not_touch_each_other(mini, tools, draw):
@@ -132,6 +136,7 @@ def test_every_kind_of_sampler(mini, reference, tools, draw, watch, sampler):
 
 
 @pytest.mark.parametrize("scheduler", ["karras", "sgm_uniform", "beta"])
+@pytest.mark.contract
 def test_ksampler_and_sampler_custom_advanced(mini, reference, tools, texts, pack, watch, scheduler):
     """The two ways on which the host samples give the same picture."""
     import comfy.samplers
@@ -146,6 +151,7 @@ def test_ksampler_and_sampler_custom_advanced(mini, reference, tools, texts, pac
     assert torch.equal(one["samples"], two["samples"])
 
 
+@pytest.mark.contract
 def test_image_to_image_and_inpainting(mini, reference, tools, texts, pack, watch):
     """Only a part of the sampling; a mask keeps what is outside of it."""
     picture = 3 * torch.randn(LATENT, generator=torch.Generator().manual_seed(4))
@@ -239,6 +245,7 @@ def test_with_a_lora_before_or_after(mini, trained, tools, draw):
         assert relative(before, draw(other)) > 1e-3
 
 
+@pytest.mark.contract
 def test_a_lora_as_a_hook_does_not_reach_the_reference(mini, reference, tools, watch):
     (text, options), negative = mini.text(1)[0], mini.text(2)
     exported, drawn = [], []
@@ -266,6 +273,7 @@ def control_net(world):
     return comfy.controlnet.ControlNet(net.eval(), load_device=torch.device("cpu"))
 
 
+@pytest.mark.contract
 def test_with_a_control_net(mini, reference, tools, watch, texts):
     """It acts on the picture, and the reference pass has none of it."""
     net = control_net(mini).set_cond_hint(torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(3)), 0.5)
@@ -321,6 +329,7 @@ def test_the_reference_pass_has_no_image_prompt_and_no_patches_of_the_picture(mi
     assert set(watch.rows) == EXPECTED
 
 
+@pytest.mark.contract
 def test_an_inpainting_unet_works(worlds, texts, tools, mini):
     world = worlds("mini", in_channels=9)
     inpaint = {"concat_latent_image": torch.randn(LATENT), "concat_mask": torch.ones(1, 1, 64, 64)}
@@ -353,6 +362,7 @@ def test_a_model_in_16_bit(worlds, mini, tools, dtype):
 # -- what the host's memory management is told
 
 
+@pytest.mark.contract
 def test_the_host_is_told_of_what_a_run_needs_and_loads_the_kv_encoder(mini, trained, tools, draw, monkeypatch):
     import comfy.model_management
 
@@ -372,7 +382,7 @@ def test_the_host_is_told_of_what_a_run_needs_and_loads_the_kv_encoder(mini, tra
 
     plain = needed(mini.model)[1]
     models, with_kv = needed(tools.inject(mini.model, trained))
-    network = trained.subjects[0].encoder.kv
+    network = trained.subjects[0].encoder.kv_patcher
     assert any(network.is_clone(model) for model in models)
     assert any(network.is_clone(loaded.model) for loaded in comfy.model_management.current_loaded_models)
     a_set = 4 * 2 * (5 * 16 * 128 + 12 * 4 * 64)
@@ -382,6 +392,7 @@ def test_the_host_is_told_of_what_a_run_needs_and_loads_the_kv_encoder(mini, tra
     assert needed(mini.model)[1] == plain  # and nothing of it stays
 
 
+@pytest.mark.contract
 def test_each_kv_encoder_is_loaded_once(mini, trained, tools):
     other = tools.kv_reference(mini, tools.picture(2), encoder=tools.kv_encoder(mini, seed=9))
     model = mini.model

@@ -6,6 +6,8 @@ import time
 import pytest
 from safetensors.torch import save_file
 
+pytestmark = pytest.mark.contract
+
 
 @pytest.fixture
 def folders(pack, mini, tmp_path):

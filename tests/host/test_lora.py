@@ -40,6 +40,7 @@ def stock_loader(pack):
     return load
 
 
+@pytest.mark.contract
 def test_every_key_is_used(case, stock_loader, caplog):
     import comfy.lora
 

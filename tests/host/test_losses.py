@@ -58,16 +58,17 @@ def gradient(pack, value, preview, seed=1):
     """What a sampler does: load the networks, start the loss, differentiate it. Called in inference mode."""
     import comfy.model_management
 
-    started = pack.module("lookahead.losses.base").started
+    bind_rng = pack.module("lookahead.losses.base").bind_rng
     with torch.inference_mode(False), torch.enable_grad():
         comfy.model_management.load_models_gpu(list(value.patchers))
-        loss = started(value.loss, torch.Generator().manual_seed(seed))
+        loss = bind_rng(value.loss, torch.Generator().manual_seed(seed))
         leaf = preview.clone().requires_grad_(True)
-        values, counts = loss(leaf)
-        (slope,) = torch.autograd.grad(values[counts].sum(), leaf)
+        values, valid = loss(leaf)
+        (slope,) = torch.autograd.grad(values[valid].sum(), leaf)
     return values.detach(), slope
 
 
+@pytest.mark.contract
 def test_every_loss_node_explains_itself(pack):
     for node in NODES:
         schema = pack.nodes[node].define_schema()
@@ -76,12 +77,12 @@ def test_every_loss_node_explains_itself(pack):
 
 def test_the_picture_loss_is_that_of_transformers_own_embeddings(pack, clip, clip_file, tools):
     references, drawn = tools.picture(1, n=2), tools.picture(2, n=2)
-    lookahead = pack.module("lookahead.vision.clip")
+    images = pack.module("lookahead.vision.images")
 
     def own(image):
         size = 32
         small = torch.nn.functional.interpolate(image.movedim(-1, 1), (size, size), mode="bicubic", antialias=True)
-        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (lookahead.MEAN, lookahead.STD))
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (images.CLIP_MEAN, images.CLIP_STD))
         seen = clip_file[1].vision_model((small.clamp(0, 1) - mean) / std).pooler_output
         return torch.nn.functional.normalize(clip_file[1].visual_projection(seen), dim=-1)
 
@@ -120,6 +121,7 @@ def test_pictures_and_words_count_the_same_over_one_network(clip, tools):
 
 
 @pytest.mark.parametrize("kind", ["picture", "words", "lpips"])
+@pytest.mark.contract
 def test_gradients_pass_through_networks_that_a_node_loaded_and_the_host_moved(pack, clip, lpips, tools, kind):
     """As it happens: loaded by a node, unloaded for another model by somebody in inference mode, loaded again."""
     import comfy.model_management
@@ -138,6 +140,7 @@ def test_gradients_pass_through_networks_that_a_node_loaded_and_the_host_moved(p
     assert not any(t.is_inference() or t.requires_grad for t in tensors)
 
 
+@pytest.mark.contract
 def test_a_network_is_moved_outside_of_inference_mode_and_whole_whoever_asks(pack):
     import comfy.model_management
 
@@ -161,6 +164,7 @@ def test_a_network_is_moved_outside_of_inference_mode_and_whole_whoever_asks(pac
     assert patcher.loaded_size() == patcher.model_size()
 
 
+@pytest.mark.contract
 def test_networks_are_known_to_the_hosts_memory_management(clip, tools):
     import comfy.model_management
 
@@ -269,6 +273,7 @@ def test_a_missing_file_is_said_with_where_it_was_looked_for(pack):
     assert "none.safetensors" in said and "clip_vision" in said and said.endswith(".")
 
 
+@pytest.mark.contract
 def test_a_file_that_was_replaced_is_read_again(pack, clip_file):
     def known():
         return pack.nodes["LookaheadCLIPLoss"].fingerprint_inputs(clip_name=clip_file[0], text="a", views=4)

@@ -85,6 +85,7 @@ def test_the_mask_holds_on_the_tokens_of_its_part_alone(mini, tools, reference, 
 
 
 @pytest.mark.parametrize("split", [False, True])
+@pytest.mark.contract
 def test_an_area_sees_its_own_part_of_the_mask(mini, tools, reference, draw, monkeypatch, split):
     """A condition on the right half: a mask over the right half is all ones there, one over the left half all zeros.
 
@@ -120,6 +121,7 @@ def test_an_area_sees_its_own_part_of_the_mask(mini, tools, reference, draw, mon
     assert not close(out[..., :8], plain[..., :8])
 
 
+@pytest.mark.contract
 def test_masked_conditions_run(mini, tools, reference, draw):
     text = mini.text(1)[0]
     mask = torch.zeros(1, 128, 128)
@@ -143,6 +145,7 @@ def halved(calls):
 
 
 @pytest.mark.parametrize("key", ["triple", "pair"])
+@pytest.mark.contract
 def test_a_replacement_of_another_node_is_wrapped_in_either_order(mini, tools, reference, draw, key):
     def other(model, calls):
         model = model.clone()
@@ -164,6 +167,7 @@ def test_a_replacement_of_another_node_is_wrapped_in_either_order(mini, tools, r
     assert "patches_replace" not in model.model_options["transformer_options"]
 
 
+@pytest.mark.contract
 def test_an_attention_override_of_another_node_sees_text_and_image_prompt(mini, tools, reference):
     lengths = []
 
@@ -182,6 +186,7 @@ def test_an_attention_override_of_another_node_sees_text_and_image_prompt(mini, 
     assert lengths.count(77) == 17 and lengths.count(16) == 17
 
 
+@pytest.mark.contract
 def test_rows_cut_into_tiles_see_the_image_prompt_of_their_row(mini, tools, pack):
     """HyperTile and its like hand on more, shorter rows than the batch has."""
     patch = pack.module("nodes.conditioning.cross_attention")
@@ -193,7 +198,7 @@ def test_rows_cut_into_tiles_see_the_image_prompt_of_their_row(mini, tools, pack
     )
     x = torch.randn(2, 4, 16, 16)
     roles = pack.module("nodes.conditioning.rows")
-    layout = roles.RowLayout(x, {"cond_or_uncond": [0]}, roles.Rows((True,), {}, (16, 16), 2))
+    layout = roles.RowLayout(x, {"cond_or_uncond": [0]}, roles.CondBatch((True,), {}, (16, 16), 2))
     term = patch.PromptRows(prompt, layout)
     plain = pack.module("lookahead.method.attention").softmax_attention
     q = torch.randn(2, 16, 64)
@@ -271,9 +276,9 @@ def test_a_pass_keeps_no_keys_and_values_of_every_row(mini, tools, reference, pa
     """For 16 images and four pictures together those of SDXL would be 680 MB."""
     patch = pack.module("nodes.conditioning.cross_attention")
     model = tools.apply(mini.model, reference)
-    prompt = model.model_options["transformer_options"]["lookahead"]["image_prompts"][0]
+    prompt = model.model_options["transformer_options"]["lookahead"].effects[0]
     roles = pack.module("nodes.conditioning.rows")
-    rows = roles.Rows((True, False), {}, (16, 16), 16)
+    rows = roles.CondBatch((True, False), {}, (16, 16), 16)
     layout = roles.RowLayout(torch.zeros(32, 4, 16, 16), {"cond_or_uncond": [0, 1]}, rows)
     term = patch.PromptRows(prompt, layout)
     kept = [v for v in vars(term).values() if isinstance(v, torch.Tensor)]
@@ -282,6 +287,7 @@ def test_a_pass_keeps_no_keys_and_values_of_every_row(mini, tools, reference, pa
     assert torch.equal(term.keys_values()[16:], prompt.null_keys_values.expand(16, -1, -1))
 
 
+@pytest.mark.contract
 def test_a_compiled_model_follows_the_weight_and_says_what_it_cannot_follow(mini, tools, reference, draw, caplog):
     """TorchCompileModel drops dynamo's guards on all that the image prompt travels in; tensors are read anew."""
     from comfy.ldm.modules.attention import attention_pytorch

@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderTiny
-from lcm_lookahead.host.host import Host, PromptRefused
+from lcm_lookahead.host.client import PromptRefused
 from lcm_lookahead.mini.files import checkpoint
+from lcm_lookahead.mini.files.host_models import mini_host
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+pytestmark = pytest.mark.contract
 
 ENCODER = "ip-adapter-plus-face_sdxl_vit-h.safetensors"
 CHECKPOINT = "sd_xl_base_1.0.safetensors"
@@ -72,7 +75,7 @@ def server(mini, sizes, tmp_path_factory):
     Image.fromarray(face).resize((90, 120)).save(base / "input" / "face.png")
     Image.fromarray(face[:1, :1]).save(base / "input" / "dot.png")
     directory = os.environ.get("COMFYUI_DIR")
-    with Host(
+    with mini_host(
         base=base, weights=None, pack_name="my-lcm-lookahead", announce=False, directory=directory and Path(directory)
     ) as host:
         yield host

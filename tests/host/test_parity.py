@@ -65,6 +65,7 @@ def difference(a, b) -> float:
     return float((a - b).square().mean().sqrt() / b.square().mean().sqrt())
 
 
+@pytest.mark.contract
 def test_plain_model_agrees_with_diffusers(case, world):
     in_host, in_diffusers, _ = case
     assert difference(in_host(world.model), in_diffusers(None)) < 1e-4
@@ -100,6 +101,7 @@ def test_parity_notices_swapped_keys_and_values_and_a_skipped_block(case, world,
     assert difference(mistaken({**world.encoder, last: torch.zeros_like(world.encoder[last])}), expected) > 1e-3
 
 
+@pytest.mark.contract
 def test_the_public_files_fit_the_real_sdxl(tools, pack):
     """Full-size shapes on the meta device: the host's SDXL and its CLIP ViT-H against the public Plus files."""
     import comfy.clip_vision
@@ -118,6 +120,7 @@ def test_the_public_files_fit_the_real_sdxl(tools, pack):
     assert vision["hidden_size"] == pack.module("lookahead.method.resampler").ResamplerSizes().image_width
 
 
+@pytest.mark.contract
 def test_every_cross_attention_is_called(world, tools, pack, monkeypatch):
     patch = pack.module("nodes.conditioning.cross_attention")
     called = []

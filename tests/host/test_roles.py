@@ -5,6 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+pytestmark = pytest.mark.contract
+
 POSITIVE, NEGATIVE, OTHER = 1, 2, 3
 LATENT = (1, 4, 16, 16)
 

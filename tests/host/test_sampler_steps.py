@@ -5,6 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+pytestmark = pytest.mark.contract
+
 LATENT = (1, 4, 8, 8)
 REFUSED = {"uni_pc", "uni_pc_bh2", "sa_solver", "sa_solver_pece", "dpm_adaptive"}
 

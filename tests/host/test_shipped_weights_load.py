@@ -6,15 +6,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lcm_lookahead.host.host import MINI_MODELS, Host
+from lcm_lookahead.mini.files.host_models import MINI_MODELS, mini_host
 from lcm_lookahead.mini.files.weights import evaluators
+from lcm_lookahead.mini.stages import style_lora
 from lcm_lookahead.mini.world.edges import edges
 from lcm_lookahead.mini.world.faces import STYLES
 from lcm_lookahead.mini.world.references import reference_faces
 from PIL import Image
+from samples import standard_errors
 
 DRAWN = ("photo", "comic")
-LORAS = {"lcm-lora-sdxl": (4, 1.0), "sd_xl_turbo_lora_v1": (1, 1.0), "mini_style": (20, 3.0)}  # steps, cfg
+EACH = 4  # pictures a style; those of one number share their noise, so that gains are paired
+LORAS = {"lcm-lora-sdxl": (4, 1.0), "sd_xl_turbo_lora_v1": (1, 1.0)}  # steps, cfg
+BASE = (12, 3.0)
 # What the hosts log about weights that a loader misses, or has left over.
 COMPLAINTS = (
     *("unet missing", "unet unexpected", "clip missing", "Missing VAE keys", "missing clip vision"),
@@ -25,19 +29,19 @@ COMPLAINTS = (
 @pytest.fixture(scope="module")
 def server():
     directory = os.environ.get("COMFYUI_DIR")
-    with Host(announce=False, directory=directory and Path(directory)) as host:
+    with mini_host(announce=False, directory=directory and Path(directory)) as host:
         for name, pictures in {"edges.png": edges(reference_faces(1)), "face.png": reference_faces(1)}.items():
             pixels = (pictures[0].movedim(0, -1) * 255).round().byte().numpy()
             Image.fromarray(pixels).save(host.folder("input") / name)
         yield host
 
 
-def graph(lora=None, control=False, prompted=False):
-    """Two pictures a style, by the stock nodes alone but for the image prompt; SaveImage nodes are the styles."""
-    steps, cfg = LORAS.get(lora, (20, 3.0))
+def graph(lora=None, control=False, prompted=False, named=False):
+    """EACH pictures a style, by the stock nodes alone but for the image prompt; SaveImage nodes are the styles."""
+    steps, cfg = LORAS.get(lora, BASE)
     nodes = {
         "base": ("CheckpointLoaderSimple", {"ckpt_name": "sd_xl_base_1.0.safetensors"}),
-        "latent": ("EmptyLatentImage", {"width": 128, "height": 128, "batch_size": 2}),
+        "latent": ("EmptyLatentImage", {"width": 128, "height": 128, "batch_size": EACH}),
         "": ("CLIPTextEncode", {"clip": ["base", 1], "text": ""}),
     }
     if lora:
@@ -55,7 +59,9 @@ def graph(lora=None, control=False, prompted=False):
         nodes["net"] = ("ControlNetLoader", {"control_net_name": "controlnet-canny-sdxl-1.0.safetensors"})
         nodes["edges"] = ("LoadImage", {"image": "edges.png"})
     for style in DRAWN:
-        nodes[f"text {style}"] = ("CLIPTextEncode", {"clip": ["base", 1], "text": f"a {style} of a face"})
+        text = f"a {style} of a face"
+        text = style_lora.named(text) if named else text
+        nodes[f"text {style}"] = ("CLIPTextEncode", {"clip": ["base", 1], "text": text})
         positive, negative = [f"text {style}", 0], ["", 0]
         if control:
             both = {"positive": positive, "negative": negative, "control_net": ["net", 0], "image": ["edges", 0]}
@@ -73,7 +79,7 @@ def graph(lora=None, control=False, prompted=False):
 
 
 def draw(host, **options):
-    """[styles x 2, 3, 128, 128] in [0, 1]; and no loader had anything to complain of."""
+    """[styles x EACH, 3, 128, 128] in [0, 1]; and no loader had anything to complain of."""
     result = host.run(graph(**options)).check()
     assert not [line for line in host.log.splitlines() if any(c in line for c in COMPLAINTS)]
     files = [image for style in DRAWN for image in result.outputs[style]["images"]]
@@ -82,15 +88,20 @@ def draw(host, **options):
     return torch.from_numpy(np.stack(pictures)).movedim(-1, 1) / 255
 
 
-def styles_of(pictures):
-    _, scorer = evaluators()
+@pytest.fixture(scope="module")
+def plain(server):
+    """What the base draws by itself."""
+    return draw(server)
+
+
+def likeness(pictures, face):
+    """How much each picture shows the person of an embedding, [n]."""
+    recogniser, _ = evaluators()
     with torch.no_grad():
-        return [STYLES[i] for i in scorer(pictures)[0].argmax(1)]
+        return recogniser.embed(pictures) @ face
 
 
-ASKED = [style for style in DRAWN for _ in range(2)]
-
-
+@pytest.mark.contract
 def test_the_stock_loaders_offer_every_file_that_is_shipped_for_them(server):
     inputs = {
         "checkpoints": ("CheckpointLoaderSimple", "ckpt_name"),
@@ -105,33 +116,45 @@ def test_the_stock_loaders_offer_every_file_that_is_shipped_for_them(server):
         assert shipped and set(shipped) <= set(offered)
 
 
-@pytest.mark.parametrize("lora", [None, "lcm-lora-sdxl", "sd_xl_turbo_lora_v1"])
-def test_what_the_base_draws_with_and_without_few_step_loras_has_the_style_asked_for(server, lora):
-    drawn = draw(server, lora=lora)
-    assert styles_of(drawn) == ASKED
+@pytest.mark.parametrize("lora", [None, *LORAS])
+@pytest.mark.contract
+def test_what_the_base_draws_with_and_without_few_step_loras_has_the_style_asked_for(server, plain, lora):
+    """Of 8 pictures 6 must be of it (shipped: 98 in 100), and the scorer tells the two styles apart (measured: 4.2 to
+    6.7 standard errors)."""
+    _, scorer = evaluators()
+    with torch.no_grad():
+        logits = scorer(draw(server, lora=lora) if lora else plain)[0]
+    asked = torch.tensor([STYLES.index(style) for style in DRAWN]).repeat_interleave(EACH)
+    assert (logits.argmax(1) == asked).float().mean() >= 0.75
+    contrast = logits[:, asked[0]] - logits[:, asked[-1]]  # how much more a photo than a comic
+    assert standard_errors(contrast[:EACH] - contrast[EACH:]) > 2
 
 
-def test_the_personal_lora_draws_its_person_and_the_base_does_not(server):
+def test_the_personal_lora_draws_its_person_and_the_base_does_not(server, plain):
+    """On photos, as it was trained. Measured: 0.70 more alike, 8 standard errors."""
     recogniser, _ = evaluators()
     with torch.no_grad():
-        a, b = (recogniser.embed(draw(server, lora=lora)[:2]) for lora in (None, "mini_style"))
-    assert (b[0] @ b[1]) > (a[0] @ a[1]) + 0.2
+        person = torch.nn.functional.normalize(recogniser.embed(style_lora.shots()[0]).mean(0), dim=0)
+    gains = (likeness(draw(server, lora="mini_style", named=True), person) - likeness(plain, person))[:EACH]
+    assert gains.mean() > 0.2 and standard_errors(gains) > 3
 
 
-def test_the_image_encoder_and_the_adapter_draw_the_person_of_the_reference(server):
+@pytest.mark.contract
+def test_the_image_encoder_and_the_adapter_draw_the_person_of_the_reference(server, plain):
+    """Measured: 0.67 more alike, 10 standard errors."""
     recogniser, _ = evaluators()
     with torch.no_grad():
         face = recogniser.embed(reference_faces(1))[0]
-        plain, prompted = (recogniser.embed(draw(server, prompted=prompted)) @ face for prompted in (False, True))
-    assert prompted.mean() > plain.mean() + 0.2
+    gains = likeness(draw(server, prompted=True), face) - likeness(plain, face)
+    assert gains.mean() > 0.2 and standard_errors(gains) > 3
 
 
-def test_the_controlnet_draws_along_its_edges(server):
+def test_the_controlnet_draws_along_its_edges(server, plain):
+    """Measured: 0.11 of the edges more. That the net knows edges is held by its predictions in tests/trainer."""
     (wanted,) = edges(reference_faces(1))[:, 0].bool()
-    plain, along = (edges(draw(server, control=control))[:, 0].bool() for control in (False, True))
 
-    def found(drawn):  # share of wanted edges with one of the picture's beside them
-        near = torch.nn.functional.max_pool2d(drawn[:, None].float(), 5, 1, 2)[:, 0].bool()
-        return (near & wanted).sum() / (wanted.sum() * len(drawn))
+    def found(pictures):  # share of wanted edges with one of the picture's beside them
+        near = torch.nn.functional.max_pool2d(edges(pictures)[:, 0].float()[:, None], 5, 1, 2)[:, 0].bool()
+        return (near & wanted).sum() / (wanted.sum() * len(pictures))
 
-    assert found(along) > 1.4 * found(plain)
+    assert found(draw(server, control=True)) > found(plain) + 0.03

@@ -81,8 +81,8 @@ class Trainer:
         def predict(conditional: bool, kv: dict | None) -> torch.Tensor:
             text = self.case.positive if conditional else self.case.negative
             x, _, *rest = self.case.asked_of_picture(n, text)
-            t, tokens = torch.tensor([STEPS[n]]), self.tokens[conditional]
-            return self.step.roles.decode(x, t, self.condition(*rest), tokens, kv)
+            t, prompt = torch.tensor([STEPS[n]]), self.step.encoder.image_prompt(self.tokens[conditional])
+            return self.step.roles.predict(x, t, self.condition(*rest), prompt, kv)
 
         kv, null_kv = self.export(n, True), self.export(n, False)
         return {
@@ -148,8 +148,8 @@ def test_sampling_for_validation_draws_what_the_pipeline_draws(pack, trained, si
     drawn = validate.sample(step, step.encoder, batch, noise, 3, 5.0)
 
     tokens = [step.encoder.image_proj(features) for features in (seen, step.null_features)]
-    prompts = [pipe.encoder.keys_values(each, pipe.blocks) for each in tokens]
-    reference = pipelines.Reference(*prompts, latents, pipelines.Text(*texts[1]))
+    prompts = [pipe.encoder.all_keys_values(each) for each in tokens]
+    reference = pipelines.EncodedReference(*prompts, latents, pipelines.Text(*texts[1]))
     text = pipelines.Text(*texts[0])
     pipe.scheduler.set_timesteps(3)
     x = noise

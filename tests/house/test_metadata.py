@@ -6,7 +6,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from lcm_lookahead.host import host
+from lcm_lookahead.host.fetch import VERSIONS
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
@@ -42,8 +42,8 @@ def test_the_licence_is_the_whole_apache_2_text():
 
 def test_the_supported_hosts_are_those_it_asks_for():
     wanted = SpecifierSet(COMFY["requires-comfyui"])
-    oldest = min(host.VERSIONS, key=Version)
-    assert all(Version(version) in wanted for version in host.VERSIONS)
+    oldest = min(VERSIONS, key=Version)
+    assert all(Version(version) in wanted for version in VERSIONS)
     assert Version(oldest) == min(Version(spec.version) for spec in wanted)
 
 

@@ -8,12 +8,12 @@ from lcm_lookahead.mini.studies import encoders as tool
 from lcm_lookahead.tools.common import Problem
 
 STOCK = Path(tool.WEIGHTS) / "mini_ip_adapter_plus_face.safetensors"
-RUN = tool.Run(STOCK)
+RUN = tool.TrainedEncoder(STOCK)
 
 
 def test_files_of_one_name_are_runs_of_one_arm():
     files = tool.parse([f"a={STOCK}", f"b={STOCK}@1.25", f"a={STOCK}"])
-    assert files == {"a": [RUN, RUN], "b": [tool.Run(STOCK, 1.25)]}
+    assert files == {"a": [RUN, RUN], "b": [tool.TrainedEncoder(STOCK, 1.25)]}
     arms, names = tool.arms_of(files)
     assert [*arms] == [*tool.BASELINES, "a, run 1", "a, run 2", "b, run 1"]
     assert names == {"a 0.safetensors": STOCK, "a 1.safetensors": STOCK, "b 0.safetensors": STOCK}

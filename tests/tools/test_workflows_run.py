@@ -1,18 +1,21 @@
 """Every shared workflow, in the real host with the shipped weights, at the mini world's size."""
 
 import contextlib
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from lcm_lookahead.host import workflow
-from lcm_lookahead.host.host import WEIGHTS, Host
-from lcm_lookahead.lookahead.losses import base, identity
+from lcm_lookahead.lookahead.losses import embedding, identity, lpips
 from lcm_lookahead.lookahead.vision import arcface, clip, perceptual
 from lcm_lookahead.lookahead.vision.face_models import FaceModels
 from lcm_lookahead.mini import demo
+from lcm_lookahead.mini.files.host_models import mini_host
+from lcm_lookahead.mini.plan import WEIGHTS
 from PIL import Image
+from samples import standard_errors
 
 WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
 FILES = sorted(WORKFLOWS.glob("*.json"))
@@ -24,7 +27,7 @@ PLAIN = [path for path in FILES if path not in (GRID, *GUIDED)]
 
 @contextlib.contextmanager
 def host_with_pictures(*arguments):
-    with Host(announce=False, arguments=arguments) as running:
+    with mini_host(announce=False, arguments=arguments) as running:
         names = ["reference_0.png", "reference_1.png", *workflow.pictures_named(FILES)]
         for name, picture in zip(names, demo.draw_references(len(names)), strict=True):
             picture.save(running.folder("input") / name)
@@ -44,11 +47,18 @@ def draw(host, api, reference):
 
 def run(host, api, reference, steps=8):
     """The same, and all that the nodes put out."""
+    pictures, outputs = run_batch(host, api, reference, steps)
+    (picture,) = pictures
+    return picture, outputs
+
+
+def run_batch(host, api, reference, steps=8):
+    """The pictures, and all that the nodes put out."""
     where = next(node for node in ("BasicScheduler", "KSampler", "LookaheadPreviewGrid") if workflow.find(api, node))
     api = workflow.override(demo.at_mini_size(api, reference, seed=5), where, steps=steps)
     result = host.run(api).check()
-    (image,) = (p for p in result.images if p.is_relative_to(host.folder("output")))
-    return np.asarray(Image.open(image).convert("RGB")).astype(float), result.outputs.values()
+    files = [p for p in result.images if p.is_relative_to(host.folder("output"))]
+    return [np.asarray(Image.open(p).convert("RGB")).astype(float) for p in files], result.outputs.values()
 
 
 @pytest.mark.parametrize("path", PLAIN, ids=lambda p: p.stem)
@@ -77,39 +87,63 @@ def tensor(picture):
 def identity_loss(reference):
     faces = FaceModels(WEIGHTS / "insightface/models/mini", threads=1)
     recogniser = arcface.read(faces.recogniser, faces.preprocessing)
-    people = identity.read_people(recogniser, faces, [(reference[0] + 1) / 2], True)
+    people = identity.read_references(recogniser, faces, [(reference[0] + 1) / 2], True)
     return identity.IdentityLoss(recogniser, faces, people)
 
 
 def clip_loss(reference):
     network = clip.CLIPPictures(clip.read(WEIGHTS / "mini_clip/model.safetensors"))
-    return base.EmbeddingLoss(network, base.embed(network, reference))
+    return embedding.EmbeddingLoss(network, embedding.embed(network, reference))
 
 
 def lpips_loss(reference):
-    return base.LPIPSLoss(perceptual.lpips_network("squeeze"), reference)
+    return lpips.LPIPSLoss(perceptual.lpips_network("squeeze"), reference)
 
 
 MEASURES = {"lookahead_identity": identity_loss, "lookahead_style": clip_loss, "lookahead_layout": lpips_loss}
 
 
+def guided(host, path, **settings):
+    """A guided workflow with other settings of its sampler."""
+    api = workflow.override(workflow.convert(path, host.object_info()), "CFGGuider", cfg=demo.CFG)
+    return workflow.override(api, "LookaheadGuidanceSampler", **settings)
+
+
+def report_of(outputs):
+    return "\n".join(text for out in outputs for text in out.get("text") or [])
+
+
 @pytest.mark.parametrize("path", GUIDED, ids=lambda p: p.stem)
-def test_guidance_brings_a_picture_closer_to_its_reference_by_the_loss_s_own_measure(host, path):
+def test_guidance_lowers_the_loss_of_the_preview_that_it_optimises(host, path):
+    """The optimiser's own sequence, from one latent and with the LoRA's strength held: it does not hang on what becomes
+    of the picture afterwards. Measured: 0.42 -> 0.04, 0.43 -> 0.22 and 0.16 -> 0.11."""
+    drawn, outputs = run(host, guided(host, path, iterations=10, jitter=0.0), "reference_0.png", demo.STEPS)
+    losses = re.findall(
+        r"^step \d+ .*? ([\d.e-]+) -> [\d.e-]+ \(best ([\d.e-]+)\) in 10 iter", report_of(outputs), re.M
+    )
+    assert losses and all(float(best) <= float(before) for before, best in losses)
+    before, best = map(float, losses[0])
+    assert best < 0.8 * before
+    unguided, outputs = run(host, guided(host, path, iterations=0), "reference_0.png", demo.STEPS)
+    assert "Nothing was guided" in report_of(outputs) and abs(drawn - unguided).mean() > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", GUIDED, ids=lambda p: p.stem)
+def test_guidance_brings_pictures_closer_to_their_reference_by_the_loss_s_own_measure(host, path):
+    """Eight pictures, each beside that of the same noise without guidance: one alone may go either way."""
     for package in ("insightface", "onnx2torch", "lpips"):
         pytest.importorskip(package)
-    api = workflow.override(workflow.convert(path, host.object_info()), "CFGGuider", cfg=demo.CFG)
     measure = MEASURES[path.stem](tensor(Image.open(host.folder("input") / "reference_0.png").convert("RGB")))
-    values, texts = [], []
+    values = []
     for iterations in (0, 10):
-        set_to = workflow.override(api, "LookaheadGuidanceSampler", iterations=iterations)
-        drawn, outputs = run(host, set_to, "reference_0.png", demo.STEPS)
+        api = workflow.override(guided(host, path, iterations=iterations), "EmptyLatentImage", batch_size=8)
+        drawn, _ = run_batch(host, api, "reference_0.png", demo.STEPS)
         with torch.no_grad():
-            (value,), (counts,) = measure(tensor(drawn))
-        assert counts
-        values.append(float(value))
-        texts.append(" ".join(str(out.get("text")) for out in outputs))
-    assert values[1] < 0.9 * values[0], values
-    assert "Nothing was guided" in texts[0] and "in 10 iterations" in texts[1]
+            value, counts = zip(*(measure(tensor(picture)) for picture in drawn), strict=True)
+        values.append(torch.cat(value))
+    kept = torch.cat(counts)
+    assert kept.sum() >= 6 and standard_errors((values[0] - values[1])[kept]) > 3
 
 
 @pytest.mark.parametrize("path", GUIDED, ids=lambda p: p.stem)

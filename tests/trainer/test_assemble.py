@@ -1,16 +1,21 @@
 """Real files of every kind, of the mini world's size: what is assembled from them is what the shipped files give."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKL
 from lcm_lookahead.cli import assemble as assembling
+from lcm_lookahead.cli import bases
+from lcm_lookahead.lookahead.files.tensors import sha256
+from lcm_lookahead.lookahead.method.attention import eager_attention, softmax_attention
+from lcm_lookahead.lookahead.vision import clip
 from lcm_lookahead.mini import drawn_people
 from lcm_lookahead.mini.files import checkpoint, insightface_pack
 from lcm_lookahead.mini.plan import WEIGHTS
 from lcm_lookahead.mini.stages.text import tokenize, tokenizer
-from lcm_lookahead.sdxl import configs, load
+from lcm_lookahead.sdxl import configs, cpu_attention, load
 from lcm_lookahead.trainer.config import CONFIGS
 from lcm_lookahead.trainer.lookahead import config
 from lcm_lookahead.trainer.lookahead.draws import draw
@@ -59,13 +64,16 @@ def test_a_diffusers_folder_gives_the_losses_of_the_same_weights(folder):
     assert about["size"] == theirs["size"] == "128" and theirs["recogniser_licence"].startswith("Apache-2.0")
 
 
-def test_in_16_bit_all_but_the_autoencoders_is_and_the_losses_stay(folder):
+def test_in_16_bit_the_unet_and_a_tiny_autoencoder_are_and_the_losses_stay(folder):
     c = public(folder)
     full, _ = outcomes(c)
     recipe, source = assembling.assemble(c.model_copy(update={"precision": "bf16"}))
     step = recipe.losses
     assert step.unet.dtype == step.shortcut.branches[0].lora_down.weight.dtype == torch.bfloat16
-    assert source.models.vae.dtype == step.encoder.image_proj.latents.dtype == torch.float32
+    assert source.models.vae.dtype == torch.bfloat16
+    # What decodes previews, what is trained, and, on a CPU, what reads captions and images:
+    in_32_bit = step.decode_preview.vae, source.models.text.first, source.models.vision
+    assert {m.dtype for m in in_32_bit} == {step.encoder.image_proj.latents.dtype} == {torch.float32}
     batch, draws = source.batch([4, 11], [0, 1], CPU), draw(c, [0, 1], source.latent_shape)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         half = step("diffusion", batch, draws)
@@ -104,7 +112,7 @@ def test_a_single_checkpoint_is_read_as_the_folder_of_the_same_weights(folder, t
     vae = load.load_vae(folder / "vae")
     read, text, _ = load.read_checkpoint(tmp_path / "sdxl.safetensors", written, torch.float32, vae)
     assert all(torch.equal(v, unet.state_dict()[k]) for k, v in read.state_dict().items())
-    expected = load.Text(configs.tokenizers(), first[1], second[1])
+    expected = load.PromptEncoder(configs.tokenizers(), first[1], second[1])
     for mine, theirs in zip(text("a face"), expected("a face"), strict=True):
         assert torch.allclose(mine, theirs, atol=1e-5)
 
@@ -163,11 +171,65 @@ def test_an_image_encoder_is_read_from_its_weights_alone():
     with torch.device("meta"):
         empty = CLIPVisionModelWithProjection(shipped.config)
     own = {k if k.startswith("v") else f"vision_model.{k}": v for k, v in shipped.state_dict().items()}
-    read = load.fill_image_encoder(empty, own)
+    read = clip.fill(empty, own)
     seen = torch.rand(1, 3, 128, 128)
     assert torch.equal(read(pixel_values=seen).image_embeds, shipped(pixel_values=seen).image_embeds)
-    with pytest.raises(load.ModelError, match="it lacks .* more weights"):
-        load.fill_image_encoder(empty.to("meta"), {})
+    with pytest.raises(ValueError, match="patch_embedding.* has the shape .*, not"):
+        clip.fill(empty.to("meta"), {k: v[:1] if "patch" in k else v for k, v in own.items()})
+    del own["visual_projection.weight"]
+    with pytest.raises(ValueError, match="visual_projection.weight is missing"):
+        clip.fill(empty.to("meta"), own)
+
+
+def test_the_name_of_the_mini_world_and_the_paths_of_its_files_are_one_and_the_same(tmp_path):
+    named = config.load(CONFIGS / "mini.yaml", ["data.people=3", "batch=2", "precision=fp32"])
+    base = bases.known_base("mini")
+    files = bases.resolve(named.model, base)
+    spelled = named.model_copy(update={"model": files})
+    assert files.base == str(base.folder) and Path(files.start).is_file() and Path(files.detector).is_dir()
+    one, about = outcomes(named)
+    two, theirs = outcomes(spelled)
+    assert all(torch.equal(one[part].values, two[part].values) for part in one)
+    assert about["base_model_hash"] == sha256(WEIGHTS / "mini_sdxl.safetensors") != theirs["base_model_hash"]
+
+
+def test_on_a_cpu_attention_is_written_out_where_it_is_small_and_means_the_same(monkeypatch):
+    q, k, v = torch.randn(3, 2, 12, 8).unbind()
+    expected = softmax_attention(q, k, v, 2)
+    assert torch.allclose(cpu_attention.cpu_attention(q, k, v, 2), expected, atol=1e-6)
+    assert torch.equal(cpu_attention.cpu_attention(q, k, v, 2), eager_attention(q, k, v, 2))
+    monkeypatch.setattr(cpu_attention, "MOST", 12 * 12 - 1)
+    assert torch.equal(cpu_attention.cpu_attention(q, k, v, 2), expected)
+
+
+def test_a_file_that_is_named_stays_and_other_bases_know_nothing():
+    model = config.load(CONFIGS / "mini.yaml").model.model_copy(update={"vae": "mine", "shortcut": "other"})
+    files = bases.resolve(model, bases.known_base("mini"))
+    assert (files.vae, files.shortcut) == ("mine", "other")
+    assert bases.known_base("sdxl") is None and bases.resolve(model, None) == model
+    assert bases.known_base(str(WEIGHTS)).checkpoint == WEIGHTS / "mini_sdxl.safetensors"
+
+
+def test_the_folder_of_the_mini_world_is_written_once_and_whole_or_not_at_all(tmp_path, monkeypatch):
+    folder = drawn_people.model_folder(cache=tmp_path)
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+    def harm(*_):
+        raise AssertionError("written again")
+
+    monkeypatch.setattr(drawn_people, "write_folder", harm)
+    assert drawn_people.model_folder(cache=tmp_path) == folder
+
+    def full(to, _):
+        (to / "unet").mkdir(parents=True)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(drawn_people, "write_folder", full)
+    with pytest.raises(load.ModelError, match="cannot be written to .*No space left on device"):
+        drawn_people.model_folder(cache=tmp_path / "full")
+    assert not list((tmp_path / "full" / "mini").iterdir())
+    with pytest.raises(FileNotFoundError, match="There is no .*mini_sdxl.safetensors"):
+        drawn_people.model_folder(tmp_path, tmp_path)
 
 
 @pytest.mark.parametrize(

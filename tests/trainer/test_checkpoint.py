@@ -2,6 +2,7 @@
 
 import torch
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+from lcm_lookahead.lookahead.files.block_names import block_names
 from lcm_lookahead.mini.files import checkpoint
 from lcm_lookahead.mini.plan import SIZES
 from lcm_lookahead.mini.stages import base, text, vae
@@ -39,9 +40,7 @@ def test_bigg_text_projection_is_transposed_as_openclip_has_it():
 
 
 def test_attention_is_called_where_block_names_say():
-    from lcm_lookahead.mini.stages.image_prompt import blocks
-
-    unet = base.build_unet()
-    ours = [f"{b.diffusers}.attn2.processor" for b in blocks()]
+    unet, depth = base.build_unet(), base.LAYOUT.depth
+    ours = [f"{b.diffusers}.attn2.processor" for b in block_names(depth, depth[-1])]
     diffusers_order = [name for name in unet.attn_processors if ".attn2." in name]
     assert ours == diffusers_order and len(ours) == 17

@@ -2,7 +2,8 @@
 
 import pytest
 from lcm_lookahead.trainer.config import CONFIGS, ConfigError
-from lcm_lookahead.trainer.lookahead.config import from_values, load
+from lcm_lookahead.trainer.lookahead.config import Config, from_values, load
+from pydantic import BaseModel
 
 SMALL = {"model": {"base": "b", "start": "s"}, "data": {"source": "d"}, "lookahead": {"arm": "none"}}
 
@@ -36,6 +37,43 @@ def test_the_paper_s_configuration_has_the_paper_s_figures():
 def test_a_mistake_is_named_with_its_cure(change, said):
     with pytest.raises(ConfigError, match=said):
         from_values(SMALL | change)
+
+
+@pytest.mark.parametrize(
+    ("word", "ours"),
+    [
+        ("gradient_accumulation_steps", "accumulate"),
+        ("mixed_precision", "precision"),
+        ("max_grad_norm", "optimiser.clip"),
+        ("optimiser.learning_rate", "optimiser.adapter_rate and optimiser.kv_rate"),
+        ("--train-batch-size", "batch"),
+    ],
+)
+def test_another_trainer_s_word_for_a_field_is_answered_with_ours(word, ours):
+    with pytest.raises(ConfigError) as error:
+        load(CONFIGS / "mini.yaml", [f"{word}=1"])
+    assert str(error.value).endswith(f"did you mean {ours}?")
+
+
+def test_every_synonym_is_of_a_field_that_exists_and_is_no_field_itself():
+    values = load(CONFIGS / "mini.yaml").model_dump()
+    for word, ours in Config.SYNONYMS.items():
+        assert word not in values, word
+        for field in ours.split(" and "):
+            section, _, name = field.rpartition(".")
+            assert name in (values[section] if section else values), (word, ours)
+
+
+def test_every_field_is_described():
+    def undescribed(section):
+        for name, info in section.model_fields.items():
+            kind = info.annotation
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from undescribed(kind)
+            elif not info.description:
+                yield f"{section.__name__}.{name}"
+
+    assert not list(undescribed(Config))
 
 
 def test_the_arms_of_the_ablation_differ_in_nothing_but_the_arm():

@@ -35,12 +35,12 @@ def test_an_untrained_net_leaves_the_base_as_it_is_and_a_trained_one_does_not():
     assert torch.equal(net.conv_in.weight, unet.conv_in.weight)
     assert torch.equal(net.mid_block.resnets[0].conv1.weight, unet.mid_block.resnets[0].conv1.weight)
     x, t, context = torch.randn(2, 4, 16, 16), torch.tensor([100, 900]), torch.randn(2, 77, 64)
-    added, hint = base.added(torch.randn(2, 32)), torch.ones(2, 3, 128, 128)
+    text, hint = base.condition(context, torch.randn(2, 32)), torch.ones(2, 3, 128, 128)
     with torch.no_grad():
-        plain = controlnet.predict(unet, None, x, t, context, added, hint)
-        assert torch.equal(controlnet.predict(unet, net, x, t, context, added, hint), plain)
+        plain = controlnet.predict(unet, None, x, t, text, hint)
+        assert torch.equal(controlnet.predict(unet, net, x, t, text, hint), plain)
         net.controlnet_mid_block.weight.fill_(0.1)
-        assert not torch.allclose(controlnet.predict(unet, net, x, t, context, added, hint), plain)
+        assert not torch.allclose(controlnet.predict(unet, net, x, t, text, hint), plain)
 
 
 def test_the_file_has_cldm_s_names_and_reads_back():

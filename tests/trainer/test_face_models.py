@@ -13,7 +13,7 @@ from lcm_lookahead.mini.files import insightface_pack, weights
 from lcm_lookahead.mini.plan import QUICK, WEIGHTS
 from lcm_lookahead.mini.report import measure_faces
 from lcm_lookahead.mini.stages import detector, face_recogniser, stage
-from lcm_lookahead.mini.stages.face_networks import CROP, DETECTOR_SIZE, Detector, FaceRecogniser
+from lcm_lookahead.mini.stages.face_networks import CROP, DETECTOR_SIZE, FaceDetector, FaceRecogniser
 from lcm_lookahead.mini.world import data
 from lcm_lookahead.mini.world.faces import STYLES, landmarks, render
 
@@ -132,7 +132,7 @@ def outputs(path, x):
 
 def test_exported_graphs_give_what_the_torch_modules_give(tmp_path):
     torch.manual_seed(0)
-    nets = Detector(), FaceRecogniser()
+    nets = FaceDetector(), FaceRecogniser()
     for net, size in zip(nets, (DETECTOR_SIZE, CROP), strict=True):
         for _ in range(2):  # norms that are not those of a fresh network
             net(torch.randn(4, 3, size, size))
@@ -152,7 +152,7 @@ def test_exported_graphs_give_what_the_torch_modules_give(tmp_path):
         assert max((a - b).abs().max() for a, b in zip(got, expected, strict=True)) < 1e-3
     assert not list(tmp_path.glob("*.part"))
     with pytest.raises(ValueError, match="training mode"):
-        insightface_pack.write_detector(Detector(), tmp_path / "x.onnx")
+        insightface_pack.write_detector(FaceDetector(), tmp_path / "x.onnx")
 
 
 @pytest.mark.parametrize("train", [detector.train, face_recogniser.train])
@@ -224,4 +224,4 @@ def test_rank_correlation_knows_agreement_from_chance():
 def test_landmarks_that_form_no_face_fit_the_template_badly(held_out):
     points = held_out[2]
     shuffled = points[:, [2, 4, 0, 1, 3]]
-    assert measure_faces.misfit(points).max() < 12 < measure_faces.misfit(shuffled).min()
+    assert faces.misfit(points).max() < 12 < faces.misfit(shuffled).min()

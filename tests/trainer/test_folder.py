@@ -19,7 +19,7 @@ from lcm_lookahead.sdxl.images import read
 from lcm_lookahead.sdxl.load import ModelError
 from lcm_lookahead.trainer.config import CONFIGS
 from lcm_lookahead.trainer.data.folder import square_of
-from lcm_lookahead.trainer.data.pairs import DataError, Entry, Seen, alike, listing, look_of, people
+from lcm_lookahead.trainer.data.pairs import DataError, Entry, Seen, alike, listing, look_of, make_pairs
 from lcm_lookahead.trainer.lookahead import config
 from lcm_lookahead.trainer.lookahead.config import cache_folder
 from lcm_lookahead.trainer.seeds import order
@@ -80,17 +80,17 @@ def test_every_picture_is_a_target_and_its_reference_another_one_of_the_person_w
     for number in range(200):
         target = source.targets[number % len(source)]
         reference = source.reference_of(target, number)
-        mine, theirs = (source.people.pictures[n] for n in (target, reference))
+        mine, theirs = (source.pairs.pictures[n] for n in (target, reference))
         assert mine.person == theirs.person and mine.file != theirs.file
-        assert source.people.seen[theirs.file].face is not None
+        assert source.pairs.seen[theirs.file].face is not None
         chosen.setdefault(mine.file, set()).add(theirs.file)
     assert max(len(files) for files in chosen.values()) > 1
     assert [source.reference_of(0, n) for n in range(9)] == [source.reference_of(0, n) for n in range(9)]
 
 
 def test_a_square_holds_the_face_and_its_landmarks_move_along(source):
-    for place, entry in enumerate(source.people.pictures):
-        seen = source.people.seen[entry.file]
+    for place, entry in enumerate(source.pairs.pictures):
+        seen = source.pairs.seen[entry.file]
         picture, points = source.crop(place, True)
         assert picture.shape == (1, 3, 128, 128)
         if entry.file.endswith("1.png"):
@@ -139,7 +139,7 @@ def test_what_is_kept_is_read_again_and_gives_the_same_bits(source, drawn, tmp_p
     for name in ("target", "reference", "features"):
         assert torch.equal(getattr(again, name), getattr(made, name)), name
     assert torch.equal(again.text.context, made.text.context)
-    assert torch.equal(again.loss.people.embeddings, made.loss.people.embeddings)
+    assert torch.equal(again.loss.references.embeddings, made.loss.references.embeddings)
 
     first = next(iter(files))
     first.write_bytes(first.read_bytes()[:50])  # a power failure
@@ -298,9 +298,9 @@ def test_copies_are_never_each_other_s_reference(tmp_path, drawn):
     looks = [Seen(n, 1, 1, "", None, n, look_of(p), 128, 128) for n, p in (("a", picture), ("b", again), ("c", other))]
     assert alike(looks[0], looks[1]) and not alike(looks[0], looks[2])
     entries = [Entry(n, "anna") for n in "abc"]
-    found = people(entries, {s.file: s for s in looks}, False)
+    found = make_pairs(entries, {s.file: s for s in looks}, False)
     assert found.references == [[2], [2], [0, 1]]
-    alone = people(entries[:2], {s.file: s for s in looks}, False)
+    alone = make_pairs(entries[:2], {s.file: s for s in looks}, False)
     assert not alone.pictures and set(alone.left_out.values()) == {"its person's other pictures are copies of it"}
 
 
@@ -319,7 +319,7 @@ def test_people_are_held_out_for_validation_where_there_are_enough(tmp_path, dra
     )
     _, source = assembling.assemble(c)
     assert len(source.held_out) == 1 and len(source) == 11 * PICTURES
-    assert {source.people.pictures[n].person for n in source.targets}.isdisjoint(source.held_out)
+    assert {source.pairs.pictures[n].person for n in source.targets}.isdisjoint(source.held_out)
     never = settings(data, tmp_path / "out", "validation.people=4")
     _, same = assembling.assemble(never)  # so that it may be turned on later
     assert (same.held_out, same.digest()) == (source.held_out, source.digest())

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from lcm_lookahead.cli import generate as command
+from lcm_lookahead.cli import main
 from lcm_lookahead.mini import drawn_people
 from lcm_lookahead.mini.generator import DrawnWorld
 from lcm_lookahead.mini.plan import WEIGHTS
@@ -42,6 +43,11 @@ def arguments(out, *more, name="drawn"):
     return [str(FOLDER / f"{name}.yaml"), f"out={out}", *SMALL, *more]
 
 
+def run(values):
+    """The command, in this process."""
+    main.main(["generate", *values])
+
+
 @pytest.fixture(scope="module", autouse=True)
 def read_once():
     """The networks that look at pictures are read once for all runs of this file: that takes longer than the runs."""
@@ -66,7 +72,7 @@ def inspector(read_once):
 def drawn(tmp_path_factory, read_once):
     """A whole data set by the command, with its report."""
     out = tmp_path_factory.mktemp("generated") / "drawn"
-    command.main(arguments(out))
+    run(arguments(out))
     return out
 
 
@@ -86,7 +92,7 @@ def plans(config, people=1):
 
 def test_two_runs_and_two_workers_in_any_order_give_the_same_bytes(drawn, tmp_path, inspector):
     for worker in (1, 0):
-        command.main(arguments(tmp_path / "again", "--worker", f"{worker}/2"))
+        run(arguments(tmp_path / "again", "--worker", f"{worker}/2"))
     assert content(tmp_path / "again") == content(drawn)
     assert len(content(drawn)) == 6
 
@@ -95,38 +101,38 @@ def test_a_finished_shard_is_not_made_again_and_more_can_be_added(drawn, tmp_pat
     shutil.copytree(drawn, tmp_path / "more")
     made = []
     monkeypatch.setattr(Engine, "make_shard", lambda self, number, progress: made.append(number))
-    command.main(arguments(tmp_path / "more", "shards=4", "--shards", "0-2"))
+    run(arguments(tmp_path / "more", "shards=4", "--shards", "0-2"))
     assert made == [2]
 
 
 def test_a_run_that_is_killed_goes_on_to_the_same_bytes(drawn, tmp_path):
     """Killed as soon as it has begun to write; the same command ends with the same files."""
     out = tmp_path / "killed"
-    run = subprocess.Popen(
-        [sys.executable, "-m", "lcm_lookahead.cli.generate", *arguments(out)], stderr=subprocess.DEVNULL
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lcm_lookahead.cli.main", "generate", *arguments(out)], stderr=subprocess.DEVNULL
     )
     until = time.monotonic() + 120
-    while run.poll() is None and time.monotonic() < until and not (out.is_dir() and any(out.iterdir())):
+    while process.poll() is None and time.monotonic() < until and not (out.is_dir() and any(out.iterdir())):
         time.sleep(0.01)
-    run.send_signal(signal.SIGKILL)
-    run.wait()
-    command.main(arguments(out))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    run(arguments(out))
     assert content(out) == content(drawn)
 
 
 def test_another_configuration_is_refused_in_the_same_folder(drawn):
     with pytest.raises(SystemExit, match="made with another configuration or other models: name another folder"):
-        command.main(arguments(drawn, "checks.similarity=0.5"))
+        run(arguments(drawn, "checks.similarity=0.5"))
 
 
 def test_a_damaged_shard_is_made_again(drawn, tmp_path):
     shutil.copytree(drawn, tmp_path / "cut")
     os.truncate(shard_path(tmp_path / "cut", 1), 700)
     with pytest.raises(SystemExit, match="is cut short"):
-        command.main(arguments(tmp_path / "cut", "--verify"))
-    command.main(arguments(tmp_path / "cut"))
+        run(arguments(tmp_path / "cut", "--verify"))
+    run(arguments(tmp_path / "cut"))
     assert content(tmp_path / "cut") == content(drawn)
-    command.main(arguments(tmp_path / "cut", "--verify"))
+    run(arguments(tmp_path / "cut", "--verify"))
 
 
 # --- what stands in a sample
@@ -331,7 +337,7 @@ def test_the_report_is_one_page_with_pictures_and_figures(drawn):
 
 
 def test_the_pilot_says_what_each_threshold_keeps_and_writes_no_shard(tmp_path, capsys):
-    command.main(arguments(tmp_path / "pilot", "--pilot", "4"))
+    run(arguments(tmp_path / "pilot", "--pilot", "4"))
     said = capsys.readouterr().out
     assert "checks.similarity" in said and "keeps" in said and "of 12 pictures" in said
     assert [p.name for p in (tmp_path / "pilot").iterdir()] == ["pilot.html"]
@@ -351,9 +357,9 @@ def test_the_pilot_s_thresholds_keep_what_they_say(inspector):
 
 def test_names_warn(tmp_path, capsys, monkeypatch):
     (tmp_path / "names.txt").write_text("Ada Example\nBen Example\n")
-    monkeypatch.setattr(command, "verify", lambda config: None)
+    monkeypatch.setattr(command, "verify_shards", lambda config: 0)
     more = [f"names={tmp_path / 'names.txt'}", "people=null", "--verify"]
-    command.main(arguments(tmp_path / "out", *more, name="mini"))
+    run(arguments(tmp_path / "out", *more, name="mini"))
     assert "makes pictures of real people" in capsys.readouterr().err
 
 
@@ -365,7 +371,6 @@ def test_names_warn(tmp_path, capsys, monkeypatch):
         (["--worker", "2/2"], "--worker is '2/2'"),
         (["--report"], "There is no finished shard"),
         (["--verify"], "is no whole folder of shards"),
-        (["--pilot", "1"], "--pilot is 1"),
         (["prompts.styles=[]"], "prompts.styles"),
         (["generator.seize=3"], "did you mean size"),
         (["checks.detector=nowhere"], "There is no nowhere, which checks.detector names"),
@@ -374,7 +379,7 @@ def test_names_warn(tmp_path, capsys, monkeypatch):
 )
 def test_what_is_asked_wrongly_is_one_sentence(more, sentence, tmp_path):
     with pytest.raises(SystemExit) as caught:
-        command.main(arguments(tmp_path / "out", *more))
+        run(arguments(tmp_path / "out", *more))
     assert sentence in str(caught.value) and "\n" not in str(caught.value)
     assert str(caught.value).startswith("lookahead generate: ")
 
@@ -389,7 +394,7 @@ def test_a_disk_that_is_full_in_the_middle_keeps_what_is_finished(drawn, tmp_pat
 
     monkeypatch.setattr("lcm_lookahead.trainer.data.shards.os.fsync", full)
     with pytest.raises(SystemExit, match="shard-000001.tar cannot be written .No space left on device"):
-        command.main(arguments(out))
+        run(arguments(out))
     assert sorted(p.name for p in out.iterdir()) == [
         "shard-000000.index.json",
         "shard-000000.json",
@@ -397,7 +402,7 @@ def test_a_disk_that_is_full_in_the_middle_keeps_what_is_finished(drawn, tmp_pat
         "shard-000000.times.json",
     ]
     monkeypatch.undo()
-    command.main(arguments(out))
+    run(arguments(out))
     assert content(out) == content(drawn)
 
 

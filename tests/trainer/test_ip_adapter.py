@@ -11,7 +11,7 @@ from lcm_lookahead.mini import drawn_people
 from lcm_lookahead.mini.plan import WEIGHTS
 from lcm_lookahead.sdxl import configs
 from lcm_lookahead.sdxl.encoder import Encoder
-from lcm_lookahead.sdxl.shared_unet import Condition, Roles
+from lcm_lookahead.sdxl.shared_unet import Condition, SharedUNet
 from lcm_lookahead.trainer.config import CONFIGS
 from lcm_lookahead.trainer.lookahead.config import load
 from lcm_lookahead.trainer.lookahead.export import export
@@ -43,9 +43,10 @@ def test_diffusers_loads_it_and_predicts_what_the_trainer_does(exported, tmp_pat
         added = {"text_embeds": pooled, "time_ids": time_ids, "image_embeds": [features[:, None]]}
         theirs = pipe.unet(x, t, context, added_cond_kwargs=added).sample
         plain = frozen.unet(x, t, context, added_cond_kwargs=added).sample
-        roles = Roles(frozen.unet, encoder).inject()
-        ours = roles.decode(x, t, Condition(context, pooled, time_ids), encoder.image_proj(features))
-        roles.eject()
+        shared = SharedUNet(frozen.unet, encoder).inject()
+        prompt = encoder.image_prompt(encoder.image_proj(features))
+        ours = shared.predict(x, t, Condition(context, pooled, time_ids), prompt)
+        shared.eject()
     assert torch.allclose(theirs, ours, atol=1e-4)
     assert (theirs - plain).abs().max() > 0.01  # it is at work
 

@@ -17,11 +17,9 @@ def unet():
 def call(unet):
     g = torch.Generator().manual_seed(1)
     x, context = torch.randn(3, 4, 16, 16, generator=g), torch.randn(3, 77, CONTEXT, generator=g)
-    added = base.added(torch.randn(3, SIZES["text"]["width_g"], generator=g))
+    text = base.condition(context, torch.randn(3, SIZES["text"]["width_g"], generator=g))
     t = torch.tensor([10, 500, 990])
-    return lambda rows=slice(3): (
-        unet(x[rows], t[rows], context[rows], added_cond_kwargs={k: v[rows] for k, v in added.items()}).sample
-    )
+    return lambda rows=slice(3): base.predict(unet, x[rows], t[rows], text.rows(rows))
 
 
 def randomised(made: lora.LoRA) -> lora.LoRA:

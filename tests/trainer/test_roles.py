@@ -11,7 +11,7 @@ from lcm_lookahead.mini.plan import CONTEXT, SIZES
 from lcm_lookahead.mini.stages import base
 from lcm_lookahead.sdxl import lora
 from lcm_lookahead.sdxl.encoder import Encoder
-from lcm_lookahead.sdxl.shared_unet import CHECKPOINTING, Condition, Roles
+from lcm_lookahead.sdxl.shared_unet import CHECKPOINTING, Condition, SharedUNet
 
 RESAMPLER = ResamplerSizes(4, 64, 1, 1, 32, CONTEXT, 64)
 
@@ -38,7 +38,7 @@ def encoder(unet):
     """With random weights everywhere: a new KV encoder has zeros, which would hide what is not connected."""
     torch.manual_seed(1)
     made = Encoder(unet, RESAMPLER, kv_rank=2, export_rank=3)
-    made.load_kv({k: torch.randn_like(v) * 0.05 for k, v in made.kv_tensors().items()})
+    made.kv.copy_from({k: torch.randn_like(v) * 0.05 for k, v in made.kv.tensors().items()})
     return made
 
 
@@ -77,9 +77,9 @@ def all_roles(encoding, decoding, short, encoder, i):
     """Every role once, entangled as in training: (gradients of all that is trained, previews)."""
     encoder.zero_grad(set_to_none=True)
     kv = encoding.export(i["z_c"], i["t"], i["own_text"])
-    tokens = encoder.image_proj(i["features"])
-    common = (i["x"], i["t"], i["text"], tokens, kv, i["absent"])
-    decoded, fast = decoding.decode(*common), short.decode(*common, shortcut=i["alpha"])
+    prompt = encoder.image_prompt(encoder.image_proj(i["features"]))
+    common = (i["x"], i["t"], i["text"], prompt, kv, i["absent"])
+    decoded, fast = decoding.predict(*common), short.predict(*common, shortcut=i["alpha"])
     (decoded.square().mean() + (fast * decoded).mean()).backward()
     gradients = {n: None if p.grad is None else p.grad.clone() for n, p in encoder.named_parameters()}
     return gradients, decoded.detach(), fast.detach()
@@ -87,7 +87,7 @@ def all_roles(encoding, decoding, short, encoder, i):
 
 def three_unets(unet, encoder, shortcut):
     return [
-        Roles(copied, encoder, lora.load(lora.public_tensors(shortcut), copied)).inject()
+        SharedUNet(copied, encoder, lora.load(lora.public_tensors(shortcut), copied)).inject()
         for copied in (copy.deepcopy(unet) for _ in range(3))
     ]
 
@@ -95,7 +95,7 @@ def three_unets(unet, encoder, shortcut):
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 def test_one_unet_in_three_roles_is_bitwise_three_unets(unet, encoder, shortcut, inputs, checkpointing):
     expected = all_roles(*three_unets(unet, encoder, shortcut), encoder, inputs)
-    one = Roles(unet, encoder, shortcut).inject(checkpointing)
+    one = SharedUNet(unet, encoder, shortcut).inject(checkpointing)
     found = all_roles(one, one, one, encoder, inputs)
     assert torch.equal(found[1], expected[1]) and torch.equal(found[2], expected[2])
     for name, gradient in expected[0].items():
@@ -125,9 +125,9 @@ def test_the_public_switching_calls_lose_gradients_where_ours_keep_them(inputs):
 
 def test_keys_and_values_and_predictions_are_those_of_the_plain_reference(unet, encoder, shortcut, inputs):
     i, plain = inputs, copy.deepcopy(unet)
-    roles = Roles(unet, encoder, shortcut).inject("blocks")
+    roles = SharedUNet(unet, encoder, shortcut).inject("blocks")
     kv = roles.export(i["z_c"], i["t"], i["own_text"])
-    stored = {k: v.detach() for k, v in encoder.kv_tensors().items()}
+    stored = {k: v.detach() for k, v in encoder.kv.tensors().items()}
     own, text = ((c.context, c.pooled, c.time_ids) for c in (i["own_text"], i["text"]))
     expected = oracle.export(plain, i["z_c"], i["t"], *own, stored)
     assert kv.keys() == expected.keys() and len(kv) == len(encoder.paths)
@@ -135,19 +135,22 @@ def test_keys_and_values_and_predictions_are_those_of_the_plain_reference(unet, 
         for a, b in zip(kv[path], pair, strict=True):
             assert torch.allclose(a, b, atol=1e-4), path
     tokens = encoder.image_proj(i["features"])
-    prompt = {p: encoder.projections(p)(tokens) for p in encoder.paths}
-    predicted = oracle.predict(plain, i["x"], i["t"], *text, kv, prompt)
-    assert torch.allclose(roles.decode(i["x"], i["t"], i["text"], tokens, kv), predicted, atol=1e-4)
+    prompt = encoder.all_keys_values(tokens)
+    for scale in (1.0, 0.4):
+        predicted = oracle.predict(plain, i["x"], i["t"], *text, kv, prompt, scale)
+        for read in (encoder.image_prompt(tokens), prompt.__getitem__):
+            found = roles.predict(i["x"], i["t"], i["text"], read, kv, image_prompt_scale=scale)
+            assert torch.allclose(found, predicted, atol=1e-4)
 
 
 def test_samples_without_reference_are_plain_and_strength_0_is_the_decoder(unet, encoder, shortcut, inputs):
     i = inputs
-    roles = Roles(unet, encoder, shortcut).inject()
+    roles = SharedUNet(unet, encoder, shortcut).inject()
     with torch.no_grad():
         kv = roles.export(i["z_c"], i["t"], i["own_text"])
-        plain = roles.decode(i["x"], i["t"], i["text"])
-        mixed = roles.decode(i["x"], i["t"], i["text"], kv=kv, absent=i["absent"])
-        fast = roles.decode(i["x"], i["t"], i["text"], shortcut=i["alpha"])
+        plain = roles.predict(i["x"], i["t"], i["text"])
+        mixed = roles.predict(i["x"], i["t"], i["text"], kv=kv, absent=i["absent"])
+        fast = roles.predict(i["x"], i["t"], i["text"], shortcut=i["alpha"])
     changed = (mixed - plain).abs().amax((1, 2, 3))
     assert changed[1] < 1e-5 and changed[0] > 1e-3 and changed[2] > 1e-3
     changed = (fast - plain).abs().amax((1, 2, 3))
@@ -157,14 +160,14 @@ def test_samples_without_reference_are_plain_and_strength_0_is_the_decoder(unet,
 def test_a_new_kv_encoder_exports_the_base_s_own_keys_and_values(unet, inputs):
     plain, i = copy.deepcopy(unet), inputs
     with torch.no_grad():
-        kv = Roles(unet, Encoder(unet, RESAMPLER)).inject().export(i["z_c"], i["t"], i["own_text"])
+        kv = SharedUNet(unet, Encoder(unet, RESAMPLER)).inject().export(i["z_c"], i["t"], i["own_text"])
         text = i["own_text"]
         expected = oracle.export(plain, i["z_c"], i["t"], text.context, text.pooled, text.time_ids, {})
     assert all(torch.allclose(a, b, atol=1e-4) for p in kv for a, b in zip(kv[p], expected[p], strict=True))
 
 
 def test_the_export_stops_after_the_last_attention(unet, encoder, inputs):
-    roles = Roles(unet, encoder).inject()
+    roles = SharedUNet(unet, encoder).inject()
     for late in (unet.conv_out, unet.up_blocks[-1].resnets[0].conv1):
         late.register_forward_hook(lambda *_: pytest.fail("the tail of the UNet ran"))
     with torch.no_grad():
@@ -187,7 +190,7 @@ def test_ejecting_restores_the_model_bit_for_bit(unet, encoder, shortcut, inputs
     before = ({k: v.clone() for k, v in unet.state_dict().items()}, unet.attn_processors, hooks(), attributes())
     with torch.no_grad():
         picture = predict()
-    roles = Roles(unet, encoder, shortcut).inject("all")
+    roles = SharedUNet(unet, encoder, shortcut).inject("all")
     all_roles(roles, roles, roles, encoder, i)
     assert roles.eject() is unet
     assert unet.attn_processors == before[1] and hooks() == before[2] and attributes() == before[3]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from lcm_lookahead.cli import assemble as assembling
-from lcm_lookahead.cli import generate as command
+from lcm_lookahead.cli import main
 from lcm_lookahead.cli.bases import known_base, resolve
 from lcm_lookahead.lookahead.files.tensors import read_tensors
 from lcm_lookahead.trainer.config import CONFIGS
@@ -25,7 +25,7 @@ def drawn(tmp_path_factory):
     """Twelve drawn people in two shards, three to four pictures each, two of them plain."""
     out = tmp_path_factory.mktemp("generated") / "drawn"
     more = ["shards=2", "people_per_shard=6", "prompts.per_person=4"]
-    command.main([str(CONFIGS / "generate/drawn.yaml"), f"out={out}", *more])
+    main.main(["generate", str(CONFIGS / "generate/drawn.yaml"), f"out={out}", *more])
     return out
 
 

@@ -8,14 +8,17 @@ import pytest
 import torch
 from lcm_lookahead.evaluation.stats import auc
 from lcm_lookahead.lookahead.files import encoder_file
-from lcm_lookahead.mini.files import shipped, weights
+from lcm_lookahead.mini.files import models, shipped, weights
 from lcm_lookahead.mini.plan import QUICK, SIZES, WEIGHTS
+from lcm_lookahead.mini.stages import base, controlnet, stage
 from lcm_lookahead.mini.world import data
+from lcm_lookahead.mini.world.edges import edges
 from lcm_lookahead.mini.world.faces import STYLES, render
 from lcm_lookahead.mini.world.references import reference_faces
 from lcm_lookahead.trainer.config import CONFIGS
 from lcm_lookahead.trainer.lookahead.config import from_values, load
 from safetensors import safe_open
+from samples import standard_errors
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -80,7 +83,28 @@ def test_the_style_scorer_knows_drawn_styles(held_out):
         right = scorer(pictures)[0].argmax(1) == style
     assert right.float().mean() > 0.95
     for index in style.unique():
-        assert right[style == index].float().mean() > 0.8, STYLES[index]
+        assert right[style == index].float().mean() > 0.7, STYLES[index]  # measured: 0.85 at least
+
+
+def test_the_controlnet_predicts_noise_better_by_a_picture_s_own_edges_than_by_none_or_another_s(held_out):
+    """Squared errors of one noise prediction a picture, paired: the same picture, timestep and noise. No text."""
+    pictures = held_out[0][::13]
+    net = controlnet.load(stage.read_tensors(WEIGHTS / "mini_controlnet_edges.safetensors"))
+    mini, own = models.load(), edges(pictures)
+    with torch.no_grad():
+        latents = mini.vae.encoder(pictures * 2 - 1)
+        t, noise, x = base.Noising(torch.device("cpu"))(latents, torch.Generator().manual_seed(1))
+        context, added = (
+            torch.zeros(len(x), 77, mini.unet.config.cross_attention_dim),
+            base.added(torch.zeros(len(x), 32)),
+        )
+
+        def error(net, hint):
+            return (controlnet.predict(mini.unet, net, x, t, context, added, hint) - noise).square().mean((1, 2, 3))
+
+        right = error(net, own)
+        for wrong in (error(None, own), error(net, own.roll(1, 0))):
+            assert standard_errors(wrong - right) > 3
 
 
 def test_the_adapter_is_a_stock_ip_adapter_file_that_the_reader_accepts():

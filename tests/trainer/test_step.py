@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lcm_lookahead.lookahead.losses.identity import NONE, IdentityLoss, People
+from lcm_lookahead.lookahead.losses.identity import NONE, FaceReferences, IdentityLoss
 from lcm_lookahead.lookahead.method.resampler import ResamplerSizes
 from lcm_lookahead.lookahead.vision.arcface import Recogniser
 from lcm_lookahead.lookahead.vision.faces import TEMPLATE, Face
@@ -55,7 +55,7 @@ def make_step(unet, decoder):
         torch.manual_seed(1)
         encoder = Encoder(unet, RESAMPLER, *((2, 3) if c.model.kv else (0, 0)))
         # A new KV encoder has zeros, behind which half of its weights would get no gradient.
-        encoder.load_kv({k: torch.randn_like(v) * 0.05 for k, v in encoder.kv_tensors().items()})
+        encoder.kv.copy_from({k: torch.randn_like(v) * 0.05 for k, v in encoder.kv.tensors().items()})
         shortcut = lora.build(unet, 3, conv_rank=2).requires_grad_(False)
         for branch in shortcut.branches:
             branch.lora_up.weight.normal_(std=0.05)
@@ -87,7 +87,7 @@ def batch():
     recogniser = Recogniser(weights.face_recogniser(), "mini")
     width = len(recogniser(torch.rand(1, 3, 112, 112, generator=g))[0])
     embeddings = torch.nn.functional.normalize(torch.randn(N, width, generator=g), dim=-1)
-    people = People(embeddings, TEMPLATE.expand(N, 5, 2), torch.full((N, 2), 128))
+    people = FaceReferences(embeddings, TEMPLATE.expand(N, 5, 2), torch.full((N, 2), 128))
     target, reference = torch.randn(2, N, 4, 16, 16, generator=g)
     features = torch.randn(N, 5, 32, generator=g)
     loss = IdentityLoss(recogniser, detect, people, NONE)

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from lcm_lookahead.lookahead.method.attention import LowRank, extended_self_attention, softmax_attention
+from lcm_lookahead.lookahead.method.attention import extended_self_attention, softmax_attention
+from lcm_lookahead.lookahead.method.kv_encoder import LowRank
 
 HEADS, WIDTH = 2, 8
 

@@ -10,13 +10,13 @@ from lcm_lookahead.lookahead.vision.faces import (
     TEMPLATE,
     Face,
     align,
-    elsewhere,
     misfit,
     nearest,
     pixels_per_sample,
+    rescale_landmarks,
     samples_for,
-    similarity,
     template,
+    umeyama,
     usable,
 )
 
@@ -29,7 +29,7 @@ def turned(points: torch.Tensor, angle: float, scale: float, shift: tuple[float,
 def test_a_turned_scaled_shifted_template_comes_back_exactly():
     cases = [(0.0, 1.0, (0.0, 0.0)), (0.7, 3.1, (40.0, -9.0)), (-2.9, 0.4, (-300.0, 5.0))]
     points = torch.stack([turned(TEMPLATE, *case) for case in cases])
-    matrix = similarity(points)
+    matrix = umeyama(points)
     back = points @ matrix[:, :, :2].transpose(1, 2) + matrix[:, None, :, 2]
     assert (back - TEMPLATE).abs().max() < 1e-3
     assert torch.allclose(matrix[:, :, :2].det().sqrt(), torch.tensor([1 / scale for _, scale, _ in cases]))
@@ -46,12 +46,12 @@ def test_the_fit_is_that_of_insightface():
     for size in (112, 128, 224, 256):
         with pytest.warns(FutureWarning):
             theirs = np.stack([face_align.estimate_norm(five.numpy(), size) for five in points])
-        assert np.abs(similarity(points, template(size)).numpy() - theirs).max() < 1e-3
+        assert np.abs(umeyama(points, template(size)).numpy() - theirs).max() < 1e-3
 
 
 def test_mirrored_landmarks_are_not_mirrored_back():
     mirrored = TEMPLATE * torch.tensor([-1.0, 1.0]) + torch.tensor([112.0, 0.0])
-    matrix = similarity(mirrored[None])
+    matrix = umeyama(mirrored[None])
     assert matrix[0, :, :2].det() > 0
     assert misfit(mirrored[None]) > 12
     named_right = mirrored[[1, 0, 2, 4, 3]]  # the picture mirrored, and its landmarks found in it
@@ -61,7 +61,7 @@ def test_mirrored_landmarks_are_not_mirrored_back():
 def test_landmarks_in_one_place_or_not_finite_are_not_usable_and_break_nothing():
     points = torch.stack([TEMPLATE, torch.full((5, 2), 7.0), TEMPLATE * torch.nan])
     assert usable(points).tolist() == [True, False, False]
-    assert similarity(points[:2]).isfinite().all()
+    assert umeyama(points[:2]).isfinite().all()
 
 
 def ramp(height: int = 90, width: int = 140) -> torch.Tensor:
@@ -75,7 +75,7 @@ def ramp(height: int = 90, width: int = 140) -> torch.Tensor:
 def test_each_pixel_of_a_crop_is_the_one_of_the_picture_that_the_landmarks_say(samples, size):
     points = turned(TEMPLATE, 0.25, 0.4, (40.0, 20.0))[None]
     crop = align(ramp(), points, size=size, samples=samples)
-    matrix = similarity(points, template(size))[0]
+    matrix = umeyama(points, template(size))[0]
     y, x = torch.meshgrid(torch.arange(size).float(), torch.arange(size).float(), indexing="ij")
     seen = (torch.stack([x, y], -1) - matrix[:, 2]) @ torch.linalg.inv(matrix[:, :2]).T
     inside = crop[0, 2] > 0.999
@@ -138,7 +138,7 @@ def test_enough_samples_let_the_gradient_reach_every_pixel_of_a_large_face():
 
 def test_a_place_is_kept_relative_to_the_middle_whatever_the_size_and_shape():
     points = torch.tensor([[31.5, 31.5], [31.5 + 16, 31.5]])
-    there = elsewhere(points, (64, 64), (128, 256))
+    there = rescale_landmarks(points, (64, 64), (128, 256))
     assert torch.allclose(there, torch.tensor([[127.5, 63.5], [127.5 + 32, 63.5]]))
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lcm_lookahead.lookahead.method.guidance import three_scale_guidance
+from lcm_lookahead.lookahead.method.guidance import Scales, guided, three_scale_guidance
 
 GENERATOR = torch.Generator().manual_seed(0)
 E_NU, E_NT, E_FU, E_FT = (torch.randn(2, 4, 8, 8, generator=GENERATOR) for _ in range(4))
@@ -47,3 +47,27 @@ def test_a_prediction_whose_scale_is_0_is_not_needed_and_any_other_is(missing):
 
 def test_with_all_scales_at_0_nothing_guides():
     assert torch.equal(three_scale_guidance(E_NU, None, None, None, 0.0, 0.0, 0.0), E_NU)
+
+
+@pytest.mark.parametrize(
+    ("scales", "calls"),
+    [
+        ((3.0, 2.0, 2.0), [["uncond", "text"], ["full_uncond", "full"]]),
+        ((5.0, 0.0, 0.0), [["uncond", "text"]]),
+        ((0.0, 1.0, 0.0), [["full"]]),
+        ((0.0, 1.5, 0.0), [["uncond"], ["full"]]),
+        ((0.3, 0.0, 0.7), [["text"], ["full_uncond"]]),
+        ((0.0, 0.0, 0.0), [["uncond"]]),
+    ],
+)
+def test_only_the_predictions_that_count_are_made_with_and_without_kv_apart(scales, calls):
+    made = {"uncond": E_NU, "text": E_NT, "full_uncond": E_FU, "full": E_FT}
+    asked = []
+
+    def predict(names):
+        asked.append(names)
+        return [made[name] for name in names]
+
+    found = guided(predict, Scales(*scales))
+    assert asked == calls
+    assert torch.allclose(found, three_scale_guidance(E_NU, E_NT, E_FU, E_FT, *scales), atol=1e-5)

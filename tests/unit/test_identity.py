@@ -4,8 +4,9 @@ import logging
 
 import pytest
 import torch
-from lcm_lookahead.lookahead.losses.base import Combined, L1Loss, started
-from lcm_lookahead.lookahead.losses.identity import IdentityLoss, NoFaceError, People, embed, read_people
+from lcm_lookahead.lookahead.losses.base import Combined, bind_rng
+from lcm_lookahead.lookahead.losses.identity import FaceReferences, IdentityLoss, NoFaceError, embed, read_references
+from lcm_lookahead.lookahead.losses.l1 import L1Loss
 from lcm_lookahead.lookahead.vision.arcface import read
 from lcm_lookahead.lookahead.vision.face_models import FaceModels
 from lcm_lookahead.lookahead.vision.faces import Face
@@ -43,9 +44,9 @@ def drawn():
 def identity(detector, recogniser):
     """The loss towards pictures, as for one run."""
 
-    def make(pictures, together=True, **options):
-        people = read_people(recogniser, detector, list(pictures), together)
-        return started(IdentityLoss(recogniser, detector, people, **options), torch.Generator())
+    def make(pictures, average=True, **options):
+        people = read_references(recogniser, detector, list(pictures), average)
+        return bind_rng(IdentityLoss(recogniser, detector, people, **options), torch.Generator())
 
     return make
 
@@ -61,14 +62,14 @@ def test_the_value_is_one_minus_the_cosine_of_insightface_s_own_embeddings(ident
     pictures = drawn[:4, :2].flatten(0, 1)
     theirs = torch.stack([torch.from_numpy(faces[0].normed_embedding) for faces in find_and_embed(app, pictures)])
     theirs = theirs.view(4, 2, -1)
-    loss = identity(drawn[:4, 0], together=False)
-    values, counts = loss(preview(drawn[:4, 1]))
-    assert counts.all() and values.dtype == torch.float32
+    loss = identity(drawn[:4, 0], average=False)
+    values, valid = loss(preview(drawn[:4, 1]))
+    assert valid.all() and values.dtype == torch.float32
     assert (values - (1 - (theirs[:, 0] * theirs[:, 1]).sum(-1))).abs().max() < 0.02
 
 
 def test_a_person_is_nearer_to_their_own_reference_than_to_others(identity, drawn):
-    loss = identity(drawn[:, 0], together=False)
+    loss = identity(drawn[:, 0], average=False)
     own, _ = loss(preview(drawn[:, 1]))
     other, _ = loss(preview(drawn[:, 1]), rows=torch.arange(8).roll(1) + 8)
     assert own.mean() + 0.4 < other.mean()
@@ -77,7 +78,7 @@ def test_a_person_is_nearer_to_their_own_reference_than_to_others(identity, draw
 
 
 def test_references_go_to_the_previews_in_turn_when_no_rows_are_given(identity, drawn):
-    loss = identity(drawn[:2, 0], together=False)
+    loss = identity(drawn[:2, 0], average=False)
     values, _ = loss(preview(drawn[[0, 1, 0], 0]))
     assert values.max() < 1e-4
 
@@ -87,15 +88,15 @@ def test_several_pictures_of_one_person_are_averaged_and_one_without_a_face_is_l
     with caplog.at_level(logging.WARNING):
         loss = identity(pictures)
     assert "1 of 3 reference pictures" in caplog.text
-    alone = [identity([picture]).people.embeddings for picture in (drawn[0, 0], drawn[0, 1])]
-    assert torch.allclose(loss.people.embeddings, F.normalize(alone[0] + alone[1], dim=-1), atol=1e-6)
+    alone = [identity([picture]).references.embeddings for picture in (drawn[0, 0], drawn[0, 1])]
+    assert torch.allclose(loss.references.embeddings, F.normalize(alone[0] + alone[1], dim=-1), atol=1e-6)
 
 
 def test_a_reference_without_a_face_is_refused(identity, drawn):
     with pytest.raises(NoFaceError, match="No face was found in the reference:"):
         identity([EMPTY])
     with pytest.raises(NoFaceError, match="in reference picture 2 of 2:"):
-        identity([drawn[0, 0], EMPTY], together=False)
+        identity([drawn[0, 0], EMPTY], average=False)
 
 
 def test_descending_the_gradient_brings_the_value_down(identity, drawn):
@@ -112,7 +113,9 @@ def test_the_gradient_is_that_of_finite_differences(detector, drawn):
     """In float64, with the landmarks held: they carry no gradient. Away from -1 and 1, where previews are clamped."""
     double, pictures = read(PACK / "rec_mini.onnx").double(), drawn[:2, 0].double()
     found = [faces[0] for faces in detector(drawn[:2, 0])]
-    people = People(F.normalize(torch.randn(1, 128, generator=torch.Generator().manual_seed(1)), dim=-1), None, None)
+    people = FaceReferences(
+        F.normalize(torch.randn(1, 128, generator=torch.Generator().manual_seed(1)), dim=-1), None, None
+    )
     loss = IdentityLoss(double, lambda pictures: [[face] for face in found], people)
     x, g = (preview(pictures) * 0.9).requires_grad_(), torch.Generator().manual_seed(0)
     loss(x)[0].sum().backward()
@@ -150,8 +153,8 @@ def face(shift: float, width: float = 40.0) -> Face:
 def seeing(recogniser, *answers, fallback="last"):
     """A loss whose detector gives these answers, and whose reference's face is where face(0) is, at half the size."""
     points = face(0).points[None] / 2 - 0.25
-    people = People(F.normalize(torch.ones(1, 128), dim=-1), points, torch.tensor([[64, 64]]))
-    return IdentityLoss(recogniser, Seen(*answers), people, fallback).started()
+    people = FaceReferences(F.normalize(torch.ones(1, 128), dim=-1), points, torch.tensor([[64, 64]]))
+    return IdentityLoss(recogniser, Seen(*answers), people, fallback).bind_rng()
 
 
 def places(loss, rows=(0, 1)):
@@ -186,7 +189,7 @@ def test_the_last_place_is_that_of_the_image_whatever_part_of_the_batch_is_asked
 def test_a_run_begins_without_what_the_last_one_saw(recogniser):
     loss = seeing(recogniser, [[face(9)], [face(9)]], [[], []])
     places(loss)
-    assert places(loss.started()) == ([0, 0], [False, False])
+    assert places(loss.bind_rng()) == ([0, 0], [False, False])
 
 
 def test_of_several_faces_it_is_the_largest_at_first_and_then_the_nearest_to_the_last_place(recogniser):
@@ -198,32 +201,32 @@ def test_of_several_faces_it_is_the_largest_at_first_and_then_the_nearest_to_the
 def test_in_a_sum_of_losses_a_lost_face_is_no_gain(identity, drawn):
     generator = torch.Generator()
     loss = identity([drawn[0, 0]], fallback="none")
-    both = started(Combined(((1.0, loss), (1.0, L1Loss(preview(drawn[:1, 0]))))), generator)
-    (there, lost), counts = both(preview(torch.stack([drawn[0, 1], EMPTY])))
-    assert counts.all() and there < lost
+    both = bind_rng(Combined(((1.0, loss), (1.0, L1Loss(preview(drawn[:1, 0]))))), generator)
+    (there, lost), valid = both(preview(torch.stack([drawn[0, 1], EMPTY])))
+    assert valid.all() and there < lost
 
 
 def test_previews_without_a_face_do_not_count_and_it_is_said_once_a_run(identity, drawn, caplog):
     loss = identity([drawn[0, 0]], fallback="none")
     x = preview(torch.stack([drawn[1, 0], EMPTY])).requires_grad_()
     with caplog.at_level(logging.WARNING):
-        values, counts = loss(x)
+        values, valid = loss(x)
         loss(x.detach())
     assert caplog.text.count("no face was found in 1 of 2 previews") == 1
-    assert counts.tolist() == [True, False] and values[1] == 0
+    assert valid.tolist() == [True, False] and values[1] == 0
     values.sum().backward()
     assert x.grad[0].abs().max() > 0 and x.grad[1].abs().max() == 0
-    nothing, counts = loss(x[1:])  # still part of the graph, so that backward works
+    nothing, valid = loss(x[1:])  # still part of the graph, so that backward works
     nothing.sum().backward()
-    assert not counts.any()
+    assert not valid.any()
 
 
 def test_the_reference_s_place_lets_a_preview_without_a_visible_face_count(identity, drawn):
     loss = identity([drawn[0, 0]])
     x = preview(EMPTY[None]).requires_grad_()
-    values, counts = loss(x)
+    values, valid = loss(x)
     values.sum().backward()
-    assert counts.all() and x.grad.abs().max() > 0
+    assert valid.all() and x.grad.abs().max() > 0
 
 
 def test_the_reference_may_have_another_size_than_the_preview(identity, drawn):

@@ -5,7 +5,9 @@ import re
 import pytest
 import torch
 from diffusers.models.embeddings import IPAdapterPlusImageProjection
+from lcm_lookahead.lookahead.files.encoder_file import from_tensors
 from lcm_lookahead.lookahead.method import attention
+from lcm_lookahead.lookahead.method.image_prompt import ImagePromptNetwork
 from lcm_lookahead.lookahead.method.resampler import Resampler, ResamplerSizes
 
 
@@ -107,3 +109,15 @@ def test_a_mask_on_a_token_grid_keeps_its_mean_and_its_place():
     assert halved.shape == (1, 256, 1)
     full = attention.mask_on_tokens(mask, 65, 49)
     assert torch.equal(full.reshape(65, 49), mask[0])
+
+
+def test_the_network_of_a_file_reads_tokens_with_its_own_tensors(weights, sizes, resampler):
+    file = from_tensors(weights, {}, "mine.safetensors")
+    network = ImagePromptNetwork.from_weights(file.sizes, file.image_proj, file.ip_adapter)
+    features = torch.randn(2, 10, sizes.image_width, generator=torch.Generator().manual_seed(6))
+    tokens = network.image_proj(features)
+    assert torch.equal(tokens, resampler(features))
+    for pair, given in zip(network.keys_values(tokens), file.ip_adapter, strict=True):
+        assert all(torch.allclose(out, tokens @ weight.T, atol=1e-5) for out, weight in zip(pair, given, strict=True))
+    held = {p.data_ptr() for p in network.parameters()}
+    assert held == {t.data_ptr() for t in weights.values()} and not any(p.requires_grad for p in network.parameters())

@@ -1,13 +1,17 @@
-"""Lookahead losses, each against the package that defines it: values, gradients, rows, masks, random views."""
+"""Lookahead losses, each against the package that defines it: values, gradients, rows, masks, cutouts."""
 
 import json
 import re
 
 import pytest
 import torch
-from lcm_lookahead.lookahead.losses.base import UNLIKE, Combined, EmbeddingLoss, L1Loss, LPIPSLoss, embed, started
-from lcm_lookahead.lookahead.losses.views import Views, resized
+from lcm_lookahead.lookahead.losses.base import UNLIKE, Combined, bind_rng
+from lcm_lookahead.lookahead.losses.cutouts import Cutouts
+from lcm_lookahead.lookahead.losses.embedding import EmbeddingLoss, embed
+from lcm_lookahead.lookahead.losses.l1 import L1Loss
+from lcm_lookahead.lookahead.losses.lpips import LPIPSLoss
 from lcm_lookahead.lookahead.vision import clip, perceptual
+from lcm_lookahead.lookahead.vision.images import CLIP_MEAN, CLIP_STD, cover
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
@@ -91,8 +95,8 @@ def test_picture_vectors_are_those_of_transformers_with_its_own_preprocessing(cl
     own = clip_model.visual_projection(clip_model.vision_model(seen).pooler_output)
     ours = embed(pictures_encoder, pixels / 127.5 - 1)
     assert F.cosine_similarity(ours, own).item() > 0.9999  # the package rounds to 8 bit in between
-    squares = resized(pixels / 255, SIZE, SIZE).clamp(0, 1)
-    exact = (squares - torch.tensor(clip.MEAN).view(3, 1, 1)) / torch.tensor(clip.STD).view(3, 1, 1)
+    squares = cover(pixels / 255, SIZE, SIZE).clamp(0, 1)
+    exact = (squares - torch.tensor(CLIP_MEAN).view(3, 1, 1)) / torch.tensor(CLIP_STD).view(3, 1, 1)
     exact = clip_model.visual_projection(clip_model.vision_model(exact).pooler_output)
     assert torch.allclose(ours, F.normalize(exact, dim=-1), atol=1e-6)
 
@@ -176,8 +180,8 @@ def test_the_picture_half_alone_reads_pictures_and_says_that_it_reads_no_text(cl
 def test_the_loss_is_one_minus_cosine_and_0_for_the_reference_itself(pictures_encoder):
     pictures = smooth(5, n=2)
     targets = embed(pictures_encoder, pictures)
-    values, counts = EmbeddingLoss(pictures_encoder, targets)(pictures)
-    assert torch.allclose(values, torch.zeros(2), atol=1e-6) and counts.all() and values.dtype == torch.float32
+    values, valid = EmbeddingLoss(pictures_encoder, targets)(pictures)
+    assert torch.allclose(values, torch.zeros(2), atol=1e-6) and valid.all() and values.dtype == torch.float32
     other, _ = EmbeddingLoss(pictures_encoder, targets.flip(0))(pictures)
     assert torch.allclose(other, (1 - (targets[0] @ targets[1])).expand(2), atol=1e-6)
 
@@ -193,10 +197,10 @@ def test_a_direction_rewards_what_the_text_says_beyond_the_neutral_one(clip_file
 def test_the_gradient_of_clip_is_that_of_finite_differences(clip_file):
     encoder = clip.CLIPPictures(clip_file).double()
     target = clip.embed_texts(clip_file, token_ids(6)).double()
-    for views in (None, Views(count=3)):
+    for cutouts in (None, Cutouts(count=3)):
 
-        def loss(preview, views=views):
-            return started(EmbeddingLoss(encoder, target, views), torch.Generator().manual_seed(1))(preview)
+        def loss(preview, cutouts=cutouts):
+            return bind_rng(EmbeddingLoss(encoder, target, cutouts), torch.Generator().manual_seed(1))(preview)
 
         by_gradient, by_differences = slope(loss, smooth(1, n=2, dtype=torch.float64))
         assert by_gradient.item() == pytest.approx(by_differences.item(), rel=1e-5) and by_gradient != 0
@@ -215,8 +219,8 @@ def test_lpips_is_the_packages_own_with_torchvisions_weights(backbone, tmp_path)
     torch.save(file | {"classifier.1.weight": torch.zeros(1)}, tmp_path / "weights.pth")
     ours = perceptual.lpips_network(backbone, tmp_path / "weights.pth")
     a, b = smooth(1, n=2, height=64, width=64), smooth(2, n=2, height=64, width=64)
-    values, counts = LPIPSLoss(ours, b)(a)
-    assert torch.equal(values, package(a, b).flatten()) and values.min() > 0 and counts.all()
+    values, valid = LPIPSLoss(ours, b)(a)
+    assert torch.equal(values, package(a, b).flatten()) and values.min() > 0 and valid.all()
 
 
 def test_random_lpips_repeats_for_a_seed_and_differs_for_another(lpips_small):
@@ -236,10 +240,10 @@ def test_weights_of_another_backbone_are_refused(tmp_path):
 def test_the_gradient_of_lpips_is_that_of_finite_differences():
     network = perceptual.lpips_network("squeeze", seed=3).double()
     references = smooth(2, n=2, height=70, width=60, dtype=torch.float64)
-    for views in (None, Views(count=2)):
+    for cutouts in (None, Cutouts(count=2)):
 
-        def loss(preview, views=views):
-            return started(LPIPSLoss(network, references, 48, views), torch.Generator().manual_seed(1))(preview)
+        def loss(preview, cutouts=cutouts):
+            return bind_rng(LPIPSLoss(network, references, 48, cutouts), torch.Generator().manual_seed(1))(preview)
 
         # ReLUs and maxima have edges: a small step keeps nearly all of them on one side
         by_gradient, by_differences = slope(loss, smooth(1, n=2, height=64, width=64, dtype=torch.float64), step=1e-7)
@@ -320,54 +324,54 @@ def test_a_preview_that_is_no_picture_is_refused(pictures_encoder, lpips_small):
             loss(torch.zeros(1, 4, 64, 64))
 
 
-# random views
+# cutouts
 
 
 def test_a_seed_gives_the_same_run_and_another_seed_another(pictures_encoder):
-    loss = EmbeddingLoss(pictures_encoder, embed(pictures_encoder, smooth(1)), Views())
+    loss = EmbeddingLoss(pictures_encoder, embed(pictures_encoder, smooth(1)), Cutouts())
     preview = smooth(2)
 
     def run(seed):
-        mine = started(loss, torch.Generator().manual_seed(seed))
+        mine = bind_rng(loss, torch.Generator().manual_seed(seed))
         return [mine(preview)[0].item() for _ in range(3)]
 
     assert run(1) == run(1) and len(set(run(1))) == 3 and run(1) != run(2)
-    assert loss(preview)[0] == loss(preview)[0]  # not started: the whole picture alone
+    assert loss(preview)[0] == loss(preview)[0]  # not bind_rng: the whole picture alone
 
 
 def test_views_cut_pictures_alike_and_stay_in_range():
     a = (smooth(1, n=2, height=40, width=30) + 1) / 2
-    views = Views(count=5, colour=0.3)
-    first, second = views.of(16, torch.Generator().manual_seed(1), a, a)
+    cutouts = Cutouts(count=5, colour=0.3)
+    first, second = cutouts.cut(16, torch.Generator().manual_seed(1), a, a)
     assert first.shape == (10, 3, 16, 16) and torch.equal(first, second)
     assert first.min() >= 0 and first.max() <= 1
     marked = torch.zeros_like(a)
     marked[1] = 1
-    (rows,) = Views(count=3, colour=0).of(8, torch.Generator().manual_seed(1), marked)
+    (rows,) = Cutouts(count=3, colour=0).cut(8, torch.Generator().manual_seed(1), marked)
     assert rows.mean((1, 2, 3)).round().tolist() == [0, 1] * 3
 
 
 def test_without_any_change_a_view_is_the_square_of_the_whole_picture():
     a = (smooth(1, height=24, width=24) + 1) / 2
-    (view,) = Views(count=1, smallest=1, flip=False, colour=0).of(16, torch.Generator().manual_seed(1), a)
-    assert torch.allclose(view, resized(a, 16, 16).clamp(0, 1))
+    (view,) = Cutouts(count=1, smallest=1, flip=False, colour=0).cut(16, torch.Generator().manual_seed(1), a)
+    assert torch.allclose(view, cover(a, 16, 16).clamp(0, 1))
 
 
 @pytest.mark.parametrize("settings", [{"count": -1}, {"smallest": 0}, {"smallest": 1.5}, {"colour": 1}])
 def test_views_out_of_range_are_refused(settings):
     with pytest.raises(ValueError, match="Random views"):
-        Views(**settings)
+        Cutouts(**settings)
 
 
 # combined
 
 
-def part(values, counts):
+def part(values, valid):
     """A loss with known values, whose gradient is 2 for each pixel's mean."""
 
     def loss(preview, rows=None):
         slope = 2 * (preview.mean((1, 2, 3)) - preview.mean((1, 2, 3)).detach())
-        return torch.tensor(values) + slope, torch.tensor(counts)
+        return torch.tensor(values) + slope, torch.tensor(valid)
 
     return loss
 
@@ -375,9 +379,9 @@ def part(values, counts):
 def test_combined_is_the_weighed_mean_and_a_sample_counts_when_any_part_does():
     first, second = part([0.2, 0.4, 0.6], [True, True, False]), part([0.8, 0.0, 0.5], [True, False, False])
     loss = Combined(((3.0, first), (1.0, second)))
-    values, counts = loss(torch.zeros(3, 3, 4, 4))
+    values, valid = loss(torch.zeros(3, 3, 4, 4))
     assert torch.allclose(values, torch.tensor([0.35, 0.3 + UNLIKE / 4, UNLIKE]))
-    assert counts.tolist() == [True, True, False]
+    assert valid.tolist() == [True, True, False]
 
 
 def test_a_part_that_does_not_count_has_no_gradient_and_leaves_the_others_theirs():
@@ -405,9 +409,9 @@ def test_a_part_of_weight_0_is_not_evaluated_and_does_not_count():
 
 def test_a_combined_loss_starts_its_parts_and_hands_rows_on(pictures_encoder):
     targets = embed(pictures_encoder, smooth(1, n=2))
-    one = EmbeddingLoss(pictures_encoder, targets, Views(count=2))
-    both = started(Combined(((1.0, one), (1.0, L1Loss(smooth(1, n=2))))), torch.Generator().manual_seed(3))
-    alone = started(one, torch.Generator().manual_seed(3))
+    one = EmbeddingLoss(pictures_encoder, targets, Cutouts(count=2))
+    both = bind_rng(Combined(((1.0, one), (1.0, L1Loss(smooth(1, n=2))))), torch.Generator().manual_seed(3))
+    alone = bind_rng(one, torch.Generator().manual_seed(3))
     preview, rows = smooth(2, n=2), torch.tensor([1, 1])
     expected = (alone(preview, rows)[0] + L1Loss(smooth(1, n=2))(preview, rows)[0]) / 2
     assert torch.allclose(both(preview, rows)[0], expected, atol=1e-6)

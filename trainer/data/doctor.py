@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ...lookahead.files.atomic import atomic
 from ...lookahead.vision.faces import Detector
 from ..lookahead.config import Data, cache_folder
 from .folder import square_of
-from .pairs import Entry, People, Seen, alike, listing, people, scan
+from .pairs import Entry, PairIndex, Seen, alike, listing, make_pairs, scan
 
 SMALL_FACE = 56  # pixels of a face's longer side, as trained on: half of what a recogniser looks at
 FEW_PEOPLE = 100
@@ -49,7 +49,7 @@ def examine(data: Data, detector: Detector | None, name: str) -> Report:
         report.wrong.append(f"{folder} holds no pictures: put a folder for each person into it, with their pictures.")
         return report
     seen = scan(folder, entries, detector, name, cache / "scan.jsonl")
-    found = people(entries, seen, detector is not None)
+    found = make_pairs(entries, seen, detector is not None)
     whole = [e for e in entries if not seen[e.file].error]
     _count(report, entries, whole, found, detector is not None)
     _files(report, entries, seen, gone)
@@ -67,7 +67,7 @@ def examine(data: Data, detector: Detector | None, name: str) -> Report:
     return report
 
 
-def _count(report: Report, entries: Sequence[Entry], whole: Sequence[Entry], found: People, faces: bool) -> None:
+def _count(report: Report, entries: Sequence[Entry], whole: Sequence[Entry], found: PairIndex, faces: bool) -> None:
     targets = sum(bool(fit) for fit in found.references)
     trained = {e.person for e, fit in zip(found.pictures, found.references, strict=True) if fit}
     everyone = {e.person for e in entries}
@@ -98,13 +98,12 @@ def _files(report: Report, entries: Sequence[Entry], seen: dict[str, Seen], gone
         report.wrong.append(f"The metadata names files that are not there, or are no pictures. {_some(gone)}")
 
 
-def _pairs(report: Report, found: People, cache: Path) -> None:
+def _pairs(report: Report, found: PairIndex, cache: Path) -> None:
     why = {file: reason for file, reason in found.left_out.items() if not found.seen[file].error}
     (cache / "left_out.jsonl").unlink(missing_ok=True)
     if found.left_out:
-        part = cache / f"left_out.{os.getpid()}.part"
-        part.write_text("".join(json.dumps({"file": f, "why": w}) + "\n" for f, w in found.left_out.items()))
-        os.replace(part, cache / "left_out.jsonl")
+        with atomic(cache / "left_out.jsonl") as part:
+            part.write_text("".join(json.dumps({"file": f, "why": w}) + "\n" for f, w in found.left_out.items()))
     report.rows.append(("left out, though readable", len(why), "each with its reason in left_out.jsonl" if why else ""))
     for reason, number in Counter(why.values()).most_common():
         some = [file for file in why if why[file] == reason]
@@ -158,10 +157,10 @@ def _copies(report: Report, whole: Sequence[Entry], seen: dict[str, Seen]) -> No
     same: dict[str, list[Entry]] = defaultdict(list)
     for entry in whole:
         same[seen[entry.file].pixels].append(entry)
-    people_: dict[str, list[Entry]] = defaultdict(list)
+    by_person: dict[str, list[Entry]] = defaultdict(list)
     for entry in whole:
-        people_[entry.person].append(entry)
-    copies = _those(people_, lambda a, b: alike(seen[a.file], seen[b.file]))
+        by_person[entry.person].append(entry)
+    copies = _those(by_person, lambda a, b: alike(seen[a.file], seen[b.file]))
     mixed = [e.file for group in same.values() if len({e.person for e in group}) > 1 for e in group]
     report.rows.append(("copies of another one", len(copies), "never each other's reference"))
     if copies:

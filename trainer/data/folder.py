@@ -14,20 +14,20 @@ import hashlib
 import json
 import os
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from ...lookahead.files.tensors import EncoderFileError, read_tensors, write_tensors
-from ...lookahead.losses.identity import NONE, IdentityLoss, embed
-from ...lookahead.losses.identity import People as References
+from ...lookahead.losses.identity import NONE, FaceReferences, IdentityLoss, embed
 from ...lookahead.vision.arcface import Recogniser
-from ...lookahead.vision.faces import Detector
-from ...sdxl.images import read, resized
+from ...lookahead.vision.faces import Detector, square_around
+from ...lookahead.vision.images import resize_square
+from ...sdxl.images import read
 from ...sdxl.load import Frozen
 from ...sdxl.shared_unet import Condition
 from ..lookahead.config import Config, Data, cache_folder
@@ -35,7 +35,7 @@ from ..lookahead.judges import read_judges
 from ..lookahead.step import Batch
 from ..lookahead.validate import Probes
 from ..seeds import generator, order
-from .pairs import DataError, People, Seen, listing, people, scan
+from .pairs import QUIET, DataError, PairIndex, Seen, listing, make_pairs, scan
 
 SEED = 7000  # of the choice of references
 _Item = tuple[str, int | str]  # a kind, and the place of a picture or a text
@@ -51,14 +51,14 @@ class FolderSource:
         self.latent_shape = (4, self.data.size // 8, self.data.size // 8)
         self.folder, self.cache = Path(self.data.source), cache_folder(self.data)
         self.judges = read_judges(config, recogniser, detector, models.text) if config.validate_every else None
-        self.people = read_people(self.data, detector, config.model.detector or config.model.base, Path(config.out))
-        targets = [n for n, fit in enumerate(self.people.references) if fit]
-        people_ = list(dict.fromkeys(self.people.pictures[n].person for n in targets))
+        self.pairs = read_pairs(self.data, detector, config.model.detector or config.model.base, Path(config.out))
+        targets = [n for n, fit in enumerate(self.pairs.references) if fit]
+        names = list(dict.fromkeys(self.pairs.pictures[n].person for n in targets))
         # Whom training does not see: a tenth at most, the same whatever else is in the folder, and with or without
         # validation, so that it can be turned on later.
-        few = min(config.validation.people, len(people_) // 10)
-        self.held_out = sorted(people_, key=lambda name: hashlib.sha256(name.encode()).digest())[:few]
-        self.targets = [n for n in targets if self.people.pictures[n].person not in self.held_out]
+        few = min(config.validation.people, len(names) // 10)
+        self.held_out = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())[:few]
+        self.targets = [n for n in targets if self.pairs.pictures[n].person not in self.held_out]
         self._latent_by, self._text_by = _fingerprint(models.vae), _fingerprint(models.text)
         self._person_by = _fingerprint(models.vision, recogniser)
         self._inside = False
@@ -68,15 +68,15 @@ class FolderSource:
 
     def digest(self) -> str:
         def known(n: int) -> tuple:
-            picture = self.people.pictures[n]
-            return picture.file, self.people.seen[picture.file].pixels, picture.person, self.caption(n)
+            picture = self.pairs.pictures[n]
+            return picture.file, self.pairs.seen[picture.file].pixels, picture.person, self.caption(n)
 
-        pairs = [(known(n), [known(r) for r in self.people.references[n]]) for n in self.targets]
+        pairs = [(known(n), [known(r) for r in self.pairs.references[n]]) for n in self.targets]
         return hashlib.sha256(repr((pairs, self.held_out)).encode()).hexdigest()
 
     def reference_of(self, target: int, number: int) -> int:
         """Place of the reference for the sample of this number, whose target is the picture at place `target`."""
-        fit = self.people.references[target]
+        fit = self.pairs.references[target]
         return fit[int(torch.randint(len(fit), (1,), generator=generator(SEED, self.seed, number)))]
 
     def prepare(self, device: torch.device) -> None:
@@ -96,14 +96,9 @@ class FolderSource:
             wanted |= {self._path(item): item for item in items}
         missing = [item for path, item in wanted.items() if not path.exists()]
         begin = len(missing) * int(os.environ.get("RANK", 0)) // int(os.environ.get("WORLD_SIZE", 1))
-        started = told = time.monotonic()
         with self._reading(device):
-            for done, item in enumerate(missing[begin:] + missing[:begin], 1):
+            for item in tqdm(missing[begin:] + missing[:begin], "Images and captions encoded", delay=QUIET):
                 self._get(item, device)
-                if time.monotonic() - told > 10:
-                    told = time.monotonic()
-                    left = (told - started) / done * (len(missing) - done)
-                    print(f"Pictures and texts read: {done} of {len(missing)}, {left:.0f} s left", file=sys.stderr)
 
     def batch(self, targets: Sequence[int], numbers: Sequence[int], device: torch.device) -> Batch:
         places = [self.targets[t] for t in targets]
@@ -113,7 +108,7 @@ class FolderSource:
             return torch.stack([self._get((kind, row), device)[name] for row in rows])
 
         return Batch(
-            [self.people.pictures[p].file for p in places],
+            [self.pairs.pictures[p].file for p in places],
             stacked("latent", "latent", places).to(device),
             stacked("reference", "latent", references).to(device),
             self._condition([self.caption(p) for p in places], device),
@@ -124,10 +119,10 @@ class FolderSource:
 
     def _loss(self, references: Sequence[int], device: torch.device) -> IdentityLoss:
         self.recogniser.to(device)
-        people_ = [self._get(("person", row), device) for row in references]
-        embeddings, points = (torch.stack([one[k] for one in people_]) for k in ("embedding", "points"))
+        persons = [self._get(("person", row), device) for row in references]
+        embeddings, points = (torch.stack([one[k] for one in persons]) for k in ("embedding", "points"))
         sizes = torch.full((len(references), 2), self.data.size)
-        return IdentityLoss(self.recogniser, self.detector, References(embeddings, points, sizes), NONE)
+        return IdentityLoss(self.recogniser, self.detector, FaceReferences(embeddings, points, sizes), NONE)
 
     def probes(self, config: Config, device: torch.device) -> Probes:
         with self._reading(device):
@@ -136,9 +131,9 @@ class FolderSource:
     def _probes(self, config: Config, device: torch.device) -> Probes:
         """Validation (`validate.Probing`) with the people who are held out; of a small folder, with some of those that
         are trained on."""
-        who = self.held_out or list(dict.fromkeys(self.people.pictures[n].person for n in self.targets))
-        able = {n for fit in self.people.references for n in fit}
-        first = {self.people.pictures[n].person: n for n in sorted(able, reverse=True)}
+        who = self.held_out or list(dict.fromkeys(self.pairs.pictures[n].person for n in self.targets))
+        able = {n for fit in self.pairs.references for n in fit}
+        first = {self.pairs.pictures[n].person: n for n in sorted(able, reverse=True)}
         places = [first[name] for name in who[: config.validation.people]]
         prompts = list(config.validation.prompts)
         rows = [place for place in places for _ in prompts]
@@ -146,7 +141,7 @@ class FolderSource:
         features = torch.stack([self._get(("person", row), device)["features"] for row in rows]).to(device)
         text = self._condition(prompts * len(places), device)
         own = self._condition([self.data.kv_prompt] * len(rows), device)
-        names = [f"{prompt}, {self.people.pictures[p].person}" for p in places for prompt in prompts]
+        names = [f"{prompt}, {self.pairs.pictures[p].person}" for p in places for prompt in prompts]
         crops = [self.crop(place, True) for place in places]
         shown = torch.cat([picture for picture, _ in crops])
         points = torch.cat([torch.zeros(1, 5, 2) if points is None else points for _, points in crops])
@@ -158,17 +153,17 @@ class FolderSource:
 
     def caption(self, place: int) -> str:
         """What the picture shows, as the data says, else `data.caption`."""
-        return self.people.pictures[place].text or self.data.caption
+        return self.pairs.pictures[place].text or self.data.caption
 
     def crop(self, place: int, as_reference: bool) -> tuple[Tensor, Tensor | None]:
         """The picture as it is trained on, [1, 3, size, size] in [0, 1], and the face's landmarks in it [1, 5, 2]."""
-        entry, seen = self.people.pictures[place], self.people.seen[self.people.pictures[place].file]
+        entry, seen = self.pairs.pictures[place], self.pairs.seen[self.pairs.pictures[place].file]
         face = seen.found()
         left, top, side = square_of(seen, self.data.reference_margin if as_reference else None)
         picture = read(self.folder / entry.file)[None, :, top : top + side, left : left + side]
         zoom = self.data.size / side
         points = None if face is None else (face.points[None] - torch.tensor([left, top]) + 0.5) * zoom - 0.5
-        return resized(picture, self.data.size), points
+        return resize_square(picture, self.data.size), points
 
     def _condition(self, captions: Sequence[str], device: torch.device) -> Condition:
         parts = [self._get(("text", caption), device) for caption in captions]
@@ -221,7 +216,7 @@ class FolderSource:
         if kind == "text":
             key: tuple = (what, self._text_by)
         else:
-            seen = self.people.seen[self.people.pictures[what].file]
+            seen = self.pairs.seen[self.pairs.pictures[what].file]
             square = square_of(seen, None if kind == "latent" else self.data.reference_margin)
             key = (seen.pixels, square, self.data.size)
             key += (seen.face, self._person_by) if kind == "person" else (self._latent_by,)
@@ -244,14 +239,14 @@ class FolderSource:
                     self.models.readers("cpu")
 
 
-def read_people(data: Data, detector: Detector | None, name: str, out: Path) -> People:
+def read_pairs(data: Data, detector: Detector | None, name: str, out: Path) -> PairIndex:
     """The usable pictures. Files that cannot be read are left out and listed in `quarantine.jsonl` in `out`.
 
     Raises DataError where there are more of these than `data.damaged` allows, or nothing is left to train on.
     """
     folder = Path(data.source)
     entries, _ = listing(folder, data.metadata)
-    found = people(
+    found = make_pairs(
         entries, scan(folder, entries, detector, name, cache_folder(data) / "scan.jsonl"), detector is not None
     )
     broken = {e.file: why for e in entries if (why := found.seen[e.file].error)}
@@ -280,12 +275,7 @@ def square_of(seen: Seen, margin: float | None) -> tuple[int, int, int]:
     side, face = min(height, width), seen.found()
     if face is None:
         return (width - side) // 2, (height - side) // 2, side
-    x0, y0, x1, y1 = face.box.tolist()
-    if margin is not None:
-        side = max(1, min(round(max(x1 - x0, y1 - y0) * (1 + 2 * margin)), side))
-    centres = ((x0 + x1) / 2, width), ((y0 + y1) / 2, height)
-    left, top = (min(max(round(centre + 0.5 - side / 2), 0), size - side) for centre, size in centres)
-    return left, top, side
+    return square_around(face, height, width, margin)
 
 
 def _fingerprint(*modules: nn.Module | None) -> str:

@@ -13,8 +13,6 @@ import csv
 import hashlib
 import json
 import os
-import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,13 +20,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm.auto import tqdm
 
+from ...lookahead.files.atomic import atomic
 from ...lookahead.losses.identity import largest
 from ...lookahead.vision.faces import Detector, Face
 from ...sdxl.images import PictureError, read
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif")
 METADATA = ("metadata.jsonl", "metadata.csv")
+QUIET = 10  # seconds of work without a progress bar
 _LOOK = 16  # side of the small grey picture that copies are told by
 
 
@@ -151,15 +152,17 @@ def _json_lines(path: Path, text: str) -> Iterator[tuple[int, object]]:
 def scan(
     folder: Path, entries: Sequence[Entry], detector: Detector | None, name: str, index: Path, report: bool = True
 ) -> dict[str, Seen]:
-    """What is seen in each picture, by file. name: of the detector, a path by which a change of it is noticed; index:
-    where what was seen is kept. Without a detector no faces are returned, but those in the index stay there.
+    """Look at each picture that the index does not know yet; returns what is seen in all, by file.
+
+    name: of the detector, a path by which a change of it is noticed; index: where what was seen is kept. Without a
+    detector no faces are returned, but those in the index stay there.
 
     Raises DataError where the index cannot be written.
     """
     name = os.path.realpath(name) if detector else ""
     before = _load(index)
-    kept, new, told = {}, 0, time.monotonic()
-    for number, entry in enumerate(entries):
+    kept, new = {}, 0
+    for entry in tqdm(entries, "Images scanned", delay=QUIET, disable=not report):
         path = folder / entry.file
         stat = path.stat()
         known = before.get(entry.file)
@@ -169,9 +172,6 @@ def scan(
             if new % 500 == 0:
                 _save(index, before | kept)
         kept[entry.file] = known
-        if report and time.monotonic() - told > 10:
-            told = time.monotonic()
-            print(f"Pictures looked at: {number + 1} of {len(entries)}", file=sys.stderr, flush=True)
     if new:
         _save(index, kept)
     return kept if detector else {file: replace(s, detector="", faces=0, face=None) for file, s in kept.items()}
@@ -228,9 +228,8 @@ def _load(index: Path) -> dict[str, Seen]:
 def _save(index: Path, seen: Mapping[str, Seen]) -> None:
     try:
         index.parent.mkdir(parents=True, exist_ok=True)
-        part = index.with_suffix(f".{os.getpid()}.part")
-        part.write_text("".join(json.dumps(asdict(s)) + "\n" for s in seen.values()), encoding="utf-8")
-        os.replace(part, index)
+        with atomic(index) as part:
+            part.write_text("".join(json.dumps(asdict(s)) + "\n" for s in seen.values()), encoding="utf-8")
     except OSError as error:
         raise DataError(
             f"{index.parent} cannot be written ({error.strerror}): name another folder, data.cache."
@@ -238,11 +237,12 @@ def _save(index: Path, seen: Mapping[str, Seen]) -> None:
 
 
 @dataclass(frozen=True)
-class People:
-    """What can be trained on. references[n]: places of the pictures that may be the reference of picture n.
+class PairIndex:
+    """The images that can be trained on, with the references that each may have.
 
-    A reference shows the same person, is another picture (also not a copy of it), and shows a face where faces were
-    looked for. left_out: why a file is not in `pictures`.
+    references[n]: places of the images that may be the reference of image n. A reference shows the same person, is
+    another image (also not a copy of it), and shows a face where faces were looked for. left_out: why a file is not in
+    `pictures`.
     """
 
     pictures: list[Entry]
@@ -251,7 +251,7 @@ class People:
     left_out: dict[str, str]
 
 
-def people(entries: Sequence[Entry], seen: Mapping[str, Seen], faces: bool) -> People:
+def make_pairs(entries: Sequence[Entry], seen: Mapping[str, Seen], faces: bool) -> PairIndex:
     """Choose targets and references. faces: whether a reference must show one."""
     left_out = {e.file: s.error for e in entries if (s := seen[e.file]).error}
     whole = [e for e in entries if e.file not in left_out]
@@ -276,4 +276,4 @@ def people(entries: Sequence[Entry], seen: Mapping[str, Seen], faces: bool) -> P
     pictures = [e for e in whole if e.file in pairs or e.file in used]
     place = {e.file: n for n, e in enumerate(pictures)}
     references = [[place[file] for file in pairs.get(e.file, ())] for e in pictures]
-    return People(pictures, dict(seen), references, {k: v for k, v in left_out.items() if k not in place})
+    return PairIndex(pictures, dict(seen), references, {k: v for k, v in left_out.items() if k not in place})

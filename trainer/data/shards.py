@@ -14,14 +14,14 @@ import hashlib
 import json
 import os
 import tarfile
-import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ...lookahead.files.atomic import atomic
 from ...lookahead.files.tensors import sha256
 from .pairs import DataError
 
@@ -250,13 +250,9 @@ def _ends(path: Path) -> tuple[int, str]:
         return size, hashlib.sha256(head + file.read(_ENDS)).hexdigest()
 
 
-def _whole(path: Path, write: Any) -> None:
-    """Write a file under another name, then give it its own; a run that is killed leaves the former or nothing."""
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
-    try:
+def _whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file whole or not at all, and remove what a run that was killed has left of it."""
+    with atomic(path) as part:
         write(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    for left in path.parent.glob(f".{path.name}.*.part"):  # of a run that was killed
+    for left in path.parent.glob(f".{path.name}.*.part"):
         left.unlink(missing_ok=True)

@@ -54,10 +54,10 @@ class Drop(Section):
     """Probabilities of conditioning dropout, a sample. So the four conditions of the guidance equation are all seen:
     with and without text and image prompt (`both` drops them together), each with and without reference KV."""
 
-    text: Share = 0.05
-    image_prompt: Share = 0.05
-    both: Share = 0.05
-    kv: Share = 0.1
+    text: Share = Field(0.05, description="probability that a sample has no text")
+    image_prompt: Share = Field(0.05, description="probability that a sample has no image prompt")
+    both: Share = Field(0.05, description="probability that a sample has neither")
+    kv: Share = Field(0.1, description="probability that a sample has no reference KV, whatever else it has")
 
     @model_validator(mode="after")
     def _fits(self) -> Drop:
@@ -102,11 +102,14 @@ class Validation(Section):
     """What is drawn every `validate_every` steps, always from the same noise."""
 
     people: Count = Field(8, description="number of people, whom training does not see")
-    prompts: Annotated[tuple[str, ...], Field(min_length=1)] = (
-        "a photo of a face",
-        "an oil painting of a face",
-        "a comic of a face",
-        "a wanted poster of a face",
+    prompts: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        (
+            "a photo of a face",
+            "an oil painting of a face",
+            "a comic of a face",
+            "a wanted poster of a face",
+        ),
+        description="prompts, each drawn for every person",
     )
     steps: Annotated[int, Field(ge=1, le=100)] = Field(10, description="sampling steps of DDIM")
     guidance: Positive = Field(5.0, description="scale of classifier-free guidance")

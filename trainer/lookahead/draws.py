@@ -1,4 +1,4 @@
-"""What chance decides of a sample: a function of the run's seed and the sample's number, whatever ran before.
+"""The random draws of a sample: a function of the run's seed and the sample's number, whatever ran before.
 
 So a run that was stopped goes on exactly as it would have, on any number of processes, with nothing to save.
 """
@@ -18,24 +18,24 @@ from .config import Config
 
 @dataclass(frozen=True, eq=False)
 class Draws:
-    """Of B samples. noise [B, 4, h, w] is shared by target and reference, and by both losses, as the paper has it."""
+    """The random draws of B samples. Target and reference share one noise, and so do both losses, as in the paper."""
 
-    noise: Tensor
+    noise: Tensor  # [B, 4, h, w], standard normal
     t: Tensor  # int64 [B], time steps of the diffusion loss
-    t_lookahead: Tensor  # int64 [B], and of the lookahead loss
-    strength: Tensor  # [B], of the few-step LoRA
-    no_text: Tensor  # bool [B]
-    no_image_prompt: Tensor  # bool [B]
-    no_kv: Tensor  # bool [B]
-    noise_align: Tensor  # [B, 4, h, w] and
-    t_align: Tensor  # int64 [B], of score distillation (`align`)
+    t_lookahead: Tensor  # int64 [B], time steps of the lookahead loss
+    strength: Tensor  # [B], LoRA scale of the shortcut model, in [0, 1]
+    no_text: Tensor  # bool [B], conditioning dropout of the text
+    no_image_prompt: Tensor  # bool [B], of the image prompt
+    no_kv: Tensor  # bool [B], of the reference KV
+    noise_align: Tensor  # [B, 4, h, w], noise of score distillation (`align: sds`)
+    t_align: Tensor  # int64 [B], time steps of score distillation
 
     def to(self, device: torch.device) -> Draws:
         return Draws(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
 
 def draw(config: Config, numbers: Sequence[int], shape: tuple[int, ...]) -> Draws:
-    """For the samples of these numbers, counted from the start of the run. shape: of one latent, [4, h, w]."""
+    """Draw for the samples of these numbers, counted from the start of the run. shape: of one latent, [4, h, w]."""
     noise, uniform, noise_align, u_align = [], [], [], []
     for number in numbers:
         g = generator(config.seed, number)

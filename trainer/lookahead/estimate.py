@@ -43,6 +43,7 @@ CARDS = {  # GB, dense TFLOP/s of 16-bit matrix products summed in 32 bit, as th
     "h200": (141, 989),
 }
 USED = (0.25, 0.45)  # share of that which trainings of SDXL reach, as published
+NOTABLE = 0.05  # GB, below which a saving is not worth a word
 CONTEXT = 0.8e9  # bytes of driver, kernels, and what the allocator loses between blocks: not derived from the run
 RECOGNISER = (43_800_000 * 4, 3 * 12.6e9)  # IR-SE50: bytes; forward and backward of one crop
 READERS = 3.3e9  # bytes: two text encoders and ViT-H/14 in 16 bit, SDXL's autoencoder in 32
@@ -88,7 +89,7 @@ class Cost:
         return sum(self.memory.values())
 
     def seconds(self, tflops: float) -> tuple[float, float]:
-        """Of a step on a card of that many TFLOP/s: where it is used well, and where it is used badly."""
+        """Return the seconds of a step on a card of that many TFLOP/s: where it is used well, and where badly."""
         work = sum(self.work.values()) / (tflops * 1e12)
         return work / USED[1], work / USED[0]
 
@@ -330,12 +331,14 @@ def savings(cost: Cost) -> dict[str, float]:
         ("accumulate", each),
         ("ema", 0),
     ]
+    if config.precision == "fp32":
+        changes.append(("precision", "bf16"))
     for name, value in changes:
         other = estimate(config.model_copy(update={name: value}), cost.processes, cost.shapes)
         out[f"{name}={value}"] = cost.peak - other.peak
     if not config.optimiser.eight_bit:
         out["optimiser.eight_bit=true"] = 6 * sum(cost.parameters.values()) / GB
-    return {knob: saved for knob, saved in sorted(out.items(), key=lambda item: -item[1]) if saved > 0.05}
+    return {knob: saved for knob, saved in sorted(out.items(), key=lambda item: -item[1]) if saved > NOTABLE}
 
 
 def cards(card: str | None) -> dict[str, tuple[int, int]]:

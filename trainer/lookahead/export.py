@@ -32,6 +32,6 @@ def export(path: Path, encoder: Encoder, config: Config, steps: int, about: Mapp
     if config.model.kv:
         metadata |= {"kv_rank": str(config.model.kv_rank)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    pairs = [(p.to_k_ip.weight, p.to_v_ip.weight) for p in encoder.ip_adapter]
-    encoder_file.write(path, encoder.image_proj.state_dict(), pairs, metadata | dict(about or {}), encoder.kv_tensors())
+    pairs = encoder.projection_weights
+    encoder_file.write(path, encoder.image_proj.state_dict(), pairs, metadata | dict(about or {}), encoder.kv.tensors())
     return path

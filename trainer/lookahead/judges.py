@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...lookahead.losses.identity import NONE, IdentityLoss, People, embed
+from ...lookahead.losses.identity import NONE, FaceReferences, IdentityLoss, embed
 from ...lookahead.vision import arcface, clip
 from ...lookahead.vision.arcface import Recogniser
 from ...lookahead.vision.faces import Detector
-from ...sdxl.images import resized
-from ...sdxl.load import ModelError, Text, found
+from ...lookahead.vision.images import resize_square
+from ...sdxl.load import ModelError, PromptEncoder, found
 from .config import Config
 from .validate import Score
 
@@ -43,7 +43,7 @@ class Judges:
         people = None
         if self.recogniser is not None:
             known = embed(self.recogniser.to("cpu"), shown.cpu(), points)
-            people = People(known, points, torch.tensor([shown.shape[-2:]]).expand(len(shown), 2))
+            people = FaceReferences(known, points, torch.tensor([shown.shape[-2:]]).expand(len(shown), 2))
 
         @torch.no_grad()
         def score(pictures: Tensor) -> dict[str, Tensor]:
@@ -51,12 +51,12 @@ class Judges:
             count = len(pictures) // len(shown)  # prompts
             if people is not None:
                 each = people.embeddings, people.points, people.sizes
-                rows = People(*(values.repeat_interleave(count, 0) for values in each))
-                values, counts = IdentityLoss(self.recogniser.to(device), self.detector, rows, NONE)(pictures * 2 - 1)
-                figures["identity"] = torch.where(counts, 1 - values, torch.nan)
+                rows = FaceReferences(*(values.repeat_interleave(count, 0) for values in each))
+                values, valid = IdentityLoss(self.recogniser.to(device), self.detector, rows, NONE)(pictures * 2 - 1)
+                figures["identity"] = torch.where(valid, 1 - values, torch.nan)
                 self.recogniser.to("cpu")  # (the loss moves its own when it needs it)
             if self.pictures is not None:
-                seen = self.pictures.to(device)(resized(pictures, self.pictures.size))
+                seen = self.pictures.to(device)(resize_square(pictures, self.pictures.size))
                 figures["prompt"] = (F.normalize(seen) * self.texts.to(device).repeat(len(shown), 1)).sum(1)
                 self.pictures.to("cpu")
             return figures
@@ -64,7 +64,9 @@ class Judges:
         return score
 
 
-def read_judges(config: Config, recogniser: Recogniser | None, detector: Detector | None, text: Text) -> Judges:
+def read_judges(
+    config: Config, recogniser: Recogniser | None, detector: Detector | None, text: PromptEncoder
+) -> Judges:
     """recogniser: the loss's, for want of another. Raises FileNotFoundError, ModelError, ImportError or
     RecogniserError, one sentence, for a file that is missing or is none of its kind."""
     settings = config.validation
@@ -85,7 +87,7 @@ def read_judges(config: Config, recogniser: Recogniser | None, detector: Detecto
         raise ModelError(f"validation.clip: {error}") from None
 
 
-def _ids(text: Text, prompts: Sequence[str]) -> Tensor:
+def _ids(text: PromptEncoder, prompts: Sequence[str]) -> Tensor:
     """The ids of CLIP's tokenizer, which SDXL's first text encoder reads too."""
     tokenizer, length = text.tokenizers[0], text.first.config.max_position_embeddings
     return tokenizer(

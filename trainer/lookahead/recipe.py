@@ -87,6 +87,7 @@ class LookaheadRecipe:
             step.encoder.image_proj.sizes,
             step.null_features.shape[1],
             len(step.shortcut.branches[0].lora_down.weight) if step.shortcut is not None else 0,
+            int(self.about["size"]) if "size" in self.about else None,
         )
         return savings(estimate(self.config, processes, shapes))
 

@@ -19,7 +19,7 @@ from ...lookahead.method.attention import Attention, softmax_attention
 from ...lookahead.method.schedule import add_noise, alphas_cumprod, pred_original_sample, preview_latent
 from ...sdxl.encoder import Encoder
 from ...sdxl.lora import LoRA
-from ...sdxl.shared_unet import Condition, Roles
+from ...sdxl.shared_unet import Condition, SharedUNet
 from ..recipe import Outcome
 from .alignment import consistency, score_distillation
 from .config import Config
@@ -75,7 +75,7 @@ class Step(nn.Module):
             raise ValueError(f"model.kv is {config.model.kv}, and the encoder was made the other way.")
         self.config = config
         self.unet, self.encoder, self.shortcut = unet.eval().requires_grad_(False), encoder, shortcut
-        self.roles = Roles(self.unet, encoder, shortcut, attention).inject(config.checkpointing)
+        self.roles = SharedUNet(self.unet, encoder, shortcut, attention).inject(config.checkpointing)
         self.decode_preview = decode_preview
         self.register_buffer("null_features", null_features, persistent=False)
         self.register_buffer("alpha_bar", alphas_cumprod().float(), persistent=False)
@@ -92,9 +92,9 @@ class Step(nn.Module):
     def lookahead(self, batch: Batch, draws: Draws) -> Outcome:
         """Equations 3 and 4: an image loss on the one-step preview of the shortcut model (or on the base's own x0).
 
-        A sample does not count when the loss says so (no face), nor when it has neither image prompt nor reference KV,
-        since nothing that is trained could change its preview. The sum is divided by B whatever counts: a step in which
-        few previews show a face weighs less, and several processes equal one.
+        A sample is not valid when the loss says so (no face), nor when it has neither image prompt nor reference KV,
+        since nothing that is trained could change its preview. The sum is divided by B whatever is valid: a step in
+        which few previews show a face weighs less, and several processes equal one.
         """
         ahead, t = self.config.lookahead, draws.t_lookahead
         shortcut = draws.strength if ahead.arm == "shortcut" else 0.0
@@ -104,11 +104,11 @@ class Step(nn.Module):
             latent = preview_latent(z_t, predicted, t, alpha_bar)
         else:
             latent = pred_original_sample(z_t, predicted, alpha_bar)
-        values, counts = batch.loss(self.decode_preview(latent).float())
+        values, valid = batch.loss(self.decode_preview(latent).float())
         uncond = draws.no_image_prompt & draws.no_kv if self.config.model.kv else draws.no_image_prompt
-        counts = counts & ~uncond
-        # Values of samples that do not count may be anything: they must not get into the sum, not even times zero.
-        counted = torch.where(counts, values, 0.0)
+        valid = valid & ~uncond
+        # Values of samples that are not valid may be anything: they must not get into the sum, not even times zero.
+        counted = torch.where(valid, values, 0.0)
         weighed = counted * draws.strength if ahead.weigh_by_strength else counted
         loss, terms = ahead.weight * weighed.sum() / len(values), {}
         if ahead.align != "strength":
@@ -122,12 +122,12 @@ class Step(nn.Module):
                 alignment = consistency(predict, self.alpha_bar, latent, z_t, t, draws)
             loss = loss + ahead.align_weight * alignment.mean()
             terms["alignment"] = alignment.detach()
-        return Outcome(loss, values.detach(), counts, terms)
+        return Outcome(loss, values.detach(), valid, terms)
 
     def _predict(
         self, batch: Batch, draws: Draws, t: Tensor, shortcut: float | Tensor = 0.0, z_t: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The noise predicted with the encoder's help [B, 4, h, w], and in what: z_t, by default the noised target."""
+        """Predict the noise [B, 4, h, w] under the encoder's conditions; returns it and z_t, else the noised target."""
         has_text, kv = ~draws.no_text, None
         if z_t is None:
             z_t = self.noised(batch.target, draws.noise, t)
@@ -135,9 +135,9 @@ class Step(nn.Module):
             z_c = self.noised(batch.reference, draws.noise, t)
             kv = self.roles.export(z_c, t, batch.reference_text.where(has_text))
         features = torch.where(draws.no_image_prompt.view(-1, 1, 1), self.null_features, batch.features)
-        tokens = self.encoder.image_proj(features)
-        return self.roles.decode(z_t, t, batch.text.where(has_text), tokens, kv, draws.no_kv, shortcut), z_t
+        prompt = self.encoder.image_prompt(self.encoder.image_proj(features))
+        return self.roles.predict(z_t, t, batch.text.where(has_text), prompt, kv, draws.no_kv, shortcut), z_t
 
     def noised(self, latent: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Latents [B, 4, h, w] at time steps t [B]."""
+        """Noise latents [B, 4, h, w] to the time steps t [B]."""
         return add_noise(latent, noise, self.alpha_bar[t])

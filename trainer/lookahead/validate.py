@@ -14,8 +14,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ...lookahead.method.guidance import three_scale_guidance
-from ...lookahead.method.schedule import TIMESTEPS, ddim_step
+from ...lookahead.method.guidance import Scales, guided
+from ...lookahead.method.sampling import ddim_timesteps, sample_ddim
 from ...sdxl.encoder import Encoder
 from ..seeds import generator
 from .config import Config, Validation
@@ -60,29 +60,27 @@ def sample(step: Step, encoder: Encoder, batch: Batch, noise: Tensor, steps: int
     The shortcut model would need fewer steps; but it is what training pulls at, and what is measured must not be.
     With a KV encoder the guidance is that of three scales (`three_scale_guidance`), else the usual one.
     """
-    text_scale, full_scale, kv_scale = (share * guidance for share in SHARES)
-    roles, n, has_kv = step.roles, len(noise), bool(encoder.kv)
-    no_text = torch.zeros(n, dtype=torch.bool, device=noise.device)
+    roles = step.roles
+    scales = Scales(*(share * guidance for share in SHARES)) if encoder.kv else Scales(guidance, 0.0, 0.0)
+    no_text = torch.zeros(len(noise), dtype=torch.bool, device=noise.device)
     tokens = encoder.image_proj(batch.features)
     null = encoder.image_proj(step.null_features).expand_as(tokens)
-    conditions = (batch.text.where(no_text), null), (batch.text, tokens)
-    stride = TIMESTEPS // steps
-    times = range(1 + stride * (steps - 1), 0, -stride)
-    x = noise
+    without = batch.text.where(no_text), encoder.image_prompt(null)
+    prompted = batch.text, encoder.image_prompt(tokens)
+    conditions = {"uncond": without, "text": prompted, "full_uncond": without, "full": prompted}
+    kv_prompts = {"full_uncond": batch.reference_text.where(no_text), "full": batch.reference_text}
+
+    def evaluate(x: Tensor, t: Tensor, name: str) -> Tensor:
+        kv = None
+        if name in kv_prompts:
+            kv = roles.export(step.noised(batch.reference, noise, t), t, kv_prompts[name])
+        return roles.predict(x, t, *conditions[name], kv).float()  # three scales multiply the rounding of 16 bit
+
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        return guided(lambda names: [evaluate(x, t, name) for name in names], scales)
+
     with roles.using(encoder):
-        for now in times:
-            t = torch.full((n,), now, device=noise.device)
-            # (float32: three scales multiply the rounding of 16 bit)
-            (e_u, e_t) = (roles.decode(x, t, text, prompt).float() for text, prompt in conditions)
-            if has_kv:
-                z_c, own = step.noised(batch.reference, noise, t), batch.reference_text
-                exports = (roles.export(z_c, t, c) for c in (own.where(no_text), own))
-                e_fu, e_ft = (roles.decode(x, t, *c, kv).float() for c, kv in zip(conditions, exports, strict=True))
-                e = three_scale_guidance(e_u, e_t, e_fu, e_ft, text_scale, full_scale, kv_scale)
-            else:
-                e = e_u + guidance * (e_t - e_u)
-            x = ddim_step(x, e, step.alpha_bar[t], step.alpha_bar[max(now - stride, 0)])
-    return x
+        return sample_ddim(predict, noise, ddim_timesteps(steps), step.alpha_bar)
 
 
 @dataclass(frozen=True, eq=False)

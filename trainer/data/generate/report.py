@@ -15,6 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from ....evaluation.contact_sheet import Cell, contact_sheet
+from ....lookahead.files.atomic import atomic
 from ..shards import ShardError, Shards, index_path, shard_path, side_path, times_path
 from .config import GenerateConfig
 from .engine import RANGES, GeneratedPerson, summary
@@ -166,9 +167,8 @@ def _write(
         thresholds=rows,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(page, encoding="utf-8")
-    part.replace(path)
+    with atomic(path) as part:
+        part.write_text(page, encoding="utf-8")
     return path
 
 

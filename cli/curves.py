@@ -1,0 +1,19 @@
+"""`lookahead curves`: the curves of training runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def curves(
+    folders: Annotated[list[Path], typer.Argument(metavar="OUT", help="Folder `out` of each run.", show_default=False)],
+    to: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("curves.png"),
+) -> None:
+    """Plot the curves of runs. Those still under way are plotted too."""
+    from ..trainer.curves import curves as plot
+    from ..trainer.lookahead.recipe import PANELS
+
+    print(f"Written: {plot(folders, PANELS, to)}")

@@ -1,0 +1,84 @@
+"""`lookahead mini`: the mini world, trained, drawn and measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="mini", help="Build and measure the mini world: a tiny SDXL on drawn faces.", no_args_is_help=True
+)
+Quick = Annotated[bool, typer.Option("--quick", help="The plan for development: shorter, and not as good.")]
+Folder = Annotated[
+    Path | None,
+    typer.Option(help="Folder of the stages' results.", show_default=".mini, with --quick .mini-quick"),
+]
+
+
+def folder_of(folder: Path | None, quick: bool) -> Path:
+    """The folder of a build; plans are kept apart, since a stage of one must not go on from the other's."""
+    return folder or Path(".mini-quick" if quick else ".mini")
+
+
+@app.command()
+def build(
+    quick: Quick = False,
+    folder: Folder = None,
+    only: Annotated[
+        str | None,
+        typer.Option(help="Stages to run, separated by commas; a second process can take others.", show_default="all"),
+    ] = None,
+    export_to: Annotated[
+        Path | None, typer.Option(help="Folder that the weights are written to.", show_default="FOLDER/weights")
+    ] = None,
+) -> None:
+    """Train the mini world from nothing. The same command again goes on where it stopped."""
+    from ..mini.build import build as run
+    from ..mini.build import keep_memory
+    from ..mini.plan import FULL, QUICK
+
+    keep_memory()
+    run(folder_of(folder, quick), QUICK if quick else FULL, only.split(",") if only else None, export_to)
+
+
+@app.command()
+def sheet(
+    people: Annotated[int, typer.Option(min=1, help="People, a row each, at least 1.")] = 8,
+    seed: Annotated[int, typer.Option(help="Seed of the people.")] = 0,
+    out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("sheet.png"),
+) -> None:
+    """Draw a picture sheet: a row a person, a column a style."""
+    from ..mini.world.sheet import draw_sheet
+
+    draw_sheet(out, people, seed)
+    print(f"Drawn: {out}")
+
+
+@app.command()
+def report(
+    quick: Quick = False,
+    folder: Folder = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Folder of the shipped files.", show_default="FOLDER/weights")
+    ] = None,
+) -> None:
+    """Measure a build and write its page; what has not changed since is not measured again."""
+    folder = folder_of(folder, quick)
+    if not folder.is_dir():
+        raise typer.BadParameter(f"there is no folder {folder}: name that of a build with --folder")
+    from ..mini.build import keep_memory
+    from ..mini.plan import FULL, QUICK
+    from ..mini.report.report import report as measure
+
+    keep_memory()
+    print(f"Written: {measure(folder, QUICK if quick else FULL, weights or folder / 'weights')}")
+
+
+@app.command()
+def sizes() -> None:
+    """Print the table of the shipped files: planned and real sizes."""
+    from ..mini.files.shipped import size_table
+
+    print(size_table())

@@ -1,0 +1,42 @@
+"""`lookahead train`: a training run."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+from .estimate import print_estimate
+from .options import Config, Overrides
+
+
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the whole configuration and what the run will cost; train nothing.")
+    ] = False,
+) -> None:
+    """Train an encoder. The same command again goes on where it stopped."""
+    import torch
+    import yaml
+
+    from ..trainer.lookahead.config import load
+    from ..trainer.train import train as train_recipe
+    from .assemble import assemble, device
+
+    settings = load(config, overrides or [])
+    if dry_run:
+        print(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
+        print_estimate(settings, None, int(os.environ.get("WORLD_SIZE", 1)))
+        return
+    try:
+        recipe, source = assemble(settings)
+        source.prepare(device())
+        written = train_recipe(settings, recipe, source)
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()  # else its threads may end the process with SIGABRT
+    if written is not None and os.environ.get("RANK", "0") == "0":  # one of several processes
+        print(f"Written: {written}")

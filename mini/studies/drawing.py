@@ -1,0 +1,143 @@
+"""Arms of image prompt and KV injection, drawn by the real host from the same references and noise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...host.graph import Graph
+from ...host.server import link
+from ...tools.common import Stopwatch, say
+from ..files.host_models import mini_host
+from ..world.references import reference_faces
+from .study import CFG, SIZE, prompt_of, saved_pictures, to_image
+
+SAMPLER, SCHEDULER, STEPS = "dpmpp_2m", "karras", 20
+MEASURED_WITH = {"sampler": SAMPLER, "scheduler": SCHEDULER, "steps": STEPS}  # for the pages
+BATCH = 10  # references drawn at once, one a picture
+STOCK = "ip-adapter-plus-face_sdxl_vit-h.safetensors"  # the encoder before any training of ours
+
+
+@dataclass(frozen=True)
+class ReferenceArm:
+    """One way to draw a reference again.
+
+    image_prompt, kv: weights, 0 is off; text, full, kv_scale: the scales of the Lookahead Guider; start, end: the part
+    of the sampling in which KV acts, 0 to 1; encoder: a file that `draw` is given, by its name there.
+    """
+
+    image_prompt: float = 0.0
+    kv: float = 0.0
+    text: float = CFG
+    full: float = 0.0
+    kv_scale: float = 0.0
+    start: float = 0.0
+    end: float = 1.0
+    blocks: str = "all"
+    encoder: str = STOCK
+
+
+# The paper's scales are 3, 2, 2 where SDXL's guidance is 5 (text + full); the mini world's is 3.
+KV = ReferenceArm(kv=1.0, text=round(0.6 * CFG, 6), full=round(0.4 * CFG, 6), kv_scale=round(0.4 * CFG, 6))
+BOTH = replace(KV, image_prompt=1.0)
+
+
+def graph(references: list[str], seed: int, arms: dict[str, ReferenceArm], styles: tuple[str, ...]) -> Graph:
+    """Every arm in every style, a picture a reference, all from the same noise (API format).
+
+    SaveImage nodes are called "<arm> | <style>".
+    """
+    nodes = Graph()
+    add = nodes.add
+    base = add("base", "CheckpointLoaderSimple", ckpt_name="sd_xl_base_1.0.safetensors")
+    clip, vae = ["base", 1], ["base", 2]
+    vision = add("vision", "CLIPVisionLoader", clip_name="CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors")
+    faces = nodes.pictures(references)
+    read = {"clip_vision": vision, "image": faces, "vae": vae, "clip": clip, "size": SIZE, "several": "one per picture"}
+    encoded = {}
+    for file in dict.fromkeys(arm.encoder for arm in arms.values()):
+        encoder = add(f"encoder {file}", "LookaheadLoadEncoder", encoder_name=file)
+        encoded[file] = add(f"reference {file}", "LookaheadEncodeReference", encoder=encoder, **read)
+    latent = add("latent", "EmptyLatentImage", width=SIZE, height=SIZE, batch_size=len(references))
+    negative = add("negative", "CLIPTextEncode", clip=clip, text="")
+    sampler = add("sampler", "KSamplerSelect", sampler_name=SAMPLER)
+    noise = add("noise", "RandomNoise", noise_seed=seed)  # one for all, so that a reference's KV comes from the cache
+    sigmas = add("sigmas", "BasicScheduler", model=base, scheduler=SCHEDULER, steps=STEPS, denoise=1.0)
+    for name, arm in arms.items():
+        model, reference = base, encoded[arm.encoder]
+        window = {"start": arm.start, "end": arm.end}
+        if arm.image_prompt:
+            model = add(
+                f"{name} image prompt",
+                "LookaheadApplyImagePrompt",
+                model=model,
+                reference=reference,
+                weight=arm.image_prompt,
+                start=0.0,
+                end=1.0,
+            )
+        if arm.kv:
+            settings = {"weight": arm.kv, "blocks": arm.blocks, "noise": "shared", "noise_seed": 0, "cache_gb": 2.0}
+            model = add(
+                f"{name} KV", "LookaheadApplyKVInjection", model=model, reference=reference, **settings, **window
+            )
+        for style in styles:
+            positive = add(f"{style} text", "CLIPTextEncode", clip=clip, text=prompt_of(style))
+            scales = {"text": arm.text, "full": arm.full, "kv": arm.kv_scale}
+            guider = add(
+                f"{name} | {style} guider",
+                "LookaheadGuider",
+                model=model,
+                positive=positive,
+                negative=negative,
+                **scales,
+            )
+            drawn = add(
+                f"{name} | {style} samples",
+                "SamplerCustomAdvanced",
+                noise=noise,
+                guider=guider,
+                sampler=sampler,
+                sigmas=sigmas,
+                latent_image=latent,
+            )
+            pixels = add(f"{name} | {style} decode", "VAEDecode", samples=drawn, vae=vae)
+            add(f"{name} | {style}", "SaveImage", images=pixels, filename_prefix="evaluate/picture")
+    return nodes
+
+
+def draw(
+    references: int,
+    arms: dict[str, ReferenceArm],
+    styles: tuple[str, ...],
+    encoders: dict[str, Path] | None = None,
+    first: int = 0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """References [n, 3, 128, 128] and what the host drew, by arm: [n, styles, 3, 128, 128].
+
+    encoders: encoder files that arms name; first: number of the first person.
+    """
+    faces = reference_faces(references, first=first)
+    distinct = {arm: name for name, arm in reversed(arms.items())}  # a knob's usual value is that of every other knob
+    drawn: dict[str, list[Tensor]] = {name: [] for name in distinct.values()}
+    watch = Stopwatch()
+    with mini_host() as host:
+        for name, file in (encoders or {}).items():
+            link(file, host.folder("models/lookahead") / name)
+        for begin in range(0, references, BATCH):
+            names = []
+            for number in range(begin, min(begin + BATCH, references)):
+                names.append(f"face-{number}.png")
+                to_image(faces[number]).save(host.folder("input") / names[-1])
+            chosen = {name: arms[name] for name in drawn}
+            prompt = graph(names, seed=1000 * (first + begin), arms=chosen, styles=styles)
+            result = host.run(prompt, timeout=7200).check()  # all arms, on a slow machine
+            for name, pictures in drawn.items():
+                of_style = [saved_pictures(host, result, f"{name} | {style}") for style in styles]
+                pictures.append(torch.stack(of_style, 1))
+            done = min(begin + BATCH, references)
+            say(f"{done} of {references} references drawn in {watch.seconds:.0f} s")
+    return faces, {name: torch.cat(drawn[distinct[arm]]) for name, arm in arms.items()}

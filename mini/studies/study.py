@@ -1,0 +1,88 @@
+"""What the studies share: prompts, pictures in and out of a host, and how figures become a page of docs/."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jinja2
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from ...evaluation.stats import Interval
+from ...host.client import Client, Result
+
+SIZE, CFG = 128, 3.0  # side of references and pictures in pixels, and CFG scale, of the mini world
+STYLES = ("photo", "oil painting", "comic", "wanted poster")
+SIMILARITY, STYLE = "similarity to the own reference", "style accuracy"
+
+#: The figures of an arm by name, and those of several arms
+Figures = dict[str, Interval]
+Table = dict[str, Figures]
+
+
+def prompt_of(style: str) -> str:
+    """The prompt that asks for a style and says nothing else."""
+    return f"{'an' if style[0] in 'aeiou' else 'a'} {style} of a face"
+
+
+# Pictures
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """A picture [3, H, W] in [0, 1] for Pillow."""
+    return Image.fromarray((pixels.permute(1, 2, 0) * 255).round().byte().numpy())
+
+
+def saved_pictures(host: Client, result: Result, node: str) -> Tensor:
+    """The pictures that a SaveImage node of a run has saved, [n, 3, H, W] in [0, 1]."""
+
+    def read(path: Path) -> Tensor:
+        return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1).float() / 255
+
+    images = result.outputs[node]["images"]
+    return torch.stack([read(host.folder("output") / image["subfolder"] / image["filename"]) for image in images])
+
+
+# Pages
+
+
+def render(template: str, **values: Any) -> str:
+    """A page made from one of the templates beside this module."""
+    pages = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return pages.get_template(template).render(values).rstrip("\n") + "\n"
+
+
+def write_page(out: Path, name: str, figures: Mapping[str, Any], page: str) -> None:
+    """Write NAME.json (an interval is a list: value, low, high) and NAME.md into `out`, and print the page."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{name}.json").write_text(json.dumps(figures, indent=1) + "\n")
+    (out / f"{name}.md").write_text(page)
+    print(page)
+
+
+def pyplot() -> ModuleType:
+    """matplotlib's pyplot, drawing into files alone."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure without wasted margins."""
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)

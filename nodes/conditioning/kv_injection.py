@@ -1,0 +1,103 @@
+"""The effect of KV injection: self-attentions also read the keys and values of a reference pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from . import self_attention
+from .effect import ActiveEffect, Effect, EstimatedRows, Evaluation, Replacements, RunStart, UNetPass
+from .reference_pass import SHARED, KVSource, ReferencePass
+from .rows import When
+
+if TYPE_CHECKING:
+    from comfy.model_base import BaseModel
+    from comfy.model_patcher import ModelPatcher
+
+    from ..reference.kv_cache import KVByRole
+
+
+@dataclass(frozen=True, eq=False)
+class KVInjection(Effect):
+    """The KV injection of one subject on a MODEL.
+
+    source: what is read and exported; weight: in (0, 1], how far the plain output of a self-attention moves to the
+    extended one; mask: [masks, H, W] in [0, 1], where in the picture the reference is read, or None; when: the part of
+    the sampling in which it acts.
+    """
+
+    source: KVSource
+    weight: float = 1.0
+    mask: Tensor | None = None
+    when: When = field(default_factory=When)
+
+    def additional_models(self) -> tuple[ModelPatcher, ...]:
+        return () if self.source.kv_patcher is None else (self.source.kv_patcher,)
+
+    @classmethod
+    def estimated_rows(
+        cls, effects: Sequence[KVInjection], model: BaseModel, noise_shape: Sequence[int]
+    ) -> EstimatedRows:
+        dtype = model.get_dtype_inference()
+        a_row = max(model.memory_required([1, *noise_shape[1:]]), 1)
+        kept = evaluated = 0
+        for source in (injection.source for injection in effects):
+            pictures, _, *size = source.subject.latents.shape
+            shared = source.noise == SHARED and tuple(size) == tuple(noise_shape[-2:])
+            images = noise_shape[0] if shared else 1
+            kept += 2 * images * source.numel_per_row() * dtype.itemsize
+            area = math.prod(size) / math.prod(noise_shape[-2:])
+            evaluated = max(evaluated, math.ceil(images * pictures * area))
+        return EstimatedRows(math.ceil(kept / a_row), evaluated)
+
+    def begin(self, run: RunStart) -> ActiveKVInjection:
+        mask = None if self.mask is None else self.mask.to(run.device)
+        return ActiveKVInjection(replace(self, mask=mask), ReferencePass(self.source, run.patcher, run.noise, run.seed))
+
+
+class ActiveKVInjection(ActiveEffect[KVInjection]):
+    """A KV injection in one run, with its reference pass.
+
+    It replaces a self-attention where no other node does, and is the innermost of our effects.
+    """
+
+    order = 0
+
+    def __init__(self, effect: KVInjection, reference_pass: ReferencePass):
+        super().__init__(effect)
+        self.reference_pass = reference_pass
+
+    def prefetch(
+        self, model: BaseModel, timestep: Tensor, roles: Collection[bool], active: tuple[ActiveEffect, ...]
+    ) -> None:
+        self._keys_values(model, timestep, roles, active)
+
+    def evaluate(self, evaluation: Evaluation) -> KVByRole:
+        """The reference's keys and values at this noise level, for the roles that are evaluated."""
+        return self._keys_values(evaluation.model, evaluation.timestep, evaluation.roles, evaluation.active)
+
+    def _keys_values(
+        self, model: BaseModel, timestep: Tensor, roles: Collection[bool], active: tuple[ActiveEffect, ...]
+    ) -> KVByRole:
+        passes = [other.reference_pass for other in active if isinstance(other, ActiveKVInjection)]
+        return self.reference_pass.keys_values(model, timestep, set(roles), {p.signature(model) for p in passes})
+
+    @classmethod
+    def self_attentions(
+        cls, acting: Sequence[ActiveKVInjection], unet_pass: UNetPass, attn1: Replacements
+    ) -> Replacements:
+        references = []
+        for active in acting:
+            kv = unet_pass.evaluated.get(active)
+            if kv is not None:  # else this pass belongs to no evaluation of conditions
+                injection = active.effect
+                blocks = injection.source.blocks
+                references.append(self_attention.KVRows(kv, unet_pass.layout, blocks, injection.weight, injection.mask))
+        return self_attention.replacements(references, attn1, unet_pass.once) if references else attn1
+
+    def summary(self) -> str | None:
+        return self.reference_pass.summary()

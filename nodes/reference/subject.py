@@ -1,0 +1,47 @@
+"""What travels as LOOKAHEAD_REFERENCE: the subjects that were read from reference pictures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from .kv_cache import KVCache
+
+if TYPE_CHECKING:
+    from .encoder import Encoder
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """One person (or thing), known from one or several pictures, and all that is derived from these.
+
+    encoder: what read the pictures, or None (KV injection without training needs none).
+    pixels: [pictures, size, size, 3] in [0, 1], shorter side resized and centre-cropped.
+    mask: [pictures, size, size] in [0, 1], the part of each picture that counts, or None for all of it.
+    keys_values, null_keys_values: the image prompt behind the projections of every cross-attention, packed as
+        `Encoder.keys_values` says, [rows, tokens, channels] and [1, tokens, channels] on the intermediate device.
+        One row holds for every picture of a batch; several rows go one to each picture, in turn. None without encoder.
+    latents: [pictures, 4, size / 8, size / 8] as the VAE gives them, or None without a VAE.
+    kv_prompt: conditioning for the reference pass, or None.
+    one_each: the first picture is for the first image of a batch, the second for the second, and so on.
+    cache: what is kept of reference passes; it alone changes.
+    """
+
+    encoder: Encoder | None
+    pixels: Tensor
+    mask: Tensor | None
+    keys_values: Tensor | None
+    null_keys_values: Tensor | None
+    latents: Tensor | None = None
+    kv_prompt: Any = None
+    one_each: bool = False
+    cache: KVCache = field(default_factory=KVCache)
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """What travels as LOOKAHEAD_REFERENCE: one subject or several. Never changed once made."""
+
+    subjects: tuple[Subject, ...]
