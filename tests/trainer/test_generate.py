@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from lcm_lookahead.cli import generate as command
 from lcm_lookahead.cli import main
 from lcm_lookahead.mini import drawn_people
@@ -299,6 +300,21 @@ def test_every_sampler_draws_in_two_steps(sampler):
     config = settings("nowhere", f"generator.sampler={sampler}", "generator.steps=2", name="mini")
     drawing = command.read_generator(config, CPU)(plans(config)[:1])[0]
     assert drawing.pixels.float().std() > 20
+
+
+def test_an_autoencoder_of_sdxl_s_own_kind_takes_the_base_s_place(tmp_path):
+    torch.manual_seed(0)
+    AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        norm_num_groups=4,
+        scaling_factor=0.13025,
+    ).save_pretrained(tmp_path / "vae")
+    config = settings("nowhere", f"generator.vae={tmp_path / 'vae'}", name="mini")
+    made = command.read_generator(config, CPU)
+    assert made.vae.config.force_upcast and made.vae.dtype == torch.bfloat16
+    assert made(plans(config)[:1])[0].pixels.shape == (3, 128, 128)
 
 
 def test_files_that_are_missing_or_do_not_fit_are_said(tmp_path):

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...lookahead.losses.identity import NONE, IdentityLoss, embed
-from ...lookahead.losses.identity import People as References
+from ...lookahead.losses.identity import NONE, FaceReferences, IdentityLoss, embed
 from ...lookahead.vision.arcface import Recogniser
 from ...lookahead.vision.faces import Detector
-from ...sdxl.images import PictureError, read, resized
+from ...lookahead.vision.images import resize_square
+from ...sdxl.images import PictureError, read
 from ...sdxl.load import Frozen
 from ...sdxl.shared_unet import Condition
 from ..lookahead.config import Config
@@ -112,7 +112,7 @@ class ShardSource:
         people = [embed(self.recogniser, p.to(device), five).cpu() for p, five in zip(photos, points, strict=True)]
         sizes = torch.full((len(photos), 2), self.data.size)
         return IdentityLoss(
-            self.recogniser, self.detector, References(torch.cat(people), torch.cat(list(points)), sizes), NONE
+            self.recogniser, self.detector, FaceReferences(torch.cat(people), torch.cat(list(points)), sizes), NONE
         )
 
     @torch.no_grad()
@@ -157,7 +157,7 @@ class ShardSource:
         cut = picture[None, :, top : top + side, left : left + side]
         face, zoom = seen.found(), self.data.size / side
         points = None if face is None else (face.points[None] - torch.tensor([left, top]) + 0.5) * zoom - 0.5
-        return resized(cut, self.data.size), points
+        return resize_square(cut, self.data.size), points
 
     def _about(self, place: int) -> dict[str, Any]:
         sample = int(self.shards.sample_of[place])

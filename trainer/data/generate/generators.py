@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ....lookahead.files.tensors import read_tensors, sha256
 from ....sdxl import load, lora
-from ....sdxl.load import ModelError, Text
+from ....sdxl.load import ModelError, PromptEncoder
 from .config import GeneratorSettings
 from .prompts import PicturePlan
 
@@ -64,7 +64,7 @@ class FewStepSDXL:
     def __init__(
         self,
         settings: GeneratorSettings,
-        parts: tuple[nn.Module, Text, nn.Module],
+        parts: tuple[nn.Module, PromptEncoder, nn.Module],
         branches: Mapping[str, Tensor] | None,
         files: Sequence[Path],
         device: torch.device,

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ....lookahead.vision import clip
+from ....lookahead.vision.images import resize_square
 from ....sdxl.configs import tokenizers
-from ....sdxl.images import resized
 from ....sdxl.load import ModelError
 from .checks import Scorer
 from .config import Prompts
@@ -36,7 +36,7 @@ def clip_scorer(path: Path, prompts: Prompts, device: torch.device) -> Scorer:
 
     @torch.no_grad()
     def score(pictures: Tensor, asked: Sequence[str]) -> Tensor:
-        seen = F.normalize(seeing(resized(pictures.to(device), seeing.size)), dim=-1)
+        seen = F.normalize(seeing(resize_square(pictures.to(device), seeing.size)), dim=-1)
         shares = (SHARPNESS * seen @ texts.T).softmax(1)
         wanted = torch.tensor([styles.index(style) for style in asked], device=device)
         return shares[torch.arange(len(wanted)), wanted].cpu()
