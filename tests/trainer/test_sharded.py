@@ -74,7 +74,7 @@ def test_a_sample_does_not_depend_on_its_batch(source):
     for name in ("target", "reference", "features"):
         assert torch.equal(getattr(both, name)[1:], getattr(one, name)), name
     assert torch.equal(both.text.context[1:], one.text.context) and both.names[1:] == one.names
-    assert torch.equal(both.loss.people.embeddings[1:], one.loss.people.embeddings)
+    assert torch.equal(both.loss.references.embeddings[1:], one.loss.references.embeddings)
     about = source._about(int(source.targets[5]))
     context, _ = source.models.text(about["caption"])
     assert torch.equal(one.text.context, context) and "face" in about["caption"]

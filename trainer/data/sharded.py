@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...lookahead.losses.identity import NONE, FaceReferences, IdentityLoss, embed
 from ...lookahead.vision.arcface import Recogniser
-from ...lookahead.vision.faces import Detector
+from ...lookahead.vision.faces import Detector, Face, square_around
 from ...lookahead.vision.images import resize_square
 from ...sdxl.images import PictureError, read
 from ...sdxl.load import Frozen
@@ -30,8 +30,7 @@ from ..lookahead.judges import read_judges
 from ..lookahead.step import Batch
 from ..lookahead.validate import Probes
 from ..seeds import generator
-from .folder import square_of
-from .pairs import DataError, Seen
+from .pairs import DataError
 from .shards import Shards
 
 SEED = 7000  # of the choice of references
@@ -65,7 +64,7 @@ class ShardSource:
                 f"{self.data.source} holds {len(self.shards)} pictures and not one pair to train on: two pictures of a "
                 "person, one of which may be a reference."
             )
-        face = self._seen(self.shards.about(0)["pictures"][0]).found()
+        face = face_of(self.shards.about(0)["pictures"][0])
         if face is None and (recogniser is not None or self.data.reference_margin is not None):
             raise DataError(
                 f"The shards in {self.data.source} say nothing of where faces are, which the identity loss and "
@@ -152,25 +151,18 @@ class ShardSource:
                 f"{self.name(place, about)} in {self.data.source} is no picture: `lookahead generate --verify` with "
                 "the configuration that made it says which shards are damaged."
             ) from None
-        seen = self._seen(about)
-        left, top, side = square_of(seen, self.data.reference_margin if as_reference else None)
-        cut = picture[None, :, top : top + side, left : left + side]
-        face, zoom = seen.found(), self.data.size / side
-        points = None if face is None else (face.points[None] - torch.tensor([left, top]) + 0.5) * zoom - 0.5
-        return resize_square(cut, self.data.size), points
+        (height, width), face, points = picture.shape[-2:], face_of(about), None
+        side = min(height, width)
+        left, top = (width - side) // 2, (height - side) // 2
+        if face is not None:
+            margin = self.data.reference_margin if as_reference else None
+            left, top, side = square_around(face, height, width, margin)
+            points = (face.points[None] - torch.tensor([left, top]) + 0.5) * self.data.size / side - 0.5
+        return resize_square(picture[None, :, top : top + side, left : left + side], self.data.size), points
 
     def _about(self, place: int) -> dict[str, Any]:
         sample = int(self.shards.sample_of[place])
         return self.shards.about(sample)["pictures"][place - int(self.shards.first[sample])]
-
-    def _seen(self, about: dict[str, Any]) -> Seen:
-        """As `folder.square_of` reads it; landmarks that are known exactly come before those that were found."""
-        known = {**about, **about.get("exact", {})}
-        face = None
-        if "landmarks" in known:
-            points = [value for point in known["landmarks"] for value in point]
-            face = (*known["box"], *points, known.get("score", 1.0))
-        return Seen(about["file"], 0, 0, "", width=about["width"], height=about["height"], face=face)
 
     def _condition(self, captions: Sequence[str], device: torch.device) -> Condition:
         parts = [self._text(caption) for caption in captions]
@@ -181,3 +173,12 @@ class ShardSource:
 
     def _rank(self, sample: int) -> bytes:
         return hashlib.sha256(str(self.shards.keys[sample]).encode()).digest()
+
+
+def face_of(about: Mapping[str, Any]) -> Face | None:
+    """The face in a picture's JSON. Landmarks that are known exactly come before those that were found."""
+    known = {**about, **about.get("exact", {})}
+    if "landmarks" not in known:
+        return None
+    box, points = (torch.tensor(known[name], dtype=torch.float32) for name in ("box", "landmarks"))
+    return Face(box, points, known.get("face_score", 1.0))
