@@ -140,7 +140,7 @@ def test_shards_that_cannot_be_trained_on_are_said(tmp_path, models):
         ShardSource(settings(tmp_path / "nobody", "nowhere"), *models)
 
 
-def test_who_is_held_out_stays_so_when_shards_are_added(drawn, models, tmp_path):
+def test_the_order_in_which_people_are_held_out_is_their_own(drawn, models, tmp_path):
     one = tmp_path / "one"
     one.mkdir()
     for path in drawn.glob("shard-000000.*"):

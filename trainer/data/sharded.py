@@ -54,7 +54,7 @@ class ShardSource:
         people = len(self.shards.keys)
         references = np.bincount(self.shards.sample_of[self.shards.reference], minlength=people)
         paired = references[self.shards.sample_of] > self.shards.reference  # another one than itself
-        # Whom training does not see: a tenth at most, the same with or without validation, and when shards are added.
+        # Whom training does not see: a tenth at most, the same with and without validation.
         able = np.unique(self.shards.sample_of[paired])
         few = min(config.validation.people, len(able) // 10)
         self.held_out = sorted(able.tolist(), key=self._rank)[:few]
