@@ -175,7 +175,7 @@ def read_generator(config: GenerateConfig, where: torch.device) -> PictureGenera
 
 
 def read_inspector(config: GenerateConfig, where: torch.device) -> Inspector:
-    """What looks at pictures. Where the detector is a known base's own, files are measured for beside that base too."""
+    """What measures pictures. Where the detector is that of a known base, files are looked for beside that base too."""
     from ..lookahead.vision.face_models import FaceModels
     from ..sdxl.load import found
     from ..trainer.data.generate.checks import Inspector

@@ -125,7 +125,7 @@ def read_few_step(
     settings: GeneratorSettings, device: torch.device, folder: Path | None = None, *beside: Path
 ) -> FewStepSDXL:
     """The generator of public files. folder: what `settings.base` stands for, where it is a name; beside: where the
-    LoRA is measured for too.
+    LoRA is looked for too.
 
     Raises FileNotFoundError, ModelError or EncoderFileError, one sentence.
     """
