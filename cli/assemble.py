@@ -24,6 +24,7 @@ from ..sdxl.cpu_attention import cpu_attention
 from ..sdxl.encoder import Encoder
 from ..sdxl.load import Frozen, ModelError, Preview, found
 from ..trainer.data.folder import FolderSource
+from ..trainer.data.sharded import ShardSource, holds_shards
 from ..trainer.lookahead.config import Config, Model
 from ..trainer.lookahead.recipe import LookaheadRecipe
 from ..trainer.lookahead.step import Step
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from ..mini.drawn_people import DrawnPeople
 
 
-def assemble(config: Config) -> tuple[LookaheadRecipe, FolderSource | DrawnPeople]:
+def assemble(config: Config) -> tuple[LookaheadRecipe, FolderSource | ShardSource | DrawnPeople]:
     """The recipe, with all its models, and the source of its data.
 
     Raises one of `main.USER_ERRORS` for a file that is missing or is none of its kind.
@@ -59,10 +60,11 @@ def assemble(config: Config) -> tuple[LookaheadRecipe, FolderSource | DrawnPeopl
 
 def open_source(
     config: Config, frozen: Frozen, recogniser: Recogniser | None, detector: Detector | None
-) -> FolderSource | DrawnPeople:
-    """A folder of people's images, or people who are drawn. Raises DataError or ConfigError."""
+) -> FolderSource | ShardSource | DrawnPeople:
+    """A folder of people's images, one of shards, or people who are drawn. Raises DataError or ConfigError."""
     if config.data.source != DRAWN:
-        return FolderSource(config, frozen, recogniser, detector)
+        source = ShardSource if holds_shards(Path(config.data.source)) else FolderSource
+        return source(config, frozen, recogniser, detector)
     from ..mini.drawn_people import DrawnPeople
 
     return DrawnPeople(config.data.people, frozen, recogniser, detector)

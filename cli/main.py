@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from . import convert, curves, doctor, estimate, evaluate, mini, study, train
+from . import convert, curves, doctor, estimate, evaluate, generate, mini, study, train
 
 app = typer.Typer(
     help="Train, measure and convert encoders of LCM-Lookahead for ComfyUI. For a command: lookahead COMMAND --help.",
@@ -18,7 +18,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (train.train, estimate.estimate, curves.curves, doctor.doctor, convert.convert, evaluate.evaluate):
+for command in (
+    generate.generate,
+    train.train,
+    estimate.estimate,
+    curves.curves,
+    doctor.doctor,
+    convert.convert,
+    evaluate.evaluate,
+):
     app.command()(command)
 app.add_typer(mini.app)
 app.add_typer(study.app)

@@ -15,7 +15,7 @@ import copy
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -169,18 +169,12 @@ class RunConfig(Section):
 
         Raises ConfigError, which lists all that is wrong.
         """
-        values = _read(Path(path))
-        for override in overrides:
-            set_value(values, override)
-        return cls.from_values(values)
+        return cls.from_values(read_values(path, overrides))
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> Self:
         """A configuration from nested values; errors as in `load`."""
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            raise ConfigError("\n".join(_sentence(cls, e) for e in error.errors())) from None
+        return validated(cls, values)
 
     def shareable(self) -> dict[str, Any]:
         """Gives plain values for a file that others get (`named_only`)."""
@@ -194,6 +188,25 @@ class RunConfig(Section):
             part = named[section] if section else named
             part |= {name: Path(part[name]).name for name in names if part.get(name) is not None}
         return named
+
+
+Kind = TypeVar("Kind", bound=Section)
+
+
+def read_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The nested values of a YAML file and of those that it extends, with the overrides. Raises ConfigError."""
+    values = _read(Path(path))
+    for override in overrides:
+        set_value(values, override)
+    return values
+
+
+def validated(kind: type[Kind], values: Mapping[str, Any]) -> Kind:
+    """Nested values as sections of fields. Raises ConfigError, with a sentence for each value that is wrong."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_sentence(kind, e) for e in error.errors())) from None
 
 
 def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -246,19 +259,23 @@ def set_value(values: dict[str, Any], override: str) -> None:
     values[last] = value
 
 
-def _sentence(kind: type[RunConfig], error: Any) -> str:
+def _sentence(kind: type[Section], error: Any) -> str:
     where = ".".join(str(part) for part in error["loc"]) or "the configuration"
     if error["type"] == "extra_forbidden":
         return f"{where} is no key of a configuration: {_hint(kind, error['loc'])}"
     if error["type"] == "missing":
         return f"{where} is missing: it must be given."
-    return f"{where} is {error['input']!r}: {error['msg'].removeprefix('Value error, ')}."
+    reason = error["msg"].removeprefix("Value error, ").rstrip(".")
+    end = "" if reason.endswith("?") else "."
+    if isinstance(error["input"], dict):  # a section, too long to be repeated
+        return f"{where}: {reason}{end}"
+    return f"{where} is {error['input']!r}: {reason}{end}"
 
 
-def _hint(kind: type[RunConfig], location: Sequence[Any]) -> str:
+def _hint(kind: type[Section], location: Sequence[Any]) -> str:
     """The key that was meant: another trainer's word for it, or a slip of the pen."""
     key = str(location[-1])
-    if meant := kind.SYNONYMS.get(key.lower().lstrip("-").replace("-", "_")):
+    if meant := getattr(kind, "SYNONYMS", {}).get(key.lower().lstrip("-").replace("-", "_")):
         return f"did you mean {meant}?"
     section = _section(kind, location[:-1])
     names = list(section.model_fields) if section else []
@@ -266,11 +283,11 @@ def _hint(kind: type[RunConfig], location: Sequence[Any]) -> str:
     return f"did you mean {near[0]}?" if near else f"known are {', '.join(names)}."
 
 
-def _section(kind: type[BaseModel], location: Sequence[Any]) -> type[BaseModel] | None:
-    model: Any = kind
+def _section(model: Any, location: Sequence[Any]) -> type[BaseModel] | None:
+    """The section at a location; a key of a mapping (an attribute's name, say) leads to what its values are."""
     for part in location:
-        annotation = model.model_fields[part].annotation
-        model = next((a for a in (annotation, *get_args(annotation)) if isinstance(a, type)), None)
-        if model is None or not issubclass(model, BaseModel):
-            return None
+        if part in model.model_fields:
+            annotation = model.model_fields[part].annotation
+            kinds = (annotation, *get_args(annotation))
+            model = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), model)
     return model

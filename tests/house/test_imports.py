@@ -33,6 +33,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "trainer": ("lookahead", "sdxl", "evaluation"),
     "trainer.lookahead": ("lookahead", "sdxl", "evaluation", "trainer.*"),
     "trainer.data": ("lookahead", "sdxl", "trainer.*", "trainer.lookahead"),
+    "trainer.data.generate": ("lookahead", "sdxl", "evaluation", "trainer.*", "trainer.data.*"),
     # a real ComfyUI, and the repository's own tools that need nothing installed
     "tools.common": (),
     "tools.setup": ("tools.common",),

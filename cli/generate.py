@@ -1,0 +1,209 @@
+"""`lookahead generate`: a data set of consistent people."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .options import Overrides
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..trainer.data.generate.checks import Inspector
+    from ..trainer.data.generate.config import GenerateConfig
+    from ..trainer.data.generate.engine import Engine
+    from ..trainer.data.generate.generators import PictureGenerator
+
+NAMES_WARNING = (
+    "Warning: `names` makes pictures of real people. Their likeness is theirs: make sure that you may use it, and do "
+    "not publish these pictures, or models trained on them, without their consent."
+)
+
+
+def generate(
+    config: Annotated[
+        Path,
+        typer.Argument(help="YAML file of the set, such as trainer/configs/generate/sdxl.yaml.", show_default=False),
+    ],
+    overrides: Overrides = None,
+    shards: Annotated[
+        str | None, typer.Option(metavar="A-B", help="Shards to make, both included.", show_default="all")
+    ] = None,
+    worker: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Make every N-th shard from the I-th on, counted from 0.",
+            show_default="as torchrun or SLURM says",
+        ),
+    ] = None,
+    pilot: Annotated[
+        int | None, typer.Option(min=2, help="People to try: write pilot.html, with thresholds, and no shard.")
+    ] = None,
+    report: Annotated[bool, typer.Option("--report", help="Write report.html of what is there; make nothing.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Compare the finished shards with their hashes.")] = False,
+) -> None:
+    """Generate a data set of consistent people. The same command again goes on where it stopped."""
+    from ..trainer.data.generate.config import load
+    from ..trainer.data.generate.report import write_report
+
+    settings = load(config, overrides or [])
+    if settings.names is not None:
+        print(NAMES_WARNING, file=sys.stderr)
+    if verify:
+        print(f"{verify_shards(settings)} shards are whole.")
+    elif report:
+        print(f"Written: {write_report(settings)}")
+    else:
+        (number, workers), numbers = asked_worker(worker), asked_shards(shards, settings.shards)
+        engine = read_engine(settings)
+        if pilot is not None:
+            return write_pilot(engine, pilot)
+        make_shards(engine, numbers[number::workers])
+        if not engine.missing(range(settings.shards)):
+            print(f"Written: {write_report(settings)}")
+
+
+def asked_shards(text: str | None, shards: int) -> range:
+    """The shards of "A-B", both included, or all. Raises ConfigError, one sentence."""
+    from ..trainer.config import ConfigError
+
+    if text is None:
+        return range(shards)
+    first, dash, last = text.partition("-")
+    try:
+        numbers = range(int(first), int(last if dash else first) + 1)
+    except ValueError:
+        raise ConfigError(f"--shards is {text!r}: write the first and the last, as 0-9.") from None
+    if not numbers or numbers.start < 0 or numbers[-1] >= shards:
+        raise ConfigError(
+            f"--shards is {text!r}, and there are {shards}, from 0 to {shards - 1}: set shards=... for more."
+        )
+    return numbers
+
+
+def asked_worker(text: str | None) -> tuple[int, int]:
+    """This worker and how many there are: of "I/N", else as torchrun, accelerate or SLURM's array says it."""
+    from ..trainer.config import ConfigError
+    from ..trainer.data.generate.engine import worker_from_environment
+
+    if text is None:
+        return worker_from_environment()
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise ConfigError(f"--worker is {text!r}: write its number, from 0, and how many there are, as 0/4.")
+    return int(number), int(count)
+
+
+def make_shards(engine: Engine, numbers: Sequence[int]) -> None:
+    """Make what is missing of these shards, with progress on stderr."""
+    from tqdm import tqdm
+
+    missing, config = engine.missing(numbers), engine.config
+    generated = kept = 0
+    total = len(missing) * config.people_per_shard * config.prompts.per_person
+    if len(missing) < len(numbers):
+        print(f"{len(numbers) - len(missing)} of {len(numbers)} shards are finished already.", file=sys.stderr)
+    with tqdm(total=total, unit=" pictures", mininterval=1 if sys.stderr.isatty() else 30, disable=not missing) as bar:
+
+        def progress(more: int, good: int) -> None:
+            nonlocal generated, kept
+            generated, kept = generated + more, kept + good
+            bar.set_postfix_str(f"{1 - kept / generated:.1%} rejected", refresh=False)
+            bar.update(more)
+
+        for number in missing:
+            engine.make_shard(number, progress)
+
+
+def write_pilot(engine: Engine, people: int) -> None:
+    """Generate the first people with all thresholds open; print and write which thresholds would keep what share."""
+    from ..trainer.data.generate import report
+
+    opened, asked = engine.pilot(range(people))
+    page = report.write_pilot(engine.config, opened, asked, engine.about())
+    print(report.table_of_thresholds(report.thresholds(engine.config, opened)))
+    pictures, kept = (sum(map(len, of)) for of in ([p.pictures for p in asked], [p.kept() for p in asked]))
+    print(f"All together, the configuration keeps {kept} of {pictures} pictures. Written: {page}")
+
+
+def verify_shards(config: GenerateConfig) -> int:
+    """How many shards there are. Raises ShardError, one sentence, for one that is damaged."""
+    from ..trainer.data.shards import Shards, read_index
+
+    paths = Shards(Path(config.out)).paths
+    for path in paths:
+        read_index(path, whole=True)
+    return len(paths)
+
+
+def read_engine(config: GenerateConfig) -> Engine:
+    """The engine with its models. Raises one of `assemble.ERRORS`."""
+    from ..trainer.data.generate.engine import Engine
+
+    where = device()
+    return Engine(config, read_generator(config, where), read_inspector(config, where))
+
+
+def device() -> torch.device:
+    """A GPU of this process's own where there are some; nothing is exchanged with other processes."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+def read_generator(config: GenerateConfig, where: torch.device) -> PictureGenerator:
+    from ..trainer.data.generate.generators import read_few_step
+    from .bases import known_base
+
+    settings = config.generator
+    if settings.kind == "drawn":
+        from ..mini.generator import DrawnWorld
+
+        return DrawnWorld(settings.size)
+    if base := known_base(settings.base):
+        return read_few_step(settings, where, base.folder, base.beside)
+    return read_few_step(settings, where)
+
+
+def read_inspector(config: GenerateConfig, where: torch.device) -> Inspector:
+    """What measures pictures. Where the detector is that of a known base, files are looked for beside that base too."""
+    from ..lookahead.vision.face_models import FaceModels
+    from ..sdxl.load import found
+    from ..trainer.data.generate.checks import Inspector
+    from ..trainer.data.generate.config import digest
+    from ..trainer.data.generate.generators import digest_files, weights_in
+    from ..trainer.data.generate.styles import clip_scorer
+    from .assemble import PackDetector, read_recogniser
+    from .bases import known_base
+
+    checks, about, hashes = config.checks, {}, []
+    base = known_base(checks.detector) if checks.detector else None
+    beside = (base.beside,) if base else ()
+    detector = recogniser = scorer = None
+    if checks.detector is not None:
+        folder = base.own["detector"] if base else found("detector", checks.detector, section="checks")
+        pack = FaceModels(folder, threads=1 if where.type == "cpu" else None)  # torch has the other cores
+        detector = PackDetector(pack)
+        about["detector"] = {"name": pack.name, "licence": pack.licence}
+        hashes.append(digest_files(sorted(pack.folder.glob("*.onnx"))))
+    if checks.recogniser is not None:
+        path = found("recogniser", checks.recogniser, *beside, section="checks")
+        inside = path.resolve() == (pack.recogniser and pack.recogniser.resolve())
+        recogniser = read_recogniser(path, pack.preprocessing if inside else None).to(where)
+        licence = pack.licence if inside else base.licence if base else "unknown: ask where the recogniser comes from"
+        about["recogniser"] = {"name": path.name, "licence": licence}
+        hashes.append(digest_files([path]))
+    if checks.clip is not None:
+        path = found("clip", checks.clip, *beside, section="checks")
+        scorer = clip_scorer(path, config.prompts, where)
+        hashes.append(digest_files(weights_in(path)))
+    return Inspector(detector, recogniser, scorer, about, digest(hashes))

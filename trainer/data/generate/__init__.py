@@ -1,0 +1,1 @@
+"""Consistent people by generation: who they are, what is drawn of them, what is kept, and how it is written."""
