@@ -134,7 +134,7 @@ def write_pilot(engine: Engine, people: int) -> None:
 
 
 def verify_shards(config: GenerateConfig) -> int:
-    """How many shards there are. Raises ShardError, one sentence, for one that is damaged."""
+    """Counts the shards. Raises ShardError, one sentence, for one that is damaged."""
     from ..trainer.data.shards import Shards, read_index
 
     paths = Shards(Path(config.out)).paths
@@ -144,7 +144,7 @@ def verify_shards(config: GenerateConfig) -> int:
 
 
 def read_engine(config: GenerateConfig) -> Engine:
-    """The engine with its models. Raises one of `assemble.ERRORS`."""
+    """The engine with its models. Raises one of `main.USER_ERRORS`."""
     from ..trainer.data.generate.engine import Engine
 
     where = device()
@@ -175,7 +175,7 @@ def read_generator(config: GenerateConfig, where: torch.device) -> PictureGenera
 
 
 def read_inspector(config: GenerateConfig, where: torch.device) -> Inspector:
-    """What measures pictures. Where the detector is that of a known base, files are looked for beside that base too."""
+    """Opens what measures pictures. Files are looked for beside the detector's known base too."""
     from ..lookahead.vision.face_models import FaceModels
     from ..sdxl.load import found
     from ..trainer.data.generate.checks import Inspector

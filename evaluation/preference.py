@@ -32,7 +32,7 @@ _TEMPLATE = Path(__file__).with_name("preference.html.jinja")
 
 
 class StudyError(ValueError):
-    """What is wrong with a study or its pictures, in one sentence."""
+    """Says what is wrong with a study or its pictures, in one sentence."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How often judges chose the first method on a question.
+    """Tells how often judges chose the first method on a question.
 
     chosen of answers; share with its 95 % interval (Wilson); p: of the two-sided binomial test against one half;
     agreement: Krippendorff's alpha over the judges (1 is complete, 0 is chance), None with less than two judges of any
@@ -218,7 +218,7 @@ def _answers(content: Any) -> dict[str, Any]:
 
 
 def read_answers(folder: Path, files: Sequence[Path] = ()) -> list[dict[str, Any]]:
-    """What the judges of a study sent (`answers.jsonl`) and saved (files); of one judge the last word on a question.
+    """Reads what the judges of a study sent (`answers.jsonl`) and saved (files); the last word of each counts.
 
     Raises StudyError, naming the file, for what is not a study's answers.
     """

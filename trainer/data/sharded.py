@@ -139,7 +139,7 @@ class ShardSource:
         return Probes(batch, len(prompts), shown.to(device), score, by)
 
     def name(self, place: int, about: dict[str, Any]) -> str:
-        """What to call a picture in a message: its name in the tar."""
+        """Names a picture in a message: its name in the tar."""
         return f"{self.shards.keys[self.shards.sample_of[place]]:08}.{about['file']}"
 
     def crop(self, place: int, about: dict[str, Any], as_reference: bool) -> tuple[Tensor, Tensor | None]:

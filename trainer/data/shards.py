@@ -31,7 +31,7 @@ _AGAIN = "run `lookahead generate` again with the same configuration, which make
 
 
 class ShardError(DataError):
-    """What is wrong with a shard or its index, in one sentence for the user."""
+    """Says what is wrong with a shard or its index, in one sentence for the user."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def side_path(shard: Path) -> Path:
 
 
 def times_path(shard: Path) -> Path:
-    """Of what is no part of the data set: how long it took."""
+    """Names the file of what is no part of the data set: how long it took."""
     return shard.with_suffix(".times.json")
 
 
@@ -154,7 +154,7 @@ def read_index(shard: Path, whole: bool = False) -> dict[str, Any]:
 
 
 def finished(shard: Path, content: str) -> bool:
-    """Whether a shard of this content is there, whole. Raises ShardError where there is one of another content."""
+    """Says whether a shard of this content is there, whole. Raises ShardError where there is one of another content."""
     if not index_path(shard).is_file():
         return False
     try:

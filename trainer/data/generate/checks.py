@@ -35,7 +35,7 @@ DUPLICATE = "person like an earlier one"
 
 @dataclass(frozen=True, eq=False)
 class Measurements:
-    """What is known of one picture. None where nothing measures it, or there is no face to measure.
+    """Holds what is known of one picture: None where nothing measures it, or there is no face to measure.
 
     similarity: mean cosine to the person's other pictures, of those that were left when they were last compared.
     """
@@ -109,7 +109,7 @@ def rejection_of(checks: Checks, measured: Measurements) -> str | None:
 def select(
     checks: Checks, plans: Sequence[PicturePlan], measured: Sequence[Measurements]
 ) -> tuple[list[Measurements], list[str | None]]:
-    """Of one person's pictures, the measurements with similarities, and why each is rejected (None: it is kept).
+    """Completes one person's measurements with similarities, and says why each picture is rejected (None: kept).
 
     Of pictures that are unlike the others the worst is rejected and the rest compared again, until all are alike. With
     too little left the person is rejected with all pictures.

@@ -90,7 +90,7 @@ PRIMES = (2, 3, 5, 7, 11, 13)  # bases of the balanced attributes' sequences (`p
 
 
 class Prompts(Section):
-    """What is drawn of each person. The caption that is trained on is the prompt with `face` for the description."""
+    """Says what is drawn of each person. The training caption is the prompt with `face` for the description."""
 
     per_person: Count = 5
     template: str = Field("{style} of {person} {accessory} {context}", description="of a prompt; spaces are tidied")
@@ -145,7 +145,7 @@ class GeneratorSettings(Section):
 
 
 class Checks(Section):
-    """What a picture must have to be kept. Thresholds of None are not applied; `--pilot` shows what each would keep."""
+    """Says what a picture must have to be kept. A threshold of None is not applied; `--pilot` shows what each keeps."""
 
     detector: str | None = Field(None, description="folder of an insightface pack, which finds faces; or `mini`")
     recogniser: str | None = Field(None, description="ArcFace .onnx or IR-SE50 weights")
@@ -227,7 +227,7 @@ def fields(template: str) -> list[str]:
 
 
 def hint(name: str, known: Iterable[str]) -> str:
-    """What may have been meant."""
+    """Names what may have been meant."""
     known = list(known)
     near = difflib.get_close_matches(name, known, 1, 0.5)
     return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"

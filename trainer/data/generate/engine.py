@@ -201,7 +201,7 @@ def pack(pixels: Tensor, files: Files) -> bytes:
 
 
 def describe(picture: CheckedPicture, file: str) -> dict[str, Any]:
-    """What a sample's JSON says of a picture. Embeddings are float16 in base64, little end first."""
+    """Makes what a sample's JSON says of a picture. Embeddings are float16 in base64, little end first."""
     plan, measured = picture.plan, picture.measured
     about: dict[str, Any] = {
         "file": file,
@@ -236,7 +236,7 @@ def embedding_of(about: Mapping[str, Any]) -> np.ndarray | None:
 
 
 def summary(people: Sequence[GeneratedPerson]) -> dict[str, Any]:
-    """What was generated, kept and rejected, in counts and histograms (`RANGES`), which add up over shards."""
+    """Sums up what was generated, kept and rejected, in counts and histograms (`RANGES`), which add up over shards."""
     pictures = [p for person in people for p in person.pictures]
     kept = [person for person in people if person.kept()]
     reasons = Counter(why for person in people for p in person.pictures if (why := p.rejected or person.rejected))

@@ -117,5 +117,5 @@ def random_numbers(*key: object) -> np.random.Generator:
 
 
 def with_article(words: str) -> str:
-    """By how the first word is spelt: "an old man", but "a Ukrainian man", since u is mostly spoken as in that."""
+    """Puts the article by the first word's spelling: "an old man", but "a Ukrainian man" (u as it is mostly spoken)."""
     return f"{'an' if words[:1].lower() in 'aeio' else 'a'} {words}"

@@ -91,7 +91,7 @@ def _threshold(
 
 
 def nearest_earlier(people: Sequence[GeneratedPerson]) -> list[float]:
-    """Of each person but the first, the cosine of the mean embedding to that of the nearest earlier one."""
+    """Gives, for each person but the first, the cosine of the mean embedding to that of the nearest earlier one."""
     means = [mean for person in people if (mean := person.mean()) is not None]
     return [max(float(mean @ other) for other in means[:n]) for n, mean in enumerate(means) if n]
 

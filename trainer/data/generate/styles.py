@@ -20,7 +20,7 @@ SHARPNESS = 100.0  # of the softmax over cosines, as CLIP was trained
 
 
 def clip_scorer(path: Path, prompts: Prompts, device: torch.device) -> Scorer:
-    """Of each picture, the probability of the asked style among all of the configuration's.
+    """Gives, for each picture, the probability of the asked style among all of the configuration's.
 
     Raises ModelError, one sentence, where the file is no whole CLIP.
     """
