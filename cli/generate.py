@@ -169,7 +169,7 @@ def read_generator(config: GenerateConfig, where: torch.device) -> PictureGenera
         from ..mini.generator import DrawnWorld
 
         return DrawnWorld(settings.size)
-    if base := known_base(settings.base):
+    if settings.base is not None and (base := known_base(settings.base)):
         return read_few_step(settings, where, base.folder, base.beside)
     return read_few_step(settings, where)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -16,8 +17,8 @@ class PictureError(ValueError):
     """Why a file cannot be used as a picture, in one sentence."""
 
 
-def read(path: Path) -> Tensor:
-    """A picture file as [3, h, w] in [0, 1]; what is transparent becomes white.
+def read(path: Path | BinaryIO) -> Tensor:
+    """A picture file, by its path or open, as [3, h, w] in [0, 1]; what is transparent becomes white.
 
     Raises PictureError for a file that is missing, cut short or no picture.
     """

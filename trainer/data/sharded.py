@@ -95,7 +95,7 @@ class ShardSource:
         about = {p: self._about(p) for p in (*places, *references)}
         self.models.readers(device)
         crops = [self.crop(r, about[r], True) for r in references]
-        photos, points = [picture for picture, _ in crops], [five for _, five in crops]
+        photos = [picture for picture, _ in crops]
         return Batch(
             [self.name(p, about[p]) for p in places],
             torch.cat([self.models.latents(self.crop(p, about[p], False)[0].to(device)) for p in places]),
@@ -103,15 +103,21 @@ class ShardSource:
             self._condition([about[p]["caption"] for p in places], device),
             self._condition([about[r]["caption"] for r in references], device),
             torch.cat([self.models.features(photo.to(device)) for photo in photos]),
-            self._loss(photos, points, device) if self.recogniser is not None else None,
+            self._loss(crops, device),
         )
 
-    def _loss(self, photos: Sequence[Tensor], points: Sequence[Tensor], device: torch.device) -> IdentityLoss:
+    def _loss(self, crops: Sequence[tuple[Tensor, Tensor | None]], device: torch.device) -> IdentityLoss | None:
+        if self.recogniser is None or self.detector is None:
+            return None
         self.recogniser.to(device)
-        people = [embed(self.recogniser, p.to(device), five).cpu() for p, five in zip(photos, points, strict=True)]
-        sizes = torch.full((len(photos), 2), self.data.size)
+        people, points = [], []
+        for photo, five in crops:
+            assert five is not None  # shards of one configuration say of all faces where they are, or of none
+            people.append(embed(self.recogniser, photo.to(device), five).cpu())
+            points.append(five)
+        sizes = torch.full((len(crops), 2), self.data.size)
         return IdentityLoss(
-            self.recogniser, self.detector, FaceReferences(torch.cat(people), torch.cat(list(points)), sizes), NONE
+            self.recogniser, self.detector, FaceReferences(torch.cat(people), torch.cat(points), sizes), NONE
         )
 
     @torch.no_grad()

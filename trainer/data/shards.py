@@ -100,8 +100,8 @@ def make_index(shard: Path, content: str) -> dict[str, Any]:
 
     Raises ShardError, one sentence, where the tar is cut short or holds something else.
     """
-    samples: dict[str, list] = {"key": [], "offset": [], "size": []}
-    pictures: dict[str, list] = {"sample": [], "file": [], "offset": [], "size": [], "reference": []}
+    samples: dict[str, list[Any]] = {"key": [], "offset": [], "size": []}
+    pictures: dict[str, list[Any]] = {"sample": [], "file": [], "offset": [], "size": [], "reference": []}
     try:
         with tarfile.open(shard) as tar:
             members = {member.name: member for member in tar}
@@ -109,7 +109,10 @@ def make_index(shard: Path, content: str) -> dict[str, Any]:
                 key, _, rest = name.partition(".")
                 if rest != "json":
                     continue
-                about = json.load(tar.extractfile(member))
+                file = tar.extractfile(member)
+                if file is None:
+                    raise ValueError(f"{name} is no file")
+                about = json.load(file)
                 for picture in about["pictures"]:
                     at = members[f"{key}.{picture['file']}"]
                     values = (len(samples["key"]), picture["file"], at.offset_data, at.size, int(picture["reference"]))
@@ -183,7 +186,8 @@ class Shards:
             what = f"{sorted(strays)[0]} has no counterpart" if strays else "there is no shard-*.tar"
             raise ShardError(f"{folder} is no whole folder of shards ({what}): {_AGAIN}.")
         columns: dict[str, list[np.ndarray]] = {}
-        hashes, contents, samples = [], {}, 0
+        contents: dict[str, str] = {}
+        hashes, samples = [], 0
 
         def add(name: str, values: Any, kind: type) -> None:
             columns.setdefault(name, []).append(np.asarray(values, dtype=kind))

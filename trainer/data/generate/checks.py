@@ -97,7 +97,8 @@ def rejection_of(checks: Checks, measured: Measurements) -> str | None:
             return NO_FACE
         if checks.one_face and measured.face_count > 1:
             return SEVERAL_FACES
-        if checks.face_size is not None and measured.face_size < checks.face_size:
+        size = measured.face_size
+        if checks.face_size is not None and size is not None and size < checks.face_size:
             return SMALL_FACE
     if checks.sharpness is not None and measured.sharpness < checks.sharpness:
         return BLURRED
@@ -119,9 +120,10 @@ def select(
         earlier = (measured[m].thumbnail for m in range(n) if rejected[m] is None)
         if rejected[n] is None and any(float((each.thumbnail - other).abs().mean()) < _COPY for other in earlier):
             rejected[n] = COPY
-    left = [n for n, each in enumerate(measured) if rejected[n] is None and each.embedding is not None]
+    known = {n: m.embedding for n, m in enumerate(measured) if rejected[n] is None and m.embedding is not None}
+    left = list(known)
     while len(left) > 1:
-        embeddings = torch.stack([measured[n].embedding for n in left])
+        embeddings = torch.stack([known[n] for n in left])
         similarity = ((embeddings @ embeddings.T).sum(1) - 1) / (len(left) - 1)
         for n, value in zip(left, similarity.tolist(), strict=True):
             out[n] = replace(out[n], similarity=value)

@@ -11,7 +11,7 @@ import io
 import json
 import os
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -83,7 +83,7 @@ class Engine:
         self.config, self.generator, self.inspector = config, generator, inspector
         self.people = read_people(config)
         self.content = digest([config.content(), generator.digest, inspector.digest])
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)  # by part of the work
 
     def missing(self, numbers: Sequence[int]) -> list[int]:
         """The shards of these numbers that are not finished. Raises ShardError for one of another content."""
@@ -91,7 +91,7 @@ class Engine:
 
     def make_shard(self, number: int, progress: Progress = silent) -> dict[str, Any]:
         """Make and write one shard; returns its side file's content. Raises ShardError where it cannot be written."""
-        self.seconds, started = Counter(), time.perf_counter()
+        self.seconds, started = defaultdict(float), time.perf_counter()
         size = self.config.people_per_shard
         people = self.generate(range(number * size, (number + 1) * size), progress)
         side = {"shard": number, "content": self.content, **self.about(), **summary(people)}
@@ -219,6 +219,7 @@ def describe(picture: CheckedPicture, file: str) -> dict[str, Any]:
     if measured.face is not None:
         box, points, score = measured.face
         about |= {"box": _rounded(box), "landmarks": _rounded(points), "face_score": round(score, 4)}
+    if measured.face_size is not None:
         about["face_size"] = round(measured.face_size, 4)
     if measured.embedding is not None:
         about["embedding"] = base64.b64encode(measured.embedding.numpy().astype("<f2").tobytes()).decode("ascii")
@@ -255,12 +256,16 @@ def summary(people: Sequence[GeneratedPerson]) -> dict[str, Any]:
 def cosines(people: Sequence[GeneratedPerson]) -> dict[str, list[int]]:
     """Histograms over pairs of pictures with an embedding: `within` a person as generated and as kept, and `across`
     people as kept."""
-    rows = [(n, p, p in person.kept()) for n, person in enumerate(people) for p in person.pictures]
-    rows = [row for row in rows if row[1].measured.embedding is not None]
+    rows = [
+        (n, p.measured.embedding, p in person.kept())
+        for n, person in enumerate(people)
+        for p in person.pictures
+        if p.measured.embedding is not None
+    ]
     if not rows:
         return {}
     who, kept = torch.tensor([n for n, _, _ in rows]), torch.tensor([keep for _, _, keep in rows])
-    embeddings = torch.stack([p.measured.embedding for _, p, _ in rows])
+    embeddings = torch.stack([embedding for _, embedding, _ in rows])
     values = embeddings @ embeddings.T
     pairs = torch.ones_like(values, dtype=torch.bool).triu(1)
     same, both = who[:, None] == who[None], kept[:, None] & kept[None]
@@ -293,5 +298,5 @@ def _attributes(people: Sequence[GeneratedPerson]) -> dict[str, dict[str, int]]:
     return {name: dict(sorted(values.items())) for name, values in counts.items()}
 
 
-def _rounded(values: Tensor) -> list:
+def _rounded(values: Tensor) -> list[Any]:
     return torch.round(values.double(), decimals=2).tolist()

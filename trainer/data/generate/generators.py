@@ -10,11 +10,14 @@ from typing import Any, Protocol
 
 import torch
 from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     LCMScheduler,
     StableDiffusionXLPipeline,
     TCDScheduler,
+    UNet2DConditionModel,
 )
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
@@ -64,7 +67,7 @@ class FewStepSDXL:
     def __init__(
         self,
         settings: GeneratorSettings,
-        parts: tuple[nn.Module, PromptEncoder, nn.Module],
+        parts: tuple[UNet2DConditionModel, PromptEncoder, AutoencoderKL | AutoencoderTiny],
         branches: Mapping[str, Tensor] | None,
         files: Sequence[Path],
         device: torch.device,

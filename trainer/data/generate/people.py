@@ -34,7 +34,8 @@ class DescribedPeople:
         self._sequences = {name: (p, s) for name, p, s in zip(grammar.balance, PRIMES, shifts, strict=False)}
 
     def __call__(self, number: int) -> Person:
-        numbers, values = random_numbers(self.key, number), {}
+        numbers = random_numbers(self.key, number)
+        values: dict[str, tuple[str, ...]] = {}
         for name, attribute in self.grammar.attributes.items():
             if name in self._sequences:
                 base, shift = self._sequences[name]
@@ -83,6 +84,7 @@ def read_people(config: GenerateConfig) -> DescribedPeople | NamedPeople:
     """Raises ConfigError, one sentence, where a list of names is wanted and cannot be read."""
     if config.names is not None:
         return NamedPeople(Path(config.names).expanduser(), config.seed)
+    assert config.people is not None  # a configuration has one of the two
     return DescribedPeople(config.people, config.seed)
 
 

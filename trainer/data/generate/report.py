@@ -131,9 +131,9 @@ def mean_and_deviation(counts: Sequence[int], low: float, high: float) -> tuple[
 
 def auc(own: Sequence[int], other: Sequence[int]) -> float:
     """Area under the ROC curve of two histograms over the same bins; two values of one bin count half."""
-    own, other = np.asarray(own, float), np.asarray(other, float)
-    below = np.cumsum(other) - other / 2
-    return float((own * below).sum() / max(own.sum() * other.sum(), 1))
+    ours, theirs = np.asarray(own, float), np.asarray(other, float)
+    below = np.cumsum(theirs) - theirs / 2
+    return float((ours * below).sum() / max(ours.sum() * theirs.sum(), 1))
 
 
 def _write(
