@@ -87,3 +87,13 @@ def test_options_and_files_of_a_study_come_in_any_order(monkeypatch, tmp_path):
     main.main(["evaluate", "--knobs"])
     assert calls[0] == ("encoders", tmp_path, 20, ["a=b", "c=d@0.5"], 3)
     assert calls[1][0] == "knobs" and calls[1][2] is None
+
+
+def test_every_error_of_a_user_exists_where_it_is_looked_up():
+    import importlib
+
+    from lcm_lookahead.cli import main
+
+    for module, name in main.USER_ERRORS:
+        error = getattr(importlib.import_module(f"lcm_lookahead.{module}"), name)
+        assert issubclass(error, Exception) and error in main.user_errors()

@@ -449,7 +449,7 @@ def test_figures_of_histograms_are_those_of_their_values():
     assert auc(one, two) == pytest.approx(exact, abs=0.01)
 
 
-def test_a_shard_error_is_a_data_error_of_the_trainer():
-    from lcm_lookahead.cli.assemble import ERRORS
+def test_a_shard_error_is_one_that_a_user_can_mend():
+    from lcm_lookahead.cli.main import user_errors
 
-    assert issubclass(ShardError, ERRORS)
+    assert issubclass(ShardError, user_errors())
