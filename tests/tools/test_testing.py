@@ -15,7 +15,7 @@ EVERY_FOLDER = {f"tests/{path.name}" for path in TESTS.iterdir() if list(path.gl
 
 
 @pytest.fixture
-def runs(monkeypatch):
+def runs(monkeypatch, tmp_path):
     """Jobs that are only written down; `runs.results` says how each ends, `runs.fetched` which hosts are there."""
 
     class Runs(list):
@@ -31,6 +31,7 @@ def runs(monkeypatch):
 
     recorded = Runs()
     monkeypatch.setattr(testing, "run", recorded)
+    monkeypatch.setattr(testing, "CACHE", tmp_path)  # jobs of these names may run beside this test
     monkeypatch.setattr(fetch, "fetch", lambda version=None: recorded.fetched.append(version))
     monkeypatch.setattr(page, "front_end", lambda: None)
     monkeypatch.setattr(page, "browser", lambda: None)
