@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 
 from ..lookahead.files import encoder_file
@@ -19,7 +18,7 @@ from ..lookahead.method.attention import softmax_attention
 from ..lookahead.vision import arcface
 from ..lookahead.vision.arcface import Recogniser
 from ..lookahead.vision.face_models import SIZES, FaceModels
-from ..sdxl import load, lora
+from ..sdxl import load, lora  # before diffusers: it cures what diffusers' own imports need
 from ..sdxl.cpu_attention import cpu_attention
 from ..sdxl.encoder import Encoder
 from ..sdxl.load import Frozen, ModelError, Preview, found
@@ -99,6 +98,8 @@ def read_frozen(config: Config, files: Model) -> tuple[Frozen, Preview | None]:
     autoencoders have their channels last: this is faster there. A tiny autoencoder reads in the run's precision, which
     it is no worse in; SDXL's stays in 32 bit, since it overflows in 16 and an image is encoded once.
     """
+    from diffusers import AutoencoderTiny
+
     dtype, on_cpu = DTYPES[config.precision], device().type == "cpu"
     readers = torch.float32 if on_cpu else dtype
     picture_vae = found("picture_vae", files.picture_vae) if files.picture_vae else None

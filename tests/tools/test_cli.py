@@ -97,3 +97,12 @@ def test_every_error_of_a_user_exists_where_it_is_looked_up():
     for module, name in main.USER_ERRORS:
         error = getattr(importlib.import_module(f"lcm_lookahead.{module}"), name)
         assert issubclass(error, Exception) and error in main.user_errors()
+
+
+def test_the_composition_root_imports_by_itself():
+    """What must be cured before diffusers is imported is cured whoever comes first."""
+    import subprocess
+    import sys
+
+    done = subprocess.run([sys.executable, "-c", "import lcm_lookahead.cli.assemble"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
