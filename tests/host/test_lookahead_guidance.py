@@ -246,7 +246,7 @@ def test_the_loss_falls_and_the_picture_changes(guide, draw, shortcut, kind, min
     sampler, report = guide(of=shortcut(kind=kind), iterations=6, jitter=0.0)  # so that losses can be compared
     out = draw(sampler)
     losses = means(report)
-    assert len(losses) == 7 and min(losses[1:]) < 0.97 * losses[0]  # measured: 0.92 and 0.94
+    assert len(losses) == 7 and min(losses[1:]) < 0.95 * losses[0]  # measured: 0.92 and 0.94
     assert relative(out, draw("euler")) > 1e-3
 
 
@@ -274,7 +274,7 @@ def test_runs_of_other_guiders_of_the_host_are_guided(guide, tools, mini, texts,
     sampler, report = guide(iterations=6, jitter=0.0)
     out = drawn(sampler)
     losses = means(report)
-    assert min(losses[1:]) < 0.97 * losses[0] and relative(out, drawn("euler")) > 1e-3
+    assert min(losses[1:]) < 0.95 * losses[0] and relative(out, drawn("euler")) > 1e-3
 
 
 @pytest.mark.contract

@@ -83,7 +83,7 @@ def test_the_style_scorer_knows_drawn_styles(held_out):
         right = scorer(pictures)[0].argmax(1) == style
     assert right.float().mean() > 0.95
     for index in style.unique():
-        assert right[style == index].float().mean() > 0.7, STYLES[index]  # measured: 0.85 at least
+        assert right[style == index].float().mean() > 0.8, STYLES[index]  # measured: 0.85 at least
 
 
 def test_the_controlnet_predicts_noise_better_by_a_picture_s_own_edges_than_by_none_or_another_s(held_out):
