@@ -173,7 +173,8 @@ def test_the_type_check_reads_this_folder_as_the_package_that_it_is(tmp_path, mo
     check = testing.TypeCheck("types", ("lookahead", "cli"))
     result = testing.run(check, live=False)
     assert result.good and "no issues found in 4 source files" in check.output.read_text()
-    (tmp_path / "cli/main.py").write_text("from ..lookahead.width import WIDTH\n\nname: str = WIDTH\n")
+    # Of another length: mypy knows a file again by its length and the second in which it was written.
+    (tmp_path / "cli/main.py").write_text("from ..lookahead.width import WIDTH\n\nwrong: str = WIDTH\n")
     result = testing.run(check, live=False)
     assert not result.good and result.failed == 1
     assert "cli/main.py:3: error: Incompatible types" in check.output.read_text()
