@@ -138,7 +138,7 @@ def _set(module: nn.Module, name: str, value: Any, undo: list, still: Callable[[
 def _layer(module: nn.Module, bypasses: Bypasses | None, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     fold = bypass = None
     if bypasses is not None:
-        fold = None if args or kwargs else bypasses.fold(module)
+        fold = None if args or kwargs else bypasses.fold(module, x)
         bypass = bypasses.of(module) if fold is None else None
     out = _Frozen.apply(x, module, args, kwargs, fold)
     return out if bypass is None else out + bypass(x)
