@@ -19,9 +19,13 @@ def train(
     ] = False,
 ) -> None:
     """Train an encoder. The same command again goes on where it stopped."""
+    from pathlib import Path
+
     import torch
     import yaml
 
+    from ..lookahead.files.atomic import check_writable
+    from ..trainer.alone import alone
     from ..trainer.lookahead.config import load
     from ..trainer.train import train as train_recipe
     from .assemble import assemble, device
@@ -31,12 +35,17 @@ def train(
         print(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
         print_estimate(settings, None, int(os.environ.get("WORLD_SIZE", 1)))
         return
+    out = Path(settings.out)
     try:
+        check_writable(out, folder=True)
+        if os.environ.get("RANK", "0") == "0":  # one of several processes
+            with alone(out):  # (and so is the loop, but it begins after what takes long)
+                pass
         recipe, source = assemble(settings)
         source.prepare(device())
         written = train_recipe(settings, recipe, source)
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()  # else its threads may end the process with SIGABRT
-    if written is not None and os.environ.get("RANK", "0") == "0":  # one of several processes
+    if written is not None and os.environ.get("RANK", "0") == "0":
         print(f"Written: {written}")
