@@ -11,10 +11,38 @@ import sys
 
 import typer
 
-from . import convert, curves, doctor, estimate, evaluate, generate, mini, study, train
+from . import convert, curves, doctor, estimate, evaluate, generate, mini, schema, study, train
+
+HELP = """Teach SDXL to draw a person from one picture, and measure how well it does.
+
+LCM-Lookahead (arXiv 2404.03620) trains an encoder: a file of some 900 MB that ComfyUI's node Load Lookahead Encoder, or
+the diffusers pipeline of this package, reads beside SDXL. All that runs is on this machine; nothing is downloaded.
+
+\b
+From pictures (people/anna/1.jpg, people/anna/2.jpg, ...) to an encoder:
+  lookahead doctor people                       is it fit to train on?
+  lookahead estimate sdxl_24gb.yaml --card 24   memory, time, files
+  lookahead train my.yaml                       again: it goes on
+  lookahead curves training/mine                how it goes, as a picture
+
+\b
+my.yaml says what is different from a configuration that comes along
+(mini, sdxl_paper, sdxl_24gb, sdxl_16gb); or the command line does:
+  extends: sdxl_24gb.yaml
+  out: training/mine
+  data: {source: people}
+  lookahead train my.yaml steps=100 out=trial
+
+\b
+Without any file, in the mini world (a tiny SDXL, drawn people; on a CPU):
+  lookahead train mini.yaml steps=20 out=trial
+  lookahead generate generate/mini.yaml shards=1 people_per_shard=4
+
+lookahead COMMAND --help says what a command takes.
+"""
 
 app = typer.Typer(
-    help="Train, measure and convert encoders of LCM-Lookahead for ComfyUI. For a command: lookahead COMMAND --help.",
+    help=HELP,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -26,6 +54,7 @@ for command in (
     estimate.estimate,
     curves.curves,
     doctor.doctor,
+    schema.schema,
     convert.convert,
     evaluate.evaluate,
 ):

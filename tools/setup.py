@@ -215,7 +215,7 @@ def cure_torchaudio(venv: Path) -> int:
 
 TORCHVISION_CURE = """
 
-# Added by the set-up of LCM-Lookahead: this build is for CUDA, and its library cannot be loaded beside a torch for CPUs.
+# Added by LCM-Lookahead's set-up: this build is for CUDA, and its library cannot be loaded beside a torch for CPUs.
 if not _has_ops() and not hasattr(torch.ops.torchvision, "nms"):
     for _name in ("nms", "qnms"):
         torch.library.define(f"torchvision::{_name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

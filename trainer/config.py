@@ -226,8 +226,16 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _shipped(path: Path) -> Path:
+    """The file, or that of the name that comes along (`mini.yaml`, `trainer/configs/mini.yaml`) where there is none."""
+    if path.exists() or path.is_absolute():
+        return path
+    return next((known for folder in (CONFIGS, CONFIGS.parents[1]) if (known := folder / path).is_file()), path)
+
+
 def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The values of a file and of those that it extends."""
+    path = _shipped(path)
     if path in below:
         raise ConfigError(f"{path} extends itself, by way of {below[-1]}: let one of them extend nothing.")
     try:
@@ -244,7 +252,10 @@ def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds no keys with values: begin with that of trainer/configs/mini.yaml.")
     other = values.pop("extends", None)
-    return values if other is None else _merged(_read(path.parent / str(other), (*below, path)), values)
+    if other is None:
+        return values
+    beside = path.parent / str(other)
+    return _merged(_read(beside if beside.exists() else _shipped(Path(str(other))), (*below, path)), values)
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

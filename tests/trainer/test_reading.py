@@ -1,4 +1,4 @@
-"""What users' files hold: deep and odd pictures, captions in other encodings, names in other spellings; many of them."""
+"""What users' files hold: deep and odd pictures, captions in other encodings, other spellings; many pictures."""
 
 import io
 import json
