@@ -31,7 +31,9 @@ def make(
 ) -> None:
     """Write the page of a study. Give judges the folder `public` of it, or serve it."""
     from ..evaluation import preference
+    from ..lookahead.files.atomic import check_writable
 
+    check_writable(out, folder=True)
     methods = tuple(names.split(","))
     if len(methods) != 2 or not all(methods):
         raise preference.StudyError(
@@ -71,7 +73,10 @@ def count(
 ) -> None:
     """Say what the judges chose, with intervals and how far they agree."""
     from ..evaluation import preference
+    from ..lookahead.files.atomic import check_writable
 
+    if to:
+        check_writable(to)
     verdicts, steady = preference.count(folder, files or [])
     methods = tuple(json.loads((folder / "key.json").read_text(encoding="utf-8"))["methods"])
     print(preference.table(verdicts, methods))
