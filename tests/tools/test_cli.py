@@ -203,3 +203,26 @@ def test_help_of_every_command_needs_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_study_shows_judges_what_files_show(tmp_path, capsys):
+    """Deep grey, transparency and a turned camera are read as everywhere."""
+    import numpy as np
+    from PIL import Image
+
+    grey = np.linspace(0, 65535, 40 * 48).reshape(40, 48)
+    for method in ("ours", "theirs"):
+        (tmp_path / method).mkdir()
+        Image.fromarray(grey.astype(np.uint16)).save(tmp_path / method / "a.png")
+    main.main(["study", "make", str(tmp_path / "ours"), str(tmp_path / "theirs"), "--out", str(tmp_path / "study")])
+    assert "(1 pairs)" in capsys.readouterr().out
+    for path in (tmp_path / "study/public").glob("*.png"):
+        with Image.open(path) as picture:
+            assert np.allclose(np.asarray(picture)[..., 0], grey / 257, atol=1)
+    with pytest.raises(SystemExit) as end:
+        main.main(["study", "count", str(tmp_path / "study")])
+    assert str(end.value.code).startswith("lookahead study: ")
+    (tmp_path / "ours/a.png").write_bytes(b"nothing")
+    with pytest.raises(SystemExit) as end:
+        main.main(["study", "make", str(tmp_path / "ours"), str(tmp_path / "theirs"), "--out", str(tmp_path / "two")])
+    assert "cannot be read as a picture" in str(end.value.code) and "draw it again" in str(end.value.code)
