@@ -39,7 +39,10 @@ def make(
         raise preference.StudyError(
             f"--names is {names!r}: give two names with a comma between, such as ours,baseline."
         )
-    known = json.loads(prompts.read_text(encoding="utf-8")) if prompts else None
+    try:
+        known = json.loads(prompts.read_text(encoding="utf-8-sig")) if prompts else None
+    except ValueError as error:
+        raise preference.StudyError(f"--prompts is {prompts}, which is no JSON in UTF-8 ({error}).") from None
     pairs = preference.pairs_of(first, second, references, known)
     page = preference.make_study(out, pairs, methods, questions.split(","), repeats, seed)
     print(f"Written: {page} ({len(pairs)} pairs). Keep {out / 'key.json'} from the judges.")

@@ -171,7 +171,7 @@ class FaceModels:
                 "example 640, 320, 128."
             )
         pairs = [(size, size) for size in dict.fromkeys(sizes)]
-        out = []
+        out: list[list[Face]] = []
         for picture in pictures:
             height, width = picture.shape[-2:]
             # (insightface makes the picture as large as it fits, and a strip of 4000x3 has no row left then)

@@ -8,6 +8,7 @@ import tomllib
 import zipfile
 from pathlib import Path
 
+import pathspec
 import pytest
 from lcm_lookahead.sdxl.configs import find_tokenizer
 
@@ -21,6 +22,22 @@ def tracked() -> list[str]:
     if done.returncode:
         pytest.skip("not a git checkout")
     return [name for name in done.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def install(names, tmp_path) -> Path:
+    """The folder in which pip has unpacked the wheel of an archive with these files, which is gone again."""
+    archive, site = tmp_path / "archive", tmp_path / "site"
+    for name in names:
+        (archive / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, archive / name)
+    pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(archive)]
+    subprocess.run(build, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as file:
+        file.extractall(site)
+    shutil.rmtree(archive)
+    return site
 
 
 def test_every_file_of_a_package_goes_along():
@@ -45,20 +62,18 @@ def test_every_file_of_a_package_goes_along():
 
 
 @pytest.mark.slow
+def test_the_published_archive_of_the_pack_alone_installs_too(tmp_path):
+    ignore = pathspec.GitIgnoreSpec.from_lines((ROOT / ".comfyignore").read_text().splitlines())
+    site = install([name for name in tracked() if not ignore.match_file(name)], tmp_path)
+    assert (site / "lcm_lookahead/nodes/extension.py").is_file() and not (site / "lcm_lookahead/trainer").exists()
+    code = "from lcm_lookahead.lookahead.files import encoder_file, convert"
+    subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(site)}, cwd=tmp_path, check=True)
+
+
+@pytest.mark.slow
 def test_an_installed_package_trains_converts_and_draws_by_the_readme_s_lines(tmp_path):
     """From an archive of the sources, without the checkout, in another folder."""
-    archive = tmp_path / "archive"
-    for name in tracked():
-        (archive / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, archive / name)
-    pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
-    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(archive)]
-    subprocess.run(build, check=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    site = tmp_path / "site"
-    with zipfile.ZipFile(wheel) as file:
-        file.extractall(site)
-    shutil.rmtree(archive)
+    site = install(tracked(), tmp_path)
     environment = {
         "PATH": "/usr/bin:/bin",
         "HOME": str(tmp_path),
