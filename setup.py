@@ -1,4 +1,4 @@
-"""Builds what is there: the archive of the pack alone (.comfyignore) has not all the rooms that pyproject.toml names."""
+"""Builds what is there: an archive of the pack alone (.comfyignore) lacks some rooms that pyproject.toml names."""
 
 from pathlib import Path
 
