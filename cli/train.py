@@ -25,7 +25,7 @@ def train(
     import yaml
 
     from ..lookahead.files.atomic import check_writable
-    from ..trainer.alone import alone
+    from ..trainer.alone import refuse_a_second
     from ..trainer.lookahead.config import load
     from ..trainer.train import train as train_recipe
     from .assemble import assemble, device
@@ -38,14 +38,12 @@ def train(
     out = Path(settings.out)
     try:
         check_writable(out, folder=True)
-        if os.environ.get("RANK", "0") == "0":  # one of several processes
-            with alone(out):  # (and so is the loop, but it begins after what takes long)
-                pass
+        refuse_a_second(out)  # (and so does the loop, but it begins after what takes long)
         recipe, source = assemble(settings)
         source.prepare(device())
         written = train_recipe(settings, recipe, source)
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()  # else its threads may end the process with SIGABRT
-    if written is not None and os.environ.get("RANK", "0") == "0":
+    if written is not None and os.environ.get("RANK", "0") == "0":  # one of several processes
         print(f"Written: {written}")

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from .checkpoints import TrainingError
 
+NAME = ".running"  # of the file that is locked
+
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
@@ -20,7 +22,7 @@ def alone(folder: Path) -> Iterator[None]:
     Raises TrainingError, one sentence, where a run is under way there.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".running").open("a+", encoding="utf-8") as file:
+    with (folder / NAME).open("a+", encoding="utf-8") as file:
         try:
             _lock(file.fileno())
         except BlockingIOError:
@@ -35,6 +37,13 @@ def alone(folder: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()}")
         file.flush()
         yield
+
+
+def refuse_a_second(folder: Path) -> None:
+    """Raises TrainingError, one sentence, where a run of other processes than this one's is under way in a folder."""
+    if os.environ.get("RANK", "0") == "0" and (folder / NAME).exists():
+        with alone(folder):
+            pass
 
 
 def _lock(file: int) -> None:

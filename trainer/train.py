@@ -42,6 +42,7 @@ def train(config: RunConfig, recipe: Recipe, source: Source) -> Path | None:
     accelerator = Accelerator(
         mixed_precision=MIXED[config.precision], log_with=list(config.trackers) or None, project_dir=config.out
     )
+    _check_processes(accelerator, config)
     try:
         with alone(Path(config.out)) if accelerator.is_main_process else contextlib.nullcontext():
             return _train(accelerator, config, recipe, source)
@@ -58,7 +59,6 @@ def _savings(recipe: Recipe, accelerator: Accelerator) -> Mapping[str, float]:
 
 
 def _train(accelerator: Accelerator, config: RunConfig, recipe: Recipe, source: Source) -> Path | None:
-    _check_processes(accelerator, config)
     folder, main = Path(config.out), accelerator.is_main_process
     if config.compile:
         recipe.compile()

@@ -41,7 +41,8 @@ def faults(value, schema, whole, where=""):
             if all(list(faults(value, each, whole, where)) for each in said):
                 yield f"{where} fits none of the kinds"
         elif word == "if":
-            yield from faults(value, schema["then" if not list(faults(value, said, whole)) else "else"], whole, where)
+            branch = "else" if list(faults(value, said, whole)) else "then"
+            yield from faults(value, schema.get(branch, {}), whole, where)
         elif word in ("then", "else"):
             pass
         elif word == "required":
