@@ -70,12 +70,12 @@ def _train(accelerator: Accelerator, config: RunConfig, recipe: Recipe, source: 
     first = progress.step
     _check_alike(accelerator, trained, first)
     log = Log(folder, config, accelerator, first)
+    validations = _Validations(accelerator, config, recipe, source, state, log)
     with contextlib.closing(log), _Stop(main) as stop:
-        validations = _Validations(accelerator, config, recipe, source, state, log, stop)
         if progress.validated < first and (not first or validations.due(first)):
-            validations.run(progress)  # of what training starts from; or one that a signal to stop left out
+            validations.run(progress, stop)  # of what training starts from; or one that a signal to stop left out
         if stop.asked(accelerator):
-            log.say(f"Stopped before step {first + 1} of {config.steps}: the same command goes on from there.")
+            log.say(f"Stopped in the validation after step {first}: the same command goes on from there.")
             return None
         for number in range(first, config.steps):
             done = number + 1
@@ -110,7 +110,7 @@ def _train(accelerator: Accelerator, config: RunConfig, recipe: Recipe, source: 
             # (who is told to stop may have little time: it saves at once, and validates when it goes on)
             better = False
             if not leave and validations.due(done):
-                better = validations.run(progress)
+                better = validations.run(progress, stop)
                 leave = stop.asked(accelerator)
             if _due(config.save_every, done):
                 _check_alike(accelerator, trained, done)
@@ -213,17 +213,9 @@ class _Validations:
     """Pictures and figures of the main process; the others go on and wait at the next exchange."""
 
     def __init__(
-        self,
-        accelerator: Accelerator,
-        config: RunConfig,
-        recipe: Recipe,
-        source: Source,
-        state: State,
-        log: Log,
-        stop: _Stop,
+        self, accelerator: Accelerator, config: RunConfig, recipe: Recipe, source: Source, state: State, log: Log
     ) -> None:
         self.accelerator, self.config, self.recipe, self.state, self.log = accelerator, config, recipe, state, log
-        self.stop = stop
         self.rows = config.batch // accelerator.num_processes // config.accumulate
         self.validator: Validator | None = None
         if config.validate_every and accelerator.is_main_process:
@@ -235,7 +227,7 @@ class _Validations:
         """Whether to validate after so many steps: every `validate_every`, and after the last."""
         return _due(self.config.validate_every, done) or done == self.config.steps
 
-    def run(self, progress: TrainingProgress) -> bool:
+    def run(self, progress: TrainingProgress, stop: _Stop) -> bool:
         """Validate; returns whether it is the best so far, which is noted (but not of what training starts from).
 
         A signal to stop ends it at once: the run that goes on makes up for it.
@@ -245,7 +237,7 @@ class _Validations:
         done = progress.step
         grid = Path(self.config.out) / "validation" / f"step-{done:08}.png"
         try:
-            with self.log.pause("validations"), self.stop.at_once(), self.accelerator.autocast():
+            with self.log.pause("validations"), stop.at_once(), self.accelerator.autocast():
                 figures = self.validator(self.state.exported, self.rows, grid)
         except _Stopped:
             return False
