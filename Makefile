@@ -5,7 +5,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python -m lcm_lookahead
 export HOST_VERSION COMFYUI_DIR PORT
 
-.PHONY: help setup host demo test portable matrix browser evaluate bench lint clean
+.PHONY: help setup host demo page test portable matrix browser evaluate bench lint clean
 .DEFAULT_GOAL := help
 
 help: ## show this
@@ -21,6 +21,10 @@ host: ## fetch the pinned ComfyUI into .host
 demo: ## draw reference faces under new prompts in a real ComfyUI
 	@$(PYTHON) -m tools.start
 	@$(RUN).mini.demo $(ARGS)
+
+page: ## open ComfyUI with the mini world and its faces in your browser
+	@$(PYTHON) -m tools.start
+	@$(RUN).mini.page $(ARGS)
 
 test: ## lint, types and the tests, on the newest ComfyUI and, where versions differ, on the oldest
 	@$(PYTHON) -m tools.start

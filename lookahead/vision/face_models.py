@@ -171,9 +171,15 @@ class FaceModels:
                 "example 640, 320, 128."
             )
         pairs = [(size, size) for size in dict.fromkeys(sizes)]
-        out = []
+        out: list[list[Face]] = []
         for picture in pictures:
-            boxes, points = self._detector.detect(as_bgr(picture), input_size=pairs, det_thresh=threshold)
+            height, width = picture.shape[-2:]
+            # (insightface makes the picture as large as it fits, and a strip of 4000x3 has no row left then)
+            fit = [pair for pair in pairs if pair[0] * min(height, width) >= max(height, width)]
+            if not fit:
+                out.append([])
+                continue
+            boxes, points = self._detector.detect(as_bgr(picture), input_size=fit, det_thresh=threshold)
             rows = zip(torch.from_numpy(boxes).float(), torch.from_numpy(points).float(), strict=True)
             out.append([Face(box[:4].clone(), five.clone(), float(box[4])) for box, five in rows])
         return out

@@ -35,9 +35,10 @@ from ..lookahead.judges import read_judges
 from ..lookahead.step import Batch
 from ..lookahead.validate import Probes
 from ..seeds import generator, order
-from .pairs import QUIET, DataError, PairIndex, Seen, listing, make_pairs, scan
+from .pairs import QUIET, DataError, PairIndex, Seen, listing, make_pairs, passed_over, scan
 
 SEED = 7000  # of the choice of references
+MANY = 1_000_000  # pairs
 _Item = tuple[str, int | str]  # a kind, and the place of a picture or a text
 
 
@@ -71,7 +72,11 @@ class FolderSource:
             picture = self.pairs.pictures[n]
             return picture.file, self.pairs.seen[picture.file].pixels, picture.person, self.caption(n)
 
-        pairs = [(known(n), [known(r) for r in self.pairs.references[n]]) for n in self.targets]
+        pairs: list[tuple[object, object]]
+        if sum(len(self.pairs.references[n]) for n in self.targets) <= MANY:
+            pairs = [(known(n), [known(r) for r in self.pairs.references[n]]) for n in self.targets]
+        else:  # (from the pictures follow the pairs, which would take gigabytes to write down)
+            pairs = [(known(n), n in self.pairs.used) for n in range(len(self.pairs.pictures))]
         return hashlib.sha256(repr((pairs, self.held_out)).encode()).hexdigest()
 
     def reference_of(self, target: int, number: int) -> int:
@@ -134,8 +139,7 @@ class FolderSource:
         """Validation (`validate.Probing`) with the people who are held out; of a small folder, with some of those that
         are trained on."""
         who = self.held_out or list(dict.fromkeys(self.pairs.pictures[n].person for n in self.targets))
-        able = {n for fit in self.pairs.references for n in fit}
-        first = {self.pairs.pictures[n].person: n for n in sorted(able, reverse=True)}
+        first = {self.pairs.pictures[n].person: n for n in sorted(self.pairs.used, reverse=True)}
         places = [first[name] for name in who[: config.validation.people]]
         prompts = list(config.validation.prompts)
         rows = [place for place in places for _ in prompts]
@@ -248,7 +252,12 @@ def read_pairs(data: Data, detector: Detector | None, name: str, out: Path) -> P
     Raises DataError where there are more of these than `data.damaged` allows, or nothing is left to train on.
     """
     folder = Path(data.source)
-    entries, _ = listing(folder, data.metadata)
+    entries, gone = listing(folder, data.metadata)
+    if gone:
+        said = f"The metadata names {len(gone):,} files that are not there, or are no pictures ({gone[0]})"
+        print(f"{said}: they are left out.", file=sys.stderr)
+    if others := passed_over(folder):
+        print(others, file=sys.stderr)
     found = make_pairs(
         entries, scan(folder, entries, detector, name, cache_folder(data) / "scan.jsonl"), detector is not None
     )
