@@ -22,6 +22,9 @@ from .reference.crop_face import LookaheadCropFace
 from .reference.encode_reference import LookaheadEncodeReference
 from .reference.load_encoder import LookaheadLoadEncoder, register_folders
 from .reference.load_face_analysis import LookaheadLoadFaceAnalysis, register_insightface_folder
+from .reference.load_reference import LookaheadLoadReference
+from .reference.reference_files import register_reference_folder
+from .reference.save_reference import LookaheadSaveReference
 
 
 class LookaheadExtension(ComfyExtension):
@@ -31,6 +34,7 @@ class LookaheadExtension(ComfyExtension):
         register_folders()  # here, since the oldest supported hosts do not call on_load
         register_folder()
         register_insightface_folder()
+        register_reference_folder()
         return [
             LookaheadLoadEncoder,
             LookaheadLoadFaceAnalysis,
@@ -49,4 +53,6 @@ class LookaheadExtension(ComfyExtension):
             LookaheadGuidanceReport,
             LookaheadPreviewGrid,
             LookaheadConvertEncoder,
+            LookaheadSaveReference,
+            LookaheadLoadReference,
         ]

@@ -11,7 +11,7 @@ from ...lookahead.files.encoder_file import DEFAULT_KV_PROMPT, kv_prompt, refere
 from ...lookahead.vision.images import centre_square
 from ..schema import schema
 from ..sockets import ENCODER, REFERENCE
-from .encoder import LoadedEncoder
+from .encoder import LoadedEncoder, keys_values_of
 from .images import centre_square_masks, clip_pixels, join_masks, split_alpha
 from .subject import Reference, Subject
 
@@ -108,11 +108,12 @@ class LookaheadEncodeReference(io.ComfyNode):
             raise ValueError(f"size is {size}, and a reference needs at least 64 pixels: use 0 for the encoder's own.")
         colour, alpha = split_alpha(image)
         mask = join_masks(colour, mask, alpha)
-        keys_values = null_keys_values = None
+        tokens = null_tokens = keys_values = null_keys_values = None
         if encoder is not None and clip_vision is not None:
             check_clip_vision(encoder, clip_vision)
             seen = clip_pixels(colour, mask, clip_vision)
-            keys_values, null_keys_values = image_prompt(encoder, clip_vision, seen, several)
+            tokens, null_tokens = image_prompt_tokens(encoder, clip_vision, seen, several)
+            keys_values, null_keys_values = keys_values_of(encoder, tokens, null_tokens)
         elif vae is None:
             raise ValueError(
                 "Nothing says how to read the reference: connect encoder and clip_vision for an image prompt, or vae "
@@ -129,6 +130,8 @@ class LookaheadEncodeReference(io.ComfyNode):
             latents=None if vae is None else vae.encode(pixels),
             kv_prompt=conditioning if clip is None or conditioning is not None else encode_prompt(clip, encoder),
             one_each=several == ONE_EACH,
+            tokens=tokens,
+            null_tokens=null_tokens,
         )
         return io.NodeOutput(Reference((subject,)))
 
@@ -142,8 +145,8 @@ def check_clip_vision(encoder: LoadedEncoder, clip_vision) -> None:
         )
 
 
-def image_prompt(encoder: LoadedEncoder, clip_vision, pixels: Tensor, several: str) -> tuple[Tensor, Tensor]:
-    """Keys and values of the image prompt and of the null tokens, packed as `LoadedEncoder.keys_values`, in float32.
+def image_prompt_tokens(encoder: LoadedEncoder, clip_vision, pixels: Tensor, several: str) -> tuple[Tensor, Tensor]:
+    """Tokens of the image prompt and null tokens, [rows, tokens, context] and [1, tokens, context], in float32.
 
     pixels: [pictures, 3, S, S], the image encoder's input. Null tokens are those of an input of zeros (the mean
     colour), as in training, not of a black picture. Raises ValueError, one sentence, for a wrong image encoder.
@@ -167,7 +170,7 @@ def image_prompt(encoder: LoadedEncoder, clip_vision, pixels: Tensor, several: s
         null = null.repeat(1, tokens.shape[0], 1)
         tokens = tokens.flatten(0, 1).unsqueeze(0)
     device = comfy.model_management.intermediate_device()
-    return encoder.keys_values(tokens).to(device), encoder.keys_values(null).to(device)
+    return tokens.to(device), null.to(device)
 
 
 def encode_prompt(clip, encoder: LoadedEncoder | None):

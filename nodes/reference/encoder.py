@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...lookahead.files.encoder_file import EncoderFile, reference_size
+from ...lookahead.files.reference_file import weights_mark
 from ...lookahead.method.image_prompt import ImagePromptNetwork
 from ...lookahead.method.kv_encoder import KVEncoder
 
@@ -16,6 +17,7 @@ from ...lookahead.method.kv_encoder import KVEncoder
 class LoadedEncoder:
     """An encoder file ready for use, its tensors taken over without a copy and in the file's precision.
 
+    mark: by which a saved reference knows the encoder that it was read with (`reference_file.weights_mark`).
     network: of the image prompt, managed by `patcher`; kv_patcher: manages the `KVEncoder`, None where the file has
     none (training-free). The host's `manual_cast` operations cast each weight to the precision of what comes in.
     """
@@ -34,6 +36,7 @@ class LoadedEncoder:
             offload_device=comfy.model_management.text_encoder_offload_device(),
         )
         self.kv_patcher = kv_patcher(file)
+        self.mark = weights_mark([*self.network.state_dict().items(), *file.kv.items()])
 
     @property
     def size(self) -> int:
@@ -57,6 +60,12 @@ class LoadedEncoder:
         """
         pairs = self.network.keys_values(tokens.to(self.load()))
         return torch.cat([projected for pair in pairs for projected in pair], dim=-1)
+
+
+def keys_values_of(encoder: LoadedEncoder, tokens: Tensor, null_tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of a subject's tokens and of its null tokens, packed, where the host keeps what nodes hand on."""
+    device = comfy.model_management.intermediate_device()
+    return encoder.keys_values(tokens).to(device), encoder.keys_values(null_tokens).to(device)
 
 
 def kv_patcher(file: EncoderFile) -> comfy.model_patcher.ModelPatcher | None:

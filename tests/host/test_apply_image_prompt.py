@@ -26,6 +26,8 @@ IDS = {
     "LookaheadL1Loss",
     "LookaheadCombineLosses",
     "LookaheadConvertEncoder",
+    "LookaheadSaveReference",
+    "LookaheadLoadReference",
 }
 
 
