@@ -7,6 +7,7 @@ from comfy_api.latest import ComfyExtension, io
 from .conditioning.apply_image_prompt import LookaheadApplyImagePrompt
 from .conditioning.apply_kv_injection import LookaheadApplyKVInjection
 from .conditioning.guider import LookaheadGuider
+from .conditioning.weights import LookaheadWeights
 from .guidance.guidance_report import LookaheadGuidanceReport
 from .guidance.guidance_sampler import LookaheadGuidanceSampler
 from .guidance.preview_grid import LookaheadPreviewGrid
@@ -17,6 +18,7 @@ from .losses.identity_loss import LookaheadIdentityLoss
 from .losses.l1_loss import LookaheadL1Loss
 from .losses.lpips_loss import LookaheadLPIPSLoss
 from .losses.network import register_folder
+from .reference.combine_references import LookaheadCombineReferences
 from .reference.convert_encoder import LookaheadConvertEncoder
 from .reference.crop_face import LookaheadCropFace
 from .reference.encode_reference import LookaheadEncodeReference
@@ -55,4 +57,6 @@ class LookaheadExtension(ComfyExtension):
             LookaheadConvertEncoder,
             LookaheadSaveReference,
             LookaheadLoadReference,
+            LookaheadCombineReferences,
+            LookaheadWeights,
         ]

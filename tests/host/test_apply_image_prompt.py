@@ -28,6 +28,8 @@ IDS = {
     "LookaheadConvertEncoder",
     "LookaheadSaveReference",
     "LookaheadLoadReference",
+    "LookaheadCombineReferences",
+    "LookaheadWeights",
 }
 
 
