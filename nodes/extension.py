@@ -21,6 +21,7 @@ from .losses.network import register_folder
 from .reference.combine_references import LookaheadCombineReferences
 from .reference.convert_encoder import LookaheadConvertEncoder
 from .reference.crop_face import LookaheadCropFace
+from .reference.encode_face import LookaheadEncodeFace
 from .reference.encode_reference import LookaheadEncodeReference
 from .reference.load_encoder import LookaheadLoadEncoder, register_folders
 from .reference.load_face_analysis import LookaheadLoadFaceAnalysis, register_insightface_folder
@@ -59,4 +60,5 @@ class LookaheadExtension(ComfyExtension):
             LookaheadLoadReference,
             LookaheadCombineReferences,
             LookaheadWeights,
+            LookaheadEncodeFace,
         ]

@@ -12,6 +12,7 @@ from ..reference.encoder import LoadedEncoder
 from ..reference.subject import Reference
 from ..schema import schema
 from ..sockets import REFERENCE, WEIGHTS
+from .attention_lora import PromptLoRA
 from .cross_attention import ImagePrompt
 from .rows import When
 from .unet_blocks import BlockKey, CrossAttentionBlock, cross_attentions, self_attentions
@@ -72,6 +73,17 @@ class LookaheadApplyImagePrompt(io.ComfyNode):
                     advanced=True,
                     tooltip="Factors of the weight by layer and over the steps, from Lookahead Weights.",
                 ),
+                io.Float.Input(
+                    "lora_weight",
+                    default=1.0,
+                    min=0.0,
+                    max=2.0,
+                    step=0.05,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Scale of the LoRA that an IP-Adapter FaceID brings in its file, 0 to 2: 1 as in training. "
+                    "Other encoders have none.",
+                ),
             ],
             outputs=[
                 io.Model.Output("MODEL", display_name="model", tooltip="The model with the image prompt applied."),
@@ -88,6 +100,7 @@ class LookaheadApplyImagePrompt(io.ComfyNode):
         end: float = 1.0,
         mask: Tensor | None = None,
         weights: ReferenceWeights | None = None,
+        lora_weight: float = 1.0,
     ) -> io.NodeOutput:
         if start > end:
             raise ValueError(f"The start ({start}) is later than the end ({end}): set an end that is not before it.")
@@ -117,6 +130,10 @@ class LookaheadApplyImagePrompt(io.ComfyNode):
                     layers={key: factor for key, factor in layers.items() if factor != 1},
                 )
                 model = add_effect(model, prompt)
+                if subject.encoder.lora_patcher is not None and lora_weight:
+                    numbers = {block.key: number for number, block in enumerate(attentions)}
+                    lora = PromptLoRA(subject.encoder.lora_patcher, numbers, lora_weight, When(start, end))
+                    model = add_effect(model, lora)
         return io.NodeOutput(model)
 
 

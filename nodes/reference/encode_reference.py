@@ -15,6 +15,7 @@ from ...lookahead.vision.images import centre_square
 from ..schema import schema
 from ..sockets import ENCODER, REFERENCE
 from .encoder import LoadedEncoder, keys_values_of
+from .face_id_encoder import FaceIDEncoder
 from .images import CENTRE, PADDED, TOP, as_square, centre_square_masks, clip_pixels, join_masks, split_alpha
 from .kv_cache import KVCache
 from .subject import Reference, Subject
@@ -136,6 +137,10 @@ class LookaheadEncodeReference(io.ComfyNode):
         tokens = null_tokens = keys_values = null_keys_values = None
         if encoder is not None and clip_vision is not None:
             check_clip_vision(encoder, clip_vision)
+            if isinstance(encoder, FaceIDEncoder):
+                raise ValueError(
+                    f"{encoder.name} reads face embeddings, which this node does not make: use Encode Lookahead Face."
+                )
             seen = clip_pixels(colour, mask, clip_vision)
             tokens, null_tokens = image_prompt_tokens(encoder, clip_vision, seen, several)
             keys_values, null_keys_values = keys_values_of(encoder, tokens, null_tokens)
@@ -219,6 +224,12 @@ def image_prompt_tokens(encoder: LoadedEncoder, clip_vision, pixels: Tensor, sev
     pixels: [pictures, 3, S, S], the image encoder's input. Null tokens are those of an input of zeros (the mean
     colour), as in training, not of a black picture. Raises ValueError, one sentence, for a wrong image encoder.
     """
+    features = image_features(encoder, clip_vision, pixels)
+    return arranged(encoder.tokens(features), several)
+
+
+def image_features(encoder: LoadedEncoder, clip_vision, pixels: Tensor) -> Tensor:
+    """Features of an input of zeros, and of each picture's: [1 + pictures, patches, width]. Errors as above."""
     comfy.model_management.load_model_gpu(clip_vision.patcher)
     null = torch.zeros_like(pixels[:1])
     inputs = torch.cat([null, pixels]).to(clip_vision.load_device)
@@ -229,7 +240,12 @@ def image_prompt_tokens(encoder: LoadedEncoder, clip_vision, pixels: Tensor, sev
             f"{encoder.sizes.image_width}: load the image encoder that it was trained with"
             + (" (CLIP ViT-H/14)." if encoder.sizes.image_width == 1280 else ".")
         )
-    tokens = encoder.tokens(features)
+    return features
+
+
+def arranged(tokens: Tensor, several: str) -> tuple[Tensor, Tensor]:
+    """Null tokens and those of each picture, [1 + pictures, tokens, context] -> tokens, as `several` has them, and null
+    tokens, where the host keeps what nodes hand on."""
     null, tokens = tokens[:1], tokens[1:]
     if several == AVERAGE:
         tokens = tokens.mean(dim=0, keepdim=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
@@ -13,6 +16,9 @@ from ...lookahead.files.reference_file import weights_mark
 from ...lookahead.method.image_prompt import ImagePromptNetwork
 from ...lookahead.method.kv_encoder import KVEncoder
 
+if TYPE_CHECKING:
+    from ...lookahead.files.face_id_file import FaceIDFile
+
 
 class LoadedEncoder:
     """An encoder file ready for use, its tensors taken over without a copy and in the file's precision.
@@ -22,21 +28,26 @@ class LoadedEncoder:
     none (training-free). The host's `manual_cast` operations cast each weight to the precision of what comes in.
     """
 
+    lora_patcher: comfy.model_patcher.ModelPatcher | None = None  # of a LoRA that the image prompt comes with
+
     def __init__(self, file: EncoderFile):
+        network = ImagePromptNetwork.from_weights(file.sizes, file.image_proj, file.ip_adapter, comfy.ops.manual_cast)
+        self._take(file, network, file.kv)
+        self.kv_patcher = kv_patcher(file)
+
+    def _take(self, file: EncoderFile | FaceIDFile, network: torch.nn.Module, others: Mapping[str, Tensor]) -> None:
+        """What both kinds of encoder have: names, sizes, a mark, and a network that the host manages."""
         self.name = file.name
         self.sizes = file.sizes
         self.widths = file.widths
         self.metadata = file.metadata
-        self.network = ImagePromptNetwork.from_weights(
-            file.sizes, file.image_proj, file.ip_adapter, comfy.ops.manual_cast
-        )
+        self.network = network
+        self.mark = weights_mark([*network.state_dict().items(), *others.items()])
         self.patcher = comfy.model_patcher.ModelPatcher(
             self.network,
             load_device=comfy.model_management.text_encoder_device(),
             offload_device=comfy.model_management.text_encoder_offload_device(),
         )
-        self.kv_patcher = kv_patcher(file)
-        self.mark = weights_mark([*self.network.state_dict().items(), *file.kv.items()])
 
     @property
     def size(self) -> int:

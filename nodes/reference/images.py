@@ -72,8 +72,8 @@ def _leaves_something(masks: Tensor) -> bool:
 def as_square(colour: Tensor, mask: Tensor | None, square: str) -> tuple[Tensor, Tensor | None]:
     """Pictures [n, H, W, 3] and masks [n, H, W] as squares: their upper part, or all of them with padding.
 
-    Padding goes on with the colours of the edge, and is masked out. CENTRE leaves the pictures as they are: what follows
-    crops them about the centre.
+    Padding goes on with the colours of the edge, and is masked out. CENTRE leaves the pictures as they are: what
+    follows crops them about the centre.
     """
     _, height, width, _ = colour.shape
     if square == CENTRE or height == width:

@@ -30,6 +30,7 @@ IDS = {
     "LookaheadLoadReference",
     "LookaheadCombineReferences",
     "LookaheadWeights",
+    "LookaheadEncodeFace",
 }
 
 
