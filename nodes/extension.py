@@ -7,6 +7,7 @@ from comfy_api.latest import ComfyExtension, io
 from .conditioning.apply_image_prompt import LookaheadApplyImagePrompt
 from .conditioning.apply_kv_injection import LookaheadApplyKVInjection
 from .conditioning.guider import LookaheadGuider
+from .conditioning.place_masks import LookaheadPlaceMasks
 from .conditioning.weights import LookaheadWeights
 from .guidance.guidance_report import LookaheadGuidanceReport
 from .guidance.guidance_sampler import LookaheadGuidanceSampler
@@ -61,4 +62,5 @@ class LookaheadExtension(ComfyExtension):
             LookaheadCombineReferences,
             LookaheadWeights,
             LookaheadEncodeFace,
+            LookaheadPlaceMasks,
         ]

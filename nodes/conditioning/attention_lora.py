@@ -87,10 +87,9 @@ def _installed(
     output = _output_patch(loras, attention)
     patches[f"{attention}_output_patch"] = [output, *patches.get(f"{attention}_output_patch", [])]
     unet_pass.options["patches"] = patches
-    for key in dict.fromkeys(key for lora in loras for key in lora.effect.numbers):
-        inner = replaced.get(key, replaced.get(key[:2]))
-        replaced = {**replaced, key: _attention(loras, key, attention, inner)}
-    return replaced
+    keys = dict.fromkeys(key for lora in loras for key in lora.effect.numbers)
+    inner = {key: replaced.get(key, replaced.get(key[:2])) for key in keys}
+    return {**replaced, **{key: _attention(loras, key, attention, inner[key]) for key in keys}}
 
 
 def _note_input(n: Tensor, context: Tensor, value: Tensor, extra: dict[str, Any]):

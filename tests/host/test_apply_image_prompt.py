@@ -31,6 +31,7 @@ IDS = {
     "LookaheadCombineReferences",
     "LookaheadWeights",
     "LookaheadEncodeFace",
+    "LookaheadPlaceMasks",
 }
 
 
