@@ -138,7 +138,7 @@ def from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], nam
             f"{VERSION}: update the pack."
         )
     settings = _settings(metadata.get("subjects", ""), name)
-    parts: list[dict[str, Tensor]] = [{} for _ in settings]
+    parts: list[dict[str, Any]] = [dict(own) for own in settings]
     for key, value in tensors.items():
         match = _KEY.fullmatch(key)
         if not match or match[2] not in TENSORS or int(match[1]) >= len(parts):
@@ -147,7 +147,7 @@ def from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], nam
                 "written by a newer version of the pack."
             )
         parts[int(match[1])][match[2]] = _values(key, match[2], value, name)
-    subjects = [SavedSubject(**part, **own) for part, own in zip(parts, settings, strict=True)]
+    subjects = [SavedSubject(**part) for part in parts]
     for subject in subjects:
         _check(subject, name)
     return subjects

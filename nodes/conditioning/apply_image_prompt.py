@@ -16,7 +16,7 @@ from .attention_lora import PromptLoRA
 from .cross_attention import ImagePrompt
 from .rows import When
 from .unet_blocks import BlockKey, CrossAttentionBlock, cross_attentions, self_attentions
-from .weights import ReferenceWeights
+from .weights import WeightFactors
 from .wrappers import add_effect
 
 
@@ -99,7 +99,7 @@ class LookaheadApplyImagePrompt(io.ComfyNode):
         start: float = 0.0,
         end: float = 1.0,
         mask: Tensor | None = None,
-        weights: ReferenceWeights | None = None,
+        weights: WeightFactors | None = None,
         lora_weight: float = 1.0,
     ) -> io.NodeOutput:
         if start > end:
@@ -115,7 +115,7 @@ class LookaheadApplyImagePrompt(io.ComfyNode):
             logging.warning(
                 "[LCM-Lookahead] the mask of an image prompt is empty, so it acts nowhere: leave it open, or invert it."
             )
-        weights = weights or ReferenceWeights()
+        weights = weights or WeightFactors()
         layers = weights.of_layers([block.key for block in self_attentions(model)])
         for subject, layout in zip(reference.subjects, layouts, strict=True):
             layout = {key: place for key, place in layout.items() if layers[key] != 0}

@@ -15,7 +15,7 @@ from .reference_pass import FIXED, SHARED, KVSource
 from .rows import When
 from .self_attention import ADAIN, NO_ADAIN
 from .unet_blocks import KVBlock, self_attentions
-from .weights import ReferenceWeights
+from .weights import WeightFactors
 from .wrappers import add_effect
 
 ALL, COARSE, FINE, UP, MIDDLE_UP = "all", "coarse", "fine", "up", "middle and up"
@@ -141,7 +141,7 @@ class LookaheadApplyKVInjection(io.ComfyNode):
         noise_seed: int = 0,
         cache_gb: float = 2.0,
         mask: Tensor | None = None,
-        weights: ReferenceWeights | None = None,
+        weights: WeightFactors | None = None,
         adain: str = NO_ADAIN,
     ) -> io.NodeOutput:
         if start > end:
@@ -154,7 +154,7 @@ class LookaheadApplyKVInjection(io.ComfyNode):
             logging.warning(
                 "[LCM-Lookahead] the mask of a KV injection is empty, so it acts nowhere: leave it open, or invert it."
             )
-        weights = weights or ReferenceWeights()
+        weights = weights or WeightFactors()
         layers = weights.of_layers([block.key for block in everything])
         chosen = tuple(block for block in chosen if layers[block.key] != 0)
         for subject in reference.subjects:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class EvaluatedKV(NamedTuple):
-    """What an evaluation of conditions reads of a reference: its keys and values, and the weight's factor now."""
+    """An evaluation of conditions reads these of a reference: its keys and values, and the weight's factor now."""
 
     kv: KVByRole
     factor: float

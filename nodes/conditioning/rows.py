@@ -144,7 +144,7 @@ class When:
         return self.factor(sigma, model_sampling) != 0
 
     def factor(self, sigma: Tensor, model_sampling: Any) -> float:
-        """How strongly it acts at a noise level where it does."""
+        """Says how strongly it acts at a noise level where it does."""
         if not self.steps:
             return 1.0
         return at_share(self.steps, share_of(float(sigma.flatten()[0]), model_sampling.percent_to_sigma))

@@ -45,7 +45,7 @@ class KVRows:
         self._grids: dict[tuple[tuple[int, int], float], Tensor] = {}
 
     def weight(self, key: BlockKey) -> float:
-        """How far the plain output of a self-attention moves to the extended one."""
+        """Says how far the plain output of a self-attention moves to the extended one."""
         return self._weights.get(key, 1.0)
 
     def tokens(self, key: BlockKey, like: Tensor) -> list[tuple[Tensor, Tensor]]:

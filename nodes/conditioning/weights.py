@@ -16,7 +16,7 @@ from .unet_blocks import BlockKey
 
 
 @dataclass(frozen=True)
-class ReferenceWeights:
+class WeightFactors:
     """The value of a LOOKAHEAD_WEIGHTS socket: factors of the weight with which a node applies a reference.
 
     preset, layers: as `layer_weights` takes them; steps: spread evenly over the sampling, empty for 1 at every step.
@@ -111,4 +111,4 @@ class LookaheadWeights(io.ComfyNode):
     ) -> io.NodeOutput:
         if preset == LIST and pairs(layers) is None and not numbers(layers, "The layers are"):
             raise ValueError("The preset is list, and layers is empty: write its numbers, or choose another preset.")
-        return io.NodeOutput(ReferenceWeights(preset, layers if preset == LIST else "", steps_of(steps, curve)))
+        return io.NodeOutput(WeightFactors(preset, layers if preset == LIST else "", steps_of(steps, curve)))

@@ -46,10 +46,10 @@ def faces_in_boxes(boxes: Any, pictures: int, threshold: float) -> list[list[Fac
     picture; or one dict, for all. Those with a score below the threshold are left out.
     Raises ValueError, one sentence, for anything else.
     """
-    lists = [[boxes]] * pictures if isinstance(boxes, dict) else list(boxes)
-    if lists and all(isinstance(one, dict) for one in lists) and pictures == 1:
-        lists = [lists]
     try:
+        lists = [[boxes]] * pictures if isinstance(boxes, dict) else list(boxes)
+        if lists and all(isinstance(one, dict) for one in lists) and pictures == 1:
+            lists = [lists]
         numbers = [[[float(b[k]) for k in ("x", "y", "width", "height")] for b in of_one] for of_one in lists]
         scores = [[float(box.get("score", 1.0)) for box in of_one] for of_one in lists]
     except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -49,7 +49,7 @@ def new_path(file_name: str) -> Path:
 
 
 def saved(subject: Subject, with_latents: bool) -> SavedSubject:
-    """What a file holds of a subject. with_latents: also what KV injection needs, of which the picture can be decoded.
+    """Takes of a subject what a file holds. with_latents: also what KV injection needs, of which the picture can be decoded.
 
     Raises ValueError, one sentence, where that leaves nothing.
     """

@@ -97,7 +97,7 @@ def test_padding_keeps_the_face_in_the_middle_and_counts_as_masked_out(crop, pic
     assert padded[:, :30, :, 3].max() == padded[:, :, :30, 3].max() == 0
     assert torch.equal(padded[0, 40, 0, :3], picture[0, 10, 0])  # the colours of the edge go on
     subject = tools.reference(mini, padded).subjects[0]
-    assert subject.mask is not None and subject.mask[:, :15].max() == 0
+    assert subject.mask is not None and subject.mask[:, :15].max() < 1e-3
     larger, _ = crop(picture, at_the_edge, margin=3.0, edges="pad")
     assert larger.shape == (1, 420, 420, 4)
     whole, _ = crop(picture, [[]], edges="pad", if_none="whole picture")

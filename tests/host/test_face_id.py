@@ -194,7 +194,7 @@ def test_gradients_flow_through_its_lora(pack, world, tools, load, read, face, p
                     model_k(sigma * (x + step * direction), level, **extra_args).square().sum()
                     for step in (1e-2, -1e-2)
                 )
-            found.append((float((ahead - behind) / 2e-2), float(gradient.norm())))
+            found.append((((ahead - behind) / 2e-2).item(), gradient.norm().item()))
         return noise
 
     import comfy.samplers
