@@ -49,8 +49,9 @@ def new_path(file_name: str) -> Path:
 
 
 def saved(subject: Subject, with_latents: bool) -> SavedSubject:
-    """Takes of a subject what a file holds. with_latents: also what KV injection needs, of which the picture can be decoded.
+    """Takes of a subject what a file holds.
 
+    with_latents: also what KV injection needs, of which the picture can be decoded.
     Raises ValueError, one sentence, where that leaves nothing.
     """
     latents = subject.latents if with_latents else None
