@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ...lookahead.vision.face_models import FaceModels
 from ...lookahead.vision.faces import Face, align, area, template
-from ...lookahead.vision.images import centre_square
 from ..schema import schema
 from ..sockets import ENCODER, FACE_ANALYSIS, REFERENCE
 from .encode_reference import AVERAGE, ONE_EACH, TOGETHER, arranged, check_clip_vision, image_features
@@ -81,7 +80,7 @@ class LookaheadEncodeFace(io.ComfyNode):
         keys_values, null_keys_values = keys_values_of(encoder, tokens, null_tokens)
         subject = Subject(
             encoder=encoder,
-            pixels=centre_square(colour, encoder.size),
+            pixels=crops,
             mask=None,
             keys_values=keys_values,
             null_keys_values=null_keys_values,
