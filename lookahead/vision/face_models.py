@@ -147,6 +147,8 @@ class FaceModels:
         self.name = folder.name
         self.licence = licence_of(self.folder)
         self.recogniser, self.preprocessing = _recogniser(app)
+        self._open = lambda: open_app(self.folder, gpu, threads)
+        self._app: FaceAnalysis | None = None
         self._detector = app.det_model  # the recogniser's session is dropped: embeddings are computed in torch
 
     @property
@@ -183,6 +185,28 @@ class FaceModels:
             rows = zip(torch.from_numpy(boxes).float(), torch.from_numpy(points).float(), strict=True)
             out.append([Face(box[:4].clone(), five.clone(), float(box[4])) for box, five in rows])
         return out
+
+    def embed(self, pictures: Tensor) -> list[list[tuple[Face, Tensor]]]:
+        """The faces of each picture [n, 3, h, w] in [0, 1], surest first, with the unit vector [d] of the pack's own
+        recogniser for each, by insightface itself. Raises FaceModelError for a pack without one."""
+        if self.recogniser is None:
+            raise FaceModelError(
+                f"The face pack {self.name} has no recogniser, and face embeddings need one: use a whole pack, such as "
+                "buffalo_l."
+            )
+        self._app = self._app or self._open()  # opened anew, since the session was dropped
+        return [
+            [
+                (
+                    Face(
+                        torch.from_numpy(face.bbox).float(), torch.from_numpy(face.kps).float(), float(face.det_score)
+                    ),
+                    torch.from_numpy(face.normed_embedding).float(),
+                )
+                for face in found
+            ]
+            for found in find_and_embed(self._app, pictures)
+        ]
 
 
 def as_bgr(picture: Tensor) -> np.ndarray:

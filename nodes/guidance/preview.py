@@ -114,6 +114,8 @@ class Previewer:
     def networks(self) -> list[nn.Module]:
         """All networks between the latent and the picture."""
         networks = [self.model.diffusion_model, self.shortcut.vae.first_stage_model]
+        # Of effects: a LoRA that an image prompt comes with.
+        networks += [patcher.model for patcher in self.base.get_additional_models_with_key(wrappers.KEY)]
         return networks if self.lora_patcher is None else [*networks, self.lora_patcher.model]
 
     @property
