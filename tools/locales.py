@@ -35,7 +35,7 @@ INSTRUCTIONS = re.compile(r"[@{}|]")  # signs that the page does not show but ob
 NUMBER = re.compile(r"(?<![\w.-])-?\d+(?:\.\d+)?", re.ASCII)
 PATH = re.compile(r"[\w.-]+(?:/[\w.-]*\w)+|\.(?:safetensors|bin|onnx|pth?)\b|\w+\.(?:pth?|bin)\b", re.ASCII)
 #: What English writes as words and other languages as digits: one, twice, two to five ...
-COUNTING = collections.Counter({str(number): 9 for number in range(1, 6)})
+COUNTING = collections.Counter({str(number): 99 for number in range(1, 6)})
 CODE, LINK = re.compile(r"`[^`]+`"), re.compile(r"\]\(([^)]+)\)")
 LINES = ("#", "##", "###", "-", "|", "!")  # first words of the lines that make up a page
 
