@@ -5,7 +5,8 @@ python -m lcm_lookahead.tools.locales --write    write locales/<code>/ anew from
 python -m lcm_lookahead.tools.locales --take     note that the help pages are translations of the English ones of now
 
 English stands in the nodes alone. A catalogue, `locales/<code>.json`, holds a translation beside each English text: a
-text that is changed in a node has none until it is translated again, and the old one is named as left over. Of each
+text that is changed in a node has none until it is translated again, and the old one is named as left over. `<node>:
+<text>` is for a text that has to be put differently in one node. Of each
 translated help page it holds the fingerprint of the English page that it was made from. What ComfyUI reads, the folders
 `locales/<code>/`, is written from the nodes and the catalogues, never by hand.
 """
@@ -134,9 +135,9 @@ class Locales:
         self.trees = english(object_info)
         self.glossary = read(folder / "glossary.json")
         self.catalogues = {code: read(folder / f"{code}.json") for code in LANGUAGES}
-        stays = set(self.glossary["stays"])
+        nodes, stays = self.trees["nodeDefs"], set(self.glossary["stays"])
         self.texts = [text for text in dict.fromkeys(texts(self.trees)) if text not in stays]  # in the nodes' order
-        nodes = self.trees["nodeDefs"]
+        self.texts_in = [f"{id}: {text}" for id, node in nodes.items() for text in texts(node)]
         self.titles = [node["display_name"] for node in nodes.values()]
         self.ids = {name for node in nodes.values() for name in node["inputs"] if "_" in name}
 
@@ -144,13 +145,17 @@ class Locales:
         """What the folders of the languages hold: the text of each file by its path."""
         found = {f"en/{name}.json": written(tree) for name, tree in self.trees.items()}
         for code in LANGUAGES:
-            for name, tree in self.trees.items():
-                found[f"{code}/{name}.json"] = written(mapped(tree, functools.partial(self.translation, code)))
+            word = functools.partial(self.translation, code)
+            nodes = self.trees["nodeDefs"].items()
+            tree = {id: mapped(node, functools.partial(word, id=id)) for id, node in nodes}
+            found[f"{code}/nodeDefs.json"] = written(tree)
+            found[f"{code}/main.json"] = written(mapped(self.trees["main"], word))
         return found
 
-    def translation(self, code: str, text: str) -> str:
-        """A text in a language: itself where it stays as it is, "" where it has no translation."""
-        return text if text in self.glossary["stays"] else self.catalogues[code]["texts"].get(text, "")
+    def translation(self, code: str, text: str, id: str = "") -> str:
+        """A text (of a node) in a language: itself where it stays as it is, "" where it has no translation."""
+        known = self.catalogues[code]["texts"]
+        return text if text in self.glossary["stays"] else known.get(f"{id}: {text}", known.get(text, ""))
 
     def faults(self) -> list[str]:
         """All that is wrong, a line each."""
@@ -164,7 +169,7 @@ class Locales:
 
     def _text_faults(self, code: str) -> Iterator[str]:
         known = self.catalogues[code]["texts"]
-        left = {text: None for text in known if text not in self.texts}
+        left = {text: None for text in known if text not in self.texts and text not in self.texts_in}
         for text in self.texts:
             if text not in known:
                 old = difflib.get_close_matches(text, left, 1, 0.7)
@@ -175,6 +180,9 @@ class Locales:
                 odds = self.at_odds(code, text, known[text])
                 yield from (f"{fault}, in the translation of {text!r}" for fault in odds)
         yield from (f"left over: {text!r}" for text in left)
+        for special in (text for text in self.texts_in if text in known):
+            odds = self.at_odds(code, special.partition(": ")[2], known[special])
+            yield from (f"{fault}, in the translation of {special!r}" for fault in odds)
 
     def at_odds(self, code: str, text: str, translation: str) -> Iterator[str]:
         """What a translation has not kept of an English text."""
@@ -218,7 +226,7 @@ class Locales:
                 yield f"{id}/{page.name} has other numbers: {difference(NUMBER.findall(here), NUMBER.findall(there))}"
             called = [*self.titles, *(name for name in texts(sockets_of(node)) if f"`{name}`" in there)]
             for other in called:
-                if names(other, there) and (name := self.translation(code, other)) not in here:
+                if names(other, there) and (name := self.translation(code, other, id)) not in here:
                     yield f"{id}/{page.name} has no {name!r}, as {other!r} is called"
             catalogue = self.catalogues[code]
             if here.rstrip().endswith(catalogue["notice"]) == bool(catalogue["read_by"]):
