@@ -31,7 +31,6 @@ LOCALES, HELP = ROOT / "locales", ROOT / "web" / "docs"
 #: The languages, by the codes of ComfyUI's page (which offers no German yet).
 LANGUAGES = ("zh", "ja", "ko", "de", "fr", "es", "pt-BR")
 OURS = "Lookahead"  # how our node ids begin
-SEED_CONTROL = "control after generate"  # what the page itself adds to a seed
 INSTRUCTIONS = re.compile(r"[@{}|]")  # signs that the page does not show but obey
 NUMBER = re.compile(r"(?<![\w.-])-?\d+(?:\.\d+)?", re.ASCII)
 PATH = re.compile(r"[\w.-]+(?:/[\w.-]*\w)+|\.(?:safetensors|bin|onnx|pth?)\b|\w+\.(?:pth?|bin)\b", re.ASCII)
@@ -69,8 +68,6 @@ def english(object_info: Mapping[str, Mapping[str, Any]]) -> dict[str, Tree]:
             entry["inputs"][name] = {"name": options.get("display_name") or name, "tooltip": options.get("tooltip", "")}
             if words and tuple(words) not in of_host:
                 entry["inputs"][name]["options"] = {word: word for word in words}
-            if options.get("control_after_generate"):
-                entry["inputs"]["control_after_generate"] = {"name": SEED_CONTROL}
         outputs = zip(node["output_name"], node["output_tooltips"], strict=True)
         entry["outputs"] = {str(i): {"name": name, "tooltip": tip or ""} for i, (name, tip) in enumerate(outputs)}
         nodes[id] = entry
