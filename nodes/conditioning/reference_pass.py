@@ -8,6 +8,7 @@ picture, no ControlNet, no image prompt. The pass ends in the last block that ex
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -34,6 +35,12 @@ if TYPE_CHECKING:
 SHARED, FIXED = "shared", "fixed"
 _KEY = "lookahead_reference_pass"
 _INPUT, _OUTPUT = "lookahead_input", "lookahead_output"  # what one block passes to itself, in its own extra_options
+
+
+_NO_NOISE = (
+    "[LCM-Lookahead] this run adds no noise of its own, so the reference gets the noise of seed %d: in a later stage of "
+    "a run, give the seed of the first."
+)
 
 
 class _LastExport(Exception):
@@ -83,12 +90,17 @@ class ReferencePass:
     def __init__(self, source: KVSource, patcher: ModelPatcher, noise: Tensor, seed: int):
         self.source, self.evaluations, self._patcher = source, 0, patcher
         latents = source.subject.latents
-        fits = noise.ndim == 4 and noise.shape[-2:] == latents.shape[-2:] and bool(noise.any())
-        if source.noise == SHARED and fits:
+        shared = source.noise == SHARED
+        fits = noise.ndim == 4 and noise.shape[-2:] == latents.shape[-2:]
+        if shared and fits and bool(noise.any()):
             self._noise = noise.float().cpu()
         else:
-            generator = torch.Generator().manual_seed(seed if source.noise == SHARED else source.noise_seed)
-            self._noise = torch.randn(1, *latents.shape[1:], generator=generator)
+            # A later stage of a run adds no noise: what the first drew of this seed was one for each of its pictures.
+            generator = torch.Generator().manual_seed(seed if shared else source.noise_seed)
+            shape = noise.shape if shared and fits else (1, *latents.shape[1:])
+            self._noise = torch.randn(shape, generator=generator)
+            if shared and fits:
+                logging.info(_NO_NOISE, seed)
         # How many images read something of their own; the others read the same in turn.
         self._images = max(len(self._noise), min(len(latents), len(noise)) if source.subject.one_each else 1)
         self._signature: tuple | None = None

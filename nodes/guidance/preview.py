@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ...lookahead.method.schedule import consistency_output, to_vp
 from ..conditioning import wrappers
+from ..conditioning.rows import pictures_of
 from . import autograd
 from .lora_bypass import Bypasses, Strengths, added_patches, bypass_patcher, check_patches
 
@@ -288,10 +289,13 @@ class _Added(Tensor):
 
 
 def _with_bypasses(bypasses: Bypasses, lora_scale: Tensor) -> Callable:
-    def apply_model(executor, x, *args, **kwargs):
+    def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):
         # Images are neighbours within each condition, and conditions within each tile of those who draw in tiles.
-        with bypasses.switched(Strengths.of(lora_scale.repeat(x.shape[0] // len(lora_scale)))):
-            return executor(x, *args, **kwargs)
+        options = transformer_options or {}
+        pictures = pictures_of(len(x) // len(options.get("cond_or_uncond") or [0]), options)
+        scales = lora_scale if isinstance(pictures, range) else lora_scale[list(pictures)]
+        with bypasses.switched(Strengths.of(scales.repeat(len(x) // len(scales)))):
+            return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
     return apply_model
 
