@@ -8,6 +8,7 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ...lookahead.files import convert
+from ..folders import file_names
 from ..schema import schema
 from .load_encoder import FOLDERS, encoder_path
 
@@ -17,13 +18,12 @@ NO_BASE = "do not compare"
 
 def source_names() -> list[str]:
     """Names of all files that may be converted, those of `models/lookahead` first."""
-    names = [n for folder in FOLDERS for n in folder_paths.get_filename_list(folder) if n.lower().endswith(EXTENSIONS)]
-    return list(dict.fromkeys(names))
+    return list(dict.fromkeys(name for folder in FOLDERS for name in file_names(folder, EXTENSIONS)))
 
 
 def base_names() -> list[str]:
     """Checkpoints that a published checkpoint's copy of SDXL can be compared with."""
-    return [n for n in folder_paths.get_filename_list("checkpoints") if n.lower().endswith(".safetensors")]
+    return file_names("checkpoints", (".safetensors",))
 
 
 def target_path(file_name: str) -> Path:
@@ -34,7 +34,12 @@ def target_path(file_name: str) -> Path:
     if not name.lower().endswith(".safetensors"):
         name += ".safetensors"
     folder = Path(folder_paths.get_folder_paths("lookahead")[0])
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"{folder} cannot be made ({error.strerror}): make it, and let ComfyUI write there."
+        ) from error
     return folder / name
 
 
@@ -92,10 +97,11 @@ class LookaheadConvertEncoder(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, source_name: str) -> bool | str:
+    def validate_inputs(cls, source_name: str | None = None) -> bool | str:
         """Say where the file was looked for, instead of the host's 'value not in list'."""
         try:
-            encoder_path(source_name)
+            if source_name is not None:  # else the host names it, or it comes by a link
+                encoder_path(source_name)
         except FileNotFoundError as error:
             return str(error)
         return True

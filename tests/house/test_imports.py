@@ -21,9 +21,11 @@ ROOMS: dict[str, tuple[str, ...]] = {
     # the pack
     "nodes.schema": (),
     "nodes.sockets": (),
-    "nodes.reference": ("lookahead", "nodes.schema", "nodes.sockets"),
+    "nodes.folders": (),
+    "nodes.versions": (),
+    "nodes.reference": ("lookahead", "nodes.schema", "nodes.folders", "nodes.sockets"),
     "nodes.conditioning": ("lookahead", "nodes.schema", "nodes.sockets", "nodes.reference"),
-    "nodes.losses": ("lookahead", "nodes.schema", "nodes.sockets", "nodes.reference"),
+    "nodes.losses": ("lookahead", "nodes.schema", "nodes.folders", "nodes.sockets", "nodes.reference"),
     "nodes.guidance": ("lookahead", "nodes.schema", "nodes.sockets", "nodes.losses", "nodes.conditioning"),
     "nodes": ("nodes",),
     # SDXL in diffusers, and what is built on it
