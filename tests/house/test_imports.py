@@ -44,7 +44,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     # the mini world: people are drawn, networks trained on them and stored in public formats, measured, then used
     "mini.world": (),
     "mini.plan": ("mini.world",),
-    "mini.files.checkpoint": (),
+    "mini.files.checkpoint": ("lookahead",),
     "mini.stages": ("lookahead", "sdxl", "evaluation", "mini.world", "mini.plan", "mini.files.checkpoint"),
     "mini.files": (
         "lookahead",
