@@ -53,7 +53,7 @@ class GradientPatcher(comfy.model_patcher.ModelPatcher):
 
 
 def pictures_of(image: Tensor) -> Tensor:
-    """IMAGE [n, H, W, 1 to 4] in [0, 1] -> [n, 3, H, W] in [-1, 1], float32; transparency is ignored.
+    """IMAGE [n, H, W, 1 to 4] in [0, 1] -> [n, 3, H, W] in [-1, 1], float32; what is transparent is white.
 
     Call it outside of inference mode: what it returns can then take part in gradients.
     """
