@@ -47,7 +47,7 @@ def _tolerant(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def needs_a_newer_host() -> Iterator[None]:
-    """What fails inside because the host lacks something raises RuntimeError, one sentence, where that is too old."""
+    """Raises RuntimeError, one sentence, for what fails inside because the host is too old."""
     try:
         yield
     except (ImportError, AttributeError, TypeError) as error:

@@ -39,11 +39,12 @@ _NO_LORA = (
 class Call:
     """One call of the model by the sampler: all that it gives beside the latent.
 
-    model: what it calls (the host's inpainting wrapper around the guider), or None; options: its keyword arguments.
+    model: what it calls (the host's inpainting wrapper around the guider), or None; options: its keyword arguments; x:
+    the latent. (What a sampler shows its callback may be in a scale of its own, as that of uni_pc.)
     """
 
-    def __init__(self, model: Any, sigma: Tensor, options: dict[str, Any]):
-        self.model, self.sigma = model, sigma
+    def __init__(self, model: Any, sigma: Tensor, options: dict[str, Any], x: Tensor | None = None):
+        self.model, self.sigma, self.x = model, sigma, x
         self.options, self.model_options = options, options.get("model_options", {})
         self.denoise_mask, self.seed = options.get("denoise_mask"), options.get("seed")
 
@@ -215,9 +216,13 @@ class Previewer:
         if self.lora_patcher is not None:
             wrappers.setdefault(WrappersMP.APPLY_MODEL, {})[KEY] = [_with_bypasses(self.lora_patcher.model, lora_scale)]
         transformer["wrappers"] = wrappers
+        kept = {name: value for name, value in model_options.items() if name != "multigpu_clones"}
         if grad:
             transformer["optimized_attention_override"] = autograd.pytorch_attention
-        kept = {name: value for name, value in model_options.items() if name != "multigpu_clones"}
+            for name in ("patches", "patches_replace"):
+                transformer[name] = autograd.on_copies(transformer.get(name, {}))
+            if (around := kept.get("model_function_wrapper")) is not None:
+                kept["model_function_wrapper"] = autograd.on_a_copy(around)
         return {**kept, "transformer_options": transformer}
 
     def decode(self, latent: Tensor) -> Tensor:
