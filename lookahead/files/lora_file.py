@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .original_names import ldm_unet
-from .tensors import LARGEST, EncoderFileError, check_numbers, check_plain
+from .tensors import LARGEST, EncoderFileError, check_numbers
 
 _ENDINGS = {  # the longest that fits
     ending: part
@@ -82,7 +82,6 @@ def low_rank(tensors: Mapping[str, Tensor], layers: Mapping[str, torch.Size], na
             parts.setdefault(known[layer], {})[part] = tensor
     if not parts:
         raise EncoderFileError(f"{name} holds no LoRA of a UNet: use one for SDXL.")
-    check_plain(tensors, name)
     check_numbers(tensors, name, LARGEST)
     return {path: _joined(parts[path], layers[path], path, name) for path in layers if path in parts}
 

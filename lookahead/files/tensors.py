@@ -73,6 +73,7 @@ def check_plain(tensors: Mapping[str, Tensor], name: str) -> None:
 
 def check_numbers(tensors: Mapping[str, Tensor], name: str, largest: float = math.inf) -> None:
     """Raise EncoderFileError, one sentence, for weights without numbers, with NaN or infinity, or above `largest`."""
+    check_plain(tensors, name)
     for key, value in tensors.items():
         if not value.numel():
             raise EncoderFileError(
