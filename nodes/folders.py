@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import folder_paths
@@ -25,6 +25,23 @@ def file_names(folder: str, endings: tuple[str, ...]) -> list[str]:
         _left_out(getattr(error, "filename", None) or folder, error)
         names = []
     return [name for name in names if name.lower().endswith(endings)]
+
+
+def made(folder: str) -> Path:
+    """The first of a model folder's places, where new files go, made if need be. Raises ValueError, one sentence."""
+    place = Path(folder_paths.get_folder_paths(folder)[0])
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{place} cannot be made ({error.strerror}): make it, and let ComfyUI write there.") from error
+    return place
+
+
+def nothing_chosen(there: Sequence[str], what: str, folders: Iterable[str]) -> bool | str:
+    """Answers for `validate_inputs` without a value: one comes by a link, or there is no file to choose (a sentence)."""
+    if there:
+        return True
+    return f"There is no {what} in {searched(folders)} yet: put one there, then press R in the page."
 
 
 def subfolders(place: Path) -> list[Path]:

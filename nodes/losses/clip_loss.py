@@ -14,7 +14,7 @@ from ...lookahead.losses.base import Combined, Loss
 from ...lookahead.losses.cutouts import Cutouts
 from ...lookahead.losses.embedding import EmbeddingLoss
 from ...lookahead.vision import clip
-from ..folders import file_names, searched
+from ..folders import file_names, nothing_chosen, searched
 from ..schema import schema
 from ..sockets import LOSS
 from .lookahead_loss import LookaheadLoss
@@ -98,9 +98,10 @@ class LookaheadCLIPLoss(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, clip_name: str | None = None) -> bool | str:
         """Say where the file was looked for, instead of the host's 'value not in list'."""
+        if clip_name is None:
+            return nothing_chosen(file_names(FOLDER, ("",)), "CLIP file", folder_paths.get_folder_paths(FOLDER))
         try:
-            if clip_name is not None:  # else the host names it, or it comes by a link
-                clip_path(clip_name)
+            clip_path(clip_name)
         except FileNotFoundError as error:
             return str(error)
         return True

@@ -8,9 +8,9 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ...lookahead.files import convert
-from ..folders import file_names
+from ..folders import file_names, made, nothing_chosen
 from ..schema import schema
-from .load_encoder import FOLDERS, encoder_path
+from .load_encoder import FOLDERS, encoder_path, places
 
 EXTENSIONS = (".safetensors", ".bin", ".pt")
 NO_BASE = "do not compare"
@@ -33,14 +33,7 @@ def target_path(file_name: str) -> Path:
         raise ValueError(f"The file_name is {file_name!r}, and a name without folders is needed, such as my_encoder.")
     if not name.lower().endswith(".safetensors"):
         name += ".safetensors"
-    folder = Path(folder_paths.get_folder_paths("lookahead")[0])
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"{folder} cannot be made ({error.strerror}): make it, and let ComfyUI write there."
-        ) from error
-    return folder / name
+    return made("lookahead") / name
 
 
 class LookaheadConvertEncoder(io.ComfyNode):
@@ -99,9 +92,10 @@ class LookaheadConvertEncoder(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, source_name: str | None = None) -> bool | str:
         """Say where the file was looked for, instead of the host's 'value not in list'."""
+        if source_name is None:
+            return nothing_chosen(source_names(), "file to convert", places())
         try:
-            if source_name is not None:  # else the host names it, or it comes by a link
-                encoder_path(source_name)
+            encoder_path(source_name)
         except FileNotFoundError as error:
             return str(error)
         return True

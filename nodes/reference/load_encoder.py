@@ -7,7 +7,7 @@ import os
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..folders import file_names, searched
+from ..folders import file_names, nothing_chosen, searched
 from ..schema import schema
 from ..sockets import ENCODER
 from .face_id_encoder import load
@@ -27,14 +27,20 @@ def encoder_names() -> list[str]:
     return list(dict.fromkeys(name for folder in FOLDERS for name in file_names(folder, EXTENSIONS)))
 
 
+def places() -> list[str]:
+    """The folders in which encoder files are looked for."""
+    return [path for folder in FOLDERS for path in folder_paths.get_folder_paths(folder)]
+
+
 def encoder_path(name: str) -> str:
     """Path of an encoder file. Raises FileNotFoundError, one sentence, naming the folders that were searched."""
     for folder in FOLDERS:
         path = folder_paths.get_full_path(folder, name)
         if path is not None:
             return path
-    where = searched(path for folder in FOLDERS for path in folder_paths.get_folder_paths(folder))
-    raise FileNotFoundError(f"There is no encoder file {name!r} in {where}: put it into one of these folders.")
+    raise FileNotFoundError(
+        f"There is no encoder file {name!r} in {searched(places())}: put it into one of these folders."
+    )
 
 
 class LookaheadLoadEncoder(io.ComfyNode):
@@ -71,9 +77,10 @@ class LookaheadLoadEncoder(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, encoder_name: str | None = None) -> bool | str:
         """Say where the file was looked for, instead of the host's 'value not in list'."""
+        if encoder_name is None:
+            return nothing_chosen(encoder_names(), "encoder file", places())
         try:
-            if encoder_name is not None:  # else the host names it, or it comes by a link
-                encoder_path(encoder_name)
+            encoder_path(encoder_name)
         except FileNotFoundError as error:
             return str(error)
         return True

@@ -9,7 +9,7 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ...lookahead.vision.face_models import FaceModels, pack_folder
-from ..folders import searched, subfolders
+from ..folders import nothing_chosen, searched, subfolders
 from ..schema import schema
 from ..sockets import FACE_ANALYSIS
 
@@ -33,13 +33,17 @@ def packs() -> dict[str, Path]:
     return found
 
 
+def places() -> list[str]:
+    """The folders in which packs are looked for first."""
+    return [os.path.join(path, "models") for path in folder_paths.get_folder_paths(FOLDER)]
+
+
 def pack_path(name: str) -> Path:
     """The folder of a pack. Raises FileNotFoundError, one sentence, naming the folders that were searched."""
     found = packs()
     if name not in found:
-        where = searched(os.path.join(path, "models") for path in folder_paths.get_folder_paths(FOLDER))
         raise FileNotFoundError(
-            f"There is no face pack {name!r} in {where}: unpack one, such as buffalo_l or antelopev2, into a folder "
+            f"There is no face pack {name!r} in {searched(places())}: unpack one, such as buffalo_l or antelopev2, into a folder "
             "of its name there."
         )
     return found[name]
@@ -86,9 +90,10 @@ class LookaheadLoadFaceAnalysis(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, pack_name: str | None = None) -> bool | str:
         """Say where the pack was looked for, instead of the host's 'value not in list'."""
+        if pack_name is None:
+            return nothing_chosen(list(packs()), "face pack", places())
         try:
-            if pack_name is not None:  # else the host names it, or it comes by a link
-                pack_path(pack_name)
+            pack_path(pack_name)
         except FileNotFoundError as error:
             return str(error)
         return True

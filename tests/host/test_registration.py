@@ -15,6 +15,7 @@ LOADERS = {
     "LookaheadConvertEncoder": "source_name",
     "LookaheadLoadFaceAnalysis": "pack_name",
     "LookaheadCLIPLoss": "clip_name",
+    "LookaheadLoadReference": "reference_name",
 }
 
 
@@ -127,14 +128,30 @@ def test_missing_inputs_are_named_and_nothing_is_raised(pack):
         assert named == required and all("Required input is missing" in text for text in texts), name
 
 
-def test_files_named_by_a_link_are_looked_for_when_the_node_runs(pack):
-    for name in [*LOADERS, "LookaheadLPIPSLoss"]:
-        node = pack.nodes[name]
-        by_link = {LOADERS.get(name, "backbone"): None}
-        assert node.validate_inputs(**by_link) is True
+@pytest.mark.parametrize("name", LOADERS)
+def test_without_a_value_there_is_no_file_or_it_comes_by_a_link(pack, name):
+    """The page sends None where a list is empty; what comes by a link is looked for when the node runs."""
+    node, folders = pack.nodes[name], ("lookahead", "insightface/models/pack", "clip_vision", "lookahead_references")
+    text = node.validate_inputs(**{LOADERS[name]: None})
+    assert "There is no" in text and text.endswith(".")
+    for folder in folders:
+        (pack.base / "models" / folder).mkdir(parents=True, exist_ok=True)
+        (pack.base / "models" / folder / ("a.onnx" if "pack" in folder else "a.safetensors")).touch()
+    try:
+        assert node.validate_inputs(**{LOADERS[name]: None}) is True
         others = {"device": "cpu"} if name == "LookaheadLoadFaceAnalysis" else {}
         if name != "LookaheadConvertEncoder":
-            assert isinstance(node.fingerprint_inputs(**by_link, **others), str | None)
+            assert isinstance(node.fingerprint_inputs(**{LOADERS[name]: None}, **others), str | None)
+    finally:
+        for folder in folders:
+            shutil.rmtree(pack.base / "models" / folder.partition("/")[0])
+
+
+def test_a_loss_whose_choices_are_unknown_or_come_by_a_link(pack):
+    node = pack.nodes["LookaheadLPIPSLoss"]
+    assert node.validate_inputs(backbone=None) is True and node.validate_inputs(weights=None) is True
+    assert "choose one of vgg" in node.validate_inputs(backbone="resnet")
+    assert isinstance(node.fingerprint_inputs(backbone=None), str)
 
 
 def test_inputs_of_other_versions_are_left_out_with_a_line_in_the_log(pack, mini, tools, caplog):
