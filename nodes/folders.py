@@ -38,7 +38,7 @@ def made(folder: str) -> Path:
 
 
 def nothing_chosen(there: Sequence[str], what: str, folders: Iterable[str]) -> bool | str:
-    """Answers for `validate_inputs` without a value: one comes by a link, or there is no file to choose (a sentence)."""
+    """Answers for `validate_inputs` without a value: it comes by a link, or there is no file yet (a sentence)."""
     if there:
         return True
     return f"There is no {what} in {searched(folders)} yet: put one there, then press R in the page."

@@ -42,9 +42,10 @@ def pack_path(name: str) -> Path:
     """The folder of a pack. Raises FileNotFoundError, one sentence, naming the folders that were searched."""
     found = packs()
     if name not in found:
+        where = searched(places())
         raise FileNotFoundError(
-            f"There is no face pack {name!r} in {searched(places())}: unpack one, such as buffalo_l or antelopev2, into a folder "
-            "of its name there."
+            f"There is no face pack {name!r} in {where}: unpack one, such as buffalo_l or antelopev2, into a folder of "
+            "its name there."
         )
     return found[name]
 
