@@ -8,7 +8,13 @@ WEB_DIRECTORY = "./web"
 
 
 async def comfy_entrypoint():
-    """Return the extension that holds all nodes of this pack (called once by ComfyUI)."""
-    from .nodes.extension import LookaheadExtension
+    """Return the extension that holds all nodes of this pack (called once by ComfyUI).
+
+    Raises RuntimeError, one sentence, where the host is too old for it.
+    """
+    from .nodes.versions import needs_a_newer_host
+
+    with needs_a_newer_host():
+        from .nodes.extension import LookaheadExtension
 
     return LookaheadExtension()

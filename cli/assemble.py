@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..lookahead.files import encoder_file
-from ..lookahead.files.tensors import read_tensors, sha256
+from ..lookahead.files.tensors import EncoderFileError, read_tensors, sha256
 from ..lookahead.method.attention import softmax_attention
 from ..lookahead.vision import arcface
 from ..lookahead.vision.arcface import Recogniser
@@ -128,9 +128,9 @@ def make_step(config: Config, files: Model, frozen: Frozen, preview: Preview | N
     if config.lookahead.arm == "shortcut":
         path = found("shortcut", files.shortcut)
         try:
-            shortcut = lora.load(lora.public(read_tensors(path)[0]), frozen.unet).to(frozen.unet.dtype)
-        except KeyError as error:
-            raise ModelError(f"{path} is no LoRA for this base ({error.args[0]}): use one for SDXL.") from error
+            shortcut = lora.load(read_tensors(path)[0], frozen.unet, str(path)).to(frozen.unet.dtype)
+        except EncoderFileError as error:
+            raise ModelError(str(error)) from error
     attention = cpu_attention if device().type == "cpu" else softmax_attention
     null = frozen.null_features()
     if null.shape[-1] != start.sizes.image_width:

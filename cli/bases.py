@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..lookahead.files import encoder_file
+from ..lookahead.files import encoder_file, lora_file
 from ..lookahead.files.tensors import read_tensors
 from ..sdxl.load import found
 from ..trainer.config import ConfigError
@@ -111,7 +111,7 @@ def shapes(config: Config) -> Shapes:
     rank = 0
     if config.lookahead.arm == "shortcut":
         tensors, _ = read_tensors(found("shortcut", files.shortcut))
-        rank = max(len(tensor) for name, tensor in tensors.items() if name.endswith("lora_down.weight"))
+        rank = lora_file.rank(tensors)
     return Shapes(json.dumps(unet), sizes, patches, rank, size, images)
 
 

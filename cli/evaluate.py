@@ -22,11 +22,14 @@ def evaluate(
     encoders: Annotated[
         bool, typer.Option("--encoders", help="Study trained encoders against what training began with instead.")
     ] = False,
+    null_text: Annotated[
+        bool, typer.Option("--null-text", help="Study an empty negative prompt against zeros instead.")
+    ] = False,
     references: Annotated[
         int | None,
         typer.Option(
             help="Held-out people to draw, at least 10.",
-            show_default="100; with --knobs 20, with --guidance or --encoders 96",
+            show_default="100; with --knobs 20, with --null-text 10, with --guidance or --encoders 96",
         ),
     ] = None,
     first: Annotated[int, typer.Option(help="With --encoders: number of the first of the people, from 0.")] = 0,
@@ -39,7 +42,8 @@ def evaluate(
     Image prompt, KV injection or lookahead guidance in a real ComfyUI, over held-out drawn people.
     Files of one NAME are one arm, trained with several seeds; FILE@0.75 draws with that weight of the image prompt.
     """
-    chosen = [name for name, on in {"knobs": knobs, "guidance": guidance, "encoders": encoders}.items() if on]
+    studies = {"knobs": knobs, "guidance": guidance, "encoders": encoders, "null-text": null_text}
+    chosen = [name for name, on in studies.items() if on]
     if len(chosen) > 1:
         raise typer.BadParameter(f"--{chosen[0]} and --{chosen[1]} are studies of their own: give one of them.")
     if encoders != bool(files):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from comfy_api.latest import ComfyExtension, io
 
 from .conditioning.apply_image_prompt import LookaheadApplyImagePrompt
@@ -29,6 +31,7 @@ from .reference.load_face_analysis import LookaheadLoadFaceAnalysis, register_in
 from .reference.load_reference import LookaheadLoadReference
 from .reference.reference_files import register_reference_folder
 from .reference.save_reference import LookaheadSaveReference
+from .versions import leaves_out_unknown, needs_a_newer_host
 
 
 class LookaheadExtension(ComfyExtension):
@@ -39,7 +42,7 @@ class LookaheadExtension(ComfyExtension):
         register_folder()
         register_insightface_folder()
         register_reference_folder()
-        return [
+        nodes = [
             LookaheadLoadEncoder,
             LookaheadLoadFaceAnalysis,
             LookaheadCropFace,
@@ -64,3 +67,16 @@ class LookaheadExtension(ComfyExtension):
             LookaheadEncodeFace,
             LookaheadPlaceMasks,
         ]
+        with needs_a_newer_host():
+            for node in nodes:  # before the host registers the first: all of them or none
+                leaves_out_unknown(node).GET_SCHEMA()
+        name_errors(__name__.rpartition(".nodes.")[0])
+        return nodes
+
+
+def name_errors(package: str) -> None:
+    """The host shows an error's class with its module, which begins with the path of our folder: give it our name."""
+    modules = [module for name, module in list(sys.modules.items()) if name.startswith(package + ".")]
+    for value in (value for module in modules for value in list(vars(module).values())):
+        if isinstance(value, type) and issubclass(value, Exception) and value.__module__.startswith(package + "."):
+            value.__module__ = "LCM-Lookahead"

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..lookahead.files import lora_file
 from ..lookahead.method.module_list import ModuleListOf
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -126,31 +127,15 @@ def public_tensors(lora: LoRA) -> dict[str, Tensor]:
     return out
 
 
-def public(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The names that `load` reads, of a file under these or under diffusers' own (`unet.<path>.lora_A.weight`)."""
-    halves = {"lora_A": "lora_down", "lora_B": "lora_up", "lora.down": "lora_down", "lora.up": "lora_up"}
-    out = {}
-    for name, tensor in tensors.items():
-        for theirs, ours in halves.items():
-            if name.startswith("unet.") and f".{theirs}." in name:
-                path = name.removeprefix("unet.").partition(f".{theirs}.")[0]
-                name = f"{PREFIX}{path.replace('.', '_')}.{ours}.weight"
-        out[name] = tensor
-    texts = ("lora_te", "text_encoder.", "text_encoder_2.")
-    return {k: v for k, v in out.items() if not k.startswith(texts)}  # text encoders stay as they are
+def load(tensors: Mapping[str, Tensor], unet: nn.Module, name: str = "The file") -> LoRA:
+    """A LoRA from the tensors of a public file (any ranks, layers and names), not yet attached, not trainable.
 
-
-def load(tensors: Mapping[str, Tensor], unet: nn.Module) -> LoRA:
-    """A LoRA from the tensors of a public file (any ranks and layers), not yet attached, not trainable."""
-    names = {PREFIX + p.replace(".", "_"): p for p in layers(unet)}
-    given = {k.split(".", 1)[0] for k in tensors}
-    if strange := given - names.keys():
-        raise KeyError(f"the UNet has no layer for {sorted(strange)[0]} ({len(strange)} such names)")
-    here = {n: p for n, p in names.items() if n in given}
-    ranks = {p: len(tensors[f"{n}.lora_down.weight"]) for n, p in here.items()}
-    alphas = {p: float(tensors.get(f"{n}.alpha", torch.tensor(float(ranks[p])))) for n, p in here.items()}
-    lora = LoRA(unet, ranks, alphas)
-    for (name, _), branch in zip(here.items(), lora.branches, strict=True):
-        branch.lora_down.weight.data.copy_(tensors[f"{name}.lora_down.weight"])
-        branch.lora_up.weight.data.copy_(tensors[f"{name}.lora_up.weight"])
+    Raises EncoderFileError, one sentence that begins with `name`: see `lora_file.low_rank`.
+    """
+    kinds = (p for p, m in unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d))
+    parts = lora_file.low_rank(tensors, {p: unet.get_parameter(f"{p}.weight").shape for p in kinds}, name)
+    lora = LoRA(unet, {p: len(low.down) for p, low in parts.items()}, {p: low.alpha for p, low in parts.items()})
+    for low, branch in zip(parts.values(), lora.branches, strict=True):
+        branch.lora_down.weight.data.copy_(low.down)
+        branch.lora_up.weight.data.copy_(low.up.reshape(branch.lora_up.weight.shape))
     return lora.eval().requires_grad_(False)

@@ -310,7 +310,15 @@ class LookaheadPipeline(StableDiffusionXLPipeline):
 
 
 def _alpha_bar(scheduler: SchedulerMixin, t: Tensor) -> Tensor:
-    """alpha_bar at a time step. Between two, where some schedulers go, log sigma is interpolated."""
+    """alpha_bar at a time step. Between two, where some schedulers go, log sigma is interpolated.
+
+    Raises ValueError, one sentence, for a scheduler of flow matching, which noises by another rule.
+    """
+    if not hasattr(scheduler, "alphas_cumprod") or scheduler.config.get("use_flow_sigmas"):
+        raise ValueError(
+            f"The scheduler {type(scheduler).__name__} is one of flow matching, by whose rule the pipeline does not "
+            "noise a reference: use another one, such as DDIMScheduler, or draw with use_kv=False."
+        )
     alphas = scheduler.alphas_cumprod.double().to(t.device)
     below, above = t.floor().long(), t.ceil().long().clamp(max=len(alphas) - 1)
     log_sigma = [0.5 * torch.log((1 - alphas[i]) / alphas[i]) for i in (below, above)]

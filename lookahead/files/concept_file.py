@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..method.concept import PROJECTIONS, Concept, ConceptEncoder, ConceptSizes, Offsets
-from .tensors import EncoderFileError, read_tensors, write_tensors
+from .tensors import LARGEST, EncoderFileError, check_numbers, read_tensors, write_tensors
 
 ENCODER_FORMAT, CONCEPT_FORMAT, VERSION = "lcm-lookahead-concept-encoder", "lcm-lookahead-concept", "1"
 _BLOCK = r"(?:(?:down|up)_blocks\.\d+|mid_block)\.attentions\.\d+\.transformer_blocks\.\d+"
@@ -36,8 +36,7 @@ def _checked(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor]
             f"{name} has {other[kind]} format version {metadata.get('format_version')}, and this version of the pack "
             f"reads {VERSION}: update the pack."
         )
-    if bad := [key for key, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())]:
-        raise EncoderFileError(f"{name} holds numbers that are not finite in {bad[0]}: make or download it again.")
+    check_numbers(tensors, name, LARGEST)
     return tensors, metadata, name
 
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from ..method.kv_encoder import EXPORTED, KV_ENCODER, KV_EXPORT, TUNED
 from ..method.resampler import ResamplerSizes
 from .block_names import ip_adapter_key
-from .tensors import EncoderFileError, read_tensors, write_tensors
+from .metadata import check_metadata, short
+from .tensors import LARGEST, EncoderFileError, check_numbers, check_plain, read_tensors, write_tensors
 
 __all__ = [
     "EncoderFile",
@@ -123,6 +124,7 @@ def from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], nam
             f"{name} has encoder format version {metadata.get('format_version')}, and this version of the pack reads "
             f"{FORMAT_VERSION}: update the pack."
         )
+    check_plain(tensors, name)
     other = None if is_own else _what_else(tensors)
     if other:
         raise EncoderFileError(f"{name} is {other}")
@@ -131,7 +133,8 @@ def from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], nam
     _check_values(tensors, name)
     sizes = _check_resampler(image_proj, name)
     ip_adapter = _check_projections(tensors, sizes, name)
-    _check_kv(kv, len(ip_adapter), metadata, name)
+    _check_kv(kv, len(ip_adapter), name)
+    check_metadata(metadata, name)
     count = len(image_proj) + 2 * len(ip_adapter) + len(kv)
     if count != len(tensors):
         surplus = [k for k in tensors if not k.startswith("image_proj.") and not _IP_NAME.fullmatch(k) and k not in kv]
@@ -202,27 +205,18 @@ def provenance(file: EncoderFile) -> str:
     ]
     fields = [k for k in METADATA_FIELDS if k not in ("format", "format_version", "tokens")]
     fields += sorted(k for k in file.metadata if k.startswith("modelspec."))
-    shown = [f"{METADATA_FIELDS.get(k, k)}: {file.metadata[k]}" for k in fields if file.metadata.get(k)]
+    shown = [f"{METADATA_FIELDS.get(k, k)}: {short(file.metadata[k], 2000)}" for k in fields if file.metadata.get(k)]
     return "\n".join(lines + (shown or [PROVENANCE_UNKNOWN]))
 
 
 def _check_values(tensors: Mapping[str, Tensor], name: str) -> None:
     for key, value in tensors.items():
-        if value.layout != torch.strided or value.is_meta:  # a pickle can hold these; most operations refuse them
-            kind = "without values (a meta tensor)" if value.is_meta else f"sparse ({value.layout})"
-            raise EncoderFileError(
-                f"{name}: {key} is stored {kind}, but encoder files hold plain tensors: use the .safetensors version."
-            )
         if value.dtype not in DTYPES:
             raise EncoderFileError(
                 f"{name}: {key} is stored as {value.dtype}, but encoder files hold float32, float16 or bfloat16: use "
                 "the original, unquantised file."
             )
-        if not torch.isfinite(value).all():
-            raise EncoderFileError(
-                f"{name}: {key} holds values that are not finite numbers (NaN or infinity): the file is damaged or its "
-                "training diverged; use another copy or an earlier checkpoint."
-            )
+    check_numbers(tensors, name, LARGEST)
 
 
 def _check_resampler(image_proj: Mapping[str, Tensor], name: str) -> ResamplerSizes:
@@ -294,16 +288,8 @@ def _check_projections(tensors: Mapping[str, Tensor], sizes: ResamplerSizes, nam
     return pairs
 
 
-def _check_kv(kv: Mapping[str, Tensor], blocks: int, metadata: Mapping[str, str], name: str) -> None:
+def _check_kv(kv: Mapping[str, Tensor], blocks: int, name: str) -> None:
     """The KV encoder is whole or absent: a layer that is missing would change pictures unnoticed."""
-    alpha = metadata.get("kv_alpha")
-    if alpha:
-        try:
-            float(alpha)
-        except ValueError as error:
-            raise EncoderFileError(
-                f"{name}: the metadata field kv_alpha is {alpha!r}, which is not a number: write the file anew."
-            ) from error
     layers: dict[str, dict[str, Tensor]] = {}
     for key, value in kv.items():
         layer, half = key.removesuffix(".weight").split(".lora_")  # as _KV_NAME has it

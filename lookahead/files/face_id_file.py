@@ -13,13 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ..method.face_id import FaceIDSizes
 from . import encoder_file
 from .encoder_file import EncoderFile, EncoderFileError
-from .tensors import read_tensors
+from .tensors import LARGEST, check_numbers, read_tensors
 
 KIND = "IP-Adapter FaceID Plus v2"
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")  # of every attention, as the LoRA's weights are named
@@ -110,12 +109,11 @@ def from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], nam
     if not blocks:
         raise _missing(name, "ip_adapter.1.to_k_ip.weight")
     for key, value in tensors.items():
-        plain = value.layout == torch.strided and not value.is_meta and value.dtype in encoder_file.DTYPES
-        if not plain or not bool(torch.isfinite(value).all()):
+        if value.dtype not in encoder_file.DTYPES:
             raise EncoderFileError(
-                f"{name}: {key} does not hold finite numbers in 32 or 16 bit: it is damaged or quantised; use the "
-                "original file."
+                f"{name}: {key} does not hold numbers in 32 or 16 bit: it is quantised; use the original file."
             )
+    check_numbers(tensors, name, LARGEST)
     pairs = [tuple(tensors[f"ip_adapter.{2 * n + 1}.to_{x}_ip.weight"] for x in "kv") for n in range(blocks)]
     lora = {}
     for n in range(2 * blocks if with_lora else 0):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .tensors import EncoderFileError, read_tensors, write_tensors
+from .tensors import LARGEST, EncoderFileError, check_numbers, read_tensors, write_tensors
 
 FORMAT, VERSION = "lcm-lookahead-reference", "1"
 MOST_SUBJECTS = 64
+LARGEST_WEIGHT = 100
 _KEY = re.compile(r"(0|[1-9]\d?)\.([a-z_]+)")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -194,8 +194,10 @@ def _settings(text: str, name: str) -> list[dict[str, Any]]:
             f"{name} does not say which subjects it holds (1 to {MOST_SUBJECTS}, with {', '.join(SETTINGS)}): it is "
             "damaged; ask for another copy."
         )
-    if any(not math.isfinite(own["weight"]) for own in listed):
-        raise ReferenceFileError(f"{name} has a subject whose weight is no finite number: ask for another copy.")
+    if any(not abs(own["weight"]) <= LARGEST_WEIGHT for own in listed):  # (NaN is not)
+        raise ReferenceFileError(
+            f"{name} has a subject whose weight is no finite number up to {LARGEST_WEIGHT}: ask for another copy."
+        )
     return [{**own, "weight": float(own["weight"])} for own in listed]
 
 
@@ -205,10 +207,10 @@ def _values(key: str, field: str, value: Tensor, name: str) -> Tensor:
             f"{name}: {key} is {value.dtype} of shape {list(value.shape)}, and floating-point numbers in "
             f"{_DIMENSIONS[field]} dimensions are expected: it is damaged; ask for another copy."
         )
-    if not bool(torch.isfinite(value).all()):
-        raise ReferenceFileError(
-            f"{name}: {key} holds numbers that are not finite: it is damaged; ask for another copy."
-        )
+    try:
+        check_numbers({key: value}, name, LARGEST)
+    except EncoderFileError as error:
+        raise ReferenceFileError(str(error)) from error
     return value.float()
 
 

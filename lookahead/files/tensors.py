@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import pickle
 from collections.abc import Mapping
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 from .atomic import atomic
+
+LARGEST = 1e19  # of a weight: norms square what it leads to, and beyond this a square overflows in 32 bit too
 
 
 class EncoderFileError(ValueError):
@@ -56,6 +59,41 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise EncoderFileError(
             f"{path.name} is not a complete safetensors file ({error}): it was probably cut short; download it again."
         ) from error
+
+
+def check_plain(tensors: Mapping[str, Tensor], name: str) -> None:
+    """Raise EncoderFileError, one sentence, for a tensor that most operations refuse; a pickle can hold such."""
+    for key, value in tensors.items():
+        if value.layout != torch.strided or value.is_meta:
+            kind = "without values (a meta tensor)" if value.is_meta else f"sparse ({value.layout})"
+            raise EncoderFileError(
+                f"{name}: {key} is stored {kind}, and plain tensors are needed: use the .safetensors version."
+            )
+
+
+def check_numbers(tensors: Mapping[str, Tensor], name: str, largest: float = math.inf) -> None:
+    """Raise EncoderFileError, one sentence, for weights without numbers, with NaN or infinity, or above `largest`."""
+    check_plain(tensors, name)
+    for key, value in tensors.items():
+        if not value.numel():
+            raise EncoderFileError(
+                f"{name}: {key} has shape {list(value.shape)}, so it holds no number: the file is damaged; write or "
+                "download it again."
+            )
+        if not value.is_floating_point():
+            continue
+        value = value.float() if value.dtype.itemsize == 1 else value  # (of 8 bit torch compares nothing)
+        low, high = (float(end) for end in value.aminmax())  # both are NaN where one number is
+        if not math.isfinite(high - low):
+            raise EncoderFileError(
+                f"{name}: {key} holds values that are not finite numbers (NaN or infinity): the file is damaged or its "
+                "training diverged; use another copy or an earlier checkpoint."
+            )
+        if max(high, -low) > largest:
+            raise EncoderFileError(
+                f"{name}: {key} holds a number as large as {max(high, -low):.3g}, with which nothing can be computed: "
+                "the file is damaged or its training diverged; use another copy or an earlier checkpoint."
+            )
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

@@ -255,13 +255,17 @@ class _Candidates:
         return best
 
 
-def time_travel(x: Tensor, denoised: Tensor, sigma: Tensor, sigma_next: Tensor, noise: Tensor) -> Tensor:
+def time_travel(
+    x: Tensor, denoised: Tensor, sigma: Tensor, sigma_next: Tensor, noise: Tensor, flow: bool = False
+) -> Tensor:
     """FreeDoM's time travel (arXiv 2303.09833): one step of DDIM from sigma to sigma_next, and noise up to sigma again.
 
-    x, denoised, noise: in the host's scale. It mends what the guidance has made unlikely.
+    x, denoised, noise: in the host's scale, z_0 + sigma e, or (1 - sigma) z_0 + sigma e of a model of flow matching. It
+    mends what the guidance has made unlikely.
     """
     x_next = denoised + (x - denoised) * (sigma_next / sigma)
-    return x_next + (sigma**2 - sigma_next**2).clamp_min(0).sqrt() * noise
+    kept = (1 - sigma) / (1 - sigma_next) if flow else torch.ones_like(sigma)  # of z_0
+    return kept * x_next + (sigma**2 - (kept * sigma_next) ** 2).clamp_min(0).sqrt() * noise
 
 
 def _normalised(gradient: Tensor, z: Tensor, kind: str) -> Tensor:

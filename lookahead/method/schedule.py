@@ -114,13 +114,15 @@ def lora_scale(u: Tensor, first: float, last: float, full: Tensor | None = None)
     return scale if full is None else torch.where(full, 1.0, scale)
 
 
-def chosen_steps(sigmas: Sequence[float], start_sigma: float, count: int) -> list[int]:
+def chosen_steps(sigmas: Sequence[float], start_sigma: float, count: int, end_sigma: float = math.inf) -> list[int]:
     """Numbers of the steps of a run that are chosen: the first whose noise is at most `start_sigma`, and the next ones.
 
-    sigmas: the noise levels at which the steps begin, falling. A run that begins later (img2img) has its first step
-    chosen; one that ends earlier has none.
+    sigmas: the noise levels at which the steps begin, falling; end_sigma: at which the last one ends. A run that begins
+    later (img2img) has its first step chosen; one of few steps, whose last leads past `start_sigma`, has that one; one
+    that ends earlier has none.
     """
-    first = next((i for i, sigma in enumerate(sigmas) if sigma <= start_sigma * (1 + 1e-4)), len(sigmas))
+    otherwise = max(len(sigmas) - (end_sigma < start_sigma), 0)
+    first = next((i for i, sigma in enumerate(sigmas) if sigma <= start_sigma * (1 + 1e-4)), otherwise)
     return list(range(first, min(first + count, len(sigmas))))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..files.atomic import first_line
-from ..files.tensors import EncoderFileError, read_tensors
+from ..files.tensors import EncoderFileError, check_numbers, read_tensors
 from .faces import CROP
 
 BYTES = (127.5, 127.5)  # mean and deviation, in bytes, of what ArcFace's networks are trained on
@@ -67,6 +67,7 @@ def read(path: str | os.PathLike[str], scale: tuple[float, float] | None = None)
         return from_onnx(path, scale)
     try:
         tensors, _ = read_tensors(path)
+        check_numbers(tensors, path.name)
     except EncoderFileError as error:
         raise RecogniserError(str(error)) from error
     return from_weights(tensors, path.name, scale or BYTES)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..files.tensors import read_tensors
+from ..files.tensors import check_numbers, read_tensors
 from .images import CLIP_MEAN, CLIP_STD
 
 TRANSFORMERS_NAMES = ("model", "pytorch_model")  # beside these lies the config.json that belongs to them
@@ -59,6 +59,7 @@ def read(path: str | os.PathLike[str]) -> CLIPFile:
     """
     path = Path(path)
     tensors, _ = read_tensors(path)
+    check_numbers(tensors, path.name)
     if "visual.conv1.weight" in tensors:
         raise ValueError(
             f"{path.name} is in OpenCLIP's own layout: use the model.safetensors of the same model in the layout of "

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..files.tensors import read_tensors
+from ..files.tensors import check_numbers, read_tensors
 
 # How the file of each backbone begins, and its full public name (torchvision's, from download.pytorch.org/models).
 BACKBONES = {
@@ -46,6 +46,7 @@ def lpips_network(backbone: str, path: str | os.PathLike[str] | None = None, see
         weights |= random_weights({name: network.state_dict()[name].shape for name in places}, seed)
     else:
         file, _ = read_tensors(path)
+        check_numbers(file, Path(path).name)
         for name, layer in places.items():
             found = file.get(f"features.{layer}")
             if found is None or found.shape != network.state_dict()[name].shape:

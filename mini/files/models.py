@@ -14,6 +14,7 @@ from diffusers import AutoencoderTiny, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection
 
+from ...lookahead.files.original_names import ldm_unet
 from ...lookahead.vision import clip
 from ..plan import WEIGHTS
 from ..stages import base, image_encoder, stage, vae
@@ -41,7 +42,7 @@ def load(weights: Path = WEIGHTS) -> Models:
         return {k.removeprefix(prefix): v.float() for k, v in stored.items() if k.startswith(prefix)}
 
     models = Models(base.build_unet(), TextEncoders(), vae.build())
-    _fill(models.unet, part("model.diffusion_model."), checkpoint.ldm_unet)
+    _fill(models.unet, part("model.diffusion_model."), ldm_unet)
     _fill(models.text.l, part("conditioner.embedders.0.transformer."), checkpoint.clip_l)
     _fill(models.text.g, _split(part("conditioner.embedders.1.model.")), _open_clip_names)
     _fill(models.vae, part("first_stage_model."), lambda s: dict(list(checkpoint.taesd(s).items())[2:]))

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...host.graph import Graph
+from ...host.graph import Graph, Link
 from ...host.server import link
 from ...tools.common import Stopwatch, say
 from ..files.host_models import mini_host
@@ -26,7 +26,8 @@ class ReferenceArm:
     """One way to draw a reference again.
 
     image_prompt, kv: weights, 0 is off; text, full, kv_scale: the scales of the Lookahead Guider; start, end: the part
-    of the sampling in which KV acts, 0 to 1; encoder: a file that `draw` is given, by its name there.
+    of the sampling in which KV acts, 0 to 1; encoder: a file that `draw` is given, by its name there; zeros: the null
+    text is zeros, else the encoding of an empty prompt.
     """
 
     image_prompt: float = 0.0
@@ -38,6 +39,7 @@ class ReferenceArm:
     end: float = 1.0
     blocks: str = "all"
     encoder: str = STOCK
+    zeros: bool = False
 
 
 # The paper's scales are 3, 2, 2 where SDXL's guidance is 5 (text + full); the mini world's is 3.
@@ -62,7 +64,7 @@ def graph(references: list[str], seed: int, arms: dict[str, ReferenceArm], style
         encoder = add(f"encoder {file}", "LookaheadLoadEncoder", encoder_name=file)
         encoded[file] = add(f"reference {file}", "LookaheadEncodeReference", encoder=encoder, **read)
     latent = add("latent", "EmptyLatentImage", width=SIZE, height=SIZE, batch_size=len(references))
-    negative = add("negative", "CLIPTextEncode", clip=clip, text="")
+    negative = null_text(nodes, clip)
     sampler = add("sampler", "KSamplerSelect", sampler_name=SAMPLER)
     noise = add("noise", "RandomNoise", noise_seed=seed)  # one for all, so that a reference's KV comes from the cache
     sigmas = add("sigmas", "BasicScheduler", model=base, scheduler=SCHEDULER, steps=STEPS, denoise=1.0)
@@ -92,7 +94,7 @@ def graph(references: list[str], seed: int, arms: dict[str, ReferenceArm], style
                 "LookaheadGuider",
                 model=model,
                 positive=positive,
-                negative=negative,
+                negative=negative[arm.zeros],
                 **scales,
             )
             drawn = add(
@@ -107,6 +109,12 @@ def graph(references: list[str], seed: int, arms: dict[str, ReferenceArm], style
             pixels = add(f"{name} | {style} decode", "VAEDecode", samples=drawn, vae=vae)
             add(f"{name} | {style}", "SaveImage", images=pixels, filename_prefix="evaluate/picture")
     return nodes
+
+
+def null_text(nodes: Graph, clip: Link) -> dict[bool, Link]:
+    """The two null texts: False the encoding of an empty prompt, True zeros, also in the pooled output."""
+    empty = nodes.add("negative", "CLIPTextEncode", clip=clip, text="")
+    return {False: empty, True: nodes.add("zeros", "ConditioningZeroOut", conditioning=empty)}
 
 
 def draw(

@@ -7,7 +7,13 @@ from pathlib import Path
 
 from ...tools.common import Problem
 
-PEOPLE = {"reference": 100, "knobs": 20, "guidance": 96, "encoders": 96}  # by study, how many unless said
+PEOPLE = {
+    "reference": 100,
+    "knobs": 20,
+    "guidance": 96,
+    "encoders": 96,
+    "null-text": 20,
+}  # by study, how many unless said
 FEWEST = 10  # fewer make no interval, and a draw may hold one person alone
 
 
@@ -38,6 +44,10 @@ def evaluate(study: str, out: Path, references: int | None = None, trained: Sequ
         from . import knobs
 
         knobs.evaluate(references, out)
+    elif study == "null-text":
+        from . import null_text
+
+        null_text.evaluate(references, out)
     else:
         from . import reference
 

@@ -26,6 +26,7 @@ from ..files.weights import evaluators
 from ..world.faces import PLACES as ALL_PLACES
 from ..world.faces import STYLES as ALL_STYLES
 from ..world.references import reference_faces
+from .drawing import null_text
 from .study import CFG, SIZE, STYLES, Table, prompt_of, render, saved_pictures, to_image, write_page
 
 SAMPLER, SCHEDULER, STEPS = "ddim", "ddim_uniform", 50  # the paper's
@@ -38,10 +39,12 @@ PLACES = ("in a forest", "on a beach", "in a city", "at night", "in the snow")
 
 @dataclass(frozen=True)
 class GuidanceArm:
-    """How pictures are guided: kind of preview, and inputs of the guidance sampler that are not its defaults."""
+    """How pictures are guided: kind of preview, inputs of the guidance sampler that are not its defaults, and whether
+    the null text is zeros, else the encoding of an empty prompt."""
 
     kind: str = NONE
     settings: dict[str, float] = field(default_factory=dict)
+    zeros: bool = False
 
 
 EARLY = {"start": 0.04}  # two of 50 steps are done, instead of six
@@ -80,8 +83,10 @@ def graph(loss: str, references: Sequence[str], batch: int, seed: int, arms: dic
     latent = add("latent", "EmptyLatentImage", width=SIZE, height=SIZE, batch_size=len(references))
     prompt = "" if loss == CLIP else prompt_of(style_of(batch))  # CLIP is to say it all
     positive = add("positive", "CLIPTextEncode", clip=clip, text=prompt)
-    negative = add("negative", "CLIPTextEncode", clip=clip, text="")
-    guider = add("guider", "CFGGuider", model=base, positive=positive, negative=negative, cfg=CFG)
+    guiders = {
+        zeros: add(f"guider {zeros}", "CFGGuider", model=base, positive=positive, negative=negative, cfg=CFG)
+        for zeros, negative in null_text(nodes, clip).items()
+    }
     plain = add("sampler", "KSamplerSelect", sampler_name=SAMPLER)
     noise = add("noise", "RandomNoise", noise_seed=seed)
     sigmas = add("sigmas", "BasicScheduler", model=base, scheduler=SCHEDULER, steps=STEPS, denoise=1.0)
@@ -104,7 +109,7 @@ def graph(loss: str, references: Sequence[str], batch: int, seed: int, arms: dic
             f"{name} samples",
             "SamplerCustomAdvanced",
             noise=noise,
-            guider=guider,
+            guider=guiders[arm.zeros],
             sampler=sampler,
             sigmas=sigmas,
             latent_image=latent,

@@ -48,7 +48,14 @@ class ImagePrompt(Effect):
         )
 
     def begin(self, run: RunStart) -> ActiveImagePrompt:
-        return ActiveImagePrompt(self.to(run.device, run.dtype))
+        moved = self.to(run.device, run.dtype)
+        if not bool(moved.keys_values.isfinite().all()):
+            raise ValueError(
+                f"The image prompt holds numbers that {str(run.dtype).removeprefix('torch.')} cannot, in which this "
+                "model runs, so the picture would be blank: the encoder file is damaged, or start ComfyUI with "
+                "--bf16-unet or --fp32-unet."
+            )
+        return ActiveImagePrompt(moved)
 
 
 class ActiveImagePrompt(ActiveEffect[ImagePrompt]):

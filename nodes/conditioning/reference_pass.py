@@ -8,6 +8,7 @@ picture, no ControlNet, no image prompt. The pass ends in the last block that ex
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -34,6 +35,12 @@ if TYPE_CHECKING:
 SHARED, FIXED = "shared", "fixed"
 _KEY = "lookahead_reference_pass"
 _INPUT, _OUTPUT = "lookahead_input", "lookahead_output"  # what one block passes to itself, in its own extra_options
+
+
+_NO_NOISE = (
+    "[LCM-Lookahead] this run adds no noise of its own, so the reference gets the noise of seed %d: in a later stage, "
+    "give the seed of the first."
+)
 
 
 class _LastExport(Exception):
@@ -83,12 +90,17 @@ class ReferencePass:
     def __init__(self, source: KVSource, patcher: ModelPatcher, noise: Tensor, seed: int):
         self.source, self.evaluations, self._patcher = source, 0, patcher
         latents = source.subject.latents
-        fits = noise.ndim == 4 and noise.shape[-2:] == latents.shape[-2:] and bool(noise.any())
-        if source.noise == SHARED and fits:
+        shared = source.noise == SHARED
+        fits = noise.ndim == 4 and noise.shape[-2:] == latents.shape[-2:]
+        if shared and fits and bool(noise.any()):
             self._noise = noise.float().cpu()
         else:
-            generator = torch.Generator().manual_seed(seed if source.noise == SHARED else source.noise_seed)
-            self._noise = torch.randn(1, *latents.shape[1:], generator=generator)
+            # A later stage of a run adds no noise: what the first drew of this seed was one for each of its pictures.
+            generator = torch.Generator().manual_seed(seed if shared else source.noise_seed)
+            shape = noise.shape if shared and fits else (1, *latents.shape[1:])
+            self._noise = torch.randn(shape, generator=generator)
+            if shared and fits:
+                logging.info(_NO_NOISE, seed)
         # How many images read something of their own; the others read the same in turn.
         self._images = max(len(self._noise), min(len(latents), len(noise)) if source.subject.one_each else 1)
         self._signature: tuple | None = None
@@ -118,7 +130,7 @@ class ReferencePass:
         missing = sorted(roles - known.keys(), reverse=True)
         if missing:
             self.evaluations += 1
-            found = dict(zip(missing, self._evaluate(model, timestep[:1], sigma, missing), strict=True))
+            found = dict(zip(missing, self._evaluate(model, timestep[:1], missing), strict=True))
             known.update(found)
             if not cache.put(run, sigma, found, self.source.cache_bytes, current):
                 self._levels[sigma] = False
@@ -132,21 +144,25 @@ class ReferencePass:
             digest.update(sampling.sigmas.float().cpu().numpy().tobytes())
             injected = [x for group in getattr(self._patcher, "injections", {}).values() for x in group]
             blocks = tuple(block.key for block in self.source.blocks)
+            settings = {k: v for k, v in vars(sampling).items() if isinstance(v, int | float | str | None)}
+            digest.update(repr(sorted(settings.items())).encode())  # such as a flow model's multiplier and noise scale
             precision = model.get_dtype_inference(), str(self._patcher.load_device), type(sampling).__mro__
             base = ref(model), self._patcher.patches_uuid, *injected
             self._signature = (digest.hexdigest(), self._images, blocks, precision, base)
         return self._signature
 
-    def _evaluate(self, model: BaseModel, timestep: Tensor, sigma: float, roles: list[bool]) -> list[KVByBlock]:
+    def _evaluate(self, model: BaseModel, timestep: Tensor, roles: list[bool]) -> list[KVByBlock]:
         subject, device = self.source.subject, timestep.device
         latents = model.process_latent_in(subject.latents.to(device, torch.float32))
         noise = self._noise.to(device)
         pictures = len(latents)
         if subject.one_each:  # image i reads picture i
             turn = torch.arange(self._images, device=device)
-            x = latents[turn % pictures] + sigma * noise[turn % len(noise)]
+            latents, noise = latents[turn % pictures], noise[turn % len(noise)]
         else:  # every image reads all pictures: these are neighbours among the rows
-            x = (latents[None] + sigma * noise[:, None]).flatten(0, 1)
+            rows = len(noise)
+            latents, noise = latents.repeat(rows, 1, 1, 1), noise.repeat_interleave(pictures, dim=0)
+        x = model.model_sampling.noise_scaling(timestep[:1], noise, latents)  # z + sigma e, but not of every model
         export = _Export(self.source, 1 if subject.one_each else pictures, self._tokens_under_masks(device))
         conds = [self._condition(model, role, x, device) for role in roles]
         comfy.samplers.calc_cond_batch(model, conds, x, timestep.expand(len(x)), export.model_options())

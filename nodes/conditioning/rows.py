@@ -63,18 +63,31 @@ class Area:
         return picture[:, self.top : self.top + self.height, self.left : self.left + self.width]
 
 
+def pictures_of(rows: int, options: Mapping[str, Any]) -> Sequence[int]:
+    """The numbers in the run of the pictures in a batch of so many rows, one condition's; options: transformer_options.
+
+    All of them in order, but for a window over the batch (the host's context windows), which holds some.
+    """
+    window = options.get("context_window")
+    if window is None or getattr(window, "dim", None) != 0:
+        return range(rows)
+    anchor = getattr(window, "causal_anchor_index", None)  # a picture that newer hosts put in front of each window
+    numbers = [*([anchor] if anchor is not None and anchor >= 0 else []), *window.index_list]
+    return numbers if len(numbers) == rows else range(rows)
+
+
 @dataclass(frozen=True)
 class CondBatch:
     """The condition lists of one evaluation (the host's `calc_cond_batch`), by which rows of a UNet pass are read.
 
     roles: for each list whether it is conditional; areas: by a condition's uuid; latent: height and width of the
-    picture; pictures: how many the batch holds, which is the number of rows of each condition.
+    picture; pictures: the numbers in the run of those that the batch holds, one for each row of a condition.
     """
 
     roles: tuple[bool, ...]
     areas: Mapping[Any, Area | None]
     latent: tuple[int, int]
-    pictures: int
+    pictures: Sequence[int]
 
     def roles_of(self, options: Mapping[str, Any]) -> tuple[bool, ...]:
         """For each chunk of a UNet pass whether it is conditional."""
@@ -87,7 +100,7 @@ class CondBatch:
 
 
 class RowLayout:
-    """Which image and which role every row of one UNet pass has; iterates as (image, conditional).
+    """Which image and which role every row of one UNet pass has; iterates as (image's number in the run, conditional).
 
     problem: what to log where the rows are of a kind that cannot be followed, else None.
     """
@@ -96,9 +109,9 @@ class RowLayout:
         self.rows = x.shape[0]
         self.problem: str | None = None
         chunks = len(options.get("cond_or_uncond") or [0])
-        self.images = batch.pictures if batch is not None else max(self.rows // chunks, 1)
+        self.pictures = batch.pictures if batch is not None else range(max(self.rows // chunks, 1))
         # Nodes that draw in tiles (MultiDiffusion) pass several tiles at once: all chunks of one tile, then the next.
-        self.copies, rest = divmod(self.rows, chunks * self.images)
+        self.copies, rest = divmod(self.rows, chunks * len(self.pictures))
         if rest or self.copies == 0:
             self.problem = "another node puts together a batch that the reference cannot follow: it runs without it."
         # A pass that no known list of the guider asked for counts as unconditional.
@@ -110,14 +123,14 @@ class RowLayout:
     def __iter__(self) -> Iterator[tuple[int, bool]]:
         for _ in range(self.copies):
             for conditional in self._roles:
-                for image in range(self.images):
-                    yield image, conditional
+                for picture in self.pictures:
+                    yield picture, conditional
 
     def mask(self, mask: Tensor) -> Tensor | None:
         """A mask over whole pictures [masks, H, W] for every row: [rows, h, w]; None where rows are tiles."""
         height, width = self._latent
         full = mask_on_tokens(mask, height, width).unflatten(1, (height, width)).squeeze(-1)
-        full = full[torch.arange(self.images, device=full.device) % full.shape[0]]
+        full = full[torch.tensor(self.pictures, device=full.device) % full.shape[0]]
         parts = [full if area is None else area.crop(full) for area in self._areas]
         if self.copies != 1 or any(tuple(part.shape[-2:]) != self._seen for part in parts):
             return None

@@ -25,7 +25,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from .effect import ActiveEffect, CondEvaluation, Effect, EstimatedRows, Replacements, RunStart, UNetPass
-from .rows import Area, CondBatch, CondList, RowLayout, conditional_roles
+from .rows import Area, CondBatch, CondList, RowLayout, conditional_roles, pictures_of
 
 if TYPE_CHECKING:
     from comfy.model_base import BaseModel
@@ -211,7 +211,8 @@ def calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
     if (call := context.call) is not None:
         areas = {c["uuid"]: Area.of(c) for cond in conds if cond is not None for c in cond if "uuid" in c}
         roles = conditional_roles(conds, call.conds)
-        batch = CondBatch(roles, areas, tuple(x_in.shape[-2:]), x_in.shape[0])
+        pictures = pictures_of(len(x_in), model_options.get("transformer_options", {}))
+        batch = CondBatch(roles, areas, tuple(x_in.shape[-2:]), pictures)
         evaluation = CondEvaluation(model, conds, batch, timestep, call.run.active)
         evaluated = {active: active.evaluate(evaluation) for active in call.acting}
         model_options = replace(context, batch=batch, evaluated=evaluated).put_into(model_options)

@@ -91,6 +91,42 @@ def pytorch_attention(_: Callable, *args: Any, **kwargs: Any) -> Tensor:
     return attention.attention_pytorch(*args, **kwargs)
 
 
+def on_copies(patches: Any) -> Any:
+    """Patches of other nodes, in dicts and lists, that may write into what they are given (as FreeU does).
+
+    Autograd needs what a patch gets, and what it has computed with, as it was: they work on copies, and what they save
+    for backward is copied as well.
+    """
+    if isinstance(patches, dict):
+        return {name: on_copies(value) for name, value in patches.items()}
+    if isinstance(patches, list | tuple):
+        return [on_copies(value) for value in patches]
+
+    def patch(*args: Any, **kwargs: Any) -> Any:
+        with _saving(lambda tensor: tensor.detach().clone()):
+            return patches(*(a.clone() if isinstance(a, Tensor) else a for a in args), **kwargs)
+
+    return patch
+
+
+def on_a_copy(around: Callable) -> Callable:
+    """Wraps another node's wrapper around the whole UNet likewise; the UNet itself computes as ever."""
+
+    def wrapper(apply: Callable, given: dict[str, Any]) -> Any:
+        def inside(*args: Any, **kwargs: Any) -> Any:
+            with _saving(Tensor.detach):
+                return apply(*args, **kwargs)
+
+        with _saving(lambda tensor: tensor.detach().clone()):
+            return around(inside, {**given, "input": given["input"].clone()})
+
+    return wrapper
+
+
+def _saving(pack: Callable[[Tensor], Tensor]) -> saved_tensors_hooks:
+    return saved_tensors_hooks(pack, lambda tensor: tensor)
+
+
 def _install(module: nn.Module, checkpointing: Checkpointing | None, bypasses: Bypasses | None, undo: list) -> None:
     castable = isinstance(module, comfy.ops.CastWeightBiasOp)
     if castable and _is_linear(module):

@@ -99,7 +99,7 @@ def _guided_function(function: Any, run: GuidedRun) -> Any:
                 callback(info)
             n = info["i"]
             if guidance.live and n % guidance.live == 0 and n + 1 < total:
-                run.live(info["x"], interceptor.last, n, total)
+                run.live(interceptor.last.x, interceptor.last, n, total)
 
         return function(interceptor, x, sigmas, extra_args=extra_args, callback=show, disable=disable, **options)
 
@@ -132,7 +132,8 @@ class SplitSampler(comfy.samplers.Sampler):
         run = GuidedRun(guidance, model_wrap, noise, latent_image, extra_args.get("seed"))
         sampling = model_wrap.inner_model.model_sampling
         levels = sigmas.tolist()
-        steps = chosen_steps(levels[:-1], run.start_sigma, guidance.steps if guidance.optimisation.iterations else 0)
+        count = guidance.steps if guidance.optimisation.iterations else 0
+        steps = chosen_steps(levels[:-1], run.start_sigma, count, levels[-1])
         total = len(levels) - 1
 
         def part(first: int, last: int, noise: Tensor, latent_image: Tensor | None) -> Tensor:

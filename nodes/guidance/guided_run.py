@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import comfy.model_management
+import comfy.model_sampling
 import comfy.utils
 import torch
 from torch import Tensor, nn
@@ -215,4 +216,5 @@ class GuidedRun:
         denoised = call.model(x, call.sigma, **call.options)
         noise = torch.randn(x.shape, generator=self._generator).to(x)
         sigma = call.sigma.reshape(-1, 1, 1, 1)
-        return time_travel(x, denoised, sigma, torch.full_like(sigma, step.sigma_next), noise)
+        flow = isinstance(self.guider.inner_model.model_sampling, comfy.model_sampling.CONST)
+        return time_travel(x, denoised, sigma, torch.full_like(sigma, step.sigma_next), noise, flow)

@@ -37,7 +37,7 @@ class Interceptor:
             setattr(self._model, name, value)
 
     def __call__(self, x: Tensor, sigma: Tensor, **options: Any) -> Tensor:
-        self.last = Call(self._model, sigma, options)
+        self.last = Call(self._model, sigma, options, x)
         step = self._steps.get(self._calls)
         self._calls += 1
         if step is not None:

@@ -84,7 +84,7 @@ def _convolution(weight: Tensor, **kernel: Any) -> nn.Module:
 
 @dataclass(frozen=True, eq=False)
 class Strengths:
-    """Bypasses act in a pass with these strengths. rows: the strength of each row [n]; common: that of all rows, or None."""
+    """Bypasses act in a pass with these strengths. rows: of each row [n]; common: that of all rows, or None."""
 
     rows: Tensor
     common: float | None

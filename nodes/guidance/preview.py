@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ...lookahead.method.schedule import consistency_output, to_vp
 from ..conditioning import wrappers
+from ..conditioning.rows import pictures_of
 from . import autograd
 from .lora_bypass import Bypasses, Strengths, added_patches, bypass_patcher, check_patches
 
@@ -38,11 +39,12 @@ _NO_LORA = (
 class Call:
     """One call of the model by the sampler: all that it gives beside the latent.
 
-    model: what it calls (the host's inpainting wrapper around the guider), or None; options: its keyword arguments.
+    model: what it calls (the host's inpainting wrapper around the guider), or None; options: its keyword arguments; x:
+    the latent. (What a sampler shows its callback may be in a scale of its own, as that of uni_pc.)
     """
 
-    def __init__(self, model: Any, sigma: Tensor, options: dict[str, Any]):
-        self.model, self.sigma = model, sigma
+    def __init__(self, model: Any, sigma: Tensor, options: dict[str, Any], x: Tensor | None = None):
+        self.model, self.sigma, self.x = model, sigma, x
         self.options, self.model_options = options, options.get("model_options", {})
         self.denoise_mask, self.seed = options.get("denoise_mask"), options.get("seed")
 
@@ -214,9 +216,13 @@ class Previewer:
         if self.lora_patcher is not None:
             wrappers.setdefault(WrappersMP.APPLY_MODEL, {})[KEY] = [_with_bypasses(self.lora_patcher.model, lora_scale)]
         transformer["wrappers"] = wrappers
+        kept = {name: value for name, value in model_options.items() if name != "multigpu_clones"}
         if grad:
             transformer["optimized_attention_override"] = autograd.pytorch_attention
-        kept = {name: value for name, value in model_options.items() if name != "multigpu_clones"}
+            for name in ("patches", "patches_replace"):
+                transformer[name] = autograd.on_copies(transformer.get(name, {}))
+            if (around := kept.get("model_function_wrapper")) is not None:
+                kept["model_function_wrapper"] = autograd.on_a_copy(around)
         return {**kept, "transformer_options": transformer}
 
     def decode(self, latent: Tensor) -> Tensor:
@@ -288,10 +294,13 @@ class _Added(Tensor):
 
 
 def _with_bypasses(bypasses: Bypasses, lora_scale: Tensor) -> Callable:
-    def apply_model(executor, x, *args, **kwargs):
+    def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):
         # Images are neighbours within each condition, and conditions within each tile of those who draw in tiles.
-        with bypasses.switched(Strengths.of(lora_scale.repeat(x.shape[0] // len(lora_scale)))):
-            return executor(x, *args, **kwargs)
+        options = transformer_options or {}
+        pictures = pictures_of(len(x) // len(options.get("cond_or_uncond") or [0]), options)
+        scales = lora_scale if isinstance(pictures, range) else lora_scale[list(pictures)]
+        with bypasses.switched(Strengths.of(scales.repeat(len(x) // len(scales)))):
+            return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
     return apply_model
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 from typing import Any, NamedTuple
 
 import comfy.sample
@@ -18,6 +20,7 @@ from ..schema import schema
 from ..sockets import LOSS, SHORTCUT
 from .interceptor import Interceptor
 from .preview import Previewer, as_image
+from .sampler_steps import steps_shown
 from .shortcut import Shortcut
 
 
@@ -110,8 +113,11 @@ class LookaheadPreviewGrid(io.ComfyNode):
         guider.set_conds(positive, negative)
         guider.set_cfg(cfg)
         sampler = comfy.samplers.sampler_object(sampler_name)
-        sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps)
-        samples = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
+        device = model.load_device
+        as_ksampler = comfy.samplers.KSampler(model, steps, device, sampler_name, scheduler, 1.0, model.model_options)
+        sigmas = as_ksampler.sigmas
+        ratio = latent_image.get("downscale_ratio_spacial")
+        samples = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"], ratio)
         noise = comfy.sample.prepare_noise(samples, seed, latent_image.get("batch_index"))
         shots: list[Shot] = []
         finished: list[Tensor] = []
@@ -120,15 +126,18 @@ class LookaheadPreviewGrid(io.ComfyNode):
             previewer = Previewer(shortcut, guider)
             previewer.load(list(loss.patchers) if loss else [], x, factor=1.0)
             interceptor = Interceptor(model_k)
+            total = steps_shown(sampler.sampler_function, options, model_k, sigmas)  # dpm_fast has some of its own
+            shown = itertools.count()
 
             def show(info):
                 if callback is not None:
                     callback(info)
+                step = next(shown)
                 for fraction in chosen:
-                    if info["i"] == min(round(fraction * (len(sigmas) - 1)), len(sigmas) - 2):
+                    if step == min(round(fraction * total), total - 1):
                         call = interceptor.last
                         previewer.prepare(call)
-                        image = previewer.decode_preview(info["x"], call, previewer.conds(x, None, call))
+                        image = previewer.decode_preview(call.x, call, previewer.conds(x, None, call))
                         shots.append(Shot(fraction, image, as_image(previewer.decode(info["denoised"]))))
 
             try:
@@ -141,10 +150,11 @@ class LookaheadPreviewGrid(io.ComfyNode):
             return out
 
         wrapped = comfy.samplers.KSAMPLER(watched, sampler.extra_options, sampler.inpaint_options)
-        guider.sample(noise, samples, wrapped, sigmas, disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed)
+        quiet, mask = not comfy.utils.PROGRESS_BAR_ENABLED, latent_image.get("noise_mask")
+        guider.sample(noise, samples, wrapped, sigmas, denoise_mask=mask, disable_pbar=quiet, seed=seed)
         (end,) = finished
         rows = [numbers(shot, end, loss) for shot in shots]
-        return io.NodeOutput(grid(shots, end, rows), end, text(rows, loss, end))
+        return io.NodeOutput(grid(shots, end, rows), end, text(rows, loss, end) + left_out(chosen, shots, sampler_name))
 
 
 def parse_fractions(text: str) -> list[float]:
@@ -158,6 +168,17 @@ def parse_fractions(text: str) -> list[float]:
             f'The fractions are "{text}": give numbers from 0 to below 1 with commas, such as 0, 0.1, 0.5.'
         )
     return fractions
+
+
+def left_out(fractions: list[float], shots: list[Shot], sampler_name: str) -> str:
+    """Says at which fractions a sampler without fixed steps had no step; empty where it had all of them."""
+    missing = [fraction for fraction in fractions if fraction not in {shot.fraction for shot in shots}]
+    if not missing:
+        return ""
+    where = ", ".join(f"{100 * fraction:.0f} %" for fraction in missing)
+    note = f"{sampler_name} takes as many steps as it likes, and ended before {where}, which the grid leaves out."
+    logging.warning("[LCM-Lookahead] %s", note)
+    return f"\n\n{note}"
 
 
 class Numbers(NamedTuple):

@@ -40,9 +40,7 @@ def guided_steps(
     """
     name = getattr(function, "__name__", type(function).__name__).removeprefix("sample_").removesuffix("_function")
     refused = f"The sampler {name} {{}}, so its steps cannot be guided: use another one, such as euler or dpmpp_2m."
-    sigmas = sigmas.detach().float().cpu().clone()
-    if len(sigmas) > 1 and sigmas[-1] == 0:
-        sigmas[-1] = sigmas[-2] / 2  # a last step to no noise would forget everything
+    end_sigma, sigmas = float(sigmas[-1]), _rehearsed(sigmas)
 
     def rehearse(answer: float, offset_at: int = -1) -> _Rehearsal:
         return _rehearse(function, options, model, sigmas, answer, offset_at)
@@ -56,7 +54,7 @@ def guided_steps(
         if plan.sigmas != rehearsals[1.0].sigmas or plan.begins != rehearsals[1.0].begins or not plan.begins:
             raise ValueError(refused.format("has no fixed steps"))
         levels = [plan.sigmas[call] for call in plan.begins]
-        chosen = chosen_steps(levels, start_sigma, count)
+        chosen = chosen_steps(levels, start_sigma, count, end_sigma)
         for call in {plan.begins[n] for n in (1, *chosen[:1]) if n < len(levels) and chosen}:
             # An offset of 1 must either stay in the state, whatever the model answers, or act through the answer alone.
             stays, through = (rehearse(a, call).result - rehearsals[a].result for a in (0.0, 1.0))
@@ -64,6 +62,23 @@ def guided_steps(
                 raise ValueError(refused.format("does not go on from the latent that it shows the model"))
     following = [*levels[1:], 0.0]
     return [GuidedStep(n, plan.begins[n], levels[n], following[n]) for n in chosen]
+
+
+def steps_shown(function: Callable, options: dict[str, Any], model: Any, sigmas: Tensor) -> int:
+    """Counts the steps that a run of the sampler function tells of: by rehearsal, else by its noise levels."""
+    with torch.random.fork_rng(devices=[]):
+        try:
+            return len(_rehearse(function, options, model, _rehearsed(sigmas), 0.0, -1).begins) or len(sigmas) - 1
+        except Exception:
+            return len(sigmas) - 1
+
+
+def _rehearsed(sigmas: Tensor) -> Tensor:
+    """The noise levels of a rehearsal: a last step to no noise would forget everything."""
+    sigmas = sigmas.detach().float().cpu().clone()
+    if len(sigmas) > 1 and sigmas[-1] == 0:
+        sigmas[-1] = sigmas[-2] / 2
+    return sigmas
 
 
 def _rehearse(function, options, model, sigmas: Tensor, answer: float, offset_at: int) -> _Rehearsal:

@@ -14,6 +14,7 @@ from ...lookahead.losses.base import Combined, Loss
 from ...lookahead.losses.cutouts import Cutouts
 from ...lookahead.losses.embedding import EmbeddingLoss
 from ...lookahead.vision import clip
+from ..folders import file_names, nothing_chosen, searched
 from ..schema import schema
 from ..sockets import LOSS
 from .lookahead_loss import LookaheadLoss
@@ -26,10 +27,10 @@ def clip_path(name: str) -> str:
     """Path of a CLIP file. Raises FileNotFoundError, one sentence, naming the folders that were searched."""
     path = folder_paths.get_full_path(FOLDER, name)
     if path is None:
-        searched = " or ".join(folder_paths.get_folder_paths(FOLDER))
+        where = searched(folder_paths.get_folder_paths(FOLDER))
         raise FileNotFoundError(
             f"There is no CLIP file {name!r}: put the model.safetensors of openai/clip-vit-large-patch14 (or another "
-            f"CLIP) into {searched}."
+            f"CLIP) into {where}."
         )
     return path
 
@@ -49,7 +50,7 @@ class LookaheadCLIPLoss(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "clip_name",
-                    options=folder_paths.get_filename_list(FOLDER),
+                    options=file_names(FOLDER, ("",)),
                     tooltip="A CLIP in models/clip_vision, in the layout of transformers. For words it must be a whole "
                     "CLIP (as openai/clip-vit-large-patch14), not the picture half alone.",
                 ),
@@ -95,8 +96,10 @@ class LookaheadCLIPLoss(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, clip_name: str) -> bool | str:
+    def validate_inputs(cls, clip_name: str | None = None) -> bool | str:
         """Say where the file was looked for, instead of the host's 'value not in list'."""
+        if clip_name is None:
+            return nothing_chosen(file_names(FOLDER, ("",)), "CLIP file", folder_paths.get_folder_paths(FOLDER))
         try:
             clip_path(clip_name)
         except FileNotFoundError as error:
@@ -108,8 +111,8 @@ class LookaheadCLIPLoss(io.ComfyNode):
         """Load again when the file was replaced."""
         try:
             return fingerprint(clip_path(clip_name))
-        except OSError:
-            return clip_name
+        except (OSError, TypeError):  # missing, or it comes by a link
+            return str(clip_name)
 
     @classmethod
     def execute(

@@ -12,6 +12,7 @@ from ...lookahead.losses.identity import LAST, NONE, REFERENCE, IdentityLoss, re
 from ...lookahead.vision import arcface
 from ...lookahead.vision.face_models import FaceModels
 from ...lookahead.vision.perceptual import BACKBONES
+from ..folders import file_names
 from ..reference.images import split_alpha
 from ..schema import schema
 from ..sockets import FACE_ANALYSIS, LOSS
@@ -25,8 +26,7 @@ FALLBACKS = {"last place, else the reference's": REFERENCE, "last place": LAST, 
 def recogniser_files() -> list[str]:
     """Files of models/lookahead_losses that may be recognisers: not LPIPS's."""
     others = tuple(begins for begins, _ in BACKBONES.values())
-    names = (name for name in folder_paths.get_filename_list(FOLDER) if not name.startswith(others))
-    return [name for name in names if name.lower().endswith((*EXTENSIONS, ".onnx"))]
+    return [name for name in file_names(FOLDER, (*EXTENSIONS, ".onnx")) if not name.startswith(others)]
 
 
 def load_recogniser(face_analysis: FaceModels, name: str) -> arcface.Recogniser:
@@ -95,8 +95,9 @@ class LookaheadIdentityLoss(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, recogniser: str = OF_THE_PACK, **_) -> str:
         """Load again when the file was replaced."""
-        path = None if recogniser == OF_THE_PACK else folder_paths.get_full_path(FOLDER, recogniser)
-        return fingerprint(path) if path else recogniser
+        by_link = recogniser is None
+        path = None if by_link or recogniser == OF_THE_PACK else folder_paths.get_full_path(FOLDER, recogniser)
+        return fingerprint(path) if path else str(recogniser)
 
     @classmethod
     def execute(

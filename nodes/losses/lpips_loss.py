@@ -83,8 +83,11 @@ class LookaheadLPIPSLoss(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, backbone: str = "vgg", weights: str = FILE) -> bool | str:
         """Say before the run that a file is missing."""
+        for name, value, known in (("backbone", backbone, list(BACKBONES)), ("weights", weights, [FILE, RANDOM])):
+            if value is not None and value not in known:  # None: it comes by a link
+                return f"The input {name} is {value!r}: choose one of {', '.join(known)}."
         try:
-            if weights == FILE:
+            if weights == FILE and backbone is not None:
                 backbone_path(backbone)
         except FileNotFoundError as error:
             return str(error)
@@ -94,9 +97,9 @@ class LookaheadLPIPSLoss(io.ComfyNode):
     def fingerprint_inputs(cls, backbone: str = "vgg", weights: str = FILE, **settings) -> str:
         """Load again when the file was replaced."""
         try:
-            return fingerprint(backbone_path(backbone)) if weights == FILE else weights
-        except OSError:
-            return backbone
+            return fingerprint(backbone_path(backbone)) if weights == FILE else str(weights)
+        except (OSError, KeyError):  # missing, or it comes by a link
+            return str(backbone)
 
     @classmethod
     def execute(

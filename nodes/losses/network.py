@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...lookahead.losses.cutouts import Cutouts
 from ...lookahead.losses.embedding import EmbeddingLoss, embed
+from ..folders import file_names, searched
 from ..reference.images import split_alpha
 
 FOLDER = "lookahead_losses"
@@ -52,7 +53,7 @@ class GradientPatcher(comfy.model_patcher.ModelPatcher):
 
 
 def pictures_of(image: Tensor) -> Tensor:
-    """IMAGE [n, H, W, 1 to 4] in [0, 1] -> [n, 3, H, W] in [-1, 1], float32; transparency is ignored.
+    """IMAGE [n, H, W, 1 to 4] in [0, 1] -> [n, 3, H, W] in [-1, 1], float32; what is transparent is white.
 
     Call it outside of inference mode: what it returns can then take part in gradients.
     """
@@ -73,10 +74,10 @@ def find_file(folder: str, names: tuple[str, ...], wanted: str) -> str:
 
     Raises FileNotFoundError, one sentence: `wanted` says what to get and where from.
     """
-    for name in folder_paths.get_filename_list(folder):
-        if os.path.basename(name).startswith(names) and name.lower().endswith(EXTENSIONS):
+    for name in file_names(folder, EXTENSIONS):
+        if os.path.basename(name).startswith(names):
             return folder_paths.get_full_path_or_raise(folder, name)
-    raise FileNotFoundError(f"{wanted} and put it into {' or '.join(folder_paths.get_folder_paths(folder))}.")
+    raise FileNotFoundError(f"{wanted} and put it into {searched(folder_paths.get_folder_paths(folder))}.")
 
 
 def fingerprint(path: str) -> str:

@@ -8,8 +8,9 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ...lookahead.files import convert
+from ..folders import file_names, made, nothing_chosen
 from ..schema import schema
-from .load_encoder import FOLDERS, encoder_path
+from .load_encoder import FOLDERS, encoder_path, places
 
 EXTENSIONS = (".safetensors", ".bin", ".pt")
 NO_BASE = "do not compare"
@@ -17,13 +18,12 @@ NO_BASE = "do not compare"
 
 def source_names() -> list[str]:
     """Names of all files that may be converted, those of `models/lookahead` first."""
-    names = [n for folder in FOLDERS for n in folder_paths.get_filename_list(folder) if n.lower().endswith(EXTENSIONS)]
-    return list(dict.fromkeys(names))
+    return list(dict.fromkeys(name for folder in FOLDERS for name in file_names(folder, EXTENSIONS)))
 
 
 def base_names() -> list[str]:
     """Checkpoints that a published checkpoint's copy of SDXL can be compared with."""
-    return [n for n in folder_paths.get_filename_list("checkpoints") if n.lower().endswith(".safetensors")]
+    return file_names("checkpoints", (".safetensors",))
 
 
 def target_path(file_name: str) -> Path:
@@ -33,9 +33,7 @@ def target_path(file_name: str) -> Path:
         raise ValueError(f"The file_name is {file_name!r}, and a name without folders is needed, such as my_encoder.")
     if not name.lower().endswith(".safetensors"):
         name += ".safetensors"
-    folder = Path(folder_paths.get_folder_paths("lookahead")[0])
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / name
+    return made("lookahead") / name
 
 
 class LookaheadConvertEncoder(io.ComfyNode):
@@ -92,8 +90,10 @@ class LookaheadConvertEncoder(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, source_name: str) -> bool | str:
+    def validate_inputs(cls, source_name: str | None = None) -> bool | str:
         """Say where the file was looked for, instead of the host's 'value not in list'."""
+        if source_name is None:
+            return nothing_chosen(source_names(), "file to convert", places())
         try:
             encoder_path(source_name)
         except FileNotFoundError as error:

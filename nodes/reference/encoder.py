@@ -76,7 +76,13 @@ class LoadedEncoder:
 def keys_values_of(encoder: LoadedEncoder, tokens: Tensor, null_tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values of a subject's tokens and of its null tokens, packed, where the host keeps what nodes hand on."""
     device = comfy.model_management.intermediate_device()
-    return encoder.keys_values(tokens).to(device), encoder.keys_values(null_tokens).to(device)
+    packed = encoder.keys_values(tokens).to(device), encoder.keys_values(null_tokens).to(device)
+    if not all(bool(part.isfinite().all()) for part in packed):
+        raise ValueError(
+            f"{encoder.name} makes of the reference numbers that are not finite (NaN or infinity), which would leave a "
+            "blank picture: its weights, or those of the CLIP_VISION, are damaged; use another copy."
+        )
+    return packed
 
 
 def kv_patcher(file: EncoderFile) -> comfy.model_patcher.ModelPatcher | None:

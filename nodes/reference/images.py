@@ -16,8 +16,9 @@ SHORTEST_SIDE = 32  # pixels; below that there is nothing to see a face from
 def split_alpha(image: Tensor) -> tuple[Tensor, Tensor | None]:
     """IMAGE [n, H, W, 1 to 4] in [0, 1] -> colour [n, H, W, 3] and alpha [n, H, W] (None without), both in float32.
 
-    A host may hand on half precision (--fp16-intermediates), which a CPU cannot resize. One or two channels are grey
-    (with alpha). Raises ValueError, one sentence, for what cannot be a reference.
+    What is transparent is white, as in training: the colours that a cut-out hides say nothing about it. A host may hand
+    on half precision (--fp16-intermediates), which a CPU cannot resize. One or two channels are grey (with alpha).
+    Raises ValueError, one sentence, for what cannot be a reference.
     """
     if image.ndim != 4 or image.shape[0] == 0:
         raise ValueError(f"The reference must be a picture or a batch of pictures, not of shape {list(image.shape)}.")
@@ -31,8 +32,11 @@ def split_alpha(image: Tensor) -> tuple[Tensor, Tensor | None]:
         raise ValueError(f"The reference picture has {channels} channels, and 1 to 4 are known: use an RGB picture.")
     if not torch.isfinite(image).all():
         raise ValueError("The reference picture holds values that are not finite numbers: check the node before this.")
-    colour, alpha = (image, None) if channels in (1, 3) else (image[..., :-1], image[..., -1])
-    return colour.float().expand(-1, -1, -1, 3), None if alpha is None else alpha.float()
+    if channels in (1, 3):
+        return image.float().expand(-1, -1, -1, 3), None
+    colour, alpha = image[..., :-1].float(), image[..., -1].float()
+    opaque = alpha.clamp(0, 1).unsqueeze(-1)
+    return (colour * opaque + (1 - opaque)).expand(-1, -1, -1, 3), alpha
 
 
 def join_masks(image: Tensor, *masks: Tensor | None) -> Tensor | None:

@@ -7,6 +7,7 @@ import os
 import folder_paths
 from comfy_api.latest import io, ui
 
+from ..folders import file_names, nothing_chosen, searched
 from ..schema import schema
 from ..sockets import ENCODER
 from .face_id_encoder import load
@@ -23,8 +24,12 @@ def register_folders() -> None:
 
 def encoder_names() -> list[str]:
     """Names of all files that may be encoders, those of `models/lookahead` first."""
-    names = [n for folder in FOLDERS for n in folder_paths.get_filename_list(folder) if n.lower().endswith(EXTENSIONS)]
-    return list(dict.fromkeys(names))
+    return list(dict.fromkeys(name for folder in FOLDERS for name in file_names(folder, EXTENSIONS)))
+
+
+def places() -> list[str]:
+    """The folders in which encoder files are looked for."""
+    return [path for folder in FOLDERS for path in folder_paths.get_folder_paths(folder)]
 
 
 def encoder_path(name: str) -> str:
@@ -33,8 +38,9 @@ def encoder_path(name: str) -> str:
         path = folder_paths.get_full_path(folder, name)
         if path is not None:
             return path
-    searched = ", ".join(path for folder in FOLDERS for path in folder_paths.get_folder_paths(folder))
-    raise FileNotFoundError(f"There is no encoder file {name!r} in {searched}: put it into one of these folders.")
+    raise FileNotFoundError(
+        f"There is no encoder file {name!r} in {searched(places())}: put it into one of these folders."
+    )
 
 
 class LookaheadLoadEncoder(io.ComfyNode):
@@ -69,8 +75,10 @@ class LookaheadLoadEncoder(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, encoder_name: str) -> bool | str:
+    def validate_inputs(cls, encoder_name: str | None = None) -> bool | str:
         """Say where the file was looked for, instead of the host's 'value not in list'."""
+        if encoder_name is None:
+            return nothing_chosen(encoder_names(), "encoder file", places())
         try:
             encoder_path(encoder_name)
         except FileNotFoundError as error:
@@ -82,8 +90,8 @@ class LookaheadLoadEncoder(io.ComfyNode):
         """Load again when the file was replaced."""
         try:
             stat = os.stat(encoder_path(encoder_name))
-        except OSError:
-            return encoder_name
+        except (OSError, TypeError):  # missing, or it comes by a link
+            return str(encoder_name)
         return f"{encoder_name} {stat.st_size} {stat.st_mtime_ns}"
 
     @classmethod

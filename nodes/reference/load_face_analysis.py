@@ -9,6 +9,7 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ...lookahead.vision.face_models import FaceModels, pack_folder
+from ..folders import nothing_chosen, searched, subfolders
 from ..schema import schema
 from ..sockets import FACE_ANALYSIS
 
@@ -26,20 +27,25 @@ def packs() -> dict[str, Path]:
     found: dict[str, Path] = {}
     for root in map(Path, folder_paths.get_folder_paths(FOLDER)):
         for place in (root / "models", root):
-            for folder in sorted(place.iterdir()) if place.is_dir() else ():
-                if folder.is_dir() and folder.name != "models" and pack_folder(folder) is not None:
+            for folder in subfolders(place):
+                if folder.name != "models" and pack_folder(folder) is not None:
                     found.setdefault(folder.name, folder)
     return found
+
+
+def places() -> list[str]:
+    """The folders in which packs are looked for first."""
+    return [os.path.join(path, "models") for path in folder_paths.get_folder_paths(FOLDER)]
 
 
 def pack_path(name: str) -> Path:
     """The folder of a pack. Raises FileNotFoundError, one sentence, naming the folders that were searched."""
     found = packs()
     if name not in found:
-        searched = ", ".join(os.path.join(path, "models") for path in folder_paths.get_folder_paths(FOLDER))
+        where = searched(places())
         raise FileNotFoundError(
-            f"There is no face pack {name!r} in {searched}: unpack one, such as buffalo_l or antelopev2, into a folder "
-            "of its name there."
+            f"There is no face pack {name!r} in {where}: unpack one, such as buffalo_l or antelopev2, into a folder of "
+            "its name there."
         )
     return found[name]
 
@@ -83,8 +89,10 @@ class LookaheadLoadFaceAnalysis(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, pack_name: str) -> bool | str:
+    def validate_inputs(cls, pack_name: str | None = None) -> bool | str:
         """Say where the pack was looked for, instead of the host's 'value not in list'."""
+        if pack_name is None:
+            return nothing_chosen(list(packs()), "face pack", places())
         try:
             pack_path(pack_name)
         except FileNotFoundError as error:

@@ -53,8 +53,10 @@ class LookaheadLoadReference(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, reference_name: str | None = None) -> bool | str:
         """Say where the file was looked for, instead of the host's 'value not in list'."""
-        if reference_name is None:
+        if reference_name is None and not reference_names():
             return "There is no reference file yet: make one with Save Lookahead Reference, then press R."
+        if reference_name is None:
+            return True  # it comes by a link
         try:
             reference_path(reference_name)
         except FileNotFoundError as error:

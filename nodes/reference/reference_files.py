@@ -9,6 +9,7 @@ import comfy.model_management
 import folder_paths
 
 from ...lookahead.files.reference_file import SavedSubject
+from ..folders import file_names, made, searched
 from .encoder import LoadedEncoder, keys_values_of
 from .subject import Reference, Subject
 
@@ -23,17 +24,16 @@ def register_reference_folder() -> None:
 
 def reference_names() -> list[str]:
     """Names of all reference files."""
-    return [name for name in folder_paths.get_filename_list(FOLDER) if name.lower().endswith(EXTENSION)]
+    return file_names(FOLDER, (EXTENSION,))
 
 
 def reference_path(name: str) -> str:
     """Path of a reference file. Raises FileNotFoundError, one sentence, naming the folders that were searched."""
     path = folder_paths.get_full_path(FOLDER, name)
     if path is None:
-        searched = ", ".join(folder_paths.get_folder_paths(FOLDER))
+        where = searched(folder_paths.get_folder_paths(FOLDER))
         raise FileNotFoundError(
-            f"There is no reference file {name!r} in {searched}: put it there, or make one with Save Lookahead "
-            "Reference."
+            f"There is no reference file {name!r} in {where}: put it there, or make one with Save Lookahead Reference."
         )
     return path
 
@@ -43,8 +43,7 @@ def new_path(file_name: str) -> Path:
     name = file_name.strip()
     if not name or name.startswith(".") or any(mark in name for mark in "/\\:\0"):
         raise ValueError(f"The file_name is {file_name!r}, and a name without folders is needed, such as anna.")
-    folder = Path(folder_paths.get_folder_paths(FOLDER)[0])
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = made(FOLDER)
     return folder / (name if name.lower().endswith(EXTENSION) else name + EXTENSION)
 
 

@@ -78,8 +78,46 @@ def test_pictures_in_half_precision_are_read_like_those_in_full(encode, tools, c
 def test_transparency_is_masked_out(encode, tools):
     image, mask = tools.picture(1), (tools.picture(2)[..., 0] > 0.5).float()
     with_alpha = encode(torch.cat([image, mask.unsqueeze(-1)], dim=-1))
-    assert torch.allclose(with_alpha.keys_values, encode(image, mask=mask).keys_values, atol=1e-5)
+    over_white = torch.where(mask.unsqueeze(-1) > 0, image, 1.0)
+    assert torch.allclose(with_alpha.keys_values, encode(over_white, mask=mask).keys_values, atol=1e-5)
     assert with_alpha.pixels.shape == (1, 64, 64, 3)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_colours_that_a_cut_out_hides_change_nothing(encode, pack, tools, channels):
+    """Neither of tokens and latents, nor of crops and losses, which read pictures by the same function."""
+    image, alpha = tools.picture(1, channels=channels), tools.picture(2, channels=1).round()
+    other = torch.where(alpha > 0, image, tools.picture(3, channels=channels))
+    seen = [torch.cat([colours, alpha], dim=-1) for colours in (image, other)]
+    assert not torch.equal(*seen)
+    subjects = [encode(one) for one in seen]
+    assert torch.equal(*(s.keys_values for s in subjects)) and torch.equal(*(s.pixels for s in subjects))
+    assert torch.equal(*(pack.module("nodes.losses.network").pictures_of(one) for one in seen))
+
+
+def test_an_encoder_whose_tokens_are_not_finite_is_refused(mini, tools):
+    """Weights that are numbers each, and overflow together."""
+    weights = {
+        **mini.encoder,
+        "image_proj.proj_out.weight": torch.full_like(mini.encoder["image_proj.proj_out.weight"], 1e18),
+    }
+    weights |= {k: torch.full_like(v, 1e18) for k, v in weights.items() if "norm_out" in k}
+    weights |= {k: torch.full_like(v, 1e18) for k, v in weights.items() if "to_v_ip" in k}
+    with pytest.raises(ValueError, match="not finite") as error:
+        tools.run("LookaheadEncodeReference", tools.encoder(weights), mini.clip_vision, tools.picture(1), size=64)
+    assert "test.safetensors" in str(error.value) and str(error.value).endswith(".")
+
+
+def test_an_image_prompt_that_the_model_s_precision_cannot_hold_is_refused(worlds, mini, tools):
+    weights = mini.encoder | {k: 1e6 * v for k, v in mini.encoder.items() if "to_v_ip" in k}
+    reference = tools.run(
+        "LookaheadEncodeReference", tools.encoder(weights), mini.clip_vision, tools.picture(1), size=64
+    )
+    half = worlds("mini", dtype=torch.float16)
+    latent, texts = torch.zeros(1, 4, 8, 8), (mini.text(1), mini.text(2))
+    with pytest.raises(ValueError, match="that float16 cannot"):
+        tools.sample(tools.apply(half.model, reference), *texts, latent, steps=1)
+    assert tools.sample(tools.apply(mini.model, reference), *texts, latent, steps=1).isfinite().all()
 
 
 def test_one_channel_is_grey(encode, tools):

@@ -256,3 +256,23 @@ def test_an_attention_override_of_another_node_sees_the_extended_keys(mini, ours
     expected = draw(ours(mini.model))
     model, found = extended(ours(mini.model))
     assert torch.equal(draw(model), expected) and len(found) == 2 * BLOCKS
+
+
+@pytest.mark.parametrize("effects", ["image prompt", "KV injection"])
+def test_windows_over_a_batch_read_the_references_and_masks_of_their_own_pictures(mini, tools, draw, effects):
+    """The host's context windows evaluate some pictures of a batch at a time, here two or three of six."""
+    encoder = tools.kv_encoder(mini) if effects == "image prompt" else None
+    reference = tools.kv_reference(mini, tools.picture(4, n=6), encoder=encoder, several="one per picture")
+    apply = tools.apply if effects == "image prompt" else tools.inject
+    model = apply(
+        mini.model,
+        reference,
+        mask=torch.stack([torch.ones(16, 16), torch.tensor([[1.0, 0.0]]).repeat(16, 8), torch.ones(16, 16)]),
+    )
+    windows = model, 2, 0, "standard_static", 1, False, "pyramid", 0, False
+    latent = (6, 4, 8, 8)
+    assert close(
+        draw(tools.host_node("nodes_context_windows", "ContextWindowsManualNode", *windows), latent=latent),
+        draw(model, latent=latent),
+        1e-4,
+    )

@@ -115,6 +115,16 @@ def test_the_reference_is_noised_to_the_level_of_the_picture(mini, tools, refere
         assert {row[2] for row in watch.rows} == {FACE, ZEROS} and len(watch.rows) == 6
 
 
+def test_the_reference_is_noised_by_the_rule_of_the_model(mini, tools, reference, watch, draw):
+    """Of a model that was switched to flow matching: (1 - sigma) z + sigma e, which the UNet reads as it is."""
+    flow = tools.host_node("nodes_model_advanced", "ModelSamplingSD3", mini.model, 3.0)
+    x, sigma = randn(2, *LATENT[1:]), 0.6
+    draw(watch.model(tools.inject(flow, reference)), x=x, sigma=sigma)
+    scaled = mini.model.model.latent_format.scale_factor * reference.subjects[0].latents
+    rows = watch.references[0].x[[n for n, name in enumerate(watch.references[0].names) if name == "face"]]
+    assert close(rows, (1 - sigma) * scaled + sigma * x)
+
+
 def test_the_reference_has_its_own_sizes_and_pooled_text(mini, tools, reference, draw, texts, monkeypatch):
     """As in training: width and height are the reference's own, and zeros have a pooled text of zeros."""
     base, seen = mini.model.model, []

@@ -221,6 +221,23 @@ def test_a_run_without_noise_noises_the_reference_from_the_seed(mini, reference,
     assert torch.allclose(watch.references[0].x[:1], (scaled + 5.0 * noise) / 26**0.5, atol=1e-5)
 
 
+def test_two_stages_are_one_run_for_every_picture_of_a_batch(mini, reference, tools, texts, pack, caplog):
+    """KSamplerAdvanced with leftover noise, then without new noise: the second stage gets no noise to share."""
+    node, latent = pack.host_nodes.KSamplerAdvanced(), {"samples": torch.zeros(3, *LATENT[1:])}
+    model = tools.inject(mini.model, reference)
+
+    def stage(samples, noise, first, last, leftover):
+        asked = (model, noise, 5, 4, 3.0, "euler", "normal", *texts, samples, first, last, leftover)
+        return node.sample(*asked)[0]
+
+    whole = stage(latent, "enable", 0, 4, "disable")["samples"]
+    caplog.set_level("INFO")
+    half = stage(latent, "enable", 0, 2, "enable")
+    assert "noise of seed" not in caplog.text
+    halves = stage(half, "disable", 2, 4, "disable")["samples"]
+    assert relative(halves, whole) < 1e-4 and "noise of seed 5" in caplog.text
+
+
 @pytest.mark.parametrize("kind", ["mini", "sdxl"])
 def test_520_x_392_pixels(worlds, tools, kind):
     world = worlds(kind)

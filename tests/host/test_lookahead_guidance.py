@@ -293,6 +293,71 @@ def test_a_model_of_v_prediction_is_guided(guide, tools, mini, texts, shortcut):
     assert relative(tools.denoised(base, *texts, x, 4.0), tools.denoised(mini.model, *texts, x, 4.0)) > 0.05
 
 
+@pytest.mark.parametrize("node", ["FreeU", "FreeU_V2"])
+def test_a_model_with_free_u_is_guided(guide, tools, mini, texts, shortcut, node):
+    """It writes into the tensors that it is given, which autograd needs as they were."""
+    model = tools.host_node("nodes_freelunch", node, mini.model, 1.3, 1.4, 0.9, 0.2)
+    sampler, report = guide(of=shortcut(tools.with_lora(model)), iterations=6, jitter=0.0)
+    tools.sample(model, *texts, torch.zeros(LATENT), sampler=sampler, steps=2)
+    losses = means(report)
+    assert min(losses[1:]) < 0.98 * losses[0]
+
+
+def test_patches_that_write_into_what_they_get_have_the_gradient_of_those_that_do_not(
+    guide, mini, tools, draw, shortcut
+):
+    def pure(t):
+        half = t.shape[1] // 2
+        return torch.cat([t[:, :half] * (1 + 0.1 * t[:, :half].mean().tanh()), t[:, half:]], dim=1)
+
+    def writing(t):
+        half = t.shape[1] // 2
+        t[:, :half] = t[:, :half] * (1 + 0.1 * t[:, :half].mean().tanh())
+        return t
+
+    def with_patches(change):
+        model = mini.model.clone()
+        model.set_model_input_block_patch(lambda h, options: change(h))
+        model.set_model_output_block_patch(lambda h, hsp, options: (change(h), change(hsp)))
+        model.set_model_attn2_output_patch(lambda n, extra: change(n))
+        model.set_model_unet_function_wrapper(
+            lambda f, given: f(change(given["input"]), given["timestep"], **given["c"])
+        )
+        return model
+
+    drawn, losses = [], []
+    for change in (pure, writing):
+        model = with_patches(change)
+        sampler, report = guide(of=shortcut(tools.with_lora(model)), iterations=2, jitter=0.0)
+        drawn.append(draw(sampler, model=model))
+        losses.append(means(report))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3) and relative(*drawn) < 1e-3
+    assert relative(drawn[0], draw("euler", model=with_patches(pure))) > 1e-3
+
+
+def test_windows_over_a_batch_have_the_lora_scales_of_their_own_pictures(guide, draw, mini, tools, shortcut):
+    """The host's context windows evaluate two of four pictures at a time; each has its own LoRA scale by chance."""
+
+    def windowed(model):
+        windows = model, 2, 0, "standard_static", 1, False, "pyramid", 0, False
+        return tools.host_node("nodes_context_windows", "ContextWindowsManualNode", *windows)
+
+    drawn = []
+    for model in (mini.model, windowed(mini.model)):
+        sampler, _ = guide(iterations=1, jitter=0.9, of=shortcut(tools.with_lora(model)))
+        drawn.append(draw(sampler, (4, *LATENT[1:]), model=model))
+    assert relative(drawn[1], drawn[0]) < 1e-3
+
+
+def test_a_model_of_flow_matching_is_guided_and_travels_in_time(guide, tools, mini, texts, shortcut):
+    flow = tools.host_node("nodes_model_advanced", "ModelSamplingSD3", mini.model, 3.0)
+    sampler, report = guide(of=shortcut(tools.with_lora(flow)), iterations=3, jitter=0.0, time_travel=1)
+    sigmas = torch.tensor([0.9, 0.5, 0.0])
+    out = tools.sample(flow, *texts, torch.zeros(LATENT), sampler=sampler, sigmas=sigmas)
+    losses = means(report)
+    assert out.isfinite().all() and losses[3] < losses[0]
+
+
 def test_one_run_is_guided_once(guide, tools):
     with pytest.raises(ValueError, match="Combine Lookahead Losses") as error:
         guide(guide()[0])
@@ -423,6 +488,25 @@ def test_a_run_that_ends_before_start_is_not_guided_and_says_so(guide, tools, mi
     out = tools.sample(mini.model, *texts, torch.zeros(LATENT), sampler=sampler, sigmas=sigmas)
     plain = tools.sample(mini.model, *texts, torch.zeros(LATENT), sampler="euler", sigmas=sigmas)
     assert torch.equal(out, plain) and "no step of this run is guided" in caplog.text
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_a_run_of_one_step_is_guided_at_it(guide, tools, mini, texts, split):
+    """As of Turbo or DMD2: the step leads past start, so it is the last that can be guided."""
+    import comfy.samplers
+
+    euler = comfy.samplers.sampler_object("euler")
+    if split:
+        euler = type(
+            "Other",
+            (comfy.samplers.KSAMPLER,),
+            {"sample": lambda self, *a, **k: super(type(self), self).sample(*a, **k)},
+        )(euler.sampler_function)
+    (sampler, report), sigmas = guide(euler, start=0.12), torch.tensor([14.6, 0.0])
+    out = tools.sample(mini.model, *texts, torch.zeros(LATENT), sampler=sampler, sigmas=sigmas)
+    plain = tools.sample(mini.model, *texts, torch.zeros(LATENT), sampler="euler", sigmas=sigmas)
+    (run,) = report.runs.values()
+    assert {i.step for i in run.iterates} == {0} and relative(out, plain) > 1e-3
 
 
 @pytest.mark.contract
@@ -591,6 +675,33 @@ def test_the_preview_grid_shows_what_was_foretold_and_how_well(mini, texts, shor
     for one, other in zip(numbers[0:6:2], numbers[1:6:2], strict=True):
         assert one == pytest.approx(other, abs=2e-3)
     assert numbers[0][0] > numbers[4][0] and numbers[0][1] < numbers[4][1]
+
+
+@pytest.mark.parametrize("sampler", ["euler", "dpm_2", "uni_pc", "dpm_fast", "dpm_adaptive"])
+def test_the_preview_grid_draws_what_ksampler_draws_and_looks_ahead_everywhere(
+    mini, texts, shortcut, pack, vae, sampler
+):
+    """KSampler leaves the penultimate noise level out for some samplers; others have steps or a scale of their own."""
+    latent = {"samples": torch.zeros(LATENT), "noise_mask": torch.ones(1, 1, 64, 64)}
+    asked = {"steps": 5, "cfg": 1.0, "sampler_name": sampler, "scheduler": "normal"}
+    grid = pack.nodes["LookaheadPreviewGrid"].execute
+    _, finished, text = grid(
+        mini.model, shortcut(kind="plain x0"), *texts, latent, 7, fractions="0, 0.4, 0.8", **asked
+    ).result
+    (drawn,) = pack.host_nodes.KSampler().sample(mini.model, 7, 5, 1.0, sampler, "normal", *texts, latent)
+    assert torch.allclose(finished, vae.decode(drawn["samples"]).cpu(), atol=5e-3)
+    assert all(f"{n} %" in text for n in (0, 40, 80))
+    rows = [[float(cell) for cell in line.split("|")[3:5]] for line in text.splitlines() if " % |" in line]
+    for one, other in zip(rows[0::2], rows[1::2], strict=True):  # without a LoRA and guidance, shortcut and x0 are one
+        assert one == pytest.approx(other, abs=2e-2)  # (dpm_adaptive tells of a step after its last call: 0.01)
+
+
+def test_fractions_that_a_sampler_never_came_to_are_named(pack, caplog):
+    grid = pack.module("nodes.guidance.preview_grid")
+    shots = [grid.Shot(0.0, torch.zeros(1, 8, 8, 3), torch.zeros(1, 8, 8, 3))]
+    assert grid.left_out([0.0], shots, "euler") == ""
+    note = grid.left_out([0.0, 0.5, 0.75], shots, "dpm_adaptive")
+    assert "ended before 50 %, 75 %" in note and note.strip() in caplog.text
 
 
 def test_a_fraction_after_the_last_step_is_that_step(mini, texts, shortcut, pack):

@@ -43,6 +43,22 @@ def stock_loader(pack):
 
 
 @pytest.mark.contract
+def test_the_trainer_reads_every_name_that_the_host_reads(case, pack):
+    """By the host's own table of names -> weights, for all layers that a LoRA may change."""
+    import comfy.lora
+
+    world, unet, *_ = case
+    names = pack.module("lookahead.files.lora_file").names_of
+    ldm_unet = pack.module("lookahead.files.original_names").ldm_unet
+    paths = [p for p, m in unet.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)]
+    layers = {path: name for name, path in ldm_unet({f"{path}.weight": path for path in paths}).items()}
+    ours = {name: f"diffusion_model.{layers[path]}" for name, path in names(paths).items()}
+    hosts = comfy.lora.model_lora_keys_unet(world.model.model, {})
+    wanted = {name: key for name, key in hosts.items() if key in ours.values() and not name.endswith(".bias")}
+    assert len(set(wanted.values())) == len(paths) and {name: ours.get(name) for name in wanted} == wanted
+
+
+@pytest.mark.contract
 def test_every_key_is_used(case, stock_loader, caplog):
     import comfy.lora
 

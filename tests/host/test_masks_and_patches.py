@@ -198,7 +198,7 @@ def test_rows_cut_into_tiles_see_the_image_prompt_of_their_row(mini, tools, pack
     )
     x = torch.randn(2, 4, 16, 16)
     roles = pack.module("nodes.conditioning.rows")
-    layout = roles.RowLayout(x, {"cond_or_uncond": [0]}, roles.CondBatch((True,), {}, (16, 16), 2))
+    layout = roles.RowLayout(x, {"cond_or_uncond": [0]}, roles.CondBatch((True,), {}, (16, 16), range(2)))
     term = patch.PromptRows(prompt, layout)
     plain = pack.module("lookahead.method.attention").softmax_attention
     q = torch.randn(2, 16, 64)
@@ -278,7 +278,7 @@ def test_a_pass_keeps_no_keys_and_values_of_every_row(mini, tools, reference, pa
     model = tools.apply(mini.model, reference)
     prompt = model.model_options["transformer_options"]["lookahead"].effects[0]
     roles = pack.module("nodes.conditioning.rows")
-    rows = roles.CondBatch((True, False), {}, (16, 16), 16)
+    rows = roles.CondBatch((True, False), {}, (16, 16), range(16))
     layout = roles.RowLayout(torch.zeros(32, 4, 16, 16), {"cond_or_uncond": [0, 1]}, rows)
     term = patch.PromptRows(prompt, layout)
     kept = [v for v in vars(term).values() if isinstance(v, torch.Tensor)]

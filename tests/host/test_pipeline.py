@@ -414,3 +414,17 @@ def test_what_does_not_fit_is_refused_in_one_sentence(module, pack, cases, tools
         with pytest.raises(ValueError, match=said) as error:
             call()
         tools.one_sentence(error)
+
+
+def test_a_scheduler_of_flow_matching_is_refused_for_a_reference(pack):
+    """It noises by another rule, which nobody would notice."""
+    import diffusers
+
+    alpha_bar, t = pack.module("sdxl.pipeline")._alpha_bar, torch.tensor(500)
+    known = diffusers.DPMSolverMultistepScheduler(beta_schedule="scaled_linear")
+    assert 0 < float(alpha_bar(known, t)) < 1
+    flow = diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
+    for scheduler in (flow, diffusers.FlowMatchEulerDiscreteScheduler()):
+        with pytest.raises(ValueError, match="flow matching") as error:
+            alpha_bar(scheduler, t)
+        assert str(error.value).endswith(".") and "\n" not in str(error.value)

@@ -21,9 +21,11 @@ ROOMS: dict[str, tuple[str, ...]] = {
     # the pack
     "nodes.schema": (),
     "nodes.sockets": (),
-    "nodes.reference": ("lookahead", "nodes.schema", "nodes.sockets"),
+    "nodes.folders": (),
+    "nodes.versions": (),
+    "nodes.reference": ("lookahead", "nodes.schema", "nodes.folders", "nodes.sockets"),
     "nodes.conditioning": ("lookahead", "nodes.schema", "nodes.sockets", "nodes.reference"),
-    "nodes.losses": ("lookahead", "nodes.schema", "nodes.sockets", "nodes.reference"),
+    "nodes.losses": ("lookahead", "nodes.schema", "nodes.folders", "nodes.sockets", "nodes.reference"),
     "nodes.guidance": ("lookahead", "nodes.schema", "nodes.sockets", "nodes.losses", "nodes.conditioning"),
     "nodes": ("nodes",),
     # SDXL in diffusers, and what is built on it
@@ -42,7 +44,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     # the mini world: people are drawn, networks trained on them and stored in public formats, measured, then used
     "mini.world": (),
     "mini.plan": ("mini.world",),
-    "mini.files.checkpoint": (),
+    "mini.files.checkpoint": ("lookahead",),
     "mini.stages": ("lookahead", "sdxl", "evaluation", "mini.world", "mini.plan", "mini.files.checkpoint"),
     "mini.files": (
         "lookahead",

@@ -3,6 +3,7 @@
 import torch
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from lcm_lookahead.lookahead.files.block_names import block_names
+from lcm_lookahead.lookahead.files.original_names import ldm_unet
 from lcm_lookahead.mini.files import checkpoint
 from lcm_lookahead.mini.plan import SIZES
 from lcm_lookahead.mini.stages import base, text, vae
@@ -10,7 +11,7 @@ from lcm_lookahead.mini.stages import base, text, vae
 
 def test_the_unet_reads_back_through_diffusers_converter_bit_for_bit():
     unet = base.build_unet()
-    written = {f"model.diffusion_model.{k}": v for k, v in checkpoint.ldm_unet(unet.state_dict()).items()}
+    written = {f"model.diffusion_model.{k}": v for k, v in ldm_unet(unet.state_dict()).items()}
     read = convert_ldm_unet_checkpoint(written, dict(unet.config))
     state = unet.state_dict()
     assert read.keys() == state.keys()

@@ -73,6 +73,8 @@ def damaged_concepts(tmp_path, concept):
     yield "another kind", tensors, {}
     yield "format version", tensors, {**metadata, "format_version": "9"}
     yield "not finite", {**tensors, first: tensors[first] * float("nan")}, metadata
+    yield "as large as", {**tensors, first: torch.full_like(tensors[first].float(), 1e38)}, metadata
+    yield "holds no number", {**tensors, first: tensors[first][:0]}, metadata
     yield "not part of a concept", {**tensors, "extra": torch.ones(2)}, metadata
     yield "not part of a concept", {k: v for k, v in tensors.items() if k != first}, metadata
     yield "lacks its word", {k: v for k, v in tensors.items() if k != "token.G"}, metadata

@@ -107,6 +107,7 @@ def dead_layers_of_the_last_block(kv):
         (lambda kv: [kv.pop(k) for k in list(kv) if "kv_encoder" in k], "0 layers of kv_encoder"),
         (lambda kv: kv.update(dead_layers_of_the_last_block(kv)), "incomplete"),
         (lambda kv: kv.update({next(iter(kv)): torch.ones(3, 8)}), "[rank, in]"),
+        (lambda kv: kv.update({k: t[:0] if "_A" in k else t[:, :0] for k, t in kv.items()}), "holds no number"),
     ],
 )
 def test_a_kv_encoder_that_is_not_whole_is_refused(weights, tmp_path, harm, said):
@@ -118,7 +119,7 @@ def test_a_kv_encoder_that_is_not_whole_is_refused(weights, tmp_path, harm, said
     kv = kv_weights(len(pairs))
     harm(kv)
     with pytest.raises(encoder_file.EncoderFileError, match=re.escape(said)):
-        encoder_file.write(tmp_path / "mine.safetensors", nested["image_proj"], pairs, {}, kv)
+        encoder_file.write(tmp_path / "mine.safetensors", nested["image_proj"], pairs, {"kv_alpha": "4"}, kv)
     assert os.listdir(tmp_path) == []
 
 
@@ -241,6 +242,36 @@ def test_values_that_are_not_numbers(stock, weights, value):
     assert "ip_adapter.3.to_v_ip.weight" in refused(stock(weights))
 
 
+@pytest.mark.parametrize("value", [1e38, -1e20])
+def test_weights_whose_squares_no_precision_can_hold_are_refused(stock, weights, value):
+    """They are numbers, and would leave a blank picture without a word."""
+    weights["ip_adapter.3.to_v_ip.weight"][0, 0] = value
+    assert "as large as" in refused(stock(weights)) and "ip_adapter.3" in refused(stock(weights))
+
+
+OWN = {"format": "lcm-lookahead-encoder", "format_version": "1"}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("kv_alpha", alpha) for alpha in ("nan", "inf", "-Infinity", "1e39", "four")),
+        *(("size", size) for size in ("10000000", "4104", "9" * 5000)),
+        ("kv_prompt", "a face " * 1000),
+    ],
+)
+def test_metadata_that_cannot_be_meant_are_refused(stock, weights, field, value):
+    text = refused(stock(weights, metadata={**OWN, field: value}))
+    assert f"metadata field {field}" in text and len(text) < 200
+
+
+def test_metadata_that_make_sense_are_read_and_long_ones_shown_in_part(stock, weights):
+    path = stock(weights, metadata={**OWN, "kv_alpha": "4", "size": "4096", "data": "x" * 10**6})
+    file = encoder_file.read(path)
+    assert file.kv_scale(2) == 2.0 and encoder_file.reference_size(file.metadata) == 4096
+    assert len(encoder_file.provenance(file)) < 4000
+
+
 @pytest.mark.parametrize("key", [f"image_proj.{k}" for k in ("layers.2.0.to_kv.weight", "latents", "norm_out.bias")])
 def test_a_missing_weight_of_the_resampler(stock, weights, key):
     del weights[key]
@@ -351,6 +382,8 @@ def test_tensors_of_a_bin_that_are_not_plain(weights, tmp_path, kind):
     torch.save(halves(weights), tmp_path / "adapter.bin")
     text = refused(tmp_path / "adapter.bin")
     assert key in text and kind in text and ".safetensors" in text
+    torch.save({key: weights[key]}, tmp_path / "adapter.bin")  # not "half an adapter": nothing of it can be used
+    assert kind in refused(tmp_path / "adapter.bin")
 
 
 # -- names

@@ -75,6 +75,7 @@ def test_a_missing_a_misshapen_and_a_non_finite_weight_are_refused(weights, key)
         {name: value for name, value in whole.items() if name != key},
         {**whole, key: whole[key][:-1]},
         {**whole, key: torch.full_like(whole[key], float("nan"))},
+        {**whole, key: torch.full_like(whole[key].float(), 1e38)},
         {**whole, key: whole[key].to(torch.int8)},
         {**whole, key + ".more": whole[key]},
     ]

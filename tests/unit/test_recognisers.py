@@ -269,3 +269,12 @@ def test_without_onnx2torch_it_is_said_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision", None)  # its import fails, as where it does not fit torch
     with pytest.raises(ImportError, match="cannot be imported"):
         read(MINI)
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    """They would leave a loss that no picture counts for, without a word."""
+    torch.save({"input_layer.0.weight": torch.full((2, 2), float("nan"))}, tmp_path / "mine.pth")
+    with pytest.raises(
+        arcface.RecogniserError, match="mine.pth: input_layer.0.weight holds values that are not finite"
+    ):
+        arcface.read(tmp_path / "mine.pth")

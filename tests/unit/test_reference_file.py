@@ -97,6 +97,7 @@ ONE = {"encoder": "", "encoder_mark": "", "recogniser": "", "one_each": False, "
         ({**META, "subjects": json.dumps([{**ONE, "more": 1}])}, "which subjects"),
         ({**META, "subjects": json.dumps([{**ONE, "weight": "1"}])}, "which subjects"),
         ({**META, "subjects": json.dumps([{**ONE, "weight": float("nan")}])}, "finite"),
+        ({**META, "subjects": json.dumps([{**ONE, "weight": 1e38}])}, "up to 100"),
         ({**META, "subjects": json.dumps([{**ONE, "one_each": 1}])}, "which subjects"),
     ],
 )  # fmt: skip

@@ -90,3 +90,5 @@ def test_the_paper_s_step_is_the_seventh_of_fifty():
     assert schedule.chosen_steps(steps[20:], start, 2) == [0, 1]  # img2img begins later
     assert schedule.chosen_steps(steps[:5], start, 1) == []
     assert schedule.chosen_steps(steps, 1e9, 1) == [0]
+    assert schedule.chosen_steps([14.6], 7.5, 3, 0.0) == [0] and schedule.chosen_steps([14.6, 9.0], 7.5, 1, 0.0) == [1]
+    assert schedule.chosen_steps([14.6, 9.0], 7.5, 1, 8.0) == [] == schedule.chosen_steps([], 7.5, 1, 0.0)

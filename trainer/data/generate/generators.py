@@ -22,7 +22,7 @@ from diffusers import (
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
-from ....lookahead.files.tensors import read_tensors, sha256
+from ....lookahead.files.tensors import EncoderFileError, read_tensors, sha256
 from ....sdxl import load, lora
 from ....sdxl.load import ModelError, PromptEncoder
 from .config import GeneratorSettings
@@ -88,11 +88,9 @@ class FewStepSDXL:
         vae.to(memory_format=torch.channels_last)  # a plain CNN: quicker so
         if branches is not None:
             try:
-                added = lora.load(lora.public(branches), unet)
-            except KeyError as error:
-                raise ModelError(
-                    f"generator.lora {settings.lora} is no LoRA for this base ({error.args[0]}): use one for SDXL."
-                ) from error
+                added = lora.load(branches, unet, f"generator.lora {settings.lora}")
+            except EncoderFileError as error:
+                raise ModelError(str(error)) from error
             added.to(device, dtype).attach(unet).scale = settings.lora_scale
         self.settings, self.vae = settings, vae
         self.name = " + ".join(Path(n).name for n in (settings.base, settings.lora) if n)

@@ -1,0 +1,81 @@
+"""The host's model folders. Nodes list them while they register and whenever they are validated, where an error would
+take the whole pack, or show an errno: what cannot be read is left out, with a line in the log."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import folder_paths
+
+_logged: set[str] = set()
+
+
+def file_names(folder: str, endings: tuple[str, ...]) -> list[str]:
+    """Names of the files in a model folder of the host that end so, in any case."""
+    try:
+        try:
+            names = folder_paths.get_filename_list(folder)
+        except FileNotFoundError:  # the host asks for the time of folders that it knows and somebody has removed since
+            folder_paths.filename_list_cache.pop(folder, None)
+            names = folder_paths.get_filename_list(folder)
+    except OSError as error:
+        _left_out(getattr(error, "filename", None) or folder, error)
+        names = []
+    return [name for name in names if name.lower().endswith(endings)]
+
+
+def made(folder: str) -> Path:
+    """The first of a model folder's places, where new files go, made if need be. Raises ValueError, one sentence."""
+    place = Path(folder_paths.get_folder_paths(folder)[0])
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{place} cannot be made ({error.strerror}): make it, and let ComfyUI write there.") from error
+    return place
+
+
+def nothing_chosen(there: Sequence[str], what: str, folders: Iterable[str]) -> bool | str:
+    """Answers for `validate_inputs` without a value: it comes by a link, or there is no file yet (a sentence)."""
+    if there:
+        return True
+    return f"There is no {what} in {searched(folders)} yet: put one there, then press R in the page."
+
+
+def subfolders(place: Path) -> list[Path]:
+    """The folders in a folder, by name; none where it is missing."""
+    try:
+        with os.scandir(place) as entries:
+            found = sorted(place / entry.name for entry in entries if entry.is_dir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        _left_out(place, error)
+        return []
+    return found
+
+
+def searched(paths: Iterable[str | os.PathLike[str]]) -> str:
+    """The folders that were searched, for an error: with a word where ComfyUI may not read one."""
+
+    def named(path: str | os.PathLike[str]) -> str:
+        # A folder in one that may not be read seems to be missing.
+        nearest = next(parent for parent in (Path(path), *Path(path).parents) if os.path.lexists(parent))
+        try:
+            os.listdir(nearest)
+            os.stat(nearest / ".")
+        except PermissionError:
+            return f"{path} (ComfyUI may not read {nearest})"
+        except OSError:
+            pass
+        return str(path)
+
+    return ", ".join(map(named, paths))
+
+
+def _left_out(path: str | os.PathLike[str], error: OSError) -> None:
+    if str(path) not in _logged:
+        _logged.add(str(path))
+        logging.warning("[LCM-Lookahead] %s cannot be read (%s), so its files are left out.", path, error.strerror)
