@@ -1,7 +1,7 @@
 """Configurations: what is wrong is said in a sentence that helps, before anything is loaded."""
 
 import pytest
-from lcm_lookahead.trainer.config import CONFIGS, ConfigError
+from lcm_lookahead.trainer.config import CONFIGS, ConfigError, read_values
 from lcm_lookahead.trainer.lookahead.config import Config, from_values, load
 from pydantic import BaseModel
 
@@ -120,3 +120,38 @@ def test_the_rate_is_a_function_of_the_step_alone():
     assert [o.factor(n, 100) for n in (0, 9)] == pytest.approx([0.1, 0.98], abs=1e-2) and o.factor(100, 100) < 1e-9
     constant = from_values(SMALL).optimiser
     assert {constant.factor(n, 100) for n in range(100)} == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "extends: mini.yaml\nsteps: 5\nname: x\nsteps: 500\n",
+            "run.yaml: steps is there twice, in lines 2 and 4: ",
+        ),
+        ("extends: mini.yaml\nmodel: {kv: true, kv: false}\n", "run.yaml: kv is there twice, in lines 2 and 2: "),
+    ],
+)
+def test_a_key_that_is_given_twice_is_refused_in_any_section(tmp_path, text, said):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=said):
+        load(tmp_path / "run.yaml")
+
+
+def test_a_key_of_a_merged_mapping_may_be_given_again(tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        "extends: mini.yaml\nmodel: &own {kv: false}\ndata: {source: d}\noptimiser: &o {warmup: 3}\n"
+    )
+    assert load(tmp_path / "run.yaml").optimiser.warmup == 3
+    (tmp_path / "merged.yaml").write_text("a: &a {steps: 3, batch: 2}\nb: {<<: *a, steps: 4}\n")
+    assert read_values(tmp_path / "merged.yaml")["b"] == {"steps": 4, "batch": 2}
+
+
+@pytest.mark.parametrize("name", ["mini.yaml", "trainer/configs/mini.yaml", "generate/mini.yaml"])
+def test_a_file_that_comes_along_is_found_by_its_name_from_anywhere(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    assert read_values(name) == read_values(CONFIGS / name.removeprefix("trainer/configs/"))
+    (tmp_path / "mine.yaml").write_text(f"extends: {name}\nout: elsewhere\n")
+    assert read_values("mine.yaml") == read_values(name) | {"out": "elsewhere"}
+    (tmp_path / "mini.yaml").write_text("name: mine\n")  # one's own comes first
+    assert read_values("mini.yaml") == {"name": "mine"}
