@@ -159,7 +159,12 @@ def test_a_graph_of_stock_nodes_and_ours_draws_a_picture(server):
 def test_a_saved_person_is_drawn_again_and_a_curve_and_boxes_come_from_nodes_of_the_host(server):
     known = server.object_info()
     first = graph(image="face.png")
-    own = {"save_reference": ("LookaheadSaveReference", {"reference": ["reference", 0], "file_name": "anna"})}
+    own = {
+        "save_reference": (
+            "LookaheadSaveReference",
+            {"reference": ["reference", 0], "file_name": "anna", "contents": "everything"},
+        )
+    }
     own["weights"] = ("LookaheadWeights", {"preset": "likeness", "layers": "", "steps": "1, 0.5"})
     if "CurveEditor" in known:
         curve = {"points": [[0.0, 1.0], [1.0, 0.5]], "interpolation": "linear"}
