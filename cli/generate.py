@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import Overrides
+from .options import Overrides, Worker
 
 if TYPE_CHECKING:
     import torch
@@ -35,14 +35,7 @@ def generate(
     shards: Annotated[
         str | None, typer.Option(metavar="A-B", help="Shards to make, both included.", show_default="all")
     ] = None,
-    worker: Annotated[
-        str | None,
-        typer.Option(
-            metavar="I/N",
-            help="Make every N-th shard from the I-th on, counted from 0.",
-            show_default="as torchrun or SLURM says",
-        ),
-    ] = None,
+    worker: Worker = None,
     pilot: Annotated[
         int | None, typer.Option(min=2, help="People to try: write pilot.html, with thresholds, and no shard.")
     ] = None,
@@ -135,12 +128,14 @@ def write_pilot(engine: Engine, people: int) -> None:
 
 def verify_shards(config: GenerateConfig) -> int:
     """Counts the shards. Raises ShardError, one sentence, for one that is damaged."""
-    from ..trainer.data.shards import Shards, read_index
+    from ..trainer.data.shards import PEOPLE, Shards
+    from ..trainer.data.store import Store
+    from ..trainer.data.tars import read_index
 
-    paths = Shards(Path(config.out)).paths
-    for path in paths:
-        read_index(path, whole=True)
-    return len(paths)
+    shards = Shards(Store(config.out))
+    for name in shards.names:
+        read_index(shards.store, name, PEOPLE, whole=True)
+    return len(shards.names)
 
 
 def read_engine(config: GenerateConfig) -> Engine:

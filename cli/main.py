@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from . import convert, curves, doctor, estimate, evaluate, generate, mini, study, train
+from . import convert, curves, doctor, estimate, evaluate, generate, mini, prepare, study, train
 
 app = typer.Typer(
     help="Train, measure and convert encoders of LCM-Lookahead for ComfyUI. For a command: lookahead COMMAND --help.",
@@ -20,6 +20,7 @@ app = typer.Typer(
 )
 for command in (
     generate.generate,
+    prepare.prepare,
     train.train,
     estimate.estimate,
     curves.curves,

@@ -78,20 +78,20 @@ def test_every_picture_is_a_target_and_its_reference_another_one_of_the_person_w
     assert len(source) == PEOPLE * PICTURES
     chosen = {}
     for number in range(200):
-        target = source.targets[number % len(source)]
-        reference = source.reference_of(target, number)
-        mine, theirs = (source.pairs.pictures[n] for n in (target, reference))
+        target = source.pictures.targets[number % len(source)]
+        reference = source.loader.reference_of(target, number)
+        mine, theirs = (source.pictures.pairs.pictures[n] for n in (target, reference))
         assert mine.person == theirs.person and mine.file != theirs.file
-        assert source.pairs.seen[theirs.file].face is not None
+        assert source.pictures.pairs.seen[theirs.file].face is not None
         chosen.setdefault(mine.file, set()).add(theirs.file)
     assert max(len(files) for files in chosen.values()) > 1
-    assert [source.reference_of(0, n) for n in range(9)] == [source.reference_of(0, n) for n in range(9)]
+    assert [source.loader.reference_of(0, n) for n in range(9)] == [source.loader.reference_of(0, n) for n in range(9)]
 
 
 def test_a_square_holds_the_face_and_its_landmarks_move_along(source):
-    for place, entry in enumerate(source.pairs.pictures):
-        seen = source.pairs.seen[entry.file]
-        picture, points = source.crop(place, True)
+    for place, entry in enumerate(source.pictures.pairs.pictures):
+        seen = source.pictures.pairs.seen[entry.file]
+        picture, points = source.pictures.crop(place, True)
         assert picture.shape == (1, 3, 128, 128)
         if entry.file.endswith("1.png"):
             assert (seen.width, seen.height) == (192, 128) and square_of(seen, None)[0] > 32
@@ -318,13 +318,15 @@ def test_people_are_held_out_for_validation_where_there_are_enough(tmp_path, dra
         data, tmp_path / "out", "validate_every=5", "validation.people=4", "validation.prompts=[a face, a comic]"
     )
     _, source = assembling.assemble(c)
-    assert len(source.held_out) == 1 and len(source) == 11 * PICTURES
-    assert {source.pairs.pictures[n].person for n in source.targets}.isdisjoint(source.held_out)
+    assert len(source.pictures.held_out) == 1 and len(source) == 11 * PICTURES
+    assert {source.pictures.pairs.pictures[n].person for n in source.pictures.targets}.isdisjoint(
+        source.pictures.held_out
+    )
     never = settings(data, tmp_path / "out", "validation.people=4")
     _, same = assembling.assemble(never)  # so that it may be turned on later
-    assert (same.held_out, same.digest()) == (source.held_out, source.digest())
+    assert (same.pictures.held_out, same.digest()) == (source.pictures.held_out, source.digest())
     probes = source.probes(c, CPU)
-    assert probes.batch.names == [f"{prompt}, {source.held_out[0]}" for prompt in ("a face", "a comic")]
+    assert probes.batch.names == [f"{prompt}, {source.pictures.held_out[0]}" for prompt in ("a face", "a comic")]
     assert probes.shown.shape == (1, 3, 128, 128) and "held out" in probes.by
     scores = probes.score(probes.shown.expand(2, -1, -1, -1))["identity"]
     assert (scores > 0.95).all()  # the reference itself
