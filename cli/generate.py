@@ -54,6 +54,8 @@ def generate(
     elif report:
         print(f"Written: {write_report(settings)}")
     else:
+        if settings.launch.engine != "none" and pilot is None:
+            return launch_shards(settings)
         (number, workers), numbers = asked_worker(worker), asked_shards(shards, settings.shards)
         engine = read_engine(settings)
         if pilot is not None:
@@ -61,6 +63,26 @@ def generate(
         make_shards(engine, numbers[number::workers])
         if not engine.missing(range(settings.shards)):
             print(f"Written: {write_report(settings)}")
+
+
+def launch_shards(config: GenerateConfig) -> None:
+    """Have an engine make what is missing; then, but for SLURM, whose tasks come later, the report."""
+    from ..trainer.data.generate.report import write_report
+    from ..trainer.data.shards import shard_name
+    from ..trainer.data.store import Store
+    from ..trainer.data.tars import ShardError, index_name
+    from .launch import launch
+
+    launch(config)
+    if config.launch.engine == "slurm":
+        return print("Submitted. When the job has ended, the same command makes what is missing; --report the report.")
+    there = Store(config.out).names()
+    if missing := [n for n in range(config.shards) if index_name(shard_name(n)) not in there]:
+        raise ShardError(
+            f"{len(missing)} of {config.shards} shards are not made, the first is {missing[0]}: the engine's logs say "
+            "why; the same command goes on."
+        )
+    print(f"Written: {write_report(config)}")
 
 
 def asked_shards(text: str | None, shards: int) -> range:

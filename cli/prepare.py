@@ -30,7 +30,9 @@ def prepare(
         raise ConfigError("data.keep is false, so a run keeps nothing of what the models see: set it to true.")
     source = open_models_and_source(settings)
     if not isinstance(source, PictureSource):
-        raise ConfigError("data.source is mini, whose people are drawn as they are asked for: there is no picture to see.")
+        raise ConfigError(
+            "data.source is mini, whose people are drawn as they are asked for: there is no picture to see."
+        )
     missing = work.plan(source)
     if dry_run or not missing.chunks:
         print(missing if missing.chunks else f"Everything that the run will read is in {missing.folder}.")

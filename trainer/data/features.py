@@ -115,7 +115,7 @@ class FeatureReader:
 
 def _own(rows: Tensor) -> list[Tensor]:
     """Rows on the CPU, each with memory of its own."""
-    return [row.clone() for row in rows.cpu()]
+    return [row.clone(memory_format=torch.contiguous_format) for row in rows.cpu()]
 
 
 def _there(points: Tensor | None) -> Tensor:

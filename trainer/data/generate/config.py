@@ -19,7 +19,7 @@ from ...config import Count, Positive, Section, Share, read_values, validated
 
 Weight = Annotated[float, Field(ge=0)]
 Weights = dict[str, Weight]  # a text, and how often it is drawn relative to the others
-_NOT_CONTENT = ("name", "out", "shards")  # what may change without changing a byte of a shard
+_NOT_CONTENT = ("name", "out", "shards", "launch")  # what may change without changing a byte of a shard
 _PATHS = {"generator": ("base", "lora", "vae"), "checks": ("detector", "recogniser", "clip"), "": ("names",)}
 
 
@@ -176,6 +176,31 @@ class Files(Section):
     quality: Annotated[int, Field(ge=50, le=100)] = Field(95, description="of JPEG")
 
 
+class Launch(Section):
+    """Who makes the shards: this process, or tasks of an engine (datatrove's executors)."""
+
+    engine: Literal["none", "local", "slurm", "ray"] = Field(
+        "none", description="none: this process and those that are started beside it; processes of this machine; ..."
+    )
+    tasks: Count = Field(1, description="how many tasks share the shards")
+    workers: Annotated[int, Field(ge=0)] = Field(0, description="how many run at a time; 0: all")
+    gpus: Annotated[int, Field(ge=0)] = Field(1, description="of a task (slurm, ray)")
+    cpus: Count = Field(4, description="of a task (slurm, ray)")
+    gigabytes: Count = Field(32, description="of a task's memory (slurm, ray)")
+    partition: str | None = Field(None, description="of slurm")
+    time: str = Field("04:00:00", description="of slurm: after which it ends a task, whose shards the next one makes")
+    qos: str | None = Field(None, description="of slurm")
+    environment: str | None = Field(None, description="of slurm: command that activates the Python environment")
+    sbatch: dict[str, str] = Field({}, description="further options of sbatch, without their dashes")
+    logs: str | None = Field(None, description="folder of the engine's logs; generate_logs/NAME")
+
+    @model_validator(mode="after")
+    def _complete(self) -> Launch:
+        if self.engine == "slurm" and self.partition is None:
+            raise ValueError("engine 'slurm' needs a partition: name that of the cluster")
+        return self
+
+
 class GenerateConfig(Section):
     """One generated data set."""
 
@@ -190,6 +215,7 @@ class GenerateConfig(Section):
     generator: GeneratorSettings
     checks: Checks = Checks()
     files: Files = Files()
+    launch: Launch = Launch()
 
     @model_validator(mode="after")
     def _someone(self) -> GenerateConfig:
