@@ -40,6 +40,10 @@ def generate(
         int | None, typer.Option(min=2, help="People to try: write pilot.html, with thresholds, and no shard.")
     ] = None,
     report: Annotated[bool, typer.Option("--report", help="Write report.html of what is there; make nothing.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Print disk, GPU hours and commands; make nothing.")] = False,
+    prices: Annotated[
+        str | None, typer.Option(metavar="h100=2.5,...", help="Prices of a GPU's hour, for --plan.", show_default=False)
+    ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Compare the finished shards with their hashes.")] = False,
 ) -> None:
     """Generate a data set of consistent people. The same command again goes on where it stopped."""
@@ -51,6 +55,10 @@ def generate(
         print(NAMES_WARNING, file=sys.stderr)
     if verify:
         print(f"{verify_shards(settings)} shards are whole.")
+    elif plan:
+        from .plan import describe, make_plan, parse_prices
+
+        print(describe(make_plan(settings), config, parse_prices(prices)))
     elif report:
         print(f"Written: {write_report(settings)}")
     else:

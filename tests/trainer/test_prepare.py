@@ -1,4 +1,4 @@
-"""What the frozen models see, made ahead as shards: the same bytes whoever makes them and however often they are killed;
+"""What the frozen models see, made ahead as shards: the same bytes whoever makes them and whenever they are killed;
 batches that workers read ahead are those that are computed."""
 
 import pickle

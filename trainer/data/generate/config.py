@@ -119,16 +119,30 @@ class Prompts(Section):
         return self
 
 
+class SharedAttention(Section):
+    """How the pictures of a person share attention (kind `consistent`), as ConsiStory does."""
+
+    dropout: Share = Field(0.5, description="probability that a patch of the others' subject is left out in a step")
+    injection: Share = Field(
+        0.8, description="share of a subject's features that the best match in the others replaces"
+    )
+    begin: Share = Field(0.1, description="share of the steps after which features are injected")
+    end: Share = Field(0.5, description="share of the steps until which they are")
+
+
 class GeneratorSettings(Section):
     """Which model draws, and how."""
 
-    kind: Literal["sdxl", "drawn"] = Field("sdxl", description="a few-step SDXL; or the mini world's drawn people")
+    kind: Literal["sdxl", "consistent", "drawn"] = Field(
+        "sdxl", description="a few-step SDXL; any SDXL with shared attention; or the mini world's drawn people"
+    )
     base: str | None = Field(None, description="SDXL as a diffusers folder or one .safetensors, or `mini`")
     lora: str | None = Field(None, description="few-step LoRA; none for a base that is few-step itself (SDXL-Turbo)")
     lora_scale: Positive = 1.0
     vae: str | None = Field(None, description="folder of an autoencoder in place of the base's")
-    sampler: Literal["lcm", "euler", "euler_ancestral", "tcd"] = Field(
-        "euler_ancestral", description="SDXL-Turbo: euler_ancestral; LCM-LoRA: lcm; Lightning: euler; Hyper-SD: tcd"
+    sampler: Literal["lcm", "euler", "euler_ancestral", "tcd", "ddim"] = Field(
+        "euler_ancestral",
+        description="SDXL-Turbo: euler_ancestral; LCM-LoRA: lcm; Lightning: euler; Hyper-SD: tcd; SDXL itself: ddim",
     )
     steps: Annotated[int, Field(ge=1, le=50)] = 1
     guidance: Annotated[float, Field(ge=0)] = Field(0.0, description="up to 1: none, as few-step models want it")
@@ -136,11 +150,14 @@ class GeneratorSettings(Section):
     batch: Count = Field(8, description="pictures at a time; part of the content, as it changes last bits")
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     licence: str = Field("unknown", description="of the models, written into every sample")
+    shared: SharedAttention | None = Field(None, description="of kind `consistent`; by default as its fields say")
 
     @model_validator(mode="after")
     def _complete(self) -> GeneratorSettings:
-        if self.kind == "sdxl" and self.base is None:
-            raise ValueError("kind 'sdxl' needs base: name SDXL's folder or file, or `mini`")
+        if self.kind != "drawn" and self.base is None:
+            raise ValueError(f"kind {self.kind!r} needs base: name SDXL's folder or file, or `mini`")
+        if self.shared is not None and self.kind != "consistent":
+            raise ValueError(f"shared is for kind 'consistent', and kind is {self.kind!r}: leave it out")
         return self
 
 
@@ -223,11 +240,19 @@ class GenerateConfig(Section):
             raise ValueError("either people (by description) or names (of known people) must be given")
         if self.names is not None and self.generator.kind == "drawn":
             raise ValueError("names are for models that know them, and generator.kind 'drawn' knows nobody")
+        batch, per_person = self.generator.batch, self.prompts.per_person
+        if self.generator.kind == "consistent" and batch % per_person:
+            raise ValueError(
+                f"generator.batch is {batch}, and pictures that share attention come together, {per_person} a person: "
+                f"set it to a multiple, such as {per_person}"
+            )
         return self
 
     def content(self) -> dict[str, Any]:
         """All that decides what is in a shard, as plain values; of files the last names only."""
         values = self.model_dump(mode="json", exclude=set(_NOT_CONTENT))
+        if values["generator"]["shared"] is None:  # which data sets that were begun before do not know
+            del values["generator"]["shared"]
         for section, names in _PATHS.items():
             part = values[section] if section else values
             part |= {name: Path(part[name]).name for name in names if part.get(name) is not None}

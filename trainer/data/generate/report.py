@@ -19,7 +19,7 @@ from ..shards import Shards, shard_name, side_name, times_name
 from ..store import Store
 from ..tars import ShardError, index_name
 from .config import GenerateConfig
-from .engine import RANGES, GeneratedPerson, summary
+from .engine import BINS, RANGES, GeneratedPerson, summary
 
 SHEET_PEOPLE, PILOT_PEOPLE = 10, 20  # rows of a sheet
 SHARES = (0.99, 0.95, 0.9, 0.8, 0.5)  # of what is kept, for which a pilot says the thresholds
@@ -221,7 +221,7 @@ def _sheet_of_shards(title: str, shards: Shards, config: GenerateConfig, samples
             image = Image.open(io.BytesIO(shards.picture(number)))
             row[int(Path(picture["file"]).stem)] = _cell(image, picture["caption"], picture.get("similarity"))
         rows.append(row)
-        people.append(f"{about['person']}: {about['description']}")
+        people.append(f"person {about['person']}: {about['description']}")
     return _sheet(title, rows, people)
 
 
@@ -235,7 +235,7 @@ def _sheet_of_people(title: str, people: Sequence[GeneratedPerson], config: Gene
         ]
         for person in some
     ]
-    return _sheet(title, rows, [f"{p.person.number}: {p.person.description}" for p in some])
+    return _sheet(title, rows, [f"person {p.person.number}: {p.person.description}" for p in some])
 
 
 def _cell(image: Image.Image, text: str, similarity: float | None) -> Cell:
@@ -257,11 +257,14 @@ def _charts(total: Mapping[str, Any]) -> list[dict[str, str]]:
     if total["cosines"]:
         figure = Figure(figsize=(7, 2.8), layout="constrained")
         axes = figure.add_subplot()
+        low, edges = 1.0, np.linspace(*RANGES["similarity"], BINS // 2 + 1)
         for key, title in _PAIRS.items():
             counts = np.asarray(total["cosines"][key], float).reshape(-1, 2).sum(1)  # coarser, to be read as curves
-            axes.stairs(counts / max(counts.sum(), 1), np.linspace(*RANGES["similarity"], len(counts) + 1), label=title)
-        axes.set(xlabel="cosine of two embeddings", ylabel="share of pairs", xlim=(-0.5, 1))
-        axes.legend(frameon=False, fontsize=8)
+            line = {"linewidth": 3.0, "alpha": 0.4} if key == "within_generated" else {}  # seen below that of the kept
+            axes.stairs(counts / max(counts.sum(), 1), edges, label=title, **line)
+            low = min([low, *edges[:-1][counts > 0]])
+        axes.set(xlabel="cosine of two embeddings", ylabel="share of pairs", xlim=(low - 0.02, 1))
+        axes.legend(frameon=False, fontsize=8, loc="upper left")
         charts.append({"title": "similarity within and across people", "data": _svg(figure)})
     for name, counts in total["histograms"].items():
         if sum(counts):
