@@ -32,9 +32,7 @@ def measure() -> dict[str, Any]:
 
 def reading(folder: Path) -> dict[str, Any]:
     """Shares of a training step's time spent waiting, on drawn people in shards; pictures a second of prepare."""
-    import torch
-
-    from ..cli.assemble import assemble
+    from ..cli.assemble import assemble, device
     from ..cli.main import main
     from ..trainer.config import CONFIGS
     from ..trainer.data import prepare
@@ -46,8 +44,6 @@ def reading(folder: Path) -> dict[str, Any]:
         main(["generate", str(CONFIGS / "generate" / "drawn.yaml"), *made])
     except SystemExit as end:
         assert not end.code
-    cpu = torch.device("cpu")
-
     def config(*values: str) -> Any:
         common = [f"data.source={out}", "data.size=128", f"batch={BATCH}", f"steps={STEPS}", "validate_every=0"]
         return load(CONFIGS / "mini.yaml", [*common, f"out={folder / 'run'}", "norms_every=0", *values])
@@ -58,7 +54,7 @@ def reading(folder: Path) -> dict[str, Any]:
         _, source = assemble(config(f"data.cache={folder / name}", f"data.read_batch={batch}", "workers=0"))
         pictures = len({item.what for c in prepare.plan(source).chunks for item in c.items.values()})
         begun = time.process_time()
-        source.prepare(cpu)
+        source.prepare(device())
         throughput[name] = pictures / (time.process_time() - begun)
     arms = {"read and encoded in the step": ("data.keep=false", "workers=0")}
     for workers in (0, 2):
@@ -77,7 +73,9 @@ def _waiting(config: Any) -> dict[str, float]:
     from ..trainer.gradients import gradients
 
     recipe, source = assemble(config)
-    feed = Feed(Accelerator(cpu=True), config, source, 0)
+    accelerator = Accelerator()
+    recipe.losses.to(accelerator.device)
+    feed = Feed(accelerator, config, source, 0)
     trained = list(recipe.trained.parameters())
 
     def step() -> None:

@@ -29,7 +29,7 @@ def drawn(tmp_path_factory):
 
 
 def settings(drawn, cache, *more):
-    values = [f"data.source={drawn}", "data.size=128", f"data.cache={cache}", "batch=4", "steps=5", "validate_every=0"]
+    values = [f"data.source={drawn}", "data.size=64", f"data.cache={cache}", "batch=4", "steps=5", "validate_every=0"]
     return Config.load(CONFIGS / "mini.yaml", [*values, "precision=fp32", "workers=0", "data.read_batch=3", *more])
 
 
@@ -180,7 +180,7 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_read(loaded, drawn,
 
 
 def test_the_command_says_what_is_missing_makes_it_and_says_that_it_is_there(drawn, tmp_path, capsys):
-    values = [f"data.source={drawn}", "data.size=128", f"data.cache={tmp_path}", "steps=1", "lookahead.arm=none"]
+    values = [f"data.source={drawn}", "data.size=64", f"data.cache={tmp_path}", "steps=1", "lookahead.arm=none"]
     command = ["prepare", str(CONFIGS / "mini.yaml"), *values, "validate_every=0", "workers=0"]
     main.main([*command, "--dry-run"])
     assert "pictures and" in capsys.readouterr().out and not (tmp_path / "features").exists()

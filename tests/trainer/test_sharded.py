@@ -1,5 +1,7 @@
 """Training on shards: opened by indexes, pairs of one person, batches that depend on nothing but their numbers."""
 
+import os
+import re
 import shutil
 
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 import torch
 from lcm_lookahead.cli import assemble as assembling
 from lcm_lookahead.cli import main
-from lcm_lookahead.cli.bases import known_base, resolve
+from lcm_lookahead.cli.bases import known_base, resolve, shapes
 from lcm_lookahead.lookahead.files.tensors import read_tensors
 from lcm_lookahead.trainer.config import CONFIGS
 from lcm_lookahead.trainer.data.pairs import DataError
@@ -125,6 +127,19 @@ def test_a_run_on_shards_that_was_stopped_ends_with_the_same_bits(drawn, tmp_pat
     again = run("stopped")
     assert whole.keys() == again.keys()
     assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_the_doctor_and_the_estimate_know_shards(drawn, tmp_path, capsys):
+    main.main(["doctor", str(drawn), "size=128"])
+    said = capsys.readouterr().out
+    shards = Shards(Store(drawn))
+    for name, number in (("shards", 2), ("people", len(shards.keys)), ("pictures", len(shards)), ("without a face", 0)):
+        assert re.search(rf"^{name} +{number}\b", said, re.MULTILINE), said
+    assert "learnt from many people, and here are" in said and "drawn faces of the mini world" in said
+    assert shapes(settings(drawn, tmp_path)).images == len(shards)
+    os.truncate(shutil.copytree(drawn, tmp_path / "cut") / shard_name(1), 700)
+    with pytest.raises(SystemExit, match="doctor: .*shard-000001.tar is cut short"):
+        main.main(["doctor", str(tmp_path / "cut")])
 
 
 def picture(file, reference, **more):
