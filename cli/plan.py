@@ -133,7 +133,7 @@ def describe(plan: Plan, file: Path, prices: Mapping[str, float]) -> str:
             "several processes for a fast GPU. These hours are counted, not measured.)",
         ]
     if plan.speed:
-        hours = pictures / plan.speed / 3600
+        long = pictures / plan.speed / 3600
         lines.append(
             f"At the speed of the worker that made them, {plan.speed:.3g} pictures a second: {hours:,.3g} hours."
         )

@@ -91,7 +91,7 @@ class SubjectAttention:
 
     @property
     def injects(self) -> bool:
-        """Whether features are injected in this step."""
+        """Says whether features are injected in this step."""
         done = self.step / self.steps
         return self.settings.injection > 0 and self.settings.begin <= done < self.settings.end
 
@@ -146,7 +146,7 @@ class _WatchedCrossAttention:
 
 
 def injected(features: Tensor, out: Tensor, masks: Tensor, share: float) -> Tensor:
-    """What an attention gives, with subject patches moved towards their best match in the other pictures.
+    """Moves the subject patches of what an attention gives towards their best match in the other pictures.
 
     features [N, n, c]: what patches are matched by (cosine); out [G N, n, c]: G batches of the same N pictures; masks:
     bool [N, n]. Only matches whose cosine is above Otsu's threshold of all are taken.

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 PEOPLE, STEPS, BATCH = 12, 6, 4
+GENERATED = 12  # pictures
 ENTRIES, PER_SHARD, PER_PERSON = 500_000, 500, 5
 FULL_SIZE, FULL_STEP, FULL_STEPS = 4, 0.47, 20  # samples; seconds that a step of SDXL takes on an H200 by its FLOP
 
@@ -26,6 +27,7 @@ def measure() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         report = {"opening": opening(Path(folder) / "index")}
         report |= reading(Path(folder))
+        report["generate"] = {f"{batch} at a time": generating(batch) for batch in (1, GENERATED)}
         report["full_size"] = full_size(Path(folder) / "full")
     return report
 
@@ -44,6 +46,7 @@ def reading(folder: Path) -> dict[str, Any]:
         main(["generate", str(CONFIGS / "generate" / "drawn.yaml"), *made])
     except SystemExit as end:
         assert not end.code
+
     def config(*values: str) -> Any:
         common = [f"data.source={out}", "data.size=128", f"batch={BATCH}", f"steps={STEPS}", "validate_every=0"]
         return load(CONFIGS / "mini.yaml", [*common, f"out={folder / 'run'}", "norms_every=0", *values])
@@ -62,6 +65,35 @@ def reading(folder: Path) -> dict[str, Any]:
     for name, values in arms.items():
         figures[name] = _waiting(config(*values))
     return {"waiting": figures, "prepare": throughput}
+
+
+def generating(batch: int) -> dict[str, float]:
+    """Pictures a second of the mini world's collapsed LoRA, with their checks: of the clock and of processor time.
+
+    One at a time is checked before the next is drawn; a batch while the next one is drawn.
+    """
+    from ..cli.generate import read_engine
+    from ..trainer.config import CONFIGS
+    from ..trainer.data.generate.config import load
+    from ..trainer.data.generate.engine import pack
+    from ..trainer.data.generate.prompts import plan_pictures
+
+    values = ["prompts.per_person=4", "prompts.plain_count=1", f"generator.batch={batch}"]
+    engine = read_engine(load(CONFIGS / "generate" / "mini.yaml", values))
+    people = range(GENERATED // 4)
+    engine.generate(people[:1])  # warm
+    wall, processor = time.perf_counter(), time.process_time()
+    if batch == 1:
+        for plan in (p for n in people for p in plan_pictures(engine.config.prompts, engine.people(n), "bench")):
+            pixels = [each.pixels for each in engine.generator([plan])]
+            engine.inspector(pixels, [plan])
+            pack(pixels[0], engine.config.files)
+    else:
+        engine.generate(people)
+    return {
+        "clock": GENERATED / (time.perf_counter() - wall),
+        "processor": GENERATED / (time.process_time() - processor),
+    }
 
 
 def _waiting(config: Any) -> dict[str, float]:
@@ -182,6 +214,10 @@ def table(report: dict[str, Any]) -> str:
     opened, full, prepare = report["opening"], report["full_size"], report["prepare"]
     rows = [f"| {name} | {1000 * w['seconds']:.0f} ms | {w['waiting']:.1%} |" for name, w in report["waiting"].items()]
     one, many = prepare.values()
+    drawn = ", ".join(
+        f"{name} {speed['clock']:.2f} a second ({speed['processor']:.2f} a second of processor time)"
+        for name, speed in report["generate"].items()
+    )
     return "\n".join(
         [
             f"A training step of the mini world on shards of drawn people, batch {BATCH}, on a CPU:",
@@ -192,6 +228,7 @@ def table(report: dict[str, Any]) -> str:
             "",
             f"`lookahead prepare`: {many:.1f} pictures a second of processor time eight at a time, {one:.1f} one at a "
             f"time ({many / one:.2f} times).",
+            f"`lookahead generate` on the mini world, with checks: pictures {drawn}.",
             f"A batch of {FULL_SIZE} samples of SDXL at 1024 pixels, {full['megabytes']:.1f} MB: "
             f"{1000 * full['seconds']:.0f} ms to read; of a step of {FULL_STEP} s, with two workers, "
             f"{full['waiting']:.1%} are spent waiting (goal: below 2 %).",

@@ -63,7 +63,7 @@ class ReadAhead(Protocol):
     def loader(self) -> Callable[[tuple[Sequence[int], Sequence[int]]], Any]: ...
 
     def finish(self, loaded: Any, device: torch.device) -> Any:
-        """The same as `batch`, of what the loader has read."""
+        """Makes what `batch` gives, of what the loader has read."""
         ...
 
 

@@ -152,7 +152,7 @@ def test_shards_that_cannot_be_trained_on_are_said(tmp_path, models):
     with pytest.raises(DataError, match="say nothing of where faces are"):
         opened(settings(tmp_path / "alone", "nowhere"), models)
     without = opened(settings(tmp_path / "alone", "nowhere", "lookahead.arm=none"), (models[0], None, None))
-    assert without.pictures.targets.tolist() == [1]
+    assert without.pictures.targets == [1]
     with pytest.raises(DataError, match="00000000.01.png in .* is no picture"):
         without.batch([0], [0], CPU)
     nobody = {"pictures": [picture("00.png", False), picture("01.png", False)]}

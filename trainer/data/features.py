@@ -79,7 +79,7 @@ class FeatureReader:
     def see(
         self, crops: Sequence[Crop], views: Sequence[Collection[View]], device: torch.device
     ) -> list[dict[View, Tensors]]:
-        """What is asked for in each crop, on the CPU; a latent is the same as a target's and as a reference's."""
+        """Sees what is asked for in each crop, on the CPU; a latent is the same as a target's and as a reference's."""
         seen: list[dict[View, Tensors]] = [{} for _ in crops]
         shown = torch.cat([picture for picture, _ in crops]).to(device)
         latent = [n for n, asked in enumerate(views) if "target" in asked or "reference" in asked]
@@ -98,7 +98,7 @@ class FeatureReader:
         return seen
 
     def text(self, captions: Sequence[str]) -> list[Tensors]:
-        """What the text encoders see: `context` [77, width] and `pooled` [width], on the CPU."""
+        """Reads captions: `context` [77, width] and `pooled` [width], on the CPU."""
         context, pooled = self.models.text(captions)
         pairs = zip(_own(context), _own(pooled), strict=True)
         return [{"context": one, "pooled": other} for one, other in pairs]
@@ -204,8 +204,14 @@ def features_folder(data: Data) -> Path:
 
 
 def finished(folder: Path, name: str) -> bool:
-    """Says whether a shard is there, with its index: its name tells its content."""
-    return (folder / index_name(name)).is_file() and (folder / name).is_file()
+    """Says whether a shard is there, whole: its name tells its content."""
+    if not (folder / index_name(name)).is_file():
+        return False
+    try:
+        read_index(Store(folder), name, FEATURES)
+    except ShardError:  # damaged: made again
+        return False
+    return True
 
 
 def fingerprint(*modules: nn.Module | None) -> str:

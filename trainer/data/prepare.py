@@ -34,7 +34,7 @@ STRETCH = 256  # places of pictures whose features go into one shard
 
 @dataclass(frozen=True)
 class Chunk:
-    """What one shard will hold, by key; the pictures in the order of their places, then the texts."""
+    """A chunk is what one shard will hold, by key; the pictures in the order of their places, then the texts."""
 
     stretch: int
     items: Mapping[str, Item]
@@ -47,7 +47,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Work:
-    """What is missing. bytes: of it; there: how many items of the run are kept already."""
+    """The work is what is missing. bytes: of it; there: how many items of the run are kept already."""
 
     folder: Path
     chunks: Sequence[Chunk]
@@ -73,7 +73,7 @@ class Work:
 
 
 def plan(source: PictureSource) -> Work:
-    """What the run of this source will read and is not there yet."""
+    """Finds what the run of this source will read and is not there yet."""
     folder = features_folder(source.data)
     kept = PreparedFeatures(folder)
     wanted: defaultdict[int, dict[str, Item]] = defaultdict(dict)

@@ -18,7 +18,7 @@ PLAIN, OTHERS = "vanilla", "stylized"  # folders
 
 
 def rows(table: Mapping[str, object]) -> Iterator[dict[str, object]]:
-    """What a metadata file with a line a picture would say."""
+    """Gives what a metadata file with a line a picture would say."""
     for file, person in table.items():
         path = PurePosixPath(file.replace("\\", "/"))
         yield {

@@ -46,8 +46,9 @@ class ShardPictures:
         able = np.unique(self.shards.sample_of[paired])
         few = min(config.validation.people, len(able) // 10)
         self.held_out: list[int] = sorted(able.tolist(), key=self._rank)[:few]
-        self.targets: np.ndarray = np.nonzero(paired & ~np.isin(self.shards.sample_of, self.held_out))[0]
-        if not len(self.targets):
+        seen = paired & ~np.isin(self.shards.sample_of, self.held_out)
+        self.targets: list[int] = np.nonzero(seen)[0].tolist()
+        if not self.targets:
             raise DataError(
                 f"{self.data.source} holds {len(self.shards)} pictures and not one pair to train on: two pictures of a "
                 "person, one of which may be a reference."

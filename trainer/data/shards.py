@@ -177,7 +177,7 @@ class Shards:
         return self._read(int(shard), int(self._columns["offset"][number]), int(self._columns["size"][number]))
 
     def place(self, number: int) -> tuple[str, int]:
-        """Where a picture is: the hash of its shard's tar, and the offset in it."""
+        """Tells where a picture is: the hash of its shard's tar, and the offset in it."""
         shard = int(self._columns["sample_shard"][self.sample_of[number]])
         return self.hashes[shard], int(self._columns["offset"][number])
 

@@ -120,7 +120,7 @@ class Prompts(Section):
 
 
 class SharedAttention(Section):
-    """How the pictures of a person share attention (kind `consistent`), as ConsiStory does."""
+    """Says how the pictures of a person share attention (kind `consistent`), as ConsiStory does."""
 
     dropout: Share = Field(0.5, description="probability that a patch of the others' subject is left out in a step")
     injection: Share = Field(

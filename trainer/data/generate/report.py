@@ -260,8 +260,14 @@ def _charts(total: Mapping[str, Any]) -> list[dict[str, str]]:
         low, edges = 1.0, np.linspace(*RANGES["similarity"], BINS // 2 + 1)
         for key, title in _PAIRS.items():
             counts = np.asarray(total["cosines"][key], float).reshape(-1, 2).sum(1)  # coarser, to be read as curves
-            line = {"linewidth": 3.0, "alpha": 0.4} if key == "within_generated" else {}  # seen below that of the kept
-            axes.stairs(counts / max(counts.sum(), 1), edges, label=title, **line)
+            first = key == "within_generated"  # seen below that of the kept
+            axes.stairs(
+                counts / max(counts.sum(), 1),
+                edges,
+                label=title,
+                linewidth=3 if first else 1,
+                alpha=0.4 if first else 1,
+            )
             low = min([low, *edges[:-1][counts > 0]])
         axes.set(xlabel="cosine of two embeddings", ylabel="share of pairs", xlim=(low - 0.02, 1))
         axes.legend(frameon=False, fontsize=8, loc="upper left")
