@@ -135,7 +135,7 @@ def describe(plan: Plan, file: Path, prices: Mapping[str, float]) -> str:
     if plan.speed:
         long = pictures / plan.speed / 3600
         lines.append(
-            f"At the speed of the worker that made them, {plan.speed:.3g} pictures a second: {hours:,.3g} hours."
+            f"At the speed of the worker that made them, {plan.speed:.3g} pictures a second: {long:,.3g} hours."
         )
     engine = f"lookahead generate {file}"
     lines += [
