@@ -23,7 +23,7 @@ from ..sdxl.cpu_attention import cpu_attention
 from ..sdxl.encoder import Encoder
 from ..sdxl.load import Frozen, ModelError, Preview, found
 from ..trainer.data.folder import FolderPictures
-from ..trainer.data.pictures import Pictures
+from ..trainer.data.pictures import PeoplePictures
 from ..trainer.data.sharded import ShardPictures, holds_shards
 from ..trainer.data.source import PictureSource
 from ..trainer.lookahead.config import Config, Model
@@ -74,7 +74,7 @@ def open_source(
 ) -> PictureSource | DrawnPeople:
     """A folder of people's images, one of shards, or people who are drawn. Raises DataError or ConfigError."""
     if config.data.source != DRAWN:
-        pictures: Pictures
+        pictures: PeoplePictures
         if holds_shards(config.data.source):
             pictures = ShardPictures(config, recogniser is not None)
         else:

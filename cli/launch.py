@@ -26,7 +26,7 @@ class ShardTask:
 
     def __call__(self, data: object = None, rank: int = 0, world_size: int = 1) -> None:
         os.environ.setdefault("LOCAL_RANK", str(rank))  # a GPU each, where a task sees several
-        from .generate import read_engine
+        from .engine import read_engine
 
         engine = read_engine(self.config)
         for number in engine.missing(range(self.config.shards)[rank::world_size]):

@@ -20,7 +20,7 @@ PER_PICTURE = 1800  # bytes of what a sample's JSON says of one, with an embeddi
 
 
 @dataclass(frozen=True)
-class Plan:
+class GenerationPlan:
     """work: FLOP of a picture; size: bytes of one; kept: share; measured: what finished shards told, in words; speed:
     pictures a second of one worker, where known."""
 
@@ -32,7 +32,7 @@ class Plan:
     speed: float | None
 
 
-def make_plan(config: GenerateConfig) -> Plan:
+def make_plan(config: GenerateConfig) -> GenerationPlan:
     """Counts and measures. Raises StoreError, or ShardError of a side file that is damaged."""
     from ..trainer.data.shards import shard_name, side_name, times_name
     from ..trainer.data.store import Store
@@ -53,7 +53,7 @@ def make_plan(config: GenerateConfig) -> Plan:
         times = [json.loads(t) for t in store.read([t for t in map(times_name, names) if t in there])]
         if times:
             speed = sum(t["pictures"] for t in times) / sum(t["seconds"]["all"] for t in times)
-    return Plan(config, work_of(config), size, kept, measured, speed)
+    return GenerationPlan(config, work_of(config), size, kept, measured, speed)
 
 
 def _assumed(config: GenerateConfig) -> float:
@@ -101,7 +101,7 @@ def _json(path: Path) -> dict[str, Any]:
     return {k: v for k, v in json.loads(path.read_text(encoding="utf-8")).items() if k == "_class_name" or k[0] != "_"}
 
 
-def describe(plan: Plan, file: Path, prices: Mapping[str, float]) -> str:
+def describe(plan: GenerationPlan, file: Path, prices: Mapping[str, float]) -> str:
     """The plan as text. file: of the configuration, for the commands; prices: of an hour, by card."""
     from ..trainer.lookahead.estimate import CARDS, USED
 

@@ -19,7 +19,6 @@ def prepare(
 ) -> None:
     """Make ahead what a run will read. `lookahead train` does it too; several workers are faster."""
     from ..trainer.config import ConfigError
-    from ..trainer.data import prepare as work
     from ..trainer.data.source import PictureSource
     from ..trainer.lookahead.config import load
     from .assemble import device, open_models_and_source
@@ -33,9 +32,9 @@ def prepare(
         raise ConfigError(
             "data.source is mini, whose people are drawn as they are asked for: there is no picture to see."
         )
-    missing = work.plan(source)
+    missing = source.missing()
     if dry_run or not missing.chunks:
         print(missing if missing.chunks else f"Everything that the run will read is in {missing.folder}.")
         return
-    work.prepare(source, device(), asked_worker(worker))
+    source.prepare(device(), asked_worker(worker))
     print(f"Written: {missing.folder}")

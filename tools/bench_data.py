@@ -37,7 +37,6 @@ def reading(folder: Path) -> dict[str, Any]:
     from ..cli.assemble import assemble, device
     from ..cli.main import main
     from ..trainer.config import CONFIGS
-    from ..trainer.data import prepare
     from ..trainer.lookahead.config import load
 
     out = folder / "drawn"
@@ -55,7 +54,7 @@ def reading(folder: Path) -> dict[str, Any]:
     throughput = {}
     for name, batch in (("one at a time", 1), ("eight at a time", 8)):
         _, source = assemble(config(f"data.cache={folder / name}", f"data.read_batch={batch}", "workers=0"))
-        pictures = len({item.what for c in prepare.plan(source).chunks for item in c.items.values()})
+        pictures = len({item.what for c in source.missing().chunks for item in c.items.values()})
         begun = time.process_time()
         source.prepare(device())
         throughput[name] = pictures / (time.process_time() - begun)
@@ -72,7 +71,7 @@ def generating(batch: int) -> dict[str, float]:
 
     One at a time is checked before the next is drawn; a batch while the next one is drawn.
     """
-    from ..cli.generate import read_engine
+    from ..cli.engine import read_engine
     from ..trainer.config import CONFIGS
     from ..trainer.data.generate.config import load
     from ..trainer.data.generate.engine import pack

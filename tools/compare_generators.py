@@ -32,7 +32,7 @@ def measure(arm: str, people: int) -> dict[str, Any]:
     style, mean distance of two faces' middles as a share of the picture (`layout`), share of pictures with a face."""
     import torch
 
-    from ..cli.generate import read_engine
+    from ..cli.engine import read_engine
     from ..trainer.config import CONFIGS
     from ..trainer.data.generate.config import load
 

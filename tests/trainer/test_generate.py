@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from lcm_lookahead.cli import generate as command
+from lcm_lookahead.cli import engine as command
 from lcm_lookahead.cli import main
 from lcm_lookahead.mini import drawn_people
 from lcm_lookahead.mini.generator import DrawnWorld

@@ -88,12 +88,12 @@ def test_two_workers_that_are_killed_twenty_times_write_what_one_writes_in_one_g
         if kills == 20:
             monkeypatch.setattr(FeatureReader, "see", see)
         try:
-            preparing.prepare(halves, CPU, (turn % 2, 2))
+            halves.prepare(CPU, (turn % 2, 2))
         except KeyboardInterrupt:
             kills += 1
-        if kills == 20 and not preparing.plan(halves).chunks:
+        if kills == 20 and not halves.missing().chunks:
             break
-        if not preparing.plan(halves).chunks:  # all is there before it was killed often enough: anew, from the middle
+        if not halves.missing().chunks:  # all is there before it was killed often enough: anew, from the middle
             for path in sorted((tmp_path / "halves/features").iterdir())[::2]:
                 path.unlink()
     assert kills == 20 and written(tmp_path / "halves") == written(tmp_path / "whole")
@@ -124,11 +124,11 @@ def test_a_longer_run_adds_shards_and_leaves_the_others(loaded, drawn, tmp_path,
     opened(loaded, settings(drawn, tmp_path, "steps=1")).prepare(CPU)
     before = written(tmp_path)
     longer = opened(loaded, settings(drawn, tmp_path))
-    work = preparing.plan(longer)
+    work = longer.missing()
     assert work.there > 0 and work.chunks
     longer.prepare(CPU)
     after = written(tmp_path)
-    assert before.items() < after.items() and not preparing.plan(longer).chunks
+    assert before.items() < after.items() and not longer.missing().chunks
     assert work.bytes * 0.5 < sum(map(len, after.values())) - sum(map(len, before.values())) < work.bytes * 1.5
 
 

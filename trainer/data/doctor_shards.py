@@ -30,9 +30,7 @@ def examine_shards(data: Data) -> Report:
         ("pairs", int(fit.sum()), "of a target and a reference"),
     ]
     if not (fit > 0).any():
-        report.wrong.append(
-            "There is no pair to train on: people need two pictures, of which one may be a reference."
-        )
+        report.wrong.append("There is no pair to train on: people need two pictures, of which one may be a reference.")
     elif people < FEW_PEOPLE:
         report.better.append(f"An encoder for anybody is learnt from many people, and here are {people:,}: make more.")
     _samples(report, data, shards)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -24,7 +25,7 @@ from ...lookahead.losses.identity import embed
 from ...lookahead.vision.arcface import Recogniser
 from ...sdxl.load import Frozen
 from ..lookahead.config import Data, cache_folder
-from .pictures import Crop, Pictures
+from .pictures import Crop, PeoplePictures
 from .store import Store
 from .tars import Kind, ShardError, index_name, make_index, members, read_index, write_index, write_tar
 
@@ -47,7 +48,7 @@ class Item(NamedTuple):
 class Keys:
     """Gives an item its key. The other fields are fingerprints of the models."""
 
-    pictures: Pictures
+    pictures: PeoplePictures
     autoencoder: str
     person: str
     text: str
@@ -66,10 +67,26 @@ class Keys:
 class FeatureReader:
     """The frozen models as readers of crops and captions."""
 
-    def __init__(self, models: Frozen, recogniser: Recogniser | None, size: int):
-        self.models, self.recogniser, self.size = models, recogniser, size
+    def __init__(self, models: Frozen, recogniser: Recogniser | None, data: Data):
+        self.models, self.recogniser, self.data = models, recogniser, data
+        self._inside = False
 
-    def keys(self, pictures: Pictures) -> Keys:
+    @contextmanager
+    def reading(self, device: torch.device) -> Iterator[None]:
+        """The models that read pictures and captions are on the device within; afterwards they leave it, if what they
+        made is kept."""
+        outermost, self._inside = not self._inside, True
+        if outermost:
+            self.models.readers(device)
+        try:
+            yield
+        finally:
+            if outermost:
+                self._inside = False
+                if self.data.keep:
+                    self.models.readers("cpu")
+
+    def keys(self, pictures: PeoplePictures) -> Keys:
         models = self.models
         return Keys(
             pictures, fingerprint(models.vae), fingerprint(models.vision, self.recogniser), fingerprint(models.text)
@@ -106,7 +123,7 @@ class FeatureReader:
     def sizes(self) -> dict[View, int]:
         """Bytes of one item by its view."""
         vision, first, second = self.models.vision, self.models.text.first, self.models.text.second
-        latent = 4 * 4 * (self.size // 8) ** 2
+        latent = 4 * 4 * (self.data.size // 8) ** 2
         patches = 1 + (vision.config.image_size // vision.config.patch_size) ** 2
         width = 77 * (first.config.hidden_size + second.config.hidden_size) + second.config.projection_dim
         person = patches * vision.config.hidden_size * vision.dtype.itemsize + (2048 if self.recogniser else 0)

@@ -1,4 +1,4 @@
-"""A folder of people's pictures as something to train on (`pictures.Pictures`): who is paired with whom, and crops."""
+"""A folder of people's pictures as `pictures.PeoplePictures`: who is paired with whom, and crops."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from ...lookahead.vision.images import resize_square
 Crop = tuple[Tensor, Tensor | None]  # a picture as it is trained on [1, 3, size, size] in [0, 1]; landmarks [1, 5, 2]
 
 
-class Pictures(Protocol):
+class PeoplePictures(Protocol):
     """Places 0, 1, ... of pictures. It can be sent to other processes, and holds no model.
 
     targets: places that are trained on, each with a reference; held_out: people whom training does not see.

@@ -15,19 +15,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from tqdm.auto import tqdm
 
 from ..ahead import Ahead
+from ..lookahead.config import Config
 from ..seeds import order
-from .features import Item, PreparedFeatures, Tensors, View, features_folder, finished, write_features
+from .features import FeatureReader, Item, PreparedFeatures, Tensors, View, features_folder, finished, write_features
+from .loader import PairLoader
 from .pairs import QUIET, DataError
-from .pictures import Crop, Pictures
-
-if TYPE_CHECKING:
-    from .source import PictureSource
+from .pictures import Crop, PeoplePictures
 
 STRETCH = 256  # places of pictures whose features go into one shard
 
@@ -72,17 +70,17 @@ class Work:
             )
 
 
-def plan(source: PictureSource) -> Work:
+def plan(config: Config, loader: PairLoader, reader: FeatureReader) -> Work:
     """Finds what the run of this source will read and is not there yet."""
-    folder = features_folder(source.data)
+    folder = features_folder(config.data)
     kept = PreparedFeatures(folder)
     wanted: defaultdict[int, dict[str, Item]] = defaultdict(dict)
     first: dict[str, int] = {}  # the stretch that a text belongs to, the first where it is read
     places: dict[View, set[int]] = {"target": set(), "reference": set(), "person": set()}
-    config, pictures = source.config, source.pictures
-    for number, target in enumerate(order(len(source), config.seed, range(config.steps * config.batch))):
+    pictures, samples = loader.pictures, range(config.steps * config.batch)
+    for number, target in enumerate(order(len(pictures.targets), config.seed, samples)):
         place = int(pictures.targets[target])
-        reference = source.loader.reference_of(place, number)
+        reference = loader.reference_of(place, number)
         places["target"].add(place)
         places["reference"].add(reference)
         places["person"].add(reference)
@@ -91,11 +89,11 @@ def plan(source: PictureSource) -> Work:
         for view, those in places.items():
             if place in those:
                 item = Item(view, place)
-                wanted[place // STRETCH].setdefault(source.loader.keys(item), item)
+                wanted[place // STRETCH].setdefault(loader.keys(item), item)
     for caption, stretch in first.items():
         item = Item("text", caption)
-        wanted[stretch][source.loader.keys(item)] = item
-    chunks, there, sizes, total = [], 0, source.reader.sizes(), 0
+        wanted[stretch][loader.keys(item)] = item
+    chunks, there, sizes, total = [], 0, reader.sizes(), 0
     for stretch, items in sorted(wanted.items()):
         known = kept.there(list(items))
         missing = {key: item for (key, item), is_there in zip(items.items(), known, strict=True) if not is_there}
@@ -106,15 +104,21 @@ def plan(source: PictureSource) -> Work:
     return Work(folder, chunks, total, there)
 
 
-def prepare(source: PictureSource, device: torch.device, worker: tuple[int, int] | None = None) -> None:
-    """Make what is missing for the run, and have the source read it.
+def prepare(
+    config: Config,
+    loader: PairLoader,
+    reader: FeatureReader,
+    device: torch.device,
+    worker: tuple[int, int] | None = None,
+) -> None:
+    """Make what is missing for the run, and have the loader read it.
 
     worker: which this is, from 0, of how many: it makes its share and leaves the rest. None: of several processes that
     train (torchrun) each begins at its own place, leaves out what is there, and goes on until all is there.
 
     Raises DataError, one sentence.
     """
-    work = plan(source)
+    work = plan(config, loader, reader)
     if work.chunks:
         work.check()
         print(work, file=sys.stderr)
@@ -124,8 +128,8 @@ def prepare(source: PictureSource, device: torch.device, worker: tuple[int, int]
             mine = [*work.chunks[begin:], *work.chunks[:begin]]
         else:
             mine = list(work.chunks[worker[0] :: worker[1]])
-        make(source, mine, device)
-    source.loader.kept = PreparedFeatures(work.folder)
+        make(config, loader.pictures, reader, mine, device)
+    loader.kept = PreparedFeatures(work.folder)
 
 
 @dataclass(frozen=True)
@@ -137,10 +141,12 @@ class _Job:
     last: bool
 
 
-def make(source: PictureSource, chunks: Sequence[Chunk], device: torch.device) -> None:
+def make(
+    config: Config, pictures: PeoplePictures, reader: FeatureReader, chunks: Sequence[Chunk], device: torch.device
+) -> None:
     """Make these shards, but for those that somebody else has finished when it is their turn."""
-    folder, size = features_folder(source.data), source.data.read_batch
-    asked = [_crops(source.pictures, chunk) for chunk in chunks]
+    folder, size = features_folder(config.data), config.data.read_batch
+    asked = [_crops(pictures, chunk) for chunk in chunks]
 
     def jobs() -> Iterator[_Job]:
         for number, chunk in enumerate(chunks):
@@ -149,10 +155,10 @@ def make(source: PictureSource, chunks: Sequence[Chunk], device: torch.device) -
                 for start in range(0, max(1, len(crops)), size):
                     yield _Job(number, tuple(crops[start : start + size]), start + size >= len(crops))
 
-    read = Ahead(_CropReader(source.pictures), jobs(), source.config.workers, device.type == "cuda")
+    read = Ahead(_CropReader(pictures), jobs(), config.workers, device.type == "cuda")
     seen: dict[Item, Tensors] = {}
     with (
-        source.reading(device),
+        reader.reading(device),
         tqdm(total=sum(map(len, asked)), desc="Pictures seen", unit=" pictures", delay=QUIET) as bar,
     ):
         try:
@@ -160,19 +166,19 @@ def make(source: PictureSource, chunks: Sequence[Chunk], device: torch.device) -
                 wanted = asked[job.chunk]
                 views = [sorted(wanted[crop]) for crop in job.crops]
                 if crops:
-                    for (place, _), found in zip(job.crops, source.reader.see(crops, views, device), strict=True):
+                    for (place, _), found in zip(job.crops, reader.see(crops, views, device), strict=True):
                         seen |= {Item(view, place): tensors for view, tensors in found.items()}
                     bar.update(len(crops))
                 if job.last:
                     chunk = chunks[job.chunk]
-                    _texts(source, chunk, seen, size)
+                    _texts(reader, chunk, seen, size)
                     write_features(folder, chunk.name, ((key, seen[item]) for key, item in chunk.items.items()))
                     seen = {}
         finally:
             read.close()
 
 
-def _crops(pictures: Pictures, chunk: Chunk) -> dict[tuple[int, bool], set[View]]:
+def _crops(pictures: PeoplePictures, chunk: Chunk) -> dict[tuple[int, bool], set[View]]:
     """By place and whether it is cut as a reference, what is asked for; once where both cuts are one."""
     asked: defaultdict[tuple[int, bool], set[View]] = defaultdict(set)
     for view, what in chunk.items.values():
@@ -182,18 +188,18 @@ def _crops(pictures: Pictures, chunk: Chunk) -> dict[tuple[int, bool], set[View]
     return dict(asked)
 
 
-def _texts(source: PictureSource, chunk: Chunk, seen: dict[Item, Tensors], size: int) -> None:
+def _texts(reader: FeatureReader, chunk: Chunk, seen: dict[Item, Tensors], size: int) -> None:
     texts = [str(item.what) for item in chunk.items.values() if item.view == "text"]
     for start in range(0, len(texts), size):
         some = texts[start : start + size]
-        seen |= {Item("text", text): found for text, found in zip(some, source.reader.text(some), strict=True)}
+        seen |= {Item("text", text): found for text, found in zip(some, reader.text(some), strict=True)}
 
 
 @dataclass(frozen=True)
 class _CropReader:
     """Reads the crops of a job, in a worker."""
 
-    pictures: Pictures
+    pictures: PeoplePictures
 
     def __call__(self, job: _Job) -> tuple[_Job, list[Crop]]:
         return job, [self.pictures.crop(place, reference) for place, reference in job.crops]

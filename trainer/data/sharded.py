@@ -1,4 +1,4 @@
-"""Shards of people's pictures as something to train on (`pictures.Pictures`): opened by their indexes alone.
+"""Shards of people's pictures as something to train on (`pictures.PeoplePictures`): opened by their indexes alone.
 
 A target is any picture that has another one of its person beside it which may be a reference. Captions and landmarks
 are those of the shards.

@@ -8,9 +8,7 @@ picture alone: everything, with `data.keep: false`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -26,73 +24,12 @@ from ..lookahead.config import Config
 from ..lookahead.judges import read_judges
 from ..lookahead.step import Batch
 from ..lookahead.validate import Probes
-from ..seeds import generator
-from .features import FeatureReader, Item, Keys, PreparedFeatures, Tensors, View, features_folder
-from .pictures import Crop, Pictures
+from .features import FeatureReader, PreparedFeatures, Tensors, View, features_folder
+from .loader import PairLoader
+from .pictures import Crop, PeoplePictures
+from .prepare import Work, plan, prepare
 
-SEED = 7000  # of the choice of references
 TEXTS = 512  # that are remembered where nothing is kept: 0.6 MB each for SDXL
-Samples = tuple[Sequence[int], Sequence[int]]  # targets as the source counts them, and numbers of samples in the run
-# What a batch has of stored items: its name there, the view of an item, and the tensor's name in it.
-_STORED: tuple[tuple[str, View, str], ...] = (
-    ("target", "target", "latent"),
-    ("reference", "reference", "latent"),
-    ("features", "person", "features"),
-    ("embedding", "person", "embedding"),
-    ("points", "person", "points"),
-)
-
-
-@dataclass
-class PairLoader:
-    """Reads samples, in a worker too: it holds no model. kept: None where everything is computed when it is asked for.
-
-    A batch is `stored` tensors where all that it needs is kept, else crops and captions for the models to read.
-    """
-
-    pictures: Pictures
-    keys: Keys
-    seed: int
-    kept: PreparedFeatures | None
-
-    def __call__(self, samples: Samples) -> dict[str, Any]:
-        targets, numbers = samples
-        places = [int(self.pictures.targets[target]) for target in targets]
-        references = [self.reference_of(p, n) for p, n in zip(places, numbers, strict=True)]
-        batch: dict[str, Any] = {"names": [self.pictures.name(p) for p in places]}
-        texts = [[self.pictures.caption(p) for p in rows] for rows in (places, references)]
-        if (stored := self._stored(places, references, texts)) is not None:
-            return batch | {"stored": stored}
-        crops = [[self.pictures.crop(p, which) for p in rows] for rows, which in ((places, False), (references, True))]
-        return batch | {"texts": texts, "targets": crops[0], "references": crops[1]}
-
-    def reference_of(self, place: int, number: int) -> int:
-        """Place of the reference for the sample of this number, whose target is the picture at `place`."""
-        fit = self.pictures.references(place)
-        return fit[int(torch.randint(len(fit), (1,), generator=generator(SEED, self.seed, number)))]
-
-    def _stored(
-        self, places: Sequence[int], references: Sequence[int], texts: Sequence[Sequence[str]]
-    ) -> dict[str, Tensor] | None:
-        if self.kept is None:
-            return None
-        rows: dict[View, Sequence[int]] = {"target": places, "reference": references, "person": references}
-        items = [Item(view, place) for view, of in rows.items() for place in of]
-        items += [Item("text", caption) for each in texts for caption in each]
-        seen: dict[Item, Tensors] = {}
-        for item in dict.fromkeys(items):
-            if (found := self.kept.get(self.keys(item))) is None:
-                return None
-            seen[item] = found
-        batch = {
-            name: torch.stack([seen[Item(view, place)][tensor] for place in rows[view]])
-            for name, view, tensor in _STORED
-            if tensor in seen[Item(view, rows[view][0])]
-        }
-        for name, of in zip(("text", "reference_text"), texts, strict=True):
-            for tensor in ("context", "pooled"):
-                batch[f"{name}_{tensor}"] = torch.stack([seen[Item("text", caption)][tensor] for caption in of])
-        return batch
 
 
 class PictureSource:
@@ -101,7 +38,7 @@ class PictureSource:
     def __init__(
         self,
         config: Config,
-        pictures: Pictures,
+        pictures: PeoplePictures,
         models: Frozen,
         recogniser: Recogniser | None,
         detector: Detector | None,
@@ -111,11 +48,10 @@ class PictureSource:
         self.models, self.recogniser, self.detector = models, recogniser, detector
         self.latent_shape = (4, self.data.size // 8, self.data.size // 8)
         self.judges = read_judges(config, recogniser, detector, models.text) if config.validate_every else None
-        self.reader = FeatureReader(models, recogniser, self.data.size)
+        self.reader = FeatureReader(models, recogniser, self.data)
         kept = PreparedFeatures(features_folder(self.data)) if self.data.keep else None
         self.loader = PairLoader(pictures, self.reader.keys(pictures), config.seed, kept)
         self._text = lru_cache(TEXTS)(lambda caption: self.reader.text([caption])[0])
-        self._inside = False
 
     def __len__(self) -> int:
         return len(self.pictures.targets)
@@ -123,12 +59,17 @@ class PictureSource:
     def digest(self) -> str:
         return self.pictures.digest()
 
-    def prepare(self, device: torch.device) -> None:
-        """Have made what the whole run will read, before it starts. Raises DataError where the disk is too small."""
-        from .prepare import prepare
+    def missing(self) -> Work:
+        """Finds what the run will read and is not kept yet."""
+        return plan(self.config, self.loader, self.reader)
 
+    def prepare(self, device: torch.device, worker: tuple[int, int] | None = None) -> None:
+        """Have made what the whole run will read, before it starts; worker: as `prepare.prepare` has it.
+
+        Raises DataError, one sentence.
+        """
         if self.data.keep:
-            prepare(self, device)
+            prepare(self.config, self.loader, self.reader, device, worker)
 
     def batch(self, targets: Sequence[int], numbers: Sequence[int], device: torch.device) -> Batch:
         return self.finish(self.loader((targets, numbers)), device)
@@ -140,7 +81,7 @@ class PictureSource:
             faces = stored.get("embedding"), stored.get("points")
             stored = {name: tensor.to(device, non_blocking=True) for name, tensor in stored.items()}
         else:
-            with self.reading(device):
+            with self.reader.reading(device):
                 stored, faces = self._computed(loaded, device)
         text, own = (
             self._condition(stored[f"{name}_context"], stored[f"{name}_pooled"]) for name in ("text", "reference_text")
@@ -188,7 +129,7 @@ class PictureSource:
         trained on."""
         shown, prompts = self.pictures.shown(config.validation.people), list(config.validation.prompts)
         crops = [self.pictures.crop(place, True) for place, _ in shown]
-        with self.reading(device):
+        with self.reader.reading(device):
             seen = [self._see(crop, ("reference", "person"), device) for crop in crops]
             texts = {caption: self._text(caption) for caption in (*prompts, self.data.kv_prompt)}
         latents = torch.stack([one["reference"]["latent"] for one in seen]).to(device)
@@ -206,18 +147,3 @@ class PictureSource:
         by = f"{judges.by} on people who are "
         by += "held out" if self.pictures.held_out else "trained on (there are fewer than ten)"
         return Probes(batch, len(prompts), pictures.to(device), judges.score(pictures, points, device), by)
-
-    @contextmanager
-    def reading(self, device: torch.device) -> Iterator[None]:
-        """The models that read pictures and captions are on the device within; afterwards they leave it, if what they
-        made is kept."""
-        outermost, self._inside = not self._inside, True
-        if outermost:
-            self.models.readers(device)
-        try:
-            yield
-        finally:
-            if outermost:
-                self._inside = False
-                if self.data.keep:
-                    self.models.readers("cpu")
