@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-PEOPLE, STEPS, BATCH = 12, 6, 4
+PEOPLE, STEPS, BATCH = 8, 4, 2
 GENERATED = 12  # pictures
 ENTRIES, PER_SHARD, PER_PERSON = 500_000, 500, 5
 FULL_SIZE, FULL_STEP, FULL_STEPS = 4, 0.47, 20  # samples; seconds that a step of SDXL takes on an H200 by its FLOP

@@ -1,6 +1,6 @@
 """Which generator draws consistent people: the same people, prompts and seeds by each, with intervals over people.
 
-    python -m lcm_lookahead.tools.compare_generators 24      # people
+    python -m lcm_lookahead.tools.compare_generators 24 2      # people; of how many arms, the first ones
 
 Nothing is rejected: what is compared is what generators do, not what checks leave of it.
 """
@@ -80,8 +80,8 @@ def table(measured: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    count = int(sys.argv[1]) if sys.argv[1:] else 24
+    count, arms = (int(given) for given in [*sys.argv[1:3], *("24", str(len(ARMS)))[len(sys.argv) - 1 :]])
     done: dict[str, dict[str, Any]] = {}
-    for each in ARMS:
+    for each in list(ARMS)[:arms]:
         done[each] = measure(each, count)
         print(table(done), flush=True)

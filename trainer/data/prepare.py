@@ -121,9 +121,10 @@ def prepare(
     work = plan(config, loader, reader)
     if work.chunks:
         work.check()
-        print(work, file=sys.stderr)
+        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if rank == 0:
+            print(work, file=sys.stderr)
         if worker is None:
-            rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
             begin = len(work.chunks) * rank // world
             mine = [*work.chunks[begin:], *work.chunks[:begin]]
         else:
