@@ -42,5 +42,5 @@ def test_a_caption_is_the_name_without_seed_and_person(stem, said):
 @pytest.mark.parametrize("content", ["[1]", '{"a.png": {"x": 1}}', "{"])
 def test_another_json_is_refused_in_a_sentence(tmp_path, content):
     (tmp_path / "metadata.json").write_text(content)
-    with pytest.raises(DataError, match="metadata.json is no .*: .*file.* person"):
+    with pytest.raises(DataError, match="metadata.json is no table .*: write an object from each file to its person"):
         listing(tmp_path)

@@ -15,6 +15,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from ...lookahead.files.atomic import atomic
+from ...lookahead.files.atomic import atomic, first_line
 from ...lookahead.losses.identity import largest
 from ...lookahead.vision.faces import Detector, Face
 from ...sdxl.images import PictureError, read
+from . import published
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif")
-METADATA = ("metadata.jsonl", "metadata.csv")
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.json")
 QUIET = 10  # seconds of work without a progress bar
 _LOOK = 16  # side of the small grey picture that copies are told by
 
@@ -128,7 +130,8 @@ def _metadata(folder: Path, given: str | None) -> dict[str, dict[str, Any]]:
         raise DataError(f"The metadata {path} cannot be read ({error.strerror}): check data.metadata.") from None
     except UnicodeDecodeError as error:
         raise DataError(f"The metadata {path} is not in UTF-8 ({error.reason}): save it with that encoding.") from None
-    rows = _csv(text) if path.suffix.lower() == ".csv" else _json_lines(path, text)
+    kinds = {".csv": _csv, ".json": partial(_published, path)}
+    rows = kinds.get(path.suffix.lower(), partial(_json_lines, path))(text)
     table = {}
     for number, row in rows:
         if not isinstance(row, Mapping) or not row.get("file_name"):
@@ -139,6 +142,19 @@ def _metadata(folder: Path, given: str | None) -> dict[str, dict[str, Any]]:
 
 def _csv(text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
     yield from enumerate(csv.DictReader(text.splitlines()), 2)
+
+
+def _published(path: Path, text: str) -> Iterator[tuple[int, object]]:
+    try:
+        table = json.loads(text)
+        if not isinstance(table, dict) or not all(isinstance(person, str) for person in table.values()):
+            raise ValueError("no object of texts")
+    except ValueError as error:
+        raise DataError(
+            f"{path} is no table as the paper's data has it ({first_line(error)}): write an object from each file to "
+            "its person, or use metadata.jsonl."
+        ) from None
+    yield from enumerate(published.rows(table), 1)
 
 
 def _json_lines(path: Path, text: str) -> Iterator[tuple[int, object]]:
