@@ -5,7 +5,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python -m lcm_lookahead
 export HOST_VERSION COMFYUI_DIR PORT
 
-.PHONY: help setup host demo test portable matrix browser evaluate bench lint clean
+.PHONY: help setup host demo page test portable matrix browser evaluate bench lint clean
 .DEFAULT_GOAL := help
 
 help: ## show this
@@ -22,11 +22,15 @@ demo: ## draw reference faces under new prompts in a real ComfyUI
 	@$(PYTHON) -m tools.start
 	@$(RUN).mini.demo $(ARGS)
 
+page: ## open ComfyUI with the mini world and its faces in your browser
+	@$(PYTHON) -m tools.start
+	@$(RUN).mini.page $(ARGS)
+
 test: ## lint, types and the tests, on the newest ComfyUI and, where versions differ, on the oldest
 	@$(PYTHON) -m tools.start
 	@$(RUN).tools.testing $(ARGS)
 
-portable: ## the tests as on other processors, with one and two threads, the slow ones too (about two hours)
+portable: ## the tests as on other processors, with one and two threads, the slow ones too (about two hours; ARGS="--processor avx2": one of them)
 	@$(PYTHON) -m tools.start
 	@$(RUN).tools.testing --portable $(ARGS)
 

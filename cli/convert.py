@@ -22,6 +22,8 @@ def convert(
 ) -> None:
     """Convert encoder files. Of other kinds into ours, or of ours into an IP-Adapter."""
     from ..lookahead.files import convert as files
+    from ..lookahead.files.atomic import check_writable
 
+    check_writable(target)
     print(files.convert(source, target, to, base, precision))
     print(f"Written: {target}")

@@ -13,7 +13,9 @@ def curves(
     to: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("curves.png"),
 ) -> None:
     """Plot the curves of runs. Those still under way are plotted too."""
+    from ..lookahead.files.atomic import check_writable
     from ..trainer.curves import curves as plot
     from ..trainer.lookahead.recipe import PANELS
 
+    check_writable(to)
     print(f"Written: {plot(folders, PANELS, to)}")

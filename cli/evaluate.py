@@ -44,6 +44,9 @@ def evaluate(
         raise typer.BadParameter(f"--{chosen[0]} and --{chosen[1]} are studies of their own: give one of them.")
     if encoders != bool(files):
         raise typer.BadParameter("--encoders goes with files: give both, or neither.")
+    from ..lookahead.files.atomic import check_writable
+
+    check_writable(out, folder=True)
     from ..mini.studies.evaluate import evaluate as study
 
     study(chosen[0] if chosen else "reference", out, references, files or (), first)

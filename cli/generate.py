@@ -42,11 +42,15 @@ def generate(
     verify: Annotated[bool, typer.Option("--verify", help="Compare the finished shards with their hashes.")] = False,
 ) -> None:
     """Generate a data set of consistent people. The same command again goes on where it stopped."""
+    from ..lookahead.files.atomic import check_writable
     from ..trainer.data.generate.config import load
     from ..trainer.data.generate.report import write_report
+    from ..trainer.data.store import is_remote
     from .engine import read_engine
 
     settings = load(config, overrides or [])
+    if not (verify or plan or is_remote(settings.out)):
+        check_writable(Path(settings.out), folder=True)
     if settings.names is not None:
         print(NAMES_WARNING, file=sys.stderr)
     if verify:

@@ -35,6 +35,11 @@ def build(
     ] = None,
 ) -> None:
     """Train the mini world from nothing. The same command again goes on where it stopped."""
+    from ..lookahead.files.atomic import check_writable
+
+    check_writable(folder_of(folder, quick), folder=True)
+    if export_to:
+        check_writable(export_to, folder=True)
     from ..mini.build import build as run
     from ..mini.build import keep_memory
     from ..mini.plan import FULL, QUICK
@@ -50,8 +55,10 @@ def sheet(
     out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("sheet.png"),
 ) -> None:
     """Draw a picture sheet: a row a person, a column a style."""
+    from ..lookahead.files.atomic import check_writable
     from ..mini.world.sheet import draw_sheet
 
+    check_writable(out)
     draw_sheet(out, people, seed)
     print(f"Drawn: {out}")
 
@@ -74,6 +81,23 @@ def report(
 
     keep_memory()
     print(f"Written: {measure(folder, QUICK if quick else FULL, weights or folder / 'weights')}")
+
+
+@app.command()
+def example(
+    folder: Annotated[Path, typer.Argument(help="New folder that the files are written to.", show_default=False)],
+) -> None:
+    """Write the mini world under the names in the README's lines of Python, so that they can be tried as they stand.
+
+    \b
+    lookahead mini example try
+    cd try && python        (and the README's lines)
+    """
+    from ..lookahead.files.atomic import check_writable
+    from ..mini.example import write_example
+
+    check_writable(folder, folder=True)
+    print(f"Written: {write_example(folder)}")
 
 
 @app.command()

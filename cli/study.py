@@ -31,13 +31,18 @@ def make(
 ) -> None:
     """Write the page of a study. Give judges the folder `public` of it, or serve it."""
     from ..evaluation import preference
+    from ..lookahead.files.atomic import check_writable
 
+    check_writable(out, folder=True)
     methods = tuple(names.split(","))
     if len(methods) != 2 or not all(methods):
         raise preference.StudyError(
             f"--names is {names!r}: give two names with a comma between, such as ours,baseline."
         )
-    known = json.loads(prompts.read_text(encoding="utf-8")) if prompts else None
+    try:
+        known = json.loads(prompts.read_text(encoding="utf-8-sig")) if prompts else None
+    except ValueError as error:
+        raise preference.StudyError(f"--prompts is {prompts}, which is no JSON in UTF-8 ({error}).") from None
     pairs = preference.pairs_of(first, second, references, known)
     page = preference.make_study(out, pairs, methods, questions.split(","), repeats, seed)
     print(f"Written: {page} ({len(pairs)} pairs). Keep {out / 'key.json'} from the judges.")
@@ -71,7 +76,10 @@ def count(
 ) -> None:
     """Say what the judges chose, with intervals and how far they agree."""
     from ..evaluation import preference
+    from ..lookahead.files.atomic import check_writable
 
+    if to:
+        check_writable(to)
     verdicts, steady = preference.count(folder, files or [])
     methods = tuple(json.loads((folder / "key.json").read_text(encoding="utf-8"))["methods"])
     print(preference.table(verdicts, methods))

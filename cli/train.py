@@ -19,9 +19,13 @@ def train(
     ] = False,
 ) -> None:
     """Train an encoder. The same command again goes on where it stopped."""
+    from pathlib import Path
+
     import torch
     import yaml
 
+    from ..lookahead.files.atomic import check_writable
+    from ..trainer.alone import refuse_a_second
     from ..trainer.lookahead.config import load
     from ..trainer.train import train as train_recipe
     from .assemble import assemble, device
@@ -31,7 +35,10 @@ def train(
         print(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
         print_estimate(settings, None, int(os.environ.get("WORLD_SIZE", 1)))
         return
+    out = Path(settings.out)
     try:
+        check_writable(out, folder=True)
+        refuse_a_second(out)  # (and so does the loop, but it begins after what takes long)
         recipe, source = assemble(settings)
         source.prepare(device())
         written = train_recipe(settings, recipe, source)

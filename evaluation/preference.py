@@ -21,6 +21,8 @@ from typing import Any
 from PIL import Image
 from scipy.stats import binomtest
 
+from ..sdxl.images import PictureError, read
+
 QUESTIONS = {
     "identity": "Which picture shows the person of the reference better?",
     "prompt": "Which picture follows the text better?",
@@ -140,10 +142,10 @@ def _copy(path: Path, folder: Path, salt: str) -> str:
     """A picture under a name that tells nothing, without what its file says beside the pixels."""
     name = hashlib.sha256(salt.encode()).hexdigest()[:16] + ".png"
     try:
-        with Image.open(path) as image:
-            image.convert("RGB").save(folder / name)
-    except OSError as error:
-        raise StudyError(f"{path} cannot be read as a picture ({error}): draw it again, or take it out.") from error
+        pixels = (read(path).permute(1, 2, 0) * 255).round().byte().numpy()
+    except PictureError as error:
+        raise StudyError(f"{str(error).rstrip('.')}: draw it again, or take it out.") from error
+    Image.fromarray(pixels).save(folder / name)
     return name
 
 

@@ -7,6 +7,8 @@ from comfy_api.latest import ComfyExtension, io
 from .conditioning.apply_image_prompt import LookaheadApplyImagePrompt
 from .conditioning.apply_kv_injection import LookaheadApplyKVInjection
 from .conditioning.guider import LookaheadGuider
+from .conditioning.place_masks import LookaheadPlaceMasks
+from .conditioning.weights import LookaheadWeights
 from .guidance.guidance_report import LookaheadGuidanceReport
 from .guidance.guidance_sampler import LookaheadGuidanceSampler
 from .guidance.preview_grid import LookaheadPreviewGrid
@@ -17,11 +19,16 @@ from .losses.identity_loss import LookaheadIdentityLoss
 from .losses.l1_loss import LookaheadL1Loss
 from .losses.lpips_loss import LookaheadLPIPSLoss
 from .losses.network import register_folder
+from .reference.combine_references import LookaheadCombineReferences
 from .reference.convert_encoder import LookaheadConvertEncoder
 from .reference.crop_face import LookaheadCropFace
+from .reference.encode_face import LookaheadEncodeFace
 from .reference.encode_reference import LookaheadEncodeReference
 from .reference.load_encoder import LookaheadLoadEncoder, register_folders
 from .reference.load_face_analysis import LookaheadLoadFaceAnalysis, register_insightface_folder
+from .reference.load_reference import LookaheadLoadReference
+from .reference.reference_files import register_reference_folder
+from .reference.save_reference import LookaheadSaveReference
 
 
 class LookaheadExtension(ComfyExtension):
@@ -31,6 +38,7 @@ class LookaheadExtension(ComfyExtension):
         register_folders()  # here, since the oldest supported hosts do not call on_load
         register_folder()
         register_insightface_folder()
+        register_reference_folder()
         return [
             LookaheadLoadEncoder,
             LookaheadLoadFaceAnalysis,
@@ -49,4 +57,10 @@ class LookaheadExtension(ComfyExtension):
             LookaheadGuidanceReport,
             LookaheadPreviewGrid,
             LookaheadConvertEncoder,
+            LookaheadSaveReference,
+            LookaheadLoadReference,
+            LookaheadCombineReferences,
+            LookaheadWeights,
+            LookaheadEncodeFace,
+            LookaheadPlaceMasks,
         ]

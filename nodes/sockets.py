@@ -12,4 +12,9 @@ REFERENCE = io.Custom("LOOKAHEAD_REFERENCE")  # reference/subject.py
 FACE_ANALYSIS = io.Custom("LOOKAHEAD_FACE_ANALYSIS")  # lookahead/vision/face_models.py
 LOSS = io.Custom("LOOKAHEAD_LOSS")  # losses/lookahead_loss.py
 SHORTCUT = io.Custom("LOOKAHEAD_SHORTCUT")  # guidance/shortcut.py
+WEIGHTS = io.Custom("LOOKAHEAD_WEIGHTS")  # conditioning/weights.py
 GUIDANCE_REPORT = io.Custom("LOOKAHEAD_GUIDANCE_REPORT")  # guidance/guidance_report.py
+
+# Types of the host that not every supported version declares.
+CURVE = io.Custom("CURVE")
+BOUNDING_BOX = io.Custom("BOUNDING_BOX")

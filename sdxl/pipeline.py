@@ -255,7 +255,8 @@ class LookaheadPipeline(StableDiffusionXLPipeline):
         if reference is not None and not isinstance(reference, EncodedReference):
             reference = self.encode_reference(reference)
         if use_kv is None:
-            use_kv = replay is not None or (self.encoder is not None and bool(self.encoder.kv))
+            able = replay is not None or (self.encoder is not None and bool(self.encoder.kv))
+            use_kv = able and reference is not None
         if use_kv and reference is None:
             raise ValueError("KV injection needs a reference: pass reference, a picture of the person.")
         # The reference whose keys and values are injected

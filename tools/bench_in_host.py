@@ -189,7 +189,8 @@ def _with_random_lora(model: Any, rank: int = 64) -> Any:
     weights, lora = model.model.state_dict(), {}
     g = torch.Generator().manual_seed(4)
     for name, key in comfy.lora.model_lora_keys_unet(model.model, {}).items():
-        if name.startswith("lora_unet") and isinstance(key, str) and weights[key].ndim > 1:
+        # (the host also knows names of layers that no SDXL has)
+        if name.startswith("lora_unet") and isinstance(key, str) and key in weights and weights[key].ndim > 1:
             out, *shape = weights[key].shape
             lora[f"{name}.lora_down.weight"] = 0.01 * torch.randn(rank, *shape, generator=g).to(weights[key].dtype)
             lora[f"{name}.lora_up.weight"] = torch.zeros(out, rank, *[1] * (len(shape) - 1), dtype=weights[key].dtype)

@@ -11,7 +11,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-CACHE = ROOT / ".cache"
+# Beside the sources, or, where the package is installed without them, in the user's own folder.
+CACHE = (
+    ROOT / ".cache"
+    if (ROOT / "pyproject.toml").is_file()
+    else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lcm-lookahead"
+)
 VENV = ROOT / ".venv"
 
 
@@ -63,7 +68,7 @@ def one_at_a_time(name: str) -> Iterator[None]:
     except ImportError:  # Windows
         yield
         return
-    CACHE.mkdir(exist_ok=True)
+    CACHE.mkdir(parents=True, exist_ok=True)
     with open(CACHE / f"{name}.lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -36,7 +36,7 @@ from .common import (
 
 OLDEST_PYTHON = (3, 11)
 NEEDED_BYTES = 3_000_000_000
-RECIPE = 1  # raise it when the steps below change in a way that an existing environment needs
+RECIPE = 2  # raise it when the steps below change in a way that an existing environment needs
 STAMP = "lookahead-setup.json"
 UNFINISHED = "lookahead-unfinished"
 #: What pip passes on from its HTTP client when there is no connection, or when it breaks
@@ -213,6 +213,35 @@ def cure_torchaudio(venv: Path) -> int:
     return len(libraries)
 
 
+TORCHVISION_CURE = """
+
+# Added by LCM-Lookahead's set-up: this build is for CUDA, and its library cannot be loaded beside a torch for CPUs.
+if not _has_ops() and not hasattr(torch.ops.torchvision, "nms"):
+    for _name in ("nms", "qnms"):
+        torch.library.define(f"torchvision::{_name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+"""
+
+
+def cure_torchvision(venv: Path) -> int:
+    """Let torchvision's own module declare what its compiled part would, beside a torch for CPUs only; say how many
+    were cured.
+
+    The registry's torchvision is built for CUDA too, and without those two operators `import diffusers` fails. (Where
+    this project is installed otherwise, `sdxl/torchvision_cure.py` does the same, if it is imported first.)
+    """
+    if not cpu_torch(venv):
+        return 0
+    cured = 0
+    for folder in site_packages(venv):
+        version, path = folder / "torchvision" / "version.py", folder / "torchvision" / "extension.py"
+        if path.is_file() and "+cu" in version.read_text() and TORCHVISION_CURE not in (text := path.read_text()):
+            new = path.with_name("extension.py.new")
+            new.write_text(text + TORCHVISION_CURE)
+            os.replace(new, path)
+            cured += 1
+    return cured
+
+
 def ensure(venv: Path = VENV) -> bool:
     """Bring the environment to what this checkout needs; returns whether anything had to be done."""
     wanted = fingerprint()
@@ -250,6 +279,7 @@ def install(venv: Path, wanted: str, began: bool) -> None:
     pip(python, [*quick, "-r", str(ROOT / "tools/pins.txt")], "Installing the pinned packages")
     pip(python, [*quick, "--no-deps", "-r", str(ROOT / "tools/pins_alone.txt")], "Installing two packages alone")
     cure_torchaudio(venv)
+    cure_torchvision(venv)
     pip(python, [*quick, "--no-deps", "--no-build-isolation", "-e", str(ROOT)], "Installing this package (editable)")
     new = venv / (STAMP + ".new")
     new.write_text(json.dumps({"fingerprint": wanted, "root": str(ROOT), "python": platform.python_version()}))

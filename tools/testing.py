@@ -299,6 +299,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="make test", description="Runs the tests.")
     parser.add_argument("--matrix", action="store_true", help="host tests alone, on all supported versions")
     parser.add_argument("--portable", action="store_true", help="as on other processors, with one and two threads")
+    parser.add_argument("--processor", choices=PROCESSORS, action="append", help="--portable with this one alone")
     parser.add_argument("--browser", action="store_true", help="the tests in the web page alone")
     parser.add_argument("--lint", action="store_true", help="lint and types alone")
     parser.add_argument("extra", nargs="*", help="arguments for pytest, after --")
@@ -317,7 +318,7 @@ def main(arguments: list[str]) -> int:
         own = os.environ.get("COMFYUI_DIR")
         results += run_all([on_host(v, EVERYTHING) for v in ([own] if own else fetch.VERSIONS)], chosen.extra)
     elif chosen.portable:
-        for name in PROCESSORS:
+        for name in chosen.processor or PROCESSORS:
             results += run_all(jobs_of_a_processor(name), chosen.extra)
     else:
         results += [run(LINT), *run_all(ordinary_jobs(version), chosen.extra)]

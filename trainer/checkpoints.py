@@ -142,7 +142,8 @@ def resume(folder: Path, config: RunConfig, state: State, say: Callable[[str], o
         )
     other = changes(before, config)
     if differs := _differences(other, stored, config, state):
-        start = f" (with model.start={last / config.name}.safetensors from the weights of this one)"
+        exported = last / f"{before.get('name', config.name)}.safetensors"  # under the name that the run had then
+        start = f" (with model.start={exported} from the weights of this one)"
         raise TrainingError(
             f"The run in {folder} was started with {differs}: bring that back, or, for a new run, give another `out`"
             f"{start if hasattr(config.model, 'start') else ''}."

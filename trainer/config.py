@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import copy
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -32,6 +34,7 @@ CONFIGS = Path(__file__).parent / "configs"
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+Place = Annotated[str, AfterValidator(os.path.expanduser)]  # of a file or folder; ~ is the user's own folder
 
 # What other trainers call a field, and its name here. A recipe adds its own.
 SYNONYMS = {
@@ -90,13 +93,13 @@ class Section(BaseModel):
 class BaseModels(Section):
     """Files of the frozen models. A recipe adds its own."""
 
-    base: str = Field(description="SDXL as a diffusers folder or one .safetensors, or `mini` for the mini world's")
+    base: Place = Field(description="SDXL as a diffusers folder or one .safetensors, or `mini` for the mini world's")
 
 
 class BaseData(Section):
     """Names the data that a run trains on. A recipe adds its own."""
 
-    source: str = Field(description="folder with the data")
+    source: Place = Field(description="folder with the data")
 
 
 class BaseOptimiser(Section):
@@ -121,7 +124,7 @@ class RunConfig(Section):
     """One training run, as the loop sees it."""
 
     name: str = Field("encoder", description="name of the file that is exported, without its ending")
-    out: str = Field("training", description="folder for all that the run writes")
+    out: Place = Field("training", description="folder for all that the run writes")
     model: BaseModels
     data: BaseData
     steps: Count = Field(5000, description="optimiser steps of the whole run")
@@ -214,12 +217,34 @@ def validated(kind: type[Kind], values: Mapping[str, Any]) -> Kind:
         raise ConfigError("\n".join(_sentence(kind, e) for e in error.errors())) from None
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML whose mappings hold each key once: of two, the first would be left out without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                line = key.start_mark.line + 1
+                if key.value in lines:
+                    raise ConfigError(f"{key.value} is there twice, in lines {lines[key.value]} and {line}")
+                lines[key.value] = line
+        return super().construct_mapping(node, deep)
+
+
+def _shipped(path: Path) -> Path:
+    """The file, or that of the name that comes along (`mini.yaml`, `trainer/configs/mini.yaml`) where there is none."""
+    if path.exists() or path.is_absolute():
+        return path
+    return next((known for folder in (CONFIGS, CONFIGS.parents[1]) if (known := folder / path).is_file()), path)
+
+
 def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The values of a file and of those that it extends."""
+    path = _shipped(path)
     if path in below:
         raise ConfigError(f"{path} extends itself, by way of {below[-1]}: let one of them extend nothing.")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         what = f"{path}, which {below[-1]} extends" if below else str(path)
         raise ConfigError(f"There is no file {what}: name a YAML file such as {CONFIGS / 'mini.yaml'}.") from None
@@ -227,10 +252,15 @@ def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"{path} cannot be read ({error.strerror}): name a YAML file.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is no YAML: {error}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}: leave one out.") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds no keys with values: begin with that of trainer/configs/mini.yaml.")
     other = values.pop("extends", None)
-    return values if other is None else _merged(_read(path.parent / str(other), (*below, path)), values)
+    if other is None:
+        return values
+    beside = path.parent / str(other)
+    return _merged(_read(beside if beside.exists() else _shipped(Path(str(other))), (*below, path)), values)
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

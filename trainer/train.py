@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from .alone import alone
 from .checkpoints import State, TrainingError, TrainingProgress, resume, save
 from .config import RunConfig
 from .feed import Feed
@@ -41,8 +42,10 @@ def train(config: RunConfig, recipe: Recipe, source: Source) -> Path | None:
     accelerator = Accelerator(
         mixed_precision=MIXED[config.precision], log_with=list(config.trackers) or None, project_dir=config.out
     )
+    _check_processes(accelerator, config)
     try:
-        return _train(accelerator, config, recipe, source)
+        with alone(Path(config.out)) if accelerator.is_main_process else contextlib.nullcontext():
+            return _train(accelerator, config, recipe, source)
     except torch.OutOfMemoryError as error:
         raise TrainingError(out_of_memory(config, _savings(recipe, accelerator))) from error
 
@@ -56,7 +59,6 @@ def _savings(recipe: Recipe, accelerator: Accelerator) -> Mapping[str, float]:
 
 
 def _train(accelerator: Accelerator, config: RunConfig, recipe: Recipe, source: Source) -> Path | None:
-    _check_processes(accelerator, config)
     folder, main = Path(config.out), accelerator.is_main_process
     if config.compile:
         recipe.compile()
@@ -70,9 +72,12 @@ def _train(accelerator: Accelerator, config: RunConfig, recipe: Recipe, source: 
     log = Log(folder, config, accelerator, first)
     feed = Feed(accelerator, config, source, first)
     validations = _Validations(accelerator, config, recipe, source, state, log)
-    with contextlib.closing(log), contextlib.closing(feed), _Stop() as stop:
+    with contextlib.closing(log), contextlib.closing(feed), _Stop(main) as stop:
         if progress.validated < first and (not first or validations.due(first)):
-            validations.run(progress)  # of what training starts from; or one that a signal to stop left out
+            validations.run(progress, stop)  # of what training starts from; or one that a signal to stop left out
+        if stop.asked(accelerator):
+            log.say(f"Stopped in the validation after step {first}: the same command goes on from there.")
+            return None
         for number in range(first, config.steps):
             done = number + 1
             samples = [(batch, recipe.draw(numbers, batch)) for numbers, batch in feed.step()]
@@ -97,19 +102,24 @@ def _train(accelerator: Accelerator, config: RunConfig, recipe: Recipe, source: 
             progress.count(done, fault)
             if progress.bad >= config.nonfinite_in_a_row:
                 raise _too_many_faults(progress.bad, folder)
+            log.stepped(done)
             if _due(config.log_every, done) or done == config.steps or measure:
                 figures = recipe.figures(outcomes, lambda value: float(accelerator.reduce(value, "mean")))
                 figures |= {f"norm_{part}": float(value) for part, value in norms.items()}
                 log.figures(done, figures | {"norm": float(norm), "waiting": feed.waiting()})
-                _warn_of_spilling(accelerator.device)
+                _warn_of_spilling(accelerator.device, log.say)
             # (who is told to stop may have little time: it saves at once, and validates when it goes on)
-            better = not leave and validations.due(done) and validations.run(progress)
+            better = False
+            if not leave and validations.due(done):
+                better = validations.run(progress, stop)
+                leave = stop.asked(accelerator)
             if _due(config.save_every, done):
                 _check_alike(accelerator, trained, done)
             if main and (better or _due(config.save_every, done) or done == config.steps or leave):
-                save(folder, config, progress, state)
+                with log.pause("checkpoints"):
+                    save(folder, config, progress, state)
             if leave:
-                accelerator.print(f"Stopped after step {done} of {config.steps}: the same command goes on from there.")
+                log.say(f"Stopped after step {done} of {config.steps}: the same command goes on from there.")
                 return None
         accelerator.wait_for_everyone()
     result = folder / f"{config.name}.safetensors"
@@ -198,20 +208,27 @@ class _Validations:
         if config.validate_every and accelerator.is_main_process:
             self.validator = recipe.validator(source, accelerator.device)
         if self.validator is not None:
-            print(f"Validation: {recipe.monitor} is measured by {self.validator.by}.", flush=True)
+            log.say(f"Validation: {recipe.monitor} is measured by {self.validator.by}.")
 
     def due(self, done: int) -> bool:
         """Whether to validate after so many steps: every `validate_every`, and after the last."""
         return _due(self.config.validate_every, done) or done == self.config.steps
 
-    def run(self, progress: TrainingProgress) -> bool:
-        """Validate; returns whether it is the best so far, which is noted (but not of what training starts from)."""
+    def run(self, progress: TrainingProgress, stop: _Stop) -> bool:
+        """Validate; returns whether it is the best so far, which is noted (but not of what training starts from).
+
+        A signal to stop ends it at once: the run that goes on makes up for it.
+        """
         if self.validator is None:
             return False
-        done = progress.validated = progress.step
+        done = progress.step
         grid = Path(self.config.out) / "validation" / f"step-{done:08}.png"
-        with self.accelerator.autocast():
-            figures = self.validator(self.state.exported, self.rows, grid)
+        try:
+            with self.log.pause("validations"), stop.at_once(), self.accelerator.autocast():
+                figures = self.validator(self.state.exported, self.rows, grid)
+        except _Stopped:
+            return False
+        progress.validated = done
         self.log.validation(done, figures, grid)
         value = figures.get(self.recipe.monitor, float("nan"))
         better = done > 0 and value > progress.best
@@ -239,20 +256,26 @@ def _not_finite(batches: Sequence[Any], outcomes: Mapping[str, Outcome]) -> list
     return [name for i, name in enumerate(names) if not all(bool(o.values[i].isfinite()) for o in outcomes.values())]
 
 
-def _warn_of_spilling(device: torch.device) -> None:
+def _warn_of_spilling(device: torch.device, say: Callable[[str], None]) -> None:
     if device.type == "cuda":
         there = torch.cuda.get_device_properties(device).total_memory
         if warning := spilled(torch.cuda.memory_reserved(device), there):
-            print(warning, flush=True)
+            say(warning)
+
+
+class _Stopped(Exception):
+    """A signal to stop came where nothing is lost by leaving at once."""
 
 
 class _Stop:
-    """Within it, SIGTERM and SIGINT let the step under way come to its end."""
+    """Within it, SIGTERM and SIGINT let the step under way come to its end, and a second one does not wait for it."""
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
+    def __init__(self, told: bool) -> None:
+        self.told, self.came, self._leave = told, False, False
+
     def __enter__(self) -> _Stop:
-        self.came = False
         self._before = {s: signal.signal(s, self._come) for s in self.SIGNALS}
         return self
 
@@ -261,7 +284,22 @@ class _Stop:
             signal.signal(s, handler)
 
     def _come(self, *_: object) -> None:
+        if self.came:
+            raise KeyboardInterrupt
         self.came = True
+        if self._leave:
+            raise _Stopped
+        if self.told:  # not by print, into which the signal may have come
+            os.write(2, b"\nStopping after this step, with a checkpoint (again: at once, without one).\n")
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within it, a signal raises _Stopped."""
+        self._leave = True
+        try:
+            yield
+        finally:
+            self._leave = False
 
     def asked(self, accelerator: Accelerator) -> bool:
         """Whether any process was asked to stop: all leave at the same step."""

@@ -24,6 +24,22 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+def check_writable(path: Path, folder: bool = False) -> None:
+    """Look whether a file (or a folder) can be written at `path` later, before the work that it is for; makes nothing.
+
+    Raises OSError, one sentence.
+    """
+    if not folder and path.is_dir():
+        raise OSError(f"{path} is a folder, and a file is to be written there: name a file.")
+    place = (path if folder else path.parent).absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise OSError(f"{place} is a file, and a folder is needed there to write in: name another.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise OSError(f"The folder {place} cannot be written in: name another, or have its permissions changed.")
+
+
 def first_line(error: BaseException, limit: int = 200) -> str:
     """An error of another package fits into a sentence of ours: its first line without the full stop, at most `limit`
     characters; its class where it says nothing."""

@@ -100,6 +100,17 @@ def extended_self_attention(
     return attention(q, torch.cat([k, k_ext], dim=1), torch.cat([v, v_ext], dim=1), heads)
 
 
+def adain(x: Tensor, like: Tensor) -> Tensor:
+    """Tokens x [..., N, C] take over the mean and the deviation of each channel of the tokens `like` [..., M, C].
+
+    AdaIN (arXiv 1703.06868), as StyleAligned (arXiv 2312.02133) shares attention with. Channels without any deviation
+    in x get the mean alone.
+    """
+    deviation, mean = torch.std_mean(x, dim=-2, keepdim=True, correction=0)
+    other_deviation, other_mean = torch.std_mean(like, dim=-2, keepdim=True, correction=0)
+    return (x - mean) / (deviation + 1e-5) * other_deviation + other_mean
+
+
 def mask_on_tokens(mask: Tensor, height: int, width: int) -> Tensor:
     """A picture mask [B, H, W] in [0, 1] averaged onto a token grid: [B, height * width, 1].
 

@@ -2,12 +2,14 @@
 the latent descends the gradient of a loss on its preview, and the run goes on from there.
 
 Each iteration is preview, picture, loss, gradient, step of the latent. The paper fixes neither iterations nor step
-size; normalisation, momentum, norm and best iterate are as in DOODL (2303.13703) and ReNO (2406.04312). Everything
-works on three callables and on latents z_t of variance about 1 (`schedule.to_vp`).
+size; normalisation, momentum, norm and best iterate are as in DOODL (2303.13703) and ReNO (2406.04312), the sphere of
+the noise as in DSG (2402.03201) and Riemannian gradient descent. Everything works on three callables and on latents z_t
+of variance about 1 (`schedule.to_vp`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -30,7 +32,11 @@ class Optimisation:
     normalisation: raw takes the gradient as it is, unit rms scales each picture's to rms 1, relative scales it to the
     rms of its latent; step_size multiplies that. clamp bounds how far a number may move in one iteration (0: no bound).
     keep_norm: each picture keeps the norm of its latent, on which the network relies. keep_best: the result is the
-    iterate with the lowest loss, else the last one.
+    iterate with the lowest loss, else the last one. nesterov: the gradient is taken where the momentum leads. decay:
+    the step size falls to zero over the iterations, as a cosine. sphere: gradient and momentum are projected on the
+    tangent of the noise's sphere, and each step ends on it; in the place of keep_norm, which holds signal and noise
+    together. judged: so many of the best iterates are judged again without chance, since a lucky draw (of the LoRA's
+    scale, of cutouts) is no better picture; 0 believes each loss as it was measured.
     """
 
     iterations: int = 20
@@ -40,6 +46,16 @@ class Optimisation:
     clamp: float = 0.0
     keep_norm: bool = True
     keep_best: bool = True
+    nesterov: bool = False
+    decay: bool = False
+    sphere: bool = False
+    judged: int = 0
+
+    def rate(self, iteration: int) -> float:
+        """The step size of an iteration, counted from 0."""
+        if not self.decay:
+            return self.step_size
+        return self.step_size * (1 + math.cos(math.pi * iteration / self.iterations)) / 2
 
     def __post_init__(self) -> None:
         if self.normalisation not in (RAW, UNIT_RMS, RELATIVE):
@@ -47,13 +63,14 @@ class Optimisation:
 
 
 class Evaluation(NamedTuple):
-    """The loss of n previews: values [n] and which of them are valid [n] (bool), the pictures [n, 3, H, W], and the
-    gradient by the latent, of its shape (None where it was not asked for)."""
+    """The loss of n previews: values [n] and which of them are valid [n] (bool), the pictures [n, 3, H, W], the
+    gradient by the latent, of its shape (None where it was not asked for), and the preview latents, of that shape."""
 
     values: Tensor
     valid: Tensor
     picture: Tensor
     gradient: Tensor | None
+    preview: Tensor
 
 
 def evaluate_preview(
@@ -79,12 +96,12 @@ def evaluate_preview(
     values, valid, pictures = (torch.cat(parts) for parts in zip(*(chunk.forward for chunk in chunks), strict=True))
     backward = [chunk.backward for chunk in chunks if chunk.backward is not None]
     if not backward:
-        return Evaluation(values, valid, pictures, None)
+        return Evaluation(values, valid, pictures, None, latent.detach())
     gradients, scales = (torch.cat(parts) for parts in zip(*backward, strict=True))
     (g,) = torch.autograd.grad(latent, leaf, gradients.to(latent))
     g = g.float() * scales.to(g.device)
     valid = valid.to(g.device) & g.flatten(1).isfinite().all(1)
-    return Evaluation(values, valid, pictures, torch.where(_each(valid, g), g, 0.0))
+    return Evaluation(values, valid, pictures, torch.where(_each(valid, g), g, 0.0), latent.detach())
 
 
 class _Chunk(NamedTuple):
@@ -127,50 +144,115 @@ def optimise_latent(
     mask: Tensor | None = None,
     on_iterate: Callable[[int, Evaluation], None] | None = None,
     evaluate: Evaluate = evaluate_preview,
+    alpha_bar: Tensor | None = None,
+    judge: Evaluate | None = None,
 ) -> Tensor:
     """The latent z [n, c, h, w] descends the loss of its preview; each picture has its own gradient, momentum and best
     iterate. Returns the optimised latent.
 
     mask: [n or 1, 1, h, w] in [0, 1], where the latent may move (the rest keeps its bits). on_iterate is called with
     each evaluation, the last of which is that of the final iterate. evaluate: `evaluate_preview`, or a function around
-    it that, for example, tries again with less memory.
+    it that, for example, tries again with less memory. alpha_bar: of z, [n] or one number; `settings.sphere` needs it.
+    judge: an evaluation in which nothing is drawn by chance, for `settings.judged`; `evaluate` where it is None.
     """
+    if not settings.iterations:
+        return z
     region = None if mask is None else (mask > 0).expand_as(z)
-    norm = _norm(z, region)
-    best, lowest = z, torch.full((len(z),), float("inf"), device=z.device)
-    velocity = torch.zeros_like(z)
-
-    def keep(e: Evaluation) -> None:
-        nonlocal best, lowest
-        better = e.valid & (e.values < lowest)
-        best = torch.where(_each(better, z), z, best)
-        lowest = torch.where(better, e.values.to(lowest), lowest)
-
+    path = _Path(z, settings, region, alpha_bar)
+    candidates = _Candidates(z, max(settings.judged, 1))
     for i in range(settings.iterations):
-        e = evaluate(predict, decode, loss, z, True)
-        keep(e)
+        at = path.look_ahead(i) if settings.nesterov else path.z
+        e = evaluate(predict, decode, loss, at, True)
+        candidates.add(at, e)
         if on_iterate:
             on_iterate(i, e)
         assert e.gradient is not None  # it was asked for
-        gradient = e.gradient if mask is None else e.gradient * mask
-        velocity = settings.momentum * velocity + _normalised(gradient, z, settings.normalisation)
-        step = settings.step_size * velocity
-        if settings.clamp:
-            step = step.clamp(-settings.clamp, settings.clamp)
-        moved = z - step
-        if settings.keep_norm:
-            moved = moved * (norm / _norm(moved, region).clamp_min(1e-12))
-        if region is not None:
-            moved = torch.where(region, moved, z)
-        # A picture without a gradient stays where it is: momentum alone would move it unseen.
-        z = torch.where(_each(e.valid, z), moved, z)
-    if not settings.iterations:
-        return z
-    e = evaluate(predict, decode, loss, z, False)
-    keep(e)
+        path.step(i, e.gradient if mask is None else e.gradient * mask, e)
+    e = evaluate(predict, decode, loss, path.z, False)
+    candidates.add(path.z, e)
     if on_iterate:
         on_iterate(settings.iterations, e)
-    return torch.where(_each(lowest.isfinite(), z), best, z) if settings.keep_best else z
+    if not settings.keep_best:
+        return path.z
+    if settings.judged:
+        candidates = candidates.judged(lambda at: (judge or evaluate)(predict, decode, loss, at, False))
+    return torch.where(_each(candidates.lowest[0].isfinite(), z), candidates.latents[0], path.z)
+
+
+class _Path:
+    """Where the latents are on their way; each picture goes by itself."""
+
+    def __init__(self, z: Tensor, settings: Optimisation, region: Tensor | None, alpha_bar: Tensor | None):
+        if settings.sphere and alpha_bar is None:
+            raise ValueError("the sphere of the noise needs alpha_bar, the noise level of the latent")
+        self.z, self._settings, self._region = z, settings, region
+        self._velocity = torch.zeros_like(z)
+        self._signal = None if alpha_bar is None or not settings.sphere else _each(alpha_bar.to(z).sqrt(), z)
+        self._centre: Tensor | float = 0.0  # of the sphere: what is signal in the latent, by its first preview
+        self._radius = _norm(z, region)
+
+    def look_ahead(self, iteration: int) -> Tensor:
+        """Where the momentum alone leads."""
+        s = self._settings
+        return self._moved(s.rate(iteration) * s.momentum * self._velocity)
+
+    def step(self, iteration: int, gradient: Tensor, e: Evaluation) -> None:
+        """Go along the gradient, which was evaluated where the path is (or looked ahead to)."""
+        s = self._settings
+        if s.sphere and iteration == 0:
+            self._centre = self._signal * e.preview
+            self._radius = _norm(self.z - self._centre, self._region)
+        if s.sphere:
+            gradient = self._tangent(gradient)
+        self._velocity = s.momentum * self._velocity + _normalised(gradient, self.z, s.normalisation)
+        if s.sphere:
+            self._velocity = self._tangent(self._velocity)
+        moved = self._moved(s.rate(iteration) * self._velocity)
+        # A picture without a gradient stays where it is: momentum alone would move it unseen.
+        self.z = torch.where(_each(e.valid, self.z), moved, self.z)
+
+    def _moved(self, step: Tensor) -> Tensor:
+        s = self._settings
+        if s.clamp:
+            step = step.clamp(-s.clamp, s.clamp)
+        moved = self.z - step
+        if s.sphere or s.keep_norm:
+            noise = moved - self._centre
+            moved = self._centre + noise * (self._radius / _norm(noise, self._region).clamp_min(1e-12))
+        return moved if self._region is None else torch.where(self._region, moved, self.z)
+
+    def _tangent(self, direction: Tensor) -> Tensor:
+        """A direction without its part along the noise, which would change the noise's strength."""
+        noise = self.z - self._centre
+        if self._region is not None:
+            noise = torch.where(self._region, noise, 0.0)
+        along = (direction * noise).sum((1, 2, 3), keepdim=True) / self._radius.square().clamp_min(1e-24)
+        return direction - along * noise
+
+
+class _Candidates:
+    """The best iterates of each picture so far, the best first: latents, a list of [n, c, h, w]; lowest, of [n]."""
+
+    def __init__(self, z: Tensor, count: int):
+        self.latents = [z] * count
+        self.lowest = [torch.full((len(z),), float("inf"), device=z.device)] * count
+
+    def add(self, z: Tensor, e: Evaluation) -> None:
+        """Takes an iterate in at its place, for each picture."""
+        value = torch.where(e.valid, e.values.to(self.lowest[0]), float("inf"))
+        for place, (kept, lowest) in enumerate(zip(self.latents, self.lowest, strict=True)):
+            better = value < lowest
+            self.latents[place] = torch.where(_each(better, z), z, kept)
+            self.lowest[place] = torch.where(better, value, lowest)
+            z, value = torch.where(_each(better, z), kept, z), torch.where(better, lowest, value)
+
+    def judged(self, evaluate: Callable[[Tensor], Evaluation]) -> _Candidates:
+        """The best alone, by another evaluation of each."""
+        best = _Candidates(self.latents[0], 1)
+        for latents, lowest in zip(self.latents, self.lowest, strict=True):
+            e = evaluate(latents)
+            best.add(latents, e._replace(valid=e.valid & lowest.isfinite()))
+        return best
 
 
 def time_travel(x: Tensor, denoised: Tensor, sigma: Tensor, sigma_next: Tensor, noise: Tensor) -> Tensor:

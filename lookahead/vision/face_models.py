@@ -147,6 +147,8 @@ class FaceModels:
         self.name = folder.name
         self.licence = licence_of(self.folder)
         self.recogniser, self.preprocessing = _recogniser(app)
+        self._open = lambda: open_app(self.folder, gpu, threads)
+        self._app: FaceAnalysis | None = None
         self._detector = app.det_model  # the recogniser's session is dropped: embeddings are computed in torch
 
     @property
@@ -171,12 +173,40 @@ class FaceModels:
                 "example 640, 320, 128."
             )
         pairs = [(size, size) for size in dict.fromkeys(sizes)]
-        out = []
+        out: list[list[Face]] = []
         for picture in pictures:
-            boxes, points = self._detector.detect(as_bgr(picture), input_size=pairs, det_thresh=threshold)
+            height, width = picture.shape[-2:]
+            # (insightface makes the picture as large as it fits, and a strip of 4000x3 has no row left then)
+            fit = [pair for pair in pairs if pair[0] * min(height, width) >= max(height, width)]
+            if not fit:
+                out.append([])
+                continue
+            boxes, points = self._detector.detect(as_bgr(picture), input_size=fit, det_thresh=threshold)
             rows = zip(torch.from_numpy(boxes).float(), torch.from_numpy(points).float(), strict=True)
             out.append([Face(box[:4].clone(), five.clone(), float(box[4])) for box, five in rows])
         return out
+
+    def embed(self, pictures: Tensor) -> list[list[tuple[Face, Tensor]]]:
+        """The faces of each picture [n, 3, h, w] in [0, 1], surest first, with the unit vector [d] of the pack's own
+        recogniser for each, by insightface itself. Raises FaceModelError for a pack without one."""
+        if self.recogniser is None:
+            raise FaceModelError(
+                f"The face pack {self.name} has no recogniser, and face embeddings need one: use a whole pack, such as "
+                "buffalo_l."
+            )
+        self._app = self._app or self._open()  # opened anew, since the session was dropped
+        return [
+            [
+                (
+                    Face(
+                        torch.from_numpy(face.bbox).float(), torch.from_numpy(face.kps).float(), float(face.det_score)
+                    ),
+                    torch.from_numpy(face.normed_embedding).float(),
+                )
+                for face in found
+            ]
+            for found in find_and_embed(self._app, pictures)
+        ]
 
 
 def as_bgr(picture: Tensor) -> np.ndarray:

@@ -136,17 +136,23 @@ def middle(face: Face) -> tuple[float, float]:
     return (x0 + x1) / 2, (y0 + y1) / 2
 
 
-def square_around(face: Face, height: int, width: int, margin: float | None = None) -> tuple[int, int, int]:
+def square_around(
+    face: Face, height: int, width: int, margin: float | None = None, inside: bool = True
+) -> tuple[int, int, int]:
     """The square (left, top, side) around a face's box with a margin (share of its longer side) on each side; without a
     margin the largest square of the picture, as near to the face as it goes.
 
-    Moved into the picture [height, width] where it reaches over the edge, and no larger than its shorter side.
+    Moved into the picture [height, width] where it reaches over the edge, and no larger than its shorter side; not so
+    with inside=False: then it may begin before 0 and end beyond the picture.
     """
     side = min(height, width)
     if margin is not None:
         x0, y0, x1, y1 = face.box.tolist()
-        side = max(1, min(round(max(x1 - x0, y1 - y0) * (1 + 2 * margin)), side))
+        side = max(1, round(max(x1 - x0, y1 - y0) * (1 + 2 * margin)))
+        side = min(side, height, width) if inside else side
     x, y = middle(face)
+    if not inside:
+        return round(x + 0.5 - side / 2), round(y + 0.5 - side / 2), side
     left, top = (min(max(round(centre + 0.5 - side / 2), 0), size - side) for centre, size in ((x, width), (y, height)))
     return left, top, side
 

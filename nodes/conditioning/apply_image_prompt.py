@@ -11,10 +11,12 @@ from torch import Tensor
 from ..reference.encoder import LoadedEncoder
 from ..reference.subject import Reference
 from ..schema import schema
-from ..sockets import REFERENCE
+from ..sockets import REFERENCE, WEIGHTS
+from .attention_lora import PromptLoRA
 from .cross_attention import ImagePrompt
 from .rows import When
-from .unet_blocks import BlockKey, CrossAttentionBlock, cross_attentions
+from .unet_blocks import BlockKey, CrossAttentionBlock, cross_attentions, self_attentions
+from .weights import WeightFactors
 from .wrappers import add_effect
 
 
@@ -65,6 +67,23 @@ class LookaheadApplyImagePrompt(io.ComfyNode):
                     tooltip="Mask of the picture, stretched over it: the image prompt acts where it is white. One mask "
                     "for all images of a batch, or several in turn.",
                 ),
+                WEIGHTS.Input(
+                    "weights",
+                    optional=True,
+                    advanced=True,
+                    tooltip="Factors of the weight by layer and over the steps, from Lookahead Weights.",
+                ),
+                io.Float.Input(
+                    "lora_weight",
+                    default=1.0,
+                    min=0.0,
+                    max=2.0,
+                    step=0.05,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Scale of the LoRA that an IP-Adapter FaceID brings in its file, 0 to 2: 1 as in training. "
+                    "Other encoders have none.",
+                ),
             ],
             outputs=[
                 io.Model.Output("MODEL", display_name="model", tooltip="The model with the image prompt applied."),
@@ -80,6 +99,8 @@ class LookaheadApplyImagePrompt(io.ComfyNode):
         start: float = 0.0,
         end: float = 1.0,
         mask: Tensor | None = None,
+        weights: WeightFactors | None = None,
+        lora_weight: float = 1.0,
     ) -> io.NodeOutput:
         if start > end:
             raise ValueError(f"The start ({start}) is later than the end ({end}): set an end that is not before it.")
@@ -94,17 +115,25 @@ class LookaheadApplyImagePrompt(io.ComfyNode):
             logging.warning(
                 "[LCM-Lookahead] the mask of an image prompt is empty, so it acts nowhere: leave it open, or invert it."
             )
-        if weight != 0:
-            for subject, layout in zip(reference.subjects, layouts, strict=True):
+        weights = weights or WeightFactors()
+        layers = weights.of_layers([block.key for block in self_attentions(model)])
+        for subject, layout in zip(reference.subjects, layouts, strict=True):
+            layout = {key: place for key, place in layout.items() if layers[key] != 0}
+            if weight * subject.weight != 0 and layout:
                 prompt = ImagePrompt(
                     keys_values=subject.keys_values,
                     null_keys_values=subject.null_keys_values,
                     layout=layout,
-                    weight=torch.tensor(weight, dtype=torch.float32),
-                    when=When(start, end),
+                    weight=torch.tensor(weight * subject.weight, dtype=torch.float32),
+                    when=When(start, end, weights.steps),
                     mask=None if mask is None else mask.reshape(-1, *mask.shape[-2:]).float().clamp(0, 1),
+                    layers={key: factor for key, factor in layers.items() if factor != 1},
                 )
                 model = add_effect(model, prompt)
+                if subject.encoder.lora_patcher is not None and lora_weight:
+                    numbers = {block.key: number for number, block in enumerate(attentions)}
+                    lora = PromptLoRA(subject.encoder.lora_patcher, numbers, lora_weight, When(start, end))
+                    model = add_effect(model, lora)
         return io.NodeOutput(model)
 
 

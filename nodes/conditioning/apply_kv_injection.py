@@ -9,11 +9,13 @@ from torch import Tensor
 
 from ..reference.subject import Reference, Subject
 from ..schema import schema
-from ..sockets import REFERENCE
+from ..sockets import REFERENCE, WEIGHTS
 from .kv_injection import KVInjection
 from .reference_pass import FIXED, SHARED, KVSource
 from .rows import When
+from .self_attention import ADAIN, NO_ADAIN
 from .unet_blocks import KVBlock, self_attentions
+from .weights import WeightFactors
 from .wrappers import add_effect
 
 ALL, COARSE, FINE, UP, MIDDLE_UP = "all", "coarse", "fine", "up", "middle and up"
@@ -104,6 +106,22 @@ class LookaheadApplyKVInjection(io.ComfyNode):
                     tooltip="Mask of the picture, stretched over it: the reference is read where it is white. One mask "
                     "for all images of a batch, or several in turn.",
                 ),
+                WEIGHTS.Input(
+                    "weights",
+                    optional=True,
+                    advanced=True,
+                    tooltip="Factors of the weight by layer and over the steps, from Lookahead Weights.",
+                ),
+                io.Combo.Input(
+                    "adain",
+                    options=list(ADAIN),
+                    default=NO_ADAIN,
+                    optional=True,
+                    advanced=True,
+                    tooltip="What takes over the statistics (mean and deviation of each channel) of what, before both "
+                    "are read together. own keys to the reference: as StyleAligned, more of its look. reference to the "
+                    "picture: its keys and values become the picture's in colour and contrast, against a copied look.",
+                ),
             ],
             outputs=[
                 io.Model.Output("MODEL", display_name="model", tooltip="The model with the KV injection applied."),
@@ -123,6 +141,8 @@ class LookaheadApplyKVInjection(io.ComfyNode):
         noise_seed: int = 0,
         cache_gb: float = 2.0,
         mask: Tensor | None = None,
+        weights: WeightFactors | None = None,
+        adain: str = NO_ADAIN,
     ) -> io.NodeOutput:
         if start > end:
             raise ValueError(f"The start ({start}) is later than the end ({end}): set an end that is not before it.")
@@ -134,8 +154,11 @@ class LookaheadApplyKVInjection(io.ComfyNode):
             logging.warning(
                 "[LCM-Lookahead] the mask of a KV injection is empty, so it acts nowhere: leave it open, or invert it."
             )
-        if weight != 0:
-            for subject in reference.subjects:
+        weights = weights or WeightFactors()
+        layers = weights.of_layers([block.key for block in everything])
+        chosen = tuple(block for block in chosen if layers[block.key] != 0)
+        for subject in reference.subjects:
+            if weight * subject.weight != 0 and chosen:
                 source = KVSource(
                     subject=subject,
                     blocks=chosen,
@@ -147,9 +170,11 @@ class LookaheadApplyKVInjection(io.ComfyNode):
                 )
                 injection = KVInjection(
                     source=source,
-                    weight=weight,
+                    weight=weight * subject.weight,
                     mask=None if mask is None else mask.reshape(-1, *mask.shape[-2:]).float().clamp(0, 1),
-                    when=When(start, end),
+                    when=When(start, end, weights.steps),
+                    layers=layers,
+                    adain=adain,
                 )
                 model = add_effect(model, injection)
         return io.NodeOutput(model)

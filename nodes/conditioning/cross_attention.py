@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...lookahead.method.attention import image_prompt_term, mask_on_tokens
-from .effect import ActiveEffect, Effect, Replacements, RunStart, UNetPass
+from .effect import ActiveEffect, CondEvaluation, Effect, Replacements, RunStart, UNetPass
 from .rows import RowLayout, When
 from .unet_blocks import BlockKey, host_attention
 
@@ -22,7 +22,7 @@ class ImagePrompt(Effect):
     keys_values, null_keys_values: as in `Subject`; layout: for each cross-attention, by the host's key, the offset of
     its keys in the packed channels and its width; weight: a tensor without dimensions, since a compiled model keeps
     numbers as they were when it was compiled, and reads tensors anew; mask: [masks, H, W] in [0, 1] over the whole
-    picture, or None; when: the part of the sampling in which it acts.
+    picture, or None; when: the part of the sampling in which it acts; layers: factors of the weight in some blocks.
     """
 
     keys_values: Tensor
@@ -31,6 +31,7 @@ class ImagePrompt(Effect):
     weight: Tensor
     when: When = field(default_factory=When)
     mask: Tensor | None = None
+    layers: Mapping[BlockKey, float] = field(default_factory=dict)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> ImagePrompt:
         """A copy with its tensors on a device and in a precision; itself where they are there already."""
@@ -55,11 +56,19 @@ class ActiveImagePrompt(ActiveEffect[ImagePrompt]):
 
     order = 100
 
+    def evaluate(self, evaluation: CondEvaluation) -> float:
+        """The factor of its weight at this noise level."""
+        return self.effect.when.factor(evaluation.timestep, evaluation.model.model_sampling)
+
     @classmethod
     def cross_attentions(
         cls, acting: Sequence[ActiveImagePrompt], unet_pass: UNetPass, attn2: Replacements
     ) -> Replacements:
-        prompts = [active.effect.to(unet_pass.x.device, unet_pass.dtype) for active in acting]
+        prompts = []
+        for active in acting:
+            prompt = active.effect.to(unet_pass.x.device, unet_pass.dtype)
+            factor = unet_pass.evaluated.get(active, 1.0)
+            prompts.append(prompt if factor == 1 else replace(prompt, weight=prompt.weight * factor))
         return replacements(prompts, unet_pass.layout, attn2, unet_pass.once)
 
 
@@ -94,6 +103,8 @@ class PromptRows:
         self.index = torch.tensor(index, device=prompt.keys_values.device)
         self.mask = None if prompt.mask is None else layout.mask(prompt.mask)
         self.grids: dict[tuple[int, int], Tensor] = {}
+        # Tensors, and made here, for the reason that the weight itself is one.
+        self.weights = {key: prompt.weight * factor for key, factor in prompt.layers.items()}
 
     def keys_values(self, channels: slice = slice(None)) -> Tensor:
         """Keys and values that each row reads, [rows, tokens, channels]: its reference's or the null tokens'."""
@@ -110,7 +121,7 @@ class PromptRows:
             return None
         offset, width = self.prompt.layout[key]
         k, v = self.keys_values(slice(offset, offset + 2 * width)).to(q.dtype).chunk(2, dim=-1)
-        v = v * self.prompt.weight  # attention is linear in v
+        v = v * self.weights.get(key, self.prompt.weight)  # attention is linear in v
         if tiles != 1:  # each row was cut into tiles (as HyperTile does): all tiles of a row see its image prompt
             k, v = k.repeat_interleave(tiles, dim=0), v.repeat_interleave(tiles, dim=0)
         mask = None

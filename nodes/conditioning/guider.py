@@ -14,6 +14,7 @@ from torch import Tensor
 from ...lookahead.method.guidance import three_scale_guidance
 from ..schema import schema
 from .kv_injection import ActiveKVInjection
+from .rows import When
 from .wrappers import EffectContext, with_conds
 
 AS_SET = "as set below"
@@ -31,11 +32,14 @@ class ThreeScaleGuider(comfy.samplers.CFGGuider):
     """Guidance over text, image prompt and reference KV; the host calls `predict_noise` once a model call.
 
     Where no reference KV acts it is plain classifier-free guidance at text + full (at text, when both other scales are
-    0: nothing is then asked of the KV).
+    0: nothing is then asked of the KV). Before the start and after the end of its scales it does not guide: the
+    prediction is that of the prompt with all references (the scales are 0, 1, 0), in one evaluation.
     """
 
-    def set_scales(self, text: float, full: float, kv: float) -> None:
-        self.text, self.full, self.kv = text, full, kv
+    when = When()
+
+    def set_scales(self, text: float, full: float, kv: float, when: When = when) -> None:
+        self.text, self.full, self.kv, self.when = text, full, kv, when
         self.cfg = text + full  # what nodes see that ask for the scale
 
     def predict_noise(
@@ -48,25 +52,27 @@ class ThreeScaleGuider(comfy.samplers.CFGGuider):
                 "Another node replaces the guidance (a sampler CFG function, such as RescaleCFG or the old Perp-Neg), "
                 "and the Lookahead Guider has its own: remove that node, or use CFGGuider."
             )
-        if not EffectContext.of(options).acting(ActiveKVInjection) or (self.full == 0 and self.kv == 0):
+        guides = self.when.acts(timestep, self.inner_model.model_sampling)
+        text_scale, full_scale, kv_scale = (self.text, self.full, self.kv) if guides else (0.0, 1.0, 0.0)
+        if not EffectContext.of(options).acting(ActiveKVInjection) or (full_scale == 0 and kv_scale == 0):
             conds = {"positive": positive, "negative": negative}
             without_kv = with_conds(options, conds, without=ActiveKVInjection)
             return comfy.samplers.sampling_function(
-                self.inner_model, x, timestep, negative, positive, self.cfg, without_kv, seed=seed
+                self.inner_model, x, timestep, negative, positive, text_scale + full_scale, without_kv, seed=seed
             )
         # Nodes that keep something for each condition know it by its uuid, so the passes must differ in it.
         apart = {"positive": _renamed(positive), "negative": _renamed(negative)}
-        total = self.text + self.full + self.kv
+        total = text_scale + full_scale + kv_scale
         alone = math.isclose(total, 1.0) and not options.get("disable_cfg1_optimization", False)
         unconditional = None if alone else apart["negative"]
-        text = apart["positive"] if self.text else None
+        text = apart["positive"] if text_scale else None
         e_nt = e_nu = torch.zeros_like(x)  # as the host has it for what is not evaluated
         if text is not None or unconditional is not None:
             without_kv = with_conds(options, apart, without=ActiveKVInjection)
             e_nt, e_nu = self._evaluate([text, unconditional], x, timestep, without_kv)
-        conds = [positive if self.full else None, negative if self.kv else None]
+        conds = [positive if full_scale else None, negative if kv_scale else None]
         e_ft, e_fu = self._evaluate(conds, x, timestep, options)
-        cond = e_ft if self.full else e_nt if self.text else e_nu  # the last: only the reference guides
+        cond = e_ft if full_scale else e_nt if text_scale else e_nu  # the last: only the reference guides
         out = [cond, e_nu]
         shown = [positive, None if alone else negative]
         common = {"timestep": timestep, "input": x, "sigma": timestep, "model": self.inner_model}
@@ -74,11 +80,11 @@ class ThreeScaleGuider(comfy.samplers.CFGGuider):
             arguments = {"conds": shown, "conds_out": out, "cond_scale": self.cfg, "model_options": options, **common}
             out = function(arguments)
         cond, e_nu = out[0], out[1]
-        if self.full:
+        if full_scale:
             e_ft = cond
         else:
             e_nt = cond
-        result = three_scale_guidance(e_nu, e_nt, e_fu, e_ft, self.text, self.full, self.kv)
+        result = three_scale_guidance(e_nu, e_nt, e_fu, e_ft, text_scale, full_scale, kv_scale)
         for function in options.get("sampler_post_cfg_function", []):
             arguments = {
                 "denoised": result,
@@ -151,15 +157,48 @@ class LookaheadGuider(io.ComfyNode):
                     tooltip="Known good scales (text, full, kv), in place of those above: paper 3, 2, 2; more likeness "
                     "2, 4, 2; more prompt 4, 1.5, 0.5; faster 3, 3, 0; without KV 5, 0, 0.",
                 ),
+                io.Float.Input(
+                    "start",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Start of the guidance, a share of the sampling from 0 (first step) to 1. Before it the "
+                    "picture follows prompt and reference unguided, in one evaluation a step.",
+                ),
+                io.Float.Input(
+                    "end",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    advanced=True,
+                    tooltip="End of the guidance, a share of the sampling from 0 to 1. An end before 1 saves time and "
+                    "tames harsh colours; the last steps change little.",
+                ),
             ],
             outputs=[io.Guider.Output("GUIDER", display_name="guider", tooltip="For SamplerCustomAdvanced.")],
         )
 
     @classmethod
     def execute(
-        cls, model, positive, negative, text: float = 3.0, full: float = 2.0, kv: float = 2.0, preset: str = AS_SET
+        cls,
+        model,
+        positive,
+        negative,
+        text: float = 3.0,
+        full: float = 2.0,
+        kv: float = 2.0,
+        preset: str = AS_SET,
+        start: float = 0.0,
+        end: float = 1.0,
     ) -> io.NodeOutput:
+        if start > end:
+            raise ValueError(f"The start ({start}) is later than the end ({end}): set an end that is not before it.")
         guider = ThreeScaleGuider(model)
         guider.set_conds(positive, negative)
-        guider.set_scales(*(PRESETS[preset] or (text, full, kv)))
+        guider.set_scales(*(PRESETS[preset] or (text, full, kv)), When(start, end))
         return io.NodeOutput(guider)

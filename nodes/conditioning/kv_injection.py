@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
@@ -19,21 +19,32 @@ if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
     from ..reference.kv_cache import KVByRole
+    from .unet_blocks import BlockKey
+
+
+class EvaluatedKV(NamedTuple):
+    """An evaluation of conditions reads these of a reference: its keys and values, and the weight's factor now."""
+
+    kv: KVByRole
+    factor: float
 
 
 @dataclass(frozen=True, eq=False)
 class KVInjection(Effect):
     """The KV injection of one subject on a MODEL.
 
-    source: what is read and exported; weight: in (0, 1], how far the plain output of a self-attention moves to the
-    extended one; mask: [masks, H, W] in [0, 1], where in the picture the reference is read, or None; when: the part of
-    the sampling in which it acts.
+    source: what is read and exported; weight: how far the plain output of a self-attention moves to the extended one,
+    1 all the way, negative away from it; mask: [masks, H, W] in [0, 1], where in the picture the reference is read, or
+    None; when: the part of the sampling in which it acts; layers: factors of the weight in some blocks; adain: one of
+    `self_attention.ADAIN`.
     """
 
     source: KVSource
     weight: float = 1.0
     mask: Tensor | None = None
     when: When = field(default_factory=When)
+    layers: Mapping[BlockKey, float] = field(default_factory=dict)
+    adain: str = self_attention.NO_ADAIN
 
     def additional_models(self) -> tuple[ModelPatcher, ...]:
         return () if self.source.kv_patcher is None else (self.source.kv_patcher,)
@@ -76,9 +87,10 @@ class ActiveKVInjection(ActiveEffect[KVInjection]):
     ) -> None:
         self._keys_values(model, timestep, roles, active)
 
-    def evaluate(self, evaluation: CondEvaluation) -> KVByRole:
+    def evaluate(self, evaluation: CondEvaluation) -> EvaluatedKV:
         """The reference's keys and values at this noise level, for the roles that are evaluated."""
-        return self._keys_values(evaluation.model, evaluation.timestep, evaluation.roles, evaluation.active)
+        kv = self._keys_values(evaluation.model, evaluation.timestep, evaluation.roles, evaluation.active)
+        return EvaluatedKV(kv, self.effect.when.factor(evaluation.timestep, evaluation.model.model_sampling))
 
     def _keys_values(
         self, model: BaseModel, timestep: Tensor, roles: Collection[bool], active: tuple[ActiveEffect, ...]
@@ -92,11 +104,19 @@ class ActiveKVInjection(ActiveEffect[KVInjection]):
     ) -> Replacements:
         references = []
         for active in acting:
-            kv = unet_pass.evaluated.get(active)
-            if kv is not None:  # else this pass belongs to no evaluation of conditions
+            evaluated = unet_pass.evaluated.get(active)
+            if evaluated is not None:  # else this pass belongs to no evaluation of conditions
                 injection = active.effect
                 blocks = injection.source.blocks
-                references.append(self_attention.KVRows(kv, unet_pass.layout, blocks, injection.weight, injection.mask))
+                weights = {
+                    block.key: injection.weight * evaluated.factor * injection.layers.get(block.key, 1.0)
+                    for block in blocks
+                }
+                references.append(
+                    self_attention.KVRows(
+                        evaluated.kv, unet_pass.layout, blocks, weights, injection.mask, injection.adain
+                    )
+                )
         return self_attention.replacements(references, attn1, unet_pass.once) if references else attn1
 
     def summary(self) -> str | None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...lookahead.method.attention import mask_on_tokens
+from ...lookahead.method.layer_weights import at_share, share_of
 
 UNCONDITIONAL = ("negative", "empty_negative_prompt")  # names of such lists in the host's guiders
 
@@ -125,13 +126,25 @@ class RowLayout:
 
 @dataclass(frozen=True)
 class When:
-    """The part of the sampling in which something acts, from 0 (first step) to 1, by the host's own convention."""
+    """The part of the sampling in which something acts, from 0 (first step) to 1, by the host's own convention.
+
+    steps: how strongly it acts there, spread evenly from 0 to 1 (`layer_weights.at_share`); empty is 1 everywhere.
+    """
 
     start: float = 0.0
     end: float = 1.0
+    steps: tuple[float, ...] = ()
 
     def acts(self, sigma: Tensor, model_sampling: Any) -> bool:
-        if self.start <= 0 and self.end >= 1:
-            return True  # without asking the device for the value of sigma
-        now = float(sigma.flatten()[0])
-        return model_sampling.percent_to_sigma(self.end) <= now <= model_sampling.percent_to_sigma(self.start)
+        """Tells whether it acts at this noise level at all."""
+        if self.start > 0 or self.end < 1:  # else the device need not be asked for the value of sigma
+            now = float(sigma.flatten()[0])
+            if not model_sampling.percent_to_sigma(self.end) <= now <= model_sampling.percent_to_sigma(self.start):
+                return False
+        return self.factor(sigma, model_sampling) != 0
+
+    def factor(self, sigma: Tensor, model_sampling: Any) -> float:
+        """Says how strongly it acts at a noise level where it does."""
+        if not self.steps:
+            return 1.0
+        return at_share(self.steps, share_of(float(sigma.flatten()[0]), model_sampling.percent_to_sigma))

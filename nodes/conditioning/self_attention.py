@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ...lookahead.method.attention import extended_self_attention, mask_on_tokens
+from ...lookahead.method.attention import adain, extended_self_attention, mask_on_tokens
 from .effect import Replacements
 from .rows import RowLayout
 from .unet_blocks import BlockKey, KVBlock, host_attention
@@ -16,11 +16,15 @@ from .unet_blocks import BlockKey, KVBlock, host_attention
 if TYPE_CHECKING:
     from ..reference.kv_cache import KVByRole
 
+NO_ADAIN, KEYS, REFERENCE = "off", "own keys to the reference", "reference to the picture"
+ADAIN = (NO_ADAIN, KEYS, REFERENCE)  # what takes over whose statistics before both are read under one softmax
+
 
 class KVRows:
     """The keys and values of one reference laid out for the rows of one UNet pass. Lives as long as the pass.
 
-    blocks: the self-attentions that read them; weight: in (0, 1]; mask: [masks, H, W] over whole pictures, or None.
+    blocks: the self-attentions that read them; weights: of each, by its key (1 where it is not named); mask: [masks, H,
+    W] over whole pictures, or None; adain: one of ADAIN.
     missing: the pass could not be laid out (a mask over tiles of a picture).
     """
 
@@ -29,14 +33,20 @@ class KVRows:
         kv: KVByRole,
         layout: RowLayout,
         blocks: Sequence[KVBlock],
-        weight: float = 1.0,
+        weights: Mapping[BlockKey, float] | None = None,
         mask: Tensor | None = None,
+        adain: str = NO_ADAIN,
     ):
-        self._kv, self.blocks, self.weight, self.rows = kv, blocks, weight, layout.rows
+        self._kv, self.blocks, self.rows, self.adain = kv, blocks, layout.rows, adain
+        self._weights = weights or {}
         self._layout = list(layout)
         self.mask = None if mask is None else layout.mask(mask)
         self.missing = mask is not None and self.mask is None
-        self._grids: dict[tuple[int, int], Tensor] = {}
+        self._grids: dict[tuple[tuple[int, int], float], Tensor] = {}
+
+    def weight(self, key: BlockKey) -> float:
+        """Says how far the plain output of a self-attention moves to the extended one."""
+        return self._weights.get(key, 1.0)
 
     def tokens(self, key: BlockKey, like: Tensor) -> list[tuple[Tensor, Tensor]]:
         """For each row its reference's keys and values, each [tokens, channels]."""
@@ -47,14 +57,15 @@ class KVRows:
             out.append((k.to(like, non_blocking=True), v.to(like, non_blocking=True)))
         return out
 
-    def coefficient(self, grid: tuple[int, int], like: Tensor) -> Tensor | float:
+    def coefficient(self, key: BlockKey, grid: tuple[int, int], like: Tensor) -> Tensor | float:
         """weight * mask for every token: a number, or [rows, tokens, 1]."""
+        weight = self.weight(key)
         if self.mask is None:
-            return self.weight
-        if grid not in self._grids:
+            return weight
+        if (grid, weight) not in self._grids:
             mask = mask_on_tokens(self.mask.to(like.device), *grid).to(like.dtype)
-            self._grids[grid] = mask * self.weight
-        return self._grids[grid]
+            self._grids[grid, weight] = mask * weight
+        return self._grids[grid, weight]
 
 
 def replacements(references: list[KVRows], attn1: Replacements, once: Callable[[str], None]) -> Replacements:
@@ -77,17 +88,23 @@ def replacements(references: list[KVRows], attn1: Replacements, once: Callable[[
     return {**attn1, **ours}
 
 
+def _take_over(own: Tensor, external: list[Tensor]) -> list[Tensor]:
+    """External tokens with the statistics of the picture's own, row by row: all tiles of a row are one picture."""
+    rows = own.chunk(len(external))
+    return [adain(tokens, row.flatten(0, 1)) for tokens, row in zip(external, rows, strict=True)]
+
+
 def self_attention(key: BlockKey, references: list[KVRows], once: Callable[[str], None]) -> Callable:
     """The replacement for one self-attention: it also reads the references' keys and values.
 
-    References of one weight and without a mask are read together, under one softmax. A weight below 1 and a mask blend:
+    References of one weight and without a mask are read together, under one softmax. Other weights and a mask blend:
     out = plain + weight * mask * (extended - plain); the changes of references read apart add up.
     """
-    by_weight: dict[float, list[KVRows]] = {}
+    by_weight: dict[tuple[float, str], list[KVRows]] = {}
     masked: list[list[KVRows]] = []
     for reference in references:
         if reference.mask is None:
-            by_weight.setdefault(reference.weight, []).append(reference)
+            by_weight.setdefault((reference.weight(key), reference.adain), []).append(reference)
         else:
             masked.append([reference])
     groups = [*by_weight.values(), *masked]
@@ -109,24 +126,29 @@ def self_attention(key: BlockKey, references: list[KVRows], once: Callable[[str]
             read = [reference.tokens(key, k) for reference in group]
             k_ext = [torch.cat([tokens[row][0] for tokens in read]) for row in range(rows)]
             v_ext = [torch.cat([tokens[row][1] for tokens in read]) for row in range(rows)]
+            own = k
+            if group[0].adain == REFERENCE:
+                k_ext, v_ext = _take_over(k, k_ext), _take_over(v, v_ext)
+            elif group[0].adain == KEYS:
+                own = torch.cat([adain(tokens, e) for tokens, e in zip(k.chunk(rows), k_ext, strict=True)])
             lengths = [len(row) for row in k_ext]
             if len(set(lengths)) == 1:
                 # Each row was cut into tiles (as HyperTile does): all tiles of a row read the whole reference.
                 k_all, v_all = (torch.stack(rows).repeat_interleave(tiles, dim=0) for rows in (k_ext, v_ext))
-                return extended_self_attention(q, k, v, k_all, v_all, heads, attention=attention)
+                return extended_self_attention(q, own, v, k_all, v_all, heads, attention=attention)
             parts = []  # masks of different sizes: every row by itself
             for row in range(rows):
                 at = slice(row * tiles, (row + 1) * tiles)
                 one = (t[row].expand(tiles, -1, -1) for t in (k_ext, v_ext))
-                parts.append(extended_self_attention(q[at], k[at], v[at], *one, heads, attention=attention))
+                parts.append(extended_self_attention(q[at], own[at], v[at], *one, heads, attention=attention))
             return torch.cat(parts)
 
-        if len(groups) == 1 and groups[0][0].mask is None and groups[0][0].weight == 1:
+        if len(groups) == 1 and groups[0][0].mask is None and groups[0][0].weight(key) == 1:
             return extended(groups[0])
         plain = attention(q, k, v, heads)
         out = plain
         for group in groups:
-            out = out + group[0].coefficient(grid, q) * (extended(group) - plain)
+            out = out + group[0].coefficient(key, grid, q) * (extended(group) - plain)
         return out
 
     return replacement

@@ -136,29 +136,47 @@ def _set(module: nn.Module, name: str, value: Any, undo: list, still: Callable[[
 
 
 def _layer(module: nn.Module, bypasses: Bypasses | None, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    out = _Frozen.apply(x, module, args, kwargs)
-    bypass = None if bypasses is None else bypasses.of(module)
+    fold = bypass = None
+    if bypasses is not None:
+        fold = None if args or kwargs else bypasses.fold(module, x)
+        bypass = bypasses.of(module) if fold is None else None
+    out = _Frozen.apply(x, module, args, kwargs, fold)
     return out if bypass is None else out + bypass(x)
 
 
 class _Frozen(torch.autograd.Function):
-    """One linear layer or convolution of the host with frozen weights; it saves no tensor."""
+    """One linear layer or convolution of the host with frozen weights; it saves no tensor.
+
+    fold: makes the weight that is used of the layer's own, in forward and again in backward; None for the layer's own.
+    """
 
     @staticmethod
-    def forward(ctx, x, module, args, kwargs):
-        ctx.module, ctx.shape, ctx.dtype = module, x.shape, x.dtype
+    def forward(ctx, x, module, args, kwargs, fold):
+        ctx.module, ctx.shape, ctx.dtype, ctx.fold = module, x.shape, x.dtype, fold
+        if fold is not None:
+            with _weight(module, x) as (weight, bias):
+                return _with_weight(module, x, fold(weight), bias)
         with _as_the_host(module):
             out = type(module).forward_comfy_cast_weights(module, x, *args, **kwargs)
         return out.clone() if out.is_inference() else out
 
     @staticmethod
     def backward(ctx, grad):
-        with _weight(ctx.module, grad) as weight:
+        with _weight(ctx.module, grad) as (weight, _):
+            weight = weight if ctx.fold is None else ctx.fold(weight)
             if isinstance(ctx.module, tuple(_CONVOLUTIONS)):
                 out = _through_convolution(ctx.module, ctx.shape, weight, grad)
             else:
                 out = grad @ weight
-        return out.to(ctx.dtype), None, None, None
+        return out.to(ctx.dtype), None, None, None, None
+
+
+def _with_weight(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What a layer computes with another weight; nodes for seamless pictures replace a convolution's own forward."""
+    bias = None if bias is None else bias.to(x)
+    if isinstance(module, tuple(_CONVOLUTIONS)):
+        return module._conv_forward(x, weight, bias)
+    return nn.functional.linear(x, weight, bias)
 
 
 def _through_convolution(m: nn.Module, shape: torch.Size, weight: Tensor, grad: Tensor) -> Tensor:
@@ -178,8 +196,8 @@ def _as_the_host(module: nn.Module):
 
 
 @contextmanager
-def _weight(module: nn.Module, like: Tensor) -> Iterator[Tensor]:
-    """A layer's weight in the precision and on the device of `like`, as the host would use it now."""
+def _weight(module: nn.Module, like: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """A layer's weight and bias in the precision and on the device of `like`, as the host would use them now."""
     with _as_the_host(module):
         weight, bias, stream = comfy.ops.cast_bias_weight(
             module, dtype=like.dtype, device=like.device, bias_dtype=like.dtype, offloadable=True
@@ -193,7 +211,7 @@ def _weight(module: nn.Module, like: Tensor) -> Iterator[Tensor]:
             "load the model from an ordinary or fp8 checkpoint."
         )
     try:
-        yield weight.to(like.dtype)
+        yield weight.to(like.dtype), bias
     finally:
         comfy.ops.uncast_bias_weight(module, weight, bias, stream)
 
@@ -221,12 +239,12 @@ def _block(module: nn.Module, checkpointing: Checkpointing, bypasses: Bypasses |
         # The UNet writes into its options while it runs: the block must see the same when it is computed again.
         args = [dict(a) if isinstance(a, dict) else a for a in args]
         kwargs = {name: dict(a) if isinstance(a, dict) else a for name, a in kwargs.items()}
-        scales = None if bypasses is None else bypasses.scales
+        strengths = None if bypasses is None else bypasses.now
 
         def run(x: Tensor) -> Tensor:
             if bypasses is None:
                 return forward(x, *args, **kwargs)
-            with bypasses.switched(scales):
+            with bypasses.switched(strengths):
                 return forward(x, *args, **kwargs)
 
         return _Checkpointed.apply(x, run, module, checkpointing)

@@ -149,13 +149,33 @@ class GuidedRun:
         ):
             z = to_vp(x, sigma).detach()
             mask = self._update_mask(z, call.denoise_mask)
-            best = optimise_latent(predict, self._decode, self._loss, z, settings, mask, on_iterate, self._evaluate)
+            best = optimise_latent(
+                predict,
+                self._decode,
+                self._loss,
+                z,
+                settings,
+                mask,
+                on_iterate,
+                self._evaluate,
+                1 / (sigma**2 + 1),
+                self._judge,
+            )
         return (x + to_ve(best - z, sigma)).detach()  # where nothing moved, the bits stay
 
     def _evaluate(self, predict: Predict, decode: Decode, loss: Loss, z: Tensor, gradient: bool) -> Evaluation:
         """`evaluate_preview` with a LoRA scale of its own, and as little memory as it takes."""
-        comfy.model_management.throw_exception_if_processing_interrupted()
         self._lora_scale = self._draw_lora_scale(z)
+        return self._evaluate_now(predict, decode, loss, z, gradient)
+
+    def _judge(self, predict: Predict, decode: Decode, _: Loss, z: Tensor, gradient: bool) -> Evaluation:
+        """The same without chance: the LoRA at full strength, and the loss sees every candidate in the same views."""
+        self._lora_scale = torch.ones(len(z), device=z.device)
+        loss = bind_rng(self.guidance.loss.loss, torch.Generator().manual_seed(self.seed or 0))
+        return self._evaluate_now(predict, decode, loss, z, gradient)
+
+    def _evaluate_now(self, predict: Predict, decode: Decode, loss: Loss, z: Tensor, gradient: bool) -> Evaluation:
+        comfy.model_management.throw_exception_if_processing_interrupted()
 
         def once() -> Evaluation:
             with torch.set_grad_enabled(gradient), self._installed():

@@ -1,13 +1,15 @@
 """A few-step LoRA bypasses the layers of the base that is loaded, with a strength for each picture.
 
-The base keeps its weights: a second patcher of the same UNet would unload it in the middle of a run, and merged weights
-could not have a strength of their own for each picture.
+The base keeps its weights: a second patcher of the same UNet would unload it in the middle of a run. Where all pictures
+of a pass have one strength, the LoRA is folded into each layer's weight as that is used, W + s B A, which takes rank /
+tokens of the layer's own work; else it runs beside the layer, since one weight cannot have a strength for each picture.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import comfy.model_management
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
 Patch = tuple[float, Any, float, Any, Any]  # strength, what is added, strength of the weight itself, offset, function
+
+_OPERATIONS = 4  # that a layer has more with a bypass beside it, for one that folding has
 
 
 class Bypass(nn.Module):
@@ -40,6 +44,20 @@ class Bypass(nn.Module):
         else:
             self.down, self.up = _linear(down.reshape(rank, -1)), _linear(up.reshape(shape[0], -1))
             self.mid = None if mid is None else _linear(mid.reshape(rank, -1))
+
+    def is_cheaper_folded(self, x: Tensor) -> bool:
+        """Compares rank * in * out (folded) with positions * rank * (in + out) (beside the layer) for an input.
+
+        Folding is one operation instead of three to four, so it may take a few times as many multiplications.
+        """
+        inputs, outputs = self.down.weight[0].numel(), self.up.weight.shape[0]
+        positions = x.numel() // self.down.weight.shape[1]
+        return inputs * outputs <= _OPERATIONS * positions * (inputs + outputs)
+
+    def add_to(self, weight: Tensor, strength: float) -> Tensor:
+        """The layer's weight [out, ...] with strength * this change in it, a new tensor of its device and precision."""
+        up, down = (layer.weight.to(weight).flatten(1) for layer in (self.up, self.down))
+        return torch.addmm(weight.flatten(1), up, down, alpha=strength * self.scale).reshape(weight.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.down(x)
@@ -64,12 +82,26 @@ def _convolution(weight: Tensor, **kernel: Any) -> nn.Module:
     return layer
 
 
+@dataclass(frozen=True, eq=False)
+class Strengths:
+    """Bypasses act in a pass with these strengths. rows: the strength of each row [n]; common: that of all rows, or None."""
+
+    rows: Tensor
+    common: float | None
+
+    @staticmethod
+    def of(rows: Tensor) -> Strengths:
+        """Looks whether all rows have one strength."""
+        different = set(rows.tolist())
+        return Strengths(rows, different.pop() if len(different) == 1 else None)
+
+
 class Bypasses(nn.Module):
-    """The bypasses of one shortcut on one base. scales: of each row of the pass, None while they are off."""
+    """The bypasses of one shortcut on one base. now: the strengths of this pass, None while they are off."""
 
     def __init__(self, base: nn.Module, patches: dict[str, list[Patch]]):
         super().__init__()
-        self.scales: Tensor | None = None
+        self.now: Strengths | None = None
         self.beside = nn.ModuleList()
         self._by_layer: dict[int, list[Bypass]] = {}
         for key, added in patches.items():
@@ -81,28 +113,44 @@ class Bypasses(nn.Module):
                 self._by_layer.setdefault(id(layer), []).append(bypass)
         self.requires_grad_(False).eval()
 
-    def of(self, layer: nn.Module):
-        """Gives what a layer adds to its own output now, a function of its input, or None."""
-        if self.scales is None or id(layer) not in self._by_layer:
+    def fold(self, layer: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """Gives what makes the weight that a layer uses now, for its input x, of its own; None where nothing acts, it
+        cannot be folded in, or x is so small that running beside the layer is less work."""
+        bypasses, strength = self._by_layer.get(id(layer), []), self.now and self.now.common
+        if strength is None or not bypasses or any(bypass.mid is not None for bypass in bypasses):
             return None
-        layer_bypasses, scales = self._by_layer[id(layer)], self.scales
+        if not bypasses[0].is_cheaper_folded(x):
+            return None
+
+        def folded(weight: Tensor) -> Tensor:
+            for bypass in bypasses:
+                weight = bypass.add_to(weight, strength)
+            return weight
+
+        return folded
+
+    def of(self, layer: nn.Module) -> Callable[[Tensor], Tensor] | None:
+        """Gives what a layer adds to its own output now, a function of its input, or None."""
+        if self.now is None or id(layer) not in self._by_layer:
+            return None
+        bypasses, strengths = self._by_layer[id(layer)], self.now.rows
 
         def change(x: Tensor) -> Tensor:
             # Each row may have been cut into tiles (as HyperTile does): tiles of a row are neighbours.
-            scale = scales.to(x).repeat_interleave(x.shape[0] // len(scales))
-            out = sum(bypass(x) for bypass in layer_bypasses)
-            return out * scale.reshape(-1, *[1] * (out.ndim - 1))
+            strength = strengths.to(x).repeat_interleave(x.shape[0] // len(strengths))
+            out = sum(bypass(x) for bypass in bypasses)
+            return out * strength.reshape(-1, *[1] * (out.ndim - 1))
 
         return change
 
     @contextmanager
-    def switched(self, scales: Tensor | None) -> Iterator[None]:
-        """Inside, the bypasses act with a scale for each row."""
-        before, self.scales = self.scales, scales
+    def switched(self, to: Strengths | None) -> Iterator[None]:
+        """Inside, the bypasses act with other strengths, or not."""
+        before, self.now = self.now, to
         try:
             yield
         finally:
-            self.scales = before
+            self.now = before
 
 
 def bypass_patcher(base: nn.Module, patches: dict[str, list[Patch]]) -> ModelPatcher:

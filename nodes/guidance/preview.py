@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ...lookahead.method.schedule import consistency_output, to_vp
 from ..conditioning import wrappers
 from . import autograd
-from .lora_bypass import Bypasses, added_patches, bypass_patcher, check_patches
+from .lora_bypass import Bypasses, Strengths, added_patches, bypass_patcher, check_patches
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -114,6 +114,8 @@ class Previewer:
     def networks(self) -> list[nn.Module]:
         """All networks between the latent and the picture."""
         networks = [self.model.diffusion_model, self.shortcut.vae.first_stage_model]
+        # Of effects: a LoRA that an image prompt comes with.
+        networks += [patcher.model for patcher in self.base.get_additional_models_with_key(wrappers.KEY)]
         return networks if self.lora_patcher is None else [*networks, self.lora_patcher.model]
 
     @property
@@ -288,7 +290,7 @@ class _Added(Tensor):
 def _with_bypasses(bypasses: Bypasses, lora_scale: Tensor) -> Callable:
     def apply_model(executor, x, *args, **kwargs):
         # Images are neighbours within each condition, and conditions within each tile of those who draw in tiles.
-        with bypasses.switched(lora_scale.repeat(x.shape[0] // len(lora_scale))):
+        with bypasses.switched(Strengths.of(lora_scale.repeat(x.shape[0] // len(lora_scale)))):
             return executor(x, *args, **kwargs)
 
     return apply_model

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import folder_paths
@@ -115,5 +114,5 @@ class LookaheadConvertEncoder(io.ComfyNode):
         if base_name != NO_BASE and base is None:
             raise ValueError(f"There is no checkpoint {base_name!r}: choose one that is in models/checkpoints.")
         report = convert.convert(encoder_path(source_name), target, to, base, precision)
-        report = f"Written: {os.path.join('models', 'lookahead', target.name)}\n{report}"
+        report = f"Written: {target}\n{report}"
         return io.NodeOutput(report, ui=ui.PreviewText(report))

@@ -9,12 +9,13 @@ from torch import Tensor
 from ...lookahead.vision.face_models import SIZES, THRESHOLD, FaceModels
 from ...lookahead.vision.faces import Face, square_around
 from ..schema import schema
-from ..sockets import FACE_ANALYSIS
-from .face_crop import ORDERS, SMALLEST, aligned_crop, drawing, in_order, natural_size, plain_crop
+from ..sockets import BOUNDING_BOX, FACE_ANALYSIS
+from .face_crop import ORDERS, SMALLEST, aligned_crop, drawing, faces_in_boxes, in_order, natural_size, plain_crop
 from .images import split_alpha
 
 PLAIN, ALIGNED = "as it is", "upright"
 ERROR, SKIP, WHOLE = "error", "skip the picture", "whole picture"
+INSIDE, PAD = "move inside", "pad"
 
 
 def sizes_of(text: str) -> list[int]:
@@ -28,7 +29,7 @@ def sizes_of(text: str) -> list[int]:
 
 
 class LookaheadCropFace(io.ComfyNode):
-    """IMAGE, FACE_ANALYSIS -> IMAGE of the faces, and a drawing of what was found."""
+    """IMAGE, FACE_ANALYSIS or BOUNDING_BOX -> IMAGE of the faces, and a drawing of what was found."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -40,7 +41,11 @@ class LookaheadCropFace(io.ComfyNode):
             "Reference. The second output shows every face that was found, with its number.",
             search_aliases=["face crop", "face detailer", "insightface", "align face", "face detection"],
             inputs=[
-                FACE_ANALYSIS.Input("face_analysis", tooltip="From Load Lookahead Face Analysis."),
+                FACE_ANALYSIS.Input(
+                    "face_analysis",
+                    optional=True,
+                    tooltip="From Load Lookahead Face Analysis. With boxes it can be left open.",
+                ),
                 io.Image.Input("image", tooltip="One picture or a batch; each gives the face that is asked for."),
                 io.Combo.Input(
                     "order",
@@ -99,6 +104,24 @@ class LookaheadCropFace(io.ComfyNode):
                     step=0.01,
                     tooltip="Lowest score of the detector, 0 to 1. Lower it for drawn or hidden faces.",
                 ),
+                BOUNDING_BOX.Input(
+                    "boxes",
+                    optional=True,
+                    extra_dict={"forceInput": True},
+                    tooltip="Faces that another node has found in the same pictures, in place of face_analysis: bboxes "
+                    "of the host's own MediaPipe face node, which needs no insightface. They have no landmarks, so the "
+                    "crop cannot be upright.",
+                ),
+                io.Combo.Input(
+                    "edges",
+                    options=[INSIDE, PAD],
+                    default=INSIDE,
+                    optional=True,
+                    advanced=True,
+                    tooltip="What to do where the square reaches over the edge of the picture. move inside: another "
+                    "part of the picture, a smaller one where need be. pad: the face stays in the middle; the padding "
+                    "is transparent, which Encode Lookahead Reference leaves out.",
+                ),
             ],
             outputs=[
                 io.Image.Output("IMAGE", display_name="face", tooltip="The faces, one a picture, all of one size."),
@@ -114,8 +137,8 @@ class LookaheadCropFace(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        face_analysis: FaceModels,
-        image: Tensor,
+        face_analysis: FaceModels | None = None,
+        image: Tensor | None = None,
         order: str = "largest first",
         face: int = 0,
         margin: float = 0.3,
@@ -124,12 +147,27 @@ class LookaheadCropFace(io.ComfyNode):
         if_none: str = ERROR,
         detection_sizes: str = ", ".join(map(str, SIZES)),
         threshold: float = THRESHOLD,
+        boxes=None,
+        edges: str = INSIDE,
     ) -> io.NodeOutput:
         if size and size < SMALLEST:
             raise ValueError(f"size is {size}, and a crop has at least {SMALLEST} pixels a side: use 0 for its own.")
         pictures = split_alpha(image)[0].movedim(-1, 1)
         height, width = pictures.shape[-2:]
-        found = face_analysis.find(pictures, sizes_of(detection_sizes), threshold)
+        if boxes is not None:
+            found = faces_in_boxes(boxes, len(pictures), threshold)
+        elif face_analysis is not None:
+            found = face_analysis.find(pictures, sizes_of(detection_sizes), threshold)
+        else:
+            raise ValueError(
+                "Nothing says where the faces are: connect face_analysis (Load Lookahead Face Analysis), or boxes from "
+                "the host's MediaPipe face node."
+            )
+        if boxes is not None and alignment == ALIGNED:
+            raise ValueError(
+                f"Boxes have no eyes and mouth by which a face could be turned {ALIGNED}: choose {PLAIN!r}, or connect "
+                "face_analysis instead."
+            )
         found = [in_order(faces, order, height, width) for faces in found]
         chosen = [numbered(faces, face) for faces in found]
         if if_none == ERROR:
@@ -144,7 +182,10 @@ class LookaheadCropFace(io.ComfyNode):
                 f"None of {len(pictures)} pictures has face {face}, so nothing is left: lower the threshold, add a "
                 "detection size, or use another picture."
             )
-        crops = upright(taken, size, margin) if alignment == ALIGNED else squares(taken, size, margin)
+        if edges == PAD:
+            taken = [(torch.cat([picture, torch.ones_like(picture[:1])]), found_one) for picture, found_one in taken]
+        cut = upright if alignment == ALIGNED else squares
+        crops = cut(taken, size, margin, edges == INSIDE)
         drawn = [drawing(*part) for part in zip(pictures, found, chosen, strict=True)]
         return io.NodeOutput(torch.stack(crops).movedim(1, -1).contiguous(), torch.stack(drawn))
 
@@ -168,20 +209,20 @@ def refuse_missing(found: list[list[Face]], chosen: list[int | None], face: int)
             )
 
 
-def squares(taken: list[tuple[Tensor, Face | None]], size: int, margin: float) -> list[Tensor]:
-    """Plain crops [3, size, size]; without a face the picture's square about its centre."""
+def squares(taken: list[tuple[Tensor, Face | None]], size: int, margin: float, inside: bool = True) -> list[Tensor]:
+    """Plain crops [channels, size, size]; without a face the picture's square about its centre."""
     cuts = []
     for picture, face in taken:
         height, width = picture.shape[-2:]
         side = min(height, width)
         whole = ((width - side) // 2, (height - side) // 2, side)
-        cuts.append(whole if face is None else square_around(face, height, width, margin))
+        cuts.append(whole if face is None else square_around(face, height, width, margin, inside))
     size = size or max(SMALLEST, *(side for _, _, side in cuts))
     return [plain_crop(picture, cut, size) for (picture, _), cut in zip(taken, cuts, strict=True)]
 
 
-def upright(taken: list[tuple[Tensor, Face | None]], size: int, margin: float) -> list[Tensor]:
-    """Aligned crops [3, size, size]; without a face the picture's square about its centre."""
+def upright(taken: list[tuple[Tensor, Face | None]], size: int, margin: float, inside: bool = True) -> list[Tensor]:
+    """Aligned crops [channels, size, size]; without a face the picture's square about its centre."""
     size = size or max([natural_size(face, margin) for _, face in taken if face is not None], default=0)
     return [
         squares([(picture, None)], size, margin)[0] if face is None else aligned_crop(picture, face, size, margin)

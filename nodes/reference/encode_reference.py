@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import comfy.model_management
 import torch
 from comfy_api.latest import io
 from torch import Tensor
 
 from ...lookahead.files.encoder_file import DEFAULT_KV_PROMPT, kv_prompt, reference_size
+from ...lookahead.method.layer_weights import numbers
 from ...lookahead.vision.images import centre_square
 from ..schema import schema
 from ..sockets import ENCODER, REFERENCE
-from .encoder import LoadedEncoder
-from .images import centre_square_masks, clip_pixels, join_masks, split_alpha
+from .encoder import LoadedEncoder, keys_values_of
+from .face_id_encoder import FaceIDEncoder
+from .images import CENTRE, PADDED, TOP, as_square, centre_square_masks, clip_pixels, join_masks, split_alpha
+from .kv_cache import KVCache
 from .subject import Reference, Subject
 
 TOGETHER, AVERAGE, ONE_EACH = "together", "average", "one per picture"
@@ -83,6 +88,23 @@ class LookaheadEncodeReference(io.ComfyNode):
                     "injection reads them together), or give the first picture to the first image of the batch, the "
                     "second to the second, and so on.",
                 ),
+                io.String.Input(
+                    "picture_weights",
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    tooltip="A weight for each picture of the batch, such as 1, 0.5: each acts by itself, in the share "
+                    "of its weight, in place of what several says. A negative one is subtracted. Empty weighs none.",
+                ),
+                io.Combo.Input(
+                    "square",
+                    options=[CENTRE, TOP, PADDED],
+                    default=CENTRE,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Square of a picture that is not square. centre and top cut it, about the centre or at the "
+                    "top (a portrait keeps its hair); padded keeps all of it, and the padding counts as masked out.",
+                ),
             ],
             outputs=[
                 REFERENCE.Output(
@@ -103,16 +125,25 @@ class LookaheadEncodeReference(io.ComfyNode):
         vae=None,
         clip=None,
         conditioning=None,
+        picture_weights: str = "",
+        square: str = CENTRE,
     ) -> io.NodeOutput:
         if size and size < 64:
             raise ValueError(f"size is {size}, and a reference needs at least 64 pixels: use 0 for the encoder's own.")
         colour, alpha = split_alpha(image)
-        mask = join_masks(colour, mask, alpha)
-        keys_values = null_keys_values = None
+        shares = shares_of(picture_weights, len(colour), several)
+        several = ONE_EACH if shares else several
+        colour, mask = as_square(colour, join_masks(colour, mask, alpha), square)
+        tokens = null_tokens = keys_values = null_keys_values = None
         if encoder is not None and clip_vision is not None:
             check_clip_vision(encoder, clip_vision)
+            if isinstance(encoder, FaceIDEncoder):
+                raise ValueError(
+                    f"{encoder.name} reads face embeddings, which this node does not make: use Encode Lookahead Face."
+                )
             seen = clip_pixels(colour, mask, clip_vision)
-            keys_values, null_keys_values = image_prompt(encoder, clip_vision, seen, several)
+            tokens, null_tokens = image_prompt_tokens(encoder, clip_vision, seen, several)
+            keys_values, null_keys_values = keys_values_of(encoder, tokens, null_tokens)
         elif vae is None:
             raise ValueError(
                 "Nothing says how to read the reference: connect encoder and clip_vision for an image prompt, or vae "
@@ -129,8 +160,53 @@ class LookaheadEncodeReference(io.ComfyNode):
             latents=None if vae is None else vae.encode(pixels),
             kv_prompt=conditioning if clip is None or conditioning is not None else encode_prompt(clip, encoder),
             one_each=several == ONE_EACH,
+            tokens=tokens,
+            null_tokens=null_tokens,
         )
-        return io.NodeOutput(Reference((subject,)))
+        weighed = [one_picture(subject, number, share) for number, share in enumerate(shares) if share]
+        return io.NodeOutput(Reference(tuple(weighed) or (subject,)))
+
+
+def shares_of(text: str, pictures: int, several: str) -> list[float]:
+    """The weight of each picture as a share of those above 0; empty where the text is.
+
+    Raises ValueError, one sentence, where it does not fit the pictures.
+    """
+    weights = numbers(text, "The picture_weights are")
+    if not weights:
+        return []
+    if several == ONE_EACH:
+        raise ValueError(
+            f"The picture_weights weigh pictures of one person, and several is {ONE_EACH!r}: leave them empty, or "
+            f"choose {TOGETHER!r}."
+        )
+    total = sum(weight for weight in weights if weight > 0)
+    if len(weights) != pictures or not total:
+        raise ValueError(
+            f"There are {len(weights)} picture_weights for {pictures} reference pictures: write one for each, at least "
+            "one of them above 0."
+        )
+    return [weight / total for weight in weights]
+
+
+def one_picture(subject: Subject, number: int, weight: float) -> Subject:
+    """One picture of a subject that has one each, as a subject of its own."""
+
+    def of(rows: Tensor | None) -> Tensor | None:
+        return None if rows is None else rows[number : number + 1]
+
+    return replace(
+        subject,
+        pixels=of(subject.pixels),
+        mask=of(subject.mask),
+        keys_values=of(subject.keys_values),
+        latents=of(subject.latents),
+        tokens=of(subject.tokens),
+        face=of(subject.face),
+        one_each=False,
+        weight=weight,
+        cache=KVCache(),
+    )
 
 
 def check_clip_vision(encoder: LoadedEncoder, clip_vision) -> None:
@@ -142,12 +218,18 @@ def check_clip_vision(encoder: LoadedEncoder, clip_vision) -> None:
         )
 
 
-def image_prompt(encoder: LoadedEncoder, clip_vision, pixels: Tensor, several: str) -> tuple[Tensor, Tensor]:
-    """Keys and values of the image prompt and of the null tokens, packed as `LoadedEncoder.keys_values`, in float32.
+def image_prompt_tokens(encoder: LoadedEncoder, clip_vision, pixels: Tensor, several: str) -> tuple[Tensor, Tensor]:
+    """Tokens of the image prompt and null tokens, [rows, tokens, context] and [1, tokens, context], in float32.
 
     pixels: [pictures, 3, S, S], the image encoder's input. Null tokens are those of an input of zeros (the mean
     colour), as in training, not of a black picture. Raises ValueError, one sentence, for a wrong image encoder.
     """
+    features = image_features(encoder, clip_vision, pixels)
+    return arranged(encoder.tokens(features), several)
+
+
+def image_features(encoder: LoadedEncoder, clip_vision, pixels: Tensor) -> Tensor:
+    """Features of an input of zeros, and of each picture's: [1 + pictures, patches, width]. Errors as above."""
     comfy.model_management.load_model_gpu(clip_vision.patcher)
     null = torch.zeros_like(pixels[:1])
     inputs = torch.cat([null, pixels]).to(clip_vision.load_device)
@@ -158,7 +240,12 @@ def image_prompt(encoder: LoadedEncoder, clip_vision, pixels: Tensor, several: s
             f"{encoder.sizes.image_width}: load the image encoder that it was trained with"
             + (" (CLIP ViT-H/14)." if encoder.sizes.image_width == 1280 else ".")
         )
-    tokens = encoder.tokens(features)
+    return features
+
+
+def arranged(tokens: Tensor, several: str) -> tuple[Tensor, Tensor]:
+    """Null tokens and those of each picture, [1 + pictures, tokens, context] -> tokens, as `several` has them, and null
+    tokens, where the host keeps what nodes hand on."""
     null, tokens = tokens[:1], tokens[1:]
     if several == AVERAGE:
         tokens = tokens.mean(dim=0, keepdim=True)
@@ -167,7 +254,7 @@ def image_prompt(encoder: LoadedEncoder, clip_vision, pixels: Tensor, several: s
         null = null.repeat(1, tokens.shape[0], 1)
         tokens = tokens.flatten(0, 1).unsqueeze(0)
     device = comfy.model_management.intermediate_device()
-    return encoder.keys_values(tokens).to(device), encoder.keys_values(null).to(device)
+    return tokens.to(device), null.to(device)
 
 
 def encode_prompt(clip, encoder: LoadedEncoder | None):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
@@ -9,31 +12,42 @@ import torch
 from torch import Tensor
 
 from ...lookahead.files.encoder_file import EncoderFile, reference_size
+from ...lookahead.files.reference_file import weights_mark
 from ...lookahead.method.image_prompt import ImagePromptNetwork
 from ...lookahead.method.kv_encoder import KVEncoder
+
+if TYPE_CHECKING:
+    from ...lookahead.files.face_id_file import FaceIDFile
 
 
 class LoadedEncoder:
     """An encoder file ready for use, its tensors taken over without a copy and in the file's precision.
 
+    mark: by which a saved reference knows the encoder that it was read with (`reference_file.weights_mark`).
     network: of the image prompt, managed by `patcher`; kv_patcher: manages the `KVEncoder`, None where the file has
     none (training-free). The host's `manual_cast` operations cast each weight to the precision of what comes in.
     """
 
+    lora_patcher: comfy.model_patcher.ModelPatcher | None = None  # of a LoRA that the image prompt comes with
+
     def __init__(self, file: EncoderFile):
+        network = ImagePromptNetwork.from_weights(file.sizes, file.image_proj, file.ip_adapter, comfy.ops.manual_cast)
+        self._take(file, network, file.kv)
+        self.kv_patcher = kv_patcher(file)
+
+    def _take(self, file: EncoderFile | FaceIDFile, network: torch.nn.Module, others: Mapping[str, Tensor]) -> None:
+        """What both kinds of encoder have: names, sizes, a mark, and a network that the host manages."""
         self.name = file.name
         self.sizes = file.sizes
         self.widths = file.widths
         self.metadata = file.metadata
-        self.network = ImagePromptNetwork.from_weights(
-            file.sizes, file.image_proj, file.ip_adapter, comfy.ops.manual_cast
-        )
+        self.network = network
+        self.mark = weights_mark([*network.state_dict().items(), *others.items()])
         self.patcher = comfy.model_patcher.ModelPatcher(
             self.network,
             load_device=comfy.model_management.text_encoder_device(),
             offload_device=comfy.model_management.text_encoder_offload_device(),
         )
-        self.kv_patcher = kv_patcher(file)
 
     @property
     def size(self) -> int:
@@ -57,6 +71,12 @@ class LoadedEncoder:
         """
         pairs = self.network.keys_values(tokens.to(self.load()))
         return torch.cat([projected for pair in pairs for projected in pair], dim=-1)
+
+
+def keys_values_of(encoder: LoadedEncoder, tokens: Tensor, null_tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of a subject's tokens and of its null tokens, packed, where the host keeps what nodes hand on."""
+    device = comfy.model_management.intermediate_device()
+    return encoder.keys_values(tokens).to(device), encoder.keys_values(null_tokens).to(device)
 
 
 def kv_patcher(file: EncoderFile) -> comfy.model_patcher.ModelPatcher | None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torch.nn import functional as F
 
 from ...lookahead.vision.faces import CROP, Face, align, area, middle, pixels_per_sample, samples_for, template
 from ...lookahead.vision.images import resize_square
@@ -36,9 +39,50 @@ def in_order(faces: list[Face], order: str, height: int, width: int) -> list[Fac
     return sorted(faces, key=lambda face: ORDERS[order](face, height, width))
 
 
+def faces_in_boxes(boxes: Any, pictures: int, threshold: float) -> list[list[Face]]:
+    """The boxes of the host's face finder (BOUNDING_BOX) as the faces of each picture, without landmarks.
+
+    boxes: a list of dicts with x, y, width, height in pixels (and a score) for each picture; such a list, for one
+    picture; or one dict, for all. Those with a score below the threshold are left out.
+    Raises ValueError, one sentence, for anything else.
+    """
+    try:
+        lists = [[boxes]] * pictures if isinstance(boxes, dict) else list(boxes)
+        if lists and all(isinstance(one, dict) for one in lists) and pictures == 1:
+            lists = [lists]
+        numbers = [[[float(b[k]) for k in ("x", "y", "width", "height")] for b in of_one] for of_one in lists]
+        scores = [[float(box.get("score", 1.0)) for box in of_one] for of_one in lists]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            "The boxes are not those of a face finder (x, y, width and height of each face): connect bboxes of the "
+            "host's MediaPipe node."
+        ) from error
+    if len(numbers) != pictures or any(not math.isfinite(x) for of_one in numbers for box in of_one for x in box):
+        raise ValueError(
+            f"There are boxes of {len(numbers)} pictures for {pictures}, or boxes of no finite size: give the face "
+            "finder the same pictures."
+        )
+    return [
+        [
+            Face(torch.tensor([x, y, x + w, y + h]), torch.zeros(0, 2), score)
+            for (x, y, w, h), score in zip(of_one, scored, strict=True)
+            if w > 0 and h > 0 and score >= threshold
+        ]
+        for of_one, scored in zip(numbers, scores, strict=True)
+    ]
+
+
 def plain_crop(picture: Tensor, square: tuple[int, int, int], size: int) -> Tensor:
-    """The square (left, top, side) of a picture [3, h, w] in [0, 1], resized: [3, size, size]."""
+    """The square (left, top, side) of a picture [channels, h, w] in [0, 1], resized: [channels, size, size].
+
+    Where it reaches beyond the picture, the colours of the edge go on and the fourth channel (alpha) is 0.
+    """
     left, top, side = square
+    height, width = picture.shape[-2:]
+    beyond = [max(0, n) for n in (-left, left + side - width, -top, top + side - height)]
+    if any(beyond):
+        colour, alpha = F.pad(picture[None, :3], beyond, mode="replicate"), F.pad(picture[None, 3:], beyond)
+        picture, left, top = torch.cat([colour, alpha], 1)[0], left + beyond[0], top + beyond[2]
     return resize_square(picture[None, :, top : top + side, left : left + side], size)[0]
 
 
@@ -48,9 +92,10 @@ def natural_size(face: Face, margin: float) -> int:
 
 
 def aligned_crop(picture: Tensor, face: Face, size: int, margin: float) -> Tensor:
-    """The face of a picture [3, h, w] in [0, 1], upright, its landmarks as in ArcFace's crop: [3, size, size].
+    """The face of a picture [channels, h, w] in [0, 1], upright, its landmarks as in ArcFace's crop: [channels, size,
+    size].
 
-    Black where the picture ends.
+    0 (black, transparent) where the picture ends.
     """
     points = face.points[None]
     samples = samples_for(points, max(1, round(size / (1 + 2 * margin))))

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from ...lookahead.vision.images import centre_square
 
+CENTRE, TOP, PADDED = "centre", "top", "padded"  # which square of a picture that is not square
+
 SHORTEST_SIDE = 32  # pixels; below that there is nothing to see a face from
 
 
@@ -65,6 +67,26 @@ def join_masks(image: Tensor, *masks: Tensor | None) -> Tensor | None:
 
 def _leaves_something(masks: Tensor) -> bool:
     return bool((masks > 0).flatten(1).any(dim=1).all())
+
+
+def as_square(colour: Tensor, mask: Tensor | None, square: str) -> tuple[Tensor, Tensor | None]:
+    """Pictures [n, H, W, 3] and masks [n, H, W] as squares: their upper part, or all of them with padding.
+
+    Padding goes on with the colours of the edge, and is masked out. CENTRE leaves the pictures as they are: what
+    follows crops them about the centre.
+    """
+    _, height, width, _ = colour.shape
+    if square == CENTRE or height == width:
+        return colour, mask
+    if square == TOP:
+        side, left = min(height, width), max(0, width - height) // 2
+        part = slice(0, side), slice(left, left + side)
+        return colour[:, *part], None if mask is None else mask[:, *part]
+    side = max(height, width)
+    left, top = (side - width) // 2, (side - height) // 2
+    pad = (left, side - width - left, top, side - height - top)
+    mask = torch.nn.functional.pad(colour.new_ones(colour.shape[:3]) if mask is None else mask, pad)
+    return torch.nn.functional.pad(colour.movedim(-1, 1), pad, mode="replicate").movedim(1, -1), mask
 
 
 def clip_pixels(colour: Tensor, mask: Tensor | None, clip_vision) -> Tensor:

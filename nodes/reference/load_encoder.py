@@ -7,10 +7,9 @@ import os
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ...lookahead.files import encoder_file
 from ..schema import schema
 from ..sockets import ENCODER
-from .encoder import LoadedEncoder
+from .face_id_encoder import load
 
 FOLDERS = ("lookahead", "ipadapter")
 EXTENSIONS = (".safetensors", ".bin")
@@ -47,8 +46,8 @@ class LookaheadLoadEncoder(io.ComfyNode):
             node_id="LookaheadLoadEncoder",
             display_name="Load Lookahead Encoder",
             category="lookahead/loaders",
-            description="Loads an encoder: an LCM-Lookahead encoder file, or a stock IP-Adapter Plus (Face) for SDXL. "
-            "What the file is follows from its contents, not from its name.",
+            description="Loads an encoder: an LCM-Lookahead encoder file, a stock IP-Adapter Plus (Face) or IP-Adapter "
+            "FaceID Plus v2 for SDXL. What the file is follows from its contents, not from its name.",
             search_aliases=["ip-adapter loader", "ipadapter", "face encoder", "lcm lookahead", "identity"],
             inputs=[
                 io.Combo.Input(
@@ -89,6 +88,5 @@ class LookaheadLoadEncoder(io.ComfyNode):
 
     @classmethod
     def execute(cls, encoder_name: str) -> io.NodeOutput:
-        file = encoder_file.read(encoder_path(encoder_name))
-        text = encoder_file.provenance(file)
-        return io.NodeOutput(LoadedEncoder(file), text, ui=ui.PreviewText(text))
+        encoder, text = load(encoder_path(encoder_name))
+        return io.NodeOutput(encoder, text, ui=ui.PreviewText(text))

@@ -26,6 +26,12 @@ IDS = {
     "LookaheadL1Loss",
     "LookaheadCombineLosses",
     "LookaheadConvertEncoder",
+    "LookaheadSaveReference",
+    "LookaheadLoadReference",
+    "LookaheadCombineReferences",
+    "LookaheadWeights",
+    "LookaheadEncodeFace",
+    "LookaheadPlaceMasks",
 }
 
 

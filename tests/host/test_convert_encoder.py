@@ -26,6 +26,7 @@ def test_a_stock_file_is_converted_and_back(pack, mini, tools, models):
     assert "stock.bin" in node.define_schema().inputs[0].options and node.validate_inputs("stock.bin") is True
     report = tools.run("LookaheadConvertEncoder", "stock.bin", "mine", precision="as stored")
     assert "mine.safetensors: LCM-Lookahead encoder" in report
+    assert report.startswith(f"Written: {models / 'mine.safetensors'}\n")  # wherever extra_model_paths put it
     tools.run("LookaheadConvertEncoder", "mine.safetensors", "back.safetensors", "ip-adapter", "as stored")
     back = load_file(models / "back.safetensors")
     assert back.keys() == mini.encoder.keys() and all(torch.equal(back[k], v) for k, v in mini.encoder.items())

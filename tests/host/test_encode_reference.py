@@ -188,3 +188,23 @@ def test_size_is_the_encoders_own_unless_said(mini, tools):
 
     own = {"format": "lcm-lookahead-encoder", "format_version": "1", "size": "128"}
     assert side(own) == 128 and side({}) == 1024 and side(own, size=64) == 64
+
+
+@pytest.mark.parametrize(("height", "width"), [(96, 64), (64, 96)])
+def test_which_square_of_a_picture_counts(encode, tools, height, width):
+    """The upper one, or all of it: the padding is outside of the mask and the null input."""
+    image, mask = tools.picture(1, height=height, width=width), torch.rand(1, height, width)
+    side, left = min(height, width), (width - 64) // 2
+    part = slice(None), slice(0, side), slice(left, left + side)
+    top, cut = encode(image, mask=mask, square="top"), encode(image[part], mask=mask[part])
+    for field in ("pixels", "mask", "keys_values"):
+        assert torch.equal(getattr(top, field), getattr(cut, field))
+    assert encode(image[part], square="padded").mask is None
+    padded = encode(image, square="padded", size=96)
+    inside = slice(16, 80) if width < height else slice(None), slice(16, 80) if height < width else slice(None)
+    rows, columns = (slice(None), inside[0]) if width < height else (inside[1], slice(None))
+    assert torch.equal(padded.pixels[:, rows, columns], image)
+    assert padded.mask[:, rows, columns].min() == 1 and padded.mask.mean() == pytest.approx(2 / 3)
+    assert padded.pixels.isfinite().all() and not torch.allclose(
+        padded.keys_values, encode(image).keys_values, atol=1e-3
+    )

@@ -193,6 +193,14 @@ def test_an_upright_crop_brings_the_landmarks_to_the_template(pack, crop, analys
     assert natural.shape[1] == pytest.approx(max(64, 224 * per_pixel), rel=0.1)
 
 
+def test_an_upright_crop_beyond_the_picture_is_transparent_where_asked(crop, people):
+    picture = people[0][:1, 0]
+    plain, padded = (
+        crop(picture, alignment="upright", margin=1.5, size=224, edges=e)[0] for e in ("move inside", "pad")
+    )
+    assert torch.equal(padded[..., :3], plain) and padded[..., 3].min() == 0 and padded[:, 112, 112, 3] == 1
+
+
 def test_without_the_face_it_is_an_error_or_skipped_or_the_whole_picture(crop, people, group, tools):
     empty = torch.full((1, 128, 128, 3), 0.5)
     batch = torch.cat([people[0][:1, 0], empty])

@@ -336,3 +336,27 @@ def test_an_interrupt_leaves_nothing_behind(mini, model, tools, texts, draw):
     assert guider.model_options is before["model_options"]
     context = guider.model_options["transformer_options"]["lookahead"]
     assert (len(context.effects), context.run, context.call, context.batch) == (1, None, None, None)
+
+
+def test_outside_of_start_and_end_it_does_not_guide(mini, tools, model, texts, watch):
+    """The prediction is that of prompt and reference alone, in one evaluation."""
+    x = torch.randn(LATENT, generator=torch.Generator().manual_seed(9))
+    sampling = mini.model.get_model_object("model_sampling")
+    prompted = tools.apply(mini.model, tools.reference(mini, tools.picture(1)))
+
+    def at(model, share, **options):
+        guider = tools.three_scales(model, *texts, 3.0, 2.0, 2.0, **options)
+        return tools.denoised(model, None, None, x, sampling.percent_to_sigma(share), guider=guider)
+
+    for m in (model, prompted):
+        for share in (0.1, 0.9):
+            sigma = sampling.percent_to_sigma(share)
+            assert torch.equal(at(m, share, start=0.2, end=0.8), tools.denoised(m, *texts, x, sigma, cfg=1.0))
+        assert torch.equal(at(m, 0.5, start=0.2, end=0.8), at(m, 0.5))
+    watch.clear()
+    fresh = tools.inject(mini.model, tools.kv_reference(mini, tools.picture(1)))  # the other's passes are in its cache
+    at(watch.model(fresh), 0.9, end=0.8)
+    assert watch.rows == [POSITIVE]
+    with pytest.raises(ValueError) as error:
+        at(model, 0.5, start=0.8, end=0.2)
+    assert "0.8" in tools.one_sentence(error)

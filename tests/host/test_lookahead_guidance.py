@@ -165,13 +165,15 @@ def test_plain_x0_is_what_the_sampled_model_itself_predicts(mini, pack, tools, t
     assert relative(baseline, tools.denoised(mini.model, *texts, x, 4.0)) < 1e-5
 
 
+@pytest.mark.parametrize("strengths", [(1.0, 0.3), (0.6, 0.6)], ids=["each its own", "one for all"])
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_the_gradient_beside_the_base_is_that_of_the_lora_merged_by_the_host(
-    mini, pack, tools, texts, shortcut, checkpointed
+    mini, pack, tools, texts, shortcut, checkpointed, strengths
 ):
-    """Through branches of all kinds, for each picture by its own strength, also where blocks are computed twice."""
+    """Through a LoRA of all kinds of layers, beside them for each picture by its own strength, or folded into the
+    weights where all have one; also where blocks are computed twice."""
     gradients = pack.module("nodes.guidance.autograd")
-    x, strengths = 4 * torch.randn(2, *LATENT[1:], generator=torch.Generator().manual_seed(3)), (1.0, 0.3)
+    x = 4 * torch.randn(2, *LATENT[1:], generator=torch.Generator().manual_seed(3))
 
     def slope(latent, leaf):
         return torch.autograd.grad(latent.square().sum(), leaf)[0]
@@ -203,7 +205,7 @@ def test_the_gradient_beside_the_base_is_that_of_the_lora_merged_by_the_host(
         x0 = shortcut(of_host, kind="plain x0")
         expected = found(x[row : row + 1], 4.0, x0, torch.ones(1), of_host, preview)
         assert relative(ours[row : row + 1], expected) < 1e-4
-    other = found(x, 4.0, shortcut(merged), torch.ones(2), mini.model, lambda latent, *_: latent)
+    other = found(x, 4.0, shortcut(merged), torch.full((2,), 0.9), mini.model, lambda latent, *_: latent)
     assert relative(other[1:], ours[1:]) > 0.01  # the strength matters
 
 

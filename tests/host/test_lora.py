@@ -1,6 +1,8 @@
 """A LoRA of the mini world in the host's stock `LoraLoaderModelOnly`: every key finds its layer, none is left over."""
 
+import importlib.util
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,3 +84,15 @@ def test_the_patched_model_computes_what_our_branches_compute(case, stock_loader
     assert difference(ours, plain) > 0.05  # the LoRA does something here
     assert difference(in_host(patched), ours) < 1e-4
     assert difference(in_host(world.model), plain) < 1e-4  # and the model that was given stays as it was
+
+
+def test_the_benchmark_s_random_lora_lies_on_layers_that_are_there(worlds):
+    """The host names layers too that SDXL has not (`make bench ARGS="--full-size 256"` ended there)."""
+    path = Path(__file__).resolve().parents[2] / "tools" / "bench_in_host.py"
+    spec = importlib.util.spec_from_file_location("bench_in_host", path)
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    model = worlds("sdxl").model
+    patched = bench._with_random_lora(model, rank=2)
+    weights = model.model.state_dict()
+    assert len(patched.patches) > 100 and patched.patches.keys() <= weights.keys()

@@ -156,6 +156,46 @@ def test_a_graph_of_stock_nodes_and_ours_draws_a_picture(server):
     assert np.array_equal(picture(server), prompted)
 
 
+def test_a_saved_person_is_drawn_again_and_a_curve_and_boxes_come_from_nodes_of_the_host(server):
+    known = server.object_info()
+    first = graph(image="face.png")
+    own = {"save_reference": ("LookaheadSaveReference", {"reference": ["reference", 0], "file_name": "anna"})}
+    own["weights"] = ("LookaheadWeights", {"preset": "likeness", "layers": "", "steps": "1, 0.5"})
+    if "CurveEditor" in known:
+        curve = {"points": [[0.0, 1.0], [1.0, 0.5]], "interpolation": "linear"}
+        own["curve"] = ("CurveEditor", {"curve": curve})
+        own["weights"][1]["curve"] = ["curve", 0]
+    if "PrimitiveBoundingBox" in known:
+        own["boxes"] = ("PrimitiveBoundingBox", {"x": 8, "y": 10, "width": 64, "height": 64})
+        crop = {
+            "order": "largest first",
+            "face": 0,
+            "margin": 0.1,
+            "alignment": "as it is",
+            "size": 0,
+            "if_none": "error",
+        }
+        crop |= {
+            "image": ["image", 0],
+            "boxes": ["boxes", 0],
+            "detection_sizes": "640",
+            "threshold": 0.5,
+            "edges": "pad",
+        }
+        own["crop"] = ("LookaheadCropFace", crop)
+        first["reference"]["inputs"]["image"] = ["crop", 0]
+    first |= {name: {"class_type": kind, "inputs": inputs} for name, (kind, inputs) in own.items()}
+    first["apply"]["inputs"]["weights"] = ["weights", 0]
+    drawn = server.run(first).check()
+    again = {name: node for name, node in first.items() if name not in ("save_reference", "crop", "boxes", "vision")}
+    loaded = {"reference_name": "anna.safetensors", "encoder": ["encoder", 0]}
+    again["reference"] = {"class_type": "LookaheadLoadReference", "inputs": loaded}
+    server.free()
+    pictures = [np.asarray(Image.open(result.images[0])) for result in (drawn, server.run(again).check())]
+    assert np.array_equal(*pictures) and not np.array_equal(pictures[0], picture(server))
+    assert "models/lookahead_references/anna.safetensors" in str(drawn.outputs["save_reference"])
+
+
 # TomePatchModel is not among them: it acts at the latent's full resolution alone, where SDXL has no attention.
 NEIGHBOURS = {
     "SelfAttentionGuidance": {"scale": 0.5, "blur_sigma": 2.0},

@@ -372,6 +372,18 @@ def test_it_works_in_three_lines_from_files(full, module, cases, pack, tmp_path)
     assert out.images[0].size == (96, 96)
 
 
+def test_without_a_reference_it_is_plain_sdxl_though_the_encoder_has_kv(full, draw, cases):
+    import diffusers
+
+    parts = {k: v for k, v in full.components.items() if k not in ("image_encoder", "feature_extractor")}
+    plain = diffusers.StableDiffusionXLPipeline(**parts | {"unet": copy.deepcopy(cases("mini").unet)})
+    plain.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 3, "height": 8 * SIDE, "width": 8 * SIDE, "output_type": "latent"}
+    noise = parity.randn(1, 4, SIDE, SIDE, seed=61)
+    wanted = plain("a drawing", latents=noise, guidance_scale=5.0, **options).images
+    assert full.encoder.kv and difference(draw(reference=None).images, wanted) < GUIDED_BOUND
+
+
 def test_unloading_leaves_the_unet_as_it_was(module, pack, cases):
     case = cases("mini")
     pipe = module.LookaheadPipeline(**components(case))

@@ -1,5 +1,6 @@
 """The `lookahead` command line: help at once, a sentence for what a user can mend, status 2 for wrong arguments."""
 
+import os
 import subprocess
 import sys
 
@@ -19,6 +20,8 @@ COMMANDS = {
     "mini sheet": ["--people", "--seed", "--out"],
     "mini report": ["--quick", "--folder", "--weights"],
     "mini sizes": [],
+    "mini example": ["folder"],
+    "schema": ["train|generate"],
 }
 
 
@@ -106,3 +109,120 @@ def test_the_composition_root_imports_by_itself():
 
     done = subprocess.run([sys.executable, "-c", "import lcm_lookahead.cli.assemble"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+# -- what a user's shell and disk bring
+
+
+def test_a_stop_from_the_keyboard_is_one_line(monkeypatch, capsys):
+    def study(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "evaluate", study)
+    with pytest.raises(SystemExit) as end:
+        main.main(["evaluate"])
+    assert end.value.code == 130 and capsys.readouterr().err == "lookahead evaluate: stopped.\n"
+
+
+def test_the_user_s_own_folder_is_meant_by_a_tilde_everywhere(monkeypatch, tmp_path):
+    """Shells write it out in `~/x` alone: neither in --option=~/x, nor in section.key=~/x, nor in a file."""
+    from lcm_lookahead.trainer.config import CONFIGS
+    from lcm_lookahead.trainer.data.generate.config import load as load_generate
+    from lcm_lookahead.trainer.lookahead.config import load
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    calls = []
+    monkeypatch.setattr(evaluate, "evaluate", lambda *arguments: calls.append(arguments))
+    main.main(["evaluate", "--out=~/pages"])
+    main.main(["evaluate", "--out", "~/pages"])
+    assert [call[1] for call in calls] == [tmp_path / "pages"] * 2
+    (tmp_path / "run.yaml").write_text(f"extends: {CONFIGS / 'mini.yaml'}\nout: ~/runs\nvalidation: {{clip: ~/clip}}\n")
+    config = load(tmp_path / "run.yaml", ["data.source=~/people", "model.detector=~/pack", "data.cache=~"])
+    wanted = {"out": config.out, "people": config.data.source, "pack": config.model.detector}
+    assert wanted == {"out": f"{tmp_path}/runs", "people": f"{tmp_path}/people", "pack": f"{tmp_path}/pack"}
+    assert (config.validation.clip, config.model.base) == (f"{tmp_path}/clip", "mini")
+    made = load_generate(CONFIGS / "generate/mini.yaml", ["out=~/set", "checks.clip=~/clip"])
+    assert (made.out, made.checks.clip) == (f"{tmp_path}/set", f"{tmp_path}/clip")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "mini.yaml", "out=taken/run"],
+        ["generate", "generate/drawn.yaml", "out=taken"],
+        ["evaluate", "--out", "taken"],
+        ["curves", ".", "--to", "taken/curves.png"],
+        ["convert", "a.safetensors", "taken/b.safetensors"],
+        ["study", "make", ".", ".", "--out", "taken/study"],
+        ["mini", "sheet", "--out", "taken/sheet.png"],
+        ["mini", "example", "taken"],
+        ["mini", "build", "--folder", "taken"],
+    ],
+    ids=lambda arguments: " ".join(arguments[:2]),
+)
+def test_a_place_that_cannot_be_written_is_said_before_the_work(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(SystemExit) as end:
+        main.main(arguments)
+    text = f"lookahead {arguments[0]}: {tmp_path / 'taken'} is a file, and a folder is needed there to write in"
+    assert str(end.value.code) == f"{text}: name another."
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_an_error_of_the_system_is_said_without_its_number(monkeypatch):
+    def study(*_):
+        open("/nowhere/at/all")
+
+    monkeypatch.setattr(evaluate, "evaluate", study)
+    with pytest.raises(SystemExit) as end:
+        main.main(["evaluate"])
+    assert (
+        end.value.code == "lookahead evaluate: /nowhere/at/all cannot be read or written (No such file or directory)."
+    )
+
+
+def test_names_that_a_terminal_cannot_show_stop_nothing():
+    """As on a console in another encoding, and for folders whose names are no UTF-8."""
+    code = (
+        "from lcm_lookahead.cli import main\nfrom lcm_lookahead.mini.files import shipped\n"
+        "shipped.size_table = lambda: 'J\\udcf6rg, zo\\xe9'\nmain.main(['mini', 'sizes'])"
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert (done.stdout, done.returncode) == ("J\\udcf6rg, zo\\xe9\n", 0), done.stderr
+
+
+def test_help_of_every_command_needs_no_torch():
+    code = (
+        "import sys\nfrom lcm_lookahead.cli.main import main\n"
+        f"for command in {[*COMMANDS, 'study make', 'generate', 'schema', 'mini example']}:\n"
+        "    main([*command.split(), '--help'])\n"
+        "assert not {'torch', 'diffusers', 'matplotlib', 'numpy'} & sys.modules.keys(), 'too much'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_study_shows_judges_what_files_show(tmp_path, capsys):
+    """Deep grey, transparency and a turned camera are read as everywhere."""
+    import numpy as np
+    from PIL import Image
+
+    grey = np.linspace(0, 65535, 40 * 48).reshape(40, 48)
+    for method in ("ours", "theirs"):
+        (tmp_path / method).mkdir()
+        Image.fromarray(grey.astype(np.uint16)).save(tmp_path / method / "a.png")
+    main.main(["study", "make", str(tmp_path / "ours"), str(tmp_path / "theirs"), "--out", str(tmp_path / "study")])
+    assert "(1 pairs)" in capsys.readouterr().out
+    for path in (tmp_path / "study/public").glob("*.png"):
+        with Image.open(path) as picture:
+            assert np.allclose(np.asarray(picture)[..., 0], grey / 257, atol=1)
+    with pytest.raises(SystemExit) as end:
+        main.main(["study", "count", str(tmp_path / "study")])
+    assert str(end.value.code).startswith("lookahead study: ")
+    (tmp_path / "ours/a.png").write_bytes(b"nothing")
+    with pytest.raises(SystemExit) as end:
+        main.main(["study", "make", str(tmp_path / "ours"), str(tmp_path / "theirs"), "--out", str(tmp_path / "two")])
+    assert "cannot be read as a picture" in str(end.value.code) and "draw it again" in str(end.value.code)

@@ -277,6 +277,26 @@ def test_beside_an_accelerator_s_torch_torchaudio_is_left_alone(tmp_path, build)
     assert library.exists()
 
 
+@pytest.mark.parametrize(
+    ("build", "theirs", "cured"), [({}, "+cu130", 1), ({}, "+cpu", 0), ({"cuda": "13"}, "+cu130", 0)]
+)
+def test_beside_a_cpu_torch_a_torchvision_for_cuda_declares_its_operators_itself(tmp_path, build, theirs, cured):
+    folder = fake_torch(tmp_path, **build).parents[2] / "torchvision"
+    folder.mkdir()
+    (folder / "version.py").write_text(f"__version__ = '0.28.0{theirs}'\n")
+    (folder / "extension.py").write_text("# theirs\n")
+    assert setup.cure_torchvision(tmp_path) == cured
+    assert setup.cure_torchvision(tmp_path) == 0  # once is enough
+    text = (folder / "extension.py").read_text()
+    assert text == "# theirs\n" + cured * setup.TORCHVISION_CURE and len(list(folder.iterdir())) == 2
+
+
+def test_in_this_environment_diffusers_may_be_imported_first():
+    code = "from diffusers import StableDiffusionXLPipeline\nimport lcm_lookahead.sdxl"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_this_environment_s_torch_is_read_as_torch_itself_says():
     import torch
 

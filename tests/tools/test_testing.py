@@ -67,6 +67,9 @@ def test_portable_is_the_suite_under_every_processor_and_the_slow_tests_under_th
         assert {job.marks for job in jobs} == {EVERYTHING if name == "own" else QUICK}
     switches = {key for environment in testing.PROCESSORS.values() for key in environment}
     assert {"ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "OMP_NUM_THREADS"} <= switches
+    runs.clear()
+    assert testing.main(["--portable", "--processor", "avx2", "--processor", "default"]) == 0
+    assert {re.sub(r".* \((.*)\)", r"\1", job.name) for job in runs} == {"avx2", "default"}
 
 
 def test_as_many_jobs_run_at_a_time_as_the_cores_have_room_for(monkeypatch, capsys):

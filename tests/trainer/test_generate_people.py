@@ -84,7 +84,7 @@ def test_what_a_person_has_instead_of_hair_leaves_out_its_colour():
 
 
 def test_names_are_drawn_in_their_order_and_hidden_in_the_caption(tmp_path):
-    (tmp_path / "names.txt").write_text("Ada Example\n\nBen Example\n")
+    (tmp_path / "names.txt").write_bytes("Ada Example\r\n\r\nBen Example\r\n".encode("utf-8-sig"))  # as Windows writes
     config = load(MINI, ["people=null", f"names={tmp_path / 'names.txt'}"])
     people = read_people(config)
     plans = plan_pictures(config.prompts, people(1), people.key)

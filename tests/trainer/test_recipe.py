@@ -1,7 +1,9 @@
 """The loop knows no method: a linear regression, with a validation and a file of its own, is trained by it."""
 
+import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -12,6 +14,7 @@ import pytest
 import torch
 from lcm_lookahead.trainer.checkpoints import TrainingError
 from lcm_lookahead.trainer.config import BaseModels, BaseOptimiser, ConfigError, RunConfig
+from lcm_lookahead.trainer.log import Pace
 from lcm_lookahead.trainer.recipe import Outcome
 from lcm_lookahead.trainer.seeds import generator
 from lcm_lookahead.trainer.train import train
@@ -30,6 +33,14 @@ class RegressionConfig(RunConfig):
     model: BaseModels = BaseModels(base="none")
     ridge: float = Field(0.01, description="weight of the penalty on the weights' square")
     SYNONYMS = RunConfig.SYNONYMS | {"learning_rate": "optimiser.rate"}
+
+
+class StartableModels(BaseModels):
+    start: str = Field("none", description="file to start from")
+
+
+class StartableConfig(RegressionConfig):
+    model: StartableModels = StartableModels(base="none")
 
 
 @dataclass
@@ -119,10 +130,10 @@ class Regression:
         return {"batch=1": 0.5}
 
 
-def run(folder, at=None, **values):
+def run(folder, at=None, kind=RegressionConfig, **values):
     base = {"out": str(folder), "data": {"source": "a plane"}, "steps": 9, "batch": 4, "precision": "fp32"}
     base |= {"save_every": 2, "validate_every": 3, "log_every": 1, "norms_every": 2}
-    config = RegressionConfig.from_values(base | values)
+    config = kind.from_values(base | values)
     recipe, source = Regression(config), Line()
     source.at = at or {}
     return train(config, recipe, source), recipe, source
@@ -170,6 +181,103 @@ def test_it_goes_on_to_the_same_bits(tmp_path, stop):
         for which in ("whole", "parts")
     )
     assert one == two
+
+
+def test_a_signal_in_a_validation_ends_it_at_once_and_the_next_start_makes_up_for_it(tmp_path, monkeypatch):
+    validate, calls = Distance.__call__, []
+
+    def told_to_stop(self, *arguments):
+        calls.append("begun")
+        if len(calls) == 2:  # that after step 3
+            os.kill(os.getpid(), signal.SIGINT)
+        calls.append("ended")
+        return validate(self, *arguments)
+
+    run(tmp_path / "whole")
+    monkeypatch.setattr(Distance, "__call__", told_to_stop)
+    calls.append("first")  # of what training starts from: the signal comes while it is under way
+    assert run(tmp_path / "parts")[0] is None
+    assert calls == ["first", "begun"] and not (tmp_path / "parts/checkpoints").exists()
+    calls[:] = []
+    assert run(tmp_path / "parts", {9: lambda: calls.clear() or calls.append("x")})[0] is None
+    assert calls == ["x", "begun"]
+    monkeypatch.undo()
+    path, _, source = run(tmp_path / "parts")
+    assert source.numbers[0] == 12
+    assert path.read_bytes() == (tmp_path / "whole/encoder.safetensors").read_bytes()
+    figures = [[line for line in lines(tmp_path / which) if "validation" in line] for which in ("whole", "parts")]
+    assert figures[0] == figures[1]
+
+
+def test_a_second_signal_does_not_wait_for_the_step(tmp_path, capfd):
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, {22: twice})
+    assert "Stopping after this step, with a checkpoint (again: at once" in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is before
+    assert run(tmp_path)[2].numbers[0] == 16
+
+
+def test_of_two_runs_into_one_folder_the_second_is_refused(tmp_path):
+    def another():
+        with pytest.raises(TrainingError, match=rf"Another run \(process {os.getpid()}\) is under way in .*: wait"):
+            run(tmp_path)
+
+    run(tmp_path, {5: another})
+    assert len([line for line in lines(tmp_path) if "fit" in line]) == 9
+    run(tmp_path, steps=10)  # the first has ended
+
+
+def test_the_file_that_is_advised_to_start_from_is_there(tmp_path):
+    run(tmp_path, kind=StartableConfig)
+    with pytest.raises(TrainingError, match="started with other values of .*name") as error:
+        run(tmp_path, name="other", kind=StartableConfig)
+    path = re.search(r"model.start=(\S+) from", str(error.value))[1]
+    assert json.loads(open(path).read())["steps"] == 9
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(("out", "bar"), [(Terminal, True), (io.StringIO, True), (io.StringIO, False)])
+def test_progress_is_a_bar_in_a_terminal_and_lines_elsewhere(tmp_path, monkeypatch, out, bar):
+    monkeypatch.setattr("sys.stdout", out())
+    monkeypatch.setattr("sys.stderr", Terminal() if bar else io.StringIO())
+    run(tmp_path)
+    said, shown = sys.stdout.getvalue(), sys.stderr.getvalue()
+    assert ("step 9/9  fit" in said) == (out is io.StringIO)
+    assert said.count("validation after step") == 4
+    if bar:
+        last = shown.rstrip().split("\r")[-1]
+        assert re.search(r"encoder 100%\|.*\| 9/9, fit \S+, ridge \S+, noise \S+, .*\S+ pictures/s, 0:00:00 left", last)
+    else:
+        assert "pictures/s" not in shown
+
+
+def test_what_is_left_counts_validations_and_checkpoints_by_themselves():
+    now = [100.0]
+    pace = Pace(lambda: now[0])
+
+    def step(seconds):
+        now[0] += seconds
+        pace.stepped()
+
+    with pace.pause("validations"):
+        now[0] += 600
+    step(30)  # compiles, reads
+    assert pace.seconds() == 30 and pace.left(10, {"validations": 0, "checkpoints": 2}) == 300
+    for _ in range(4):
+        step(2)
+        with pace.pause("checkpoints"):
+            now[0] += 5
+    assert pace.seconds() == 2
+    assert pace.left(100, {"validations": 3, "checkpoints": 4}) == 100 * 2 + 3 * 600 + 4 * 5
 
 
 def test_accumulated_parts_are_one_batch(tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lcm_lookahead.lookahead.method.attention import extended_self_attention, softmax_attention
+from lcm_lookahead.lookahead.method.attention import adain, extended_self_attention, softmax_attention
 from lcm_lookahead.lookahead.method.kv_encoder import LowRank
 
 HEADS, WIDTH = 2, 8
@@ -97,3 +97,14 @@ def test_a_low_rank_change_is_the_product_of_its_halves():
     assert torch.allclose(change(x), 0.5 * x @ (change.lora_B.weight @ change.lora_A.weight).T, atol=1e-6)
     change.lora_B.weight.data.zero_()
     assert not change(x).any()
+
+
+def test_adain_takes_over_mean_and_deviation_of_each_channel():
+    g = torch.Generator().manual_seed(3)
+    x, like = torch.randn(2, 50, 6, generator=g) * 3 + 1, torch.randn(2, 20, 6, generator=g) - 4
+    out = adain(x, like)
+    assert torch.allclose(out.mean(1), like.mean(1), atol=1e-4)
+    assert torch.allclose(out.std(1, correction=0), like.std(1, correction=0), atol=1e-4)
+    assert torch.allclose(adain(x, x), x, atol=1e-3)
+    flat = adain(torch.ones(1, 5, 2), like[:1, :, :2])
+    assert torch.allclose(flat, like[:1, :, :2].mean(1, keepdim=True).expand(-1, 5, -1))

@@ -178,3 +178,79 @@ def test_going_back_keeps_the_noise_level():
 def test_an_unknown_normalisation_is_refused():
     with pytest.raises(ValueError, match="'max'"):
         Optimisation(normalisation="max")
+
+
+def test_on_the_sphere_the_noise_keeps_its_strength_and_the_signal_its_place(z):
+    """The centre is the signal in the latent by its first preview; the old way keeps the norm of both together."""
+    alpha_bar = torch.tensor(0.3)
+    centre = alpha_bar.sqrt() * 2 * z
+    moved = optimise(z, Optimisation(5, 0.1, sphere=True, keep_best=False), alpha_bar=alpha_bar)
+    radii = [(x - centre).flatten(1).norm(dim=1) for x in (z, moved)]
+    assert torch.allclose(*radii, rtol=1e-5) and (moved - z).abs().max() > 0.05
+    together = optimise(z, Optimisation(5, 0.1, keep_best=False))
+    assert torch.allclose(together.flatten(1).norm(dim=1), z.flatten(1).norm(dim=1), rtol=1e-5)
+    assert not torch.allclose((together - centre).flatten(1).norm(dim=1), radii[0], rtol=1e-4)
+
+
+def test_on_the_sphere_a_gradient_along_the_noise_moves_nothing(z):
+    def along(predict, decode, loss, at, gradient):
+        e = evaluate_preview(predict, decode, loss, at, gradient)
+        return e._replace(gradient=at - e.preview)
+
+    def itself(z):
+        return 0 * z
+
+    still = optimise_latent(
+        itself,
+        decode,
+        to(TARGET),
+        z,
+        Optimisation(3, 0.1, RAW, sphere=True, keep_best=False),
+        evaluate=along,
+        alpha_bar=torch.tensor(0.3),
+    )
+    assert torch.allclose(still, z, atol=1e-5)
+
+
+def test_the_sphere_needs_the_noise_level(z):
+    with pytest.raises(ValueError, match="alpha_bar"):
+        optimise(z, Optimisation(sphere=True))
+
+
+def test_the_step_size_falls_as_a_cosine():
+    rates = [Optimisation(4, 0.1, decay=True).rate(i) for i in range(4)]
+    assert rates == pytest.approx([0.1, 0.0854, 0.05, 0.0146], abs=1e-4)
+    assert {Optimisation(4, 0.1).rate(i) for i in range(4)} == {0.1}
+
+
+def test_nesterov_looks_where_the_momentum_leads(z):
+    seen = []
+
+    def evaluate(predict, decode, loss, at, gradient):
+        seen.append(at)
+        return evaluate_preview(predict, decode, loss, at, gradient)
+
+    settings = Optimisation(2, 0.1, RAW, 0.5, keep_norm=False, keep_best=False, nesterov=True)
+    last = optimise(z, settings, evaluate=evaluate)
+    slopes = [evaluate_preview(double, decode, to(TARGET), at, True).gradient for at in seen[:2]]
+    first = z - 0.1 * slopes[0]
+    assert torch.allclose(seen[0], z) and torch.allclose(seen[1], first - 0.1 * 0.5 * slopes[0])
+    assert torch.allclose(last, first - 0.1 * (0.5 * slopes[0] + slopes[1])) and seen[2] is last
+
+
+def test_a_lucky_draw_is_found_out_when_the_best_are_judged_again(z):
+    """One early iterate is measured far too low; judged without chance it is not the best."""
+    numbers = iter(range(100))
+
+    def lucky(predict, decode, loss, at, gradient):
+        e = evaluate_preview(predict, decode, loss, at, gradient)
+        return e._replace(values=e.values - 100) if next(numbers) == 1 else e
+
+    def result(judged):
+        at = optimise(z, Optimisation(10, 0.1, judged=judged), evaluate=lucky, judge=evaluate_preview)
+        return evaluate(at, gradient=False).values
+
+    believed, plain = result(0), result(3)
+    numbers = iter(range(100, 200))
+    assert (plain < 0.9 * believed).all()
+    assert torch.allclose(plain, evaluate(optimise(z, Optimisation(10, 0.1)), gradient=False).values)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +12,8 @@ from ...lookahead.files.atomic import atomic
 from ...lookahead.vision.faces import Detector
 from ..lookahead.config import Data, cache_folder
 from .folder import square_of
-from .pairs import Entry, PairIndex, Seen, alike, listing, make_pairs, scan
+from .pairs import Entry, PairIndex, Seen, listing, make_pairs, passed_over, scan
+from .references import copies
 
 SMALL_FACE = 56  # pixels of a face's longer side, as trained on: half of what a recogniser looks at
 FEW_PEOPLE = 100
@@ -44,6 +45,8 @@ def examine(data: Data, detector: Detector | None, name: str) -> Report:
     folder, cache = Path(data.source), cache_folder(data)
     entries, gone = listing(folder, data.metadata)
     report = Report()
+    if others := passed_over(folder):
+        report.better.append(others)
     if not entries:
         report.rows.append(("pictures", 0, ""))
         report.wrong.append(f"{folder} holds no pictures: put a folder for each person into it, with their pictures.")
@@ -160,20 +163,20 @@ def _copies(report: Report, whole: Sequence[Entry], seen: dict[str, Seen]) -> No
     by_person: dict[str, list[Entry]] = defaultdict(list)
     for entry in whole:
         by_person[entry.person].append(entry)
-    copies = _those(by_person, lambda a, b: alike(seen[a.file], seen[b.file]))
+    again = [
+        theirs[n].file
+        for theirs in by_person.values()
+        for n, alike in enumerate(copies([seen[e.file].look for e in theirs]))
+        if alike[0] < n  # an earlier one
+    ]
     mixed = [e.file for group in same.values() if len({e.person for e in group}) > 1 for e in group]
-    report.rows.append(("copies of another one", len(copies), "never each other's reference"))
-    if copies:
-        report.better.append(f"Remove copies: a copy is a picture less. {_some(copies)}")
+    report.rows.append(("copies of another one", len(again), "never each other's reference"))
+    if again:
+        report.better.append(f"Remove copies: a copy is a picture less. {_some(again)}")
     if mixed:
         report.wrong.append(
             f"The same picture stands under several people's names, which teaches that they look alike. {_some(mixed)}"
         )
-
-
-def _those(groups: dict[str, list[Entry]], like: Callable[[Entry, Entry], bool]) -> list[str]:
-    """Files that are like an earlier one of their group."""
-    return [e.file for group in groups.values() for n, e in enumerate(group) if any(like(o, e) for o in group[:n])]
 
 
 def _some(files: Sequence[str]) -> str:

@@ -11,8 +11,10 @@ from pathlib import Path
 from ...lookahead.vision.faces import Detector, square_around
 from ...sdxl.images import PictureError, read
 from ..lookahead.config import Config, Data, cache_folder
-from .pairs import DataError, PairIndex, Seen, listing, make_pairs, scan
+from .pairs import DataError, PairIndex, Seen, listing, make_pairs, passed_over, scan
 from .pictures import Crop, cut
+
+MANY = 1_000_000  # pairs
 
 
 class FolderPictures:
@@ -35,7 +37,11 @@ class FolderPictures:
             picture = self.pairs.pictures[n]
             return picture.file, self.pairs.seen[picture.file].pixels, picture.person, self.caption(n)
 
-        pairs = [(known(n), [known(r) for r in self.pairs.references[n]]) for n in self.targets]
+        pairs: list[tuple[object, object]]
+        if sum(len(self.pairs.references[n]) for n in self.targets) <= MANY:
+            pairs = [(known(n), [known(r) for r in self.pairs.references[n]]) for n in self.targets]
+        else:  # (from the pictures follow the pairs, which would take gigabytes to write down)
+            pairs = [(known(n), n in self.pairs.used) for n in range(len(self.pairs.pictures))]
         return hashlib.sha256(repr((pairs, self.held_out)).encode()).hexdigest()
 
     def references(self, place: int) -> Sequence[int]:
@@ -62,8 +68,7 @@ class FolderPictures:
 
     def shown(self, people: int) -> list[tuple[int, str]]:
         who = self.held_out or list(dict.fromkeys(self.pairs.pictures[n].person for n in self.targets))
-        able = {n for fit in self.pairs.references for n in fit}
-        first = {self.pairs.pictures[n].person: n for n in sorted(able, reverse=True)}
+        first = {self.pairs.pictures[n].person: n for n in sorted(self.pairs.used, reverse=True)}
         return [(first[name], name) for name in who[:people]]
 
     def _seen(self, place: int) -> Seen:
@@ -79,7 +84,12 @@ def read_pairs(data: Data, detector: Detector | None, name: str, out: Path) -> P
     Raises DataError where there are more of these than `data.damaged` allows, or nothing is left to train on.
     """
     folder = Path(data.source)
-    entries, _ = listing(folder, data.metadata)
+    entries, gone = listing(folder, data.metadata)
+    if gone:
+        said = f"The metadata names {len(gone):,} files that are not there, or are no pictures ({gone[0]})"
+        print(f"{said}: they are left out.", file=sys.stderr)
+    if others := passed_over(folder):
+        print(others, file=sys.stderr)
     found = make_pairs(
         entries, scan(folder, entries, detector, name, cache_folder(data) / "scan.jsonl"), detector is not None
     )

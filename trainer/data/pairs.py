@@ -9,35 +9,35 @@ Every picture is looked at once; what was seen is kept in `scan.jsonl`, and only
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from ...lookahead.files.atomic import atomic, first_line
+from ...lookahead.files.atomic import atomic
 from ...lookahead.losses.identity import largest
 from ...lookahead.vision.faces import Detector, Face
 from ...sdxl.images import PictureError, read
-from . import published
+from .metadata import DataError as DataError  # which other modules know from here
+from .metadata import read_captions, read_metadata, same_name
+from .references import References, copies
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif")
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.json")
+ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif")
+# Pictures of kinds that are not read: said, since a phone's folder may hold nothing else.
+OTHERS = tuple(
+    ".heic .heif .hif .gif .jxl .jp2 .psd .svg .ico .tga .exr .hdr .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf".split()
+)
+SHORTEST_SIDE = 32  # pixels; below that there is nothing to see a person from
 QUIET = 10  # seconds of work without a progress bar
 _LOOK = 16  # side of the small grey picture that copies are told by
-
-
-class DataError(ValueError):
-    """Says what is wrong with a data set, in one sentence for the user."""
 
 
 @dataclass(frozen=True)
@@ -83,26 +83,62 @@ def listing(folder: Path, metadata: str | None = None) -> tuple[list[Entry], lis
     """
     if not folder.is_dir():
         raise DataError(f"There is no folder {folder}, which data.source names: write down where the pictures are.")
-    table = _metadata(folder, metadata)
+    path, table = read_metadata(folder, metadata)
+    unused = set(table)
+    files = {p.relative_to(folder).as_posix(): p for p in sorted(_files(folder)) if _is_picture(p)}
+    if foreign := [file for file in files if not _is_text(file)]:
+        name = os.fsencode(foreign[0]).decode("utf-8", "backslashreplace")
+        raise DataError(f"The name {name} is not in UTF-8 ({len(foreign)} such files): rename what it names.")
+    said = {file: table.get(same_name(file), {}) for file in files}
+    untold = [p.with_suffix(".txt") for file, p in files.items() if not _caption(said[file])]
+    beside = read_captions(p for p in untold if p.is_file())
     entries, alone = [], []
-    for path in sorted(_files(folder)):
-        if path.suffix.lower() not in ENDINGS or not path.is_file():
-            continue
-        file = path.relative_to(folder).as_posix()
-        said = table.pop(file, {})
-        person = said.get("person") or (file.split("/")[0] if "/" in file else "")
+    for file, picture in files.items():
+        unused.discard(same_name(file))
+        person = said[file].get("person") or (file.split("/")[0] if "/" in file else "")
         if not person:
             alone.append(file)
             continue
-        text = said.get("text") or said.get("caption") or _beside(path)
-        use = str(said.get("reference", "")).strip().lower() not in ("false", "no", "0")
-        entries.append(Entry(file, str(person), str(text).strip() if text else None, use))
+        text = _caption(said[file]) or beside.get(picture.with_suffix(".txt"))
+        use = str(said[file].get("reference", "")).strip().lower() not in ("false", "no", "0")
+        entries.append(Entry(file, same_name(str(person)), str(text).strip() if text else None, use))
     if alone:
         raise DataError(
             f"Nobody is named for {alone[0]} ({len(alone)} such files): put each person's pictures into a folder of "
             "their own, or give `person` in the metadata file."
         )
-    return entries, sorted(table)
+    if table and entries and len(unused) == len(table):
+        raise DataError(
+            f"None of the {len(table)} files that {path} names is in {folder} (the first: {next(iter(table))}): write "
+            "each file_name as it stands below that folder."
+        )
+    return entries, sorted(unused)
+
+
+def passed_over(folder: Path) -> str:
+    """Says how many files in a folder are pictures of kinds that are not read; empty where there are none."""
+    files = [path for path in _files(folder) if path.suffix.lower() in OTHERS]
+    kinds = Counter(path.suffix.lower() for path in files)
+    if not kinds:
+        return ""
+    counted = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
+    first = min(files).relative_to(folder).as_posix()
+    return f"{len(files):,} pictures are of kinds that are not read ({counted}; {first}): save them as JPEG or PNG."
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in ENDINGS and path.is_file()
+
+
+def _is_text(name: str) -> bool:
+    try:
+        return bool(name.encode())
+    except UnicodeEncodeError:  # bytes that are no UTF-8, as Python passes them on
+        return False
+
+
+def _caption(said: Mapping[str, object]) -> object:
+    return said.get("text") or said.get("caption")
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -112,58 +148,6 @@ def _files(folder: Path) -> Iterator[Path]:
         # (a link back to a folder above would be followed for ever)
         folders[:] = [f for f in folders if f[0] != "." and os.path.realpath(os.path.join(place, f)) not in been]
         yield from (Path(place, file) for file in files if file[0] != ".")
-
-
-def _beside(picture: Path) -> str | None:
-    path = picture.with_suffix(".txt")
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
-
-
-def _metadata(folder: Path, given: str | None) -> dict[str, dict[str, Any]]:
-    paths = [Path(given)] if given else [p for p in (folder / name for name in METADATA) if p.is_file()][:1]
-    if not paths:
-        return {}
-    path = paths[0]
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise DataError(f"The metadata {path} cannot be read ({error.strerror}): check data.metadata.") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"The metadata {path} is not in UTF-8 ({error.reason}): save it with that encoding.") from None
-    kinds = {".csv": _csv, ".json": partial(_published, path)}
-    rows = kinds.get(path.suffix.lower(), partial(_json_lines, path))(text)
-    table = {}
-    for number, row in rows:
-        if not isinstance(row, Mapping) or not row.get("file_name"):
-            raise DataError(f"Line {number} of {path} has no file_name: each line names one picture.")
-        table[str(row["file_name"]).replace("\\", "/").removeprefix("./")] = dict(row)
-    return table
-
-
-def _csv(text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    yield from enumerate(csv.DictReader(text.splitlines()), 2)
-
-
-def _published(path: Path, text: str) -> Iterator[tuple[int, object]]:
-    try:
-        table = json.loads(text)
-        if not isinstance(table, dict) or not all(isinstance(person, str) for person in table.values()):
-            raise ValueError("no object of texts")
-    except ValueError as error:
-        raise DataError(
-            f"{path} is no table as the paper's data has it ({first_line(error)}): write an object from each file to "
-            "its person, or use metadata.jsonl."
-        ) from None
-    yield from enumerate(published.rows(table), 1)
-
-
-def _json_lines(path: Path, text: str) -> Iterator[tuple[int, object]]:
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"Line {number} of {path} is no JSON ({error.msg}): write one object a line.") from None
 
 
 def scan(
@@ -179,19 +163,22 @@ def scan(
     name = os.path.realpath(name) if detector else ""
     before = _load(index)
     kept: dict[str, Seen] = {}
-    new = 0
+    new: list[Seen] = []
+    total = 0
     for entry in tqdm(entries, "Images scanned", delay=QUIET, disable=not report):
         path = folder / entry.file
         stat = path.stat()
         seen = before.get(entry.file)
         same = seen is not None and (seen.bytes, seen.modified) == (stat.st_size, stat.st_mtime_ns)
         if seen is None or not same or (detector and seen.detector != name):
-            seen, new = _look(path, entry.file, stat, detector, name), new + 1
-            if new % 500 == 0:
-                _save(index, before | kept)
+            seen, total = _look(path, entry.file, stat, detector, name), total + 1
+            new.append(seen)
+            if len(new) == 500:
+                _save(index, new, add=True)
+                new = []
         kept[entry.file] = seen
-    if new:
-        _save(index, kept)
+    if total:
+        _save(index, kept.values())
     return kept if detector else {file: replace(s, detector="", faces=0, face=None) for file, s in kept.items()}
 
 
@@ -202,6 +189,8 @@ def _look(path: Path, file: str, stat: os.stat_result, detector: Detector | None
     except PictureError as error:
         return Seen(*common, str(error))
     height, width = picture.shape[-2:]
+    if min(height, width) < SHORTEST_SIDE:
+        return Seen(*common, f"{path} has {width}x{height} pixels, and at least {SHORTEST_SIDE} a side are needed.")
     pixels = (picture * 255).round().byte()
     faces = detector(picture[None])[0] if detector else []
     face = largest(faces)
@@ -218,22 +207,11 @@ def look_of(picture: Tensor) -> str:
     return bytes((grey * 255).round().byte().flatten().tolist()).hex()
 
 
-def alike(a: Seen, b: Seen) -> bool:
-    """Tells whether two pictures are copies of each other: the same pixels, or saved anew, or made smaller.
-
-    Two pictures of one person in one place differ by several grey levels, a copy by less than one on the average.
-    """
-    if a.pixels == b.pixels:
-        return True
-    distance = [abs(x - y) for x, y in zip(bytes.fromhex(a.look), bytes.fromhex(b.look), strict=True)]
-    return sum(distance) <= 1.5 * len(distance) and max(distance) <= 12
-
-
 def _load(index: Path) -> dict[str, Seen]:
     if not index.is_file():
         return {}
     out = {}
-    for line in index.read_text(encoding="utf-8").splitlines():
+    for line in index.read_text(encoding="utf-8").split("\n"):
         try:
             values = json.loads(line)
             values["face"] = tuple(values["face"]) if values["face"] else None
@@ -243,11 +221,17 @@ def _load(index: Path) -> dict[str, Seen]:
     return out
 
 
-def _save(index: Path, seen: Mapping[str, Seen]) -> None:
+def _save(index: Path, seen: Iterable[Seen], add: bool = False) -> None:
+    """Write the index anew, or add lines to it (on lines of their own, whatever a run that was killed left there)."""
+    text = "".join(json.dumps(asdict(s)) + "\n" for s in seen)
     try:
         index.parent.mkdir(parents=True, exist_ok=True)
+        if add:
+            with index.open("a", encoding="utf-8") as file:
+                file.write("\n" + text)
+            return
         with atomic(index) as part:
-            part.write_text("".join(json.dumps(asdict(s)) + "\n" for s in seen.values()), encoding="utf-8")
+            part.write_text(text, encoding="utf-8")
     except OSError as error:
         raise DataError(
             f"{index.parent} cannot be written ({error.strerror}): name another folder, data.cache."
@@ -259,13 +243,14 @@ class PairIndex:
     """The images that can be trained on, with the references that each may have.
 
     references[n]: places of the images that may be the reference of image n. A reference shows the same person, is
-    another image (also not a copy of it), and shows a face where faces were looked for. left_out: why a file is not in
-    `pictures`.
+    another image (also not a copy of it), and shows a face where faces were looked for. used: places of all images that
+    are in one of these. left_out: why a file is not in `pictures`.
     """
 
     pictures: list[Entry]
     seen: dict[str, Seen]
-    references: list[list[int]]
+    references: list[References]
+    used: set[int]
     left_out: dict[str, str]
 
 
@@ -276,22 +261,33 @@ def make_pairs(entries: Sequence[Entry], seen: Mapping[str, Seen], faces: bool) 
     by_person: dict[str, list[Entry]] = {}
     for entry in whole:
         by_person.setdefault(entry.person, []).append(entry)
-    pairs: dict[str, list[str]] = {}
-    for theirs in by_person.values():
-        able = [e for e in theirs if e.reference and (seen[e.file].face or not faces)]
-        for target in theirs:
-            others = [e for e in able if e is not target]
-            fit = [e.file for e in others if not alike(seen[e.file], seen[target.file])]
-            if fit:
-                pairs[target.file] = fit
-            elif others:
+    fits: dict[str, References] = {}
+    members: dict[str, list[int]] = {}  # of each picture that is a reference, the list of its person's
+    for theirs in tqdm(by_person.values(), "References chosen, people", delay=QUIET):
+        alike = copies([seen[e.file].look for e in theirs])
+        able = [n for n, e in enumerate(theirs) if e.reference and (seen[e.file].face or not faces)]
+        used = [n for n in able if len(alike[n]) < len(theirs)]  # somebody else is no copy of it
+        place = {n: k for k, n in enumerate(used)}
+        shared: list[int] = []
+        members |= {theirs[n].file: shared for n in used}
+        for n, target in enumerate(theirs):
+            without = [place[m] for m in alike[n] if m in place]
+            if len(without) < len(used):
+                fits[target.file] = References(shared, without)
+            elif any(m != n for m in able):
                 left_out[target.file] = "its person's other pictures are copies of it"
             elif len(theirs) == 1:
                 left_out[target.file] = "it is the only picture of its person"
             else:
                 left_out[target.file] = "none of its person's other pictures can be a reference (no face was found)"
-    used = {file for fit in pairs.values() for file in fit}
-    pictures = [e for e in whole if e.file in pairs or e.file in used]
-    place = {e.file: n for n, e in enumerate(pictures)}
-    references = [[place[file] for file in pairs.get(e.file, ())] for e in pictures]
-    return PairIndex(pictures, dict(seen), references, {k: v for k, v in left_out.items() if k not in place})
+    pictures = [e for e in whole if e.file in fits or e.file in members]
+    for n, entry in enumerate(pictures):
+        if entry.file in members:
+            members[entry.file].append(n)
+    return PairIndex(
+        pictures,
+        dict(seen),
+        [fits.get(e.file, References([])) for e in pictures],
+        {n for n, e in enumerate(pictures) if e.file in members},
+        {file: why for file, why in left_out.items() if file not in fits and file not in members},
+    )

@@ -9,19 +9,23 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from ..config import BaseData, BaseModels, BaseOptimiser, Count, Positive, RunConfig, Section, Share, set_value
+from ..config import BaseData, BaseModels, BaseOptimiser, Count, Place, Positive, RunConfig, Section, Share, set_value
 
 
 class Model(BaseModels):
     """Files of the frozen models, and where training starts."""
 
-    start: str = Field(description="encoder to start from: a stock IP-Adapter Plus or an encoder file")
-    shortcut: str | None = Field(None, description="few-step LoRA of the previews (LCM-LoRA), in the public layout")
-    vae: str | None = Field(None, description="tiny autoencoder (TAESD) that decodes the previews")
-    picture_vae: str | None = Field(None, description="autoencoder that encodes the images; by default the base's own")
-    image_encoder: str | None = Field(None, description="CLIP image encoder of the image prompt (ViT-H/14)")
-    recogniser: str | None = Field(None, description="face recognition network of the identity loss (ArcFace)")
-    detector: str | None = Field(None, description="insightface pack whose detector finds faces in images and previews")
+    start: Place = Field(description="encoder to start from: a stock IP-Adapter Plus or an encoder file")
+    shortcut: Place | None = Field(None, description="few-step LoRA of the previews (LCM-LoRA), in the public layout")
+    vae: Place | None = Field(None, description="tiny autoencoder (TAESD) that decodes the previews")
+    picture_vae: Place | None = Field(
+        None, description="autoencoder that encodes the images; by default the base's own"
+    )
+    image_encoder: Place | None = Field(None, description="CLIP image encoder of the image prompt (ViT-H/14)")
+    recogniser: Place | None = Field(None, description="face recognition network of the identity loss (ArcFace)")
+    detector: Place | None = Field(
+        None, description="insightface pack whose detector finds faces in images and previews"
+    )
     kv: bool = Field(True, description="train a KV encoder; false is the paper's ablation without")
     kv_rank: Count = Field(4, description="LoRA rank of the KV encoder")
     export_rank: Count = Field(4, description="LoRA rank of the keys and values that the KV encoder exports")
@@ -30,19 +34,19 @@ class Model(BaseModels):
 class Data(BaseData):
     """Names the data that a run trains on."""
 
-    source: str = Field(
+    source: Place = Field(
         description="folder with a folder a person, or with shards; address of shards (s3://...); `mini`: drawn people"
     )
     people: Count = Field(3000, description="number of people that are drawn, of the mini world")
     kv_prompt: str = Field("a photo of a face", description="the KV encoder's text outside of training")
-    metadata: str | None = Field(None, description="JSON lines or CSV: file_name, and where known text and person")
+    metadata: Place | None = Field(None, description="JSON lines or CSV: file_name, and where known text and person")
     caption: str = Field("a photo of a face", description="caption of images that have no text")
     size: Annotated[int, Field(ge=64, multiple_of=32)] = Field(1024, description="resolution: pixels a side")
     reference_margin: Annotated[float, Field(ge=0)] | None = Field(
         None, description="margin around the face (share of its box) of a reference's crop; by default the whole square"
     )
     keep: bool = Field(True, description="keep what the frozen models see in an image on the disk, 1 MB each")
-    cache: str | None = Field(None, description="folder of that cache and of the index of the images (SOURCE.cache)")
+    cache: Place | None = Field(None, description="folder of that cache and of the index of the images (SOURCE.cache)")
     read_batch: Count = Field(8, description="images that the frozen models read at a time (`lookahead prepare`)")
     damaged: Share = Field(0.02, description="share of images that may be unreadable, and are left out")
 
@@ -118,10 +122,10 @@ class Validation(Section):
     )
     steps: Annotated[int, Field(ge=1, le=100)] = Field(10, description="sampling steps of DDIM")
     guidance: Positive = Field(5.0, description="scale of classifier-free guidance")
-    recogniser: str | None = Field(
+    recogniser: Place | None = Field(
         None, description="face recognition network that measures identity; by default the loss's own, which flatters"
     )
-    clip: str | None = Field(None, description="whole CLIP that measures prompt adherence (CLIP-T)")
+    clip: Place | None = Field(None, description="whole CLIP that measures prompt adherence (CLIP-T)")
 
 
 class Config(RunConfig):

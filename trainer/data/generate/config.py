@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ...config import Count, Positive, Section, Share, read_values, validated
+from ...config import Count, Place, Positive, Section, Share, read_values, validated
 
 Weight = Annotated[float, Field(ge=0)]
 Weights = dict[str, Weight]  # a text, and how often it is drawn relative to the others
@@ -136,10 +136,10 @@ class GeneratorSettings(Section):
     kind: Literal["sdxl", "consistent", "drawn"] = Field(
         "sdxl", description="a few-step SDXL; any SDXL with shared attention; or the mini world's drawn people"
     )
-    base: str | None = Field(None, description="SDXL as a diffusers folder or one .safetensors, or `mini`")
-    lora: str | None = Field(None, description="few-step LoRA; none for a base that is few-step itself (SDXL-Turbo)")
+    base: Place | None = Field(None, description="SDXL as a diffusers folder or one .safetensors, or `mini`")
+    lora: Place | None = Field(None, description="few-step LoRA; none for a base that is few-step itself (SDXL-Turbo)")
     lora_scale: Positive = 1.0
-    vae: str | None = Field(None, description="folder of an autoencoder in place of the base's")
+    vae: Place | None = Field(None, description="folder of an autoencoder in place of the base's")
     sampler: Literal["lcm", "euler", "euler_ancestral", "tcd", "ddim"] = Field(
         "euler_ancestral",
         description="SDXL-Turbo: euler_ancestral; LCM-LoRA: lcm; Lightning: euler; Hyper-SD: tcd; SDXL itself: ddim",
@@ -164,9 +164,9 @@ class GeneratorSettings(Section):
 class Checks(Section):
     """Says what a picture must have to be kept. A threshold of None is not applied; `--pilot` shows what each keeps."""
 
-    detector: str | None = Field(None, description="folder of an insightface pack, which finds faces; or `mini`")
-    recogniser: str | None = Field(None, description="ArcFace .onnx or IR-SE50 weights")
-    clip: str | None = Field(None, description="whole CLIP, which tells styles")
+    detector: Place | None = Field(None, description="folder of an insightface pack, which finds faces; or `mini`")
+    recogniser: Place | None = Field(None, description="ArcFace .onnx or IR-SE50 weights")
+    clip: Place | None = Field(None, description="whole CLIP, which tells styles")
     one_face: bool = Field(True, description="pictures with several faces are rejected")
     face_size: Share | None = Field(0.15, description="least height of the face, as a share of the picture's")
     sharpness: Annotated[float, Field(ge=0)] | None = Field(None, description="least mean difference of neighbours")
@@ -222,12 +222,12 @@ class GenerateConfig(Section):
     """One generated data set."""
 
     name: str = "people"
-    out: str = Field("generated", description="folder of the shards")
+    out: Place = Field("generated", description="folder of the shards")
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     shards: Count = Field(10, description="how many; more can be made later")
     people_per_shard: Count = 100
     people: Grammar | None = Field(None, description="people by description")
-    names: str | None = Field(None, description="text file with a name a line, of people whom the base model knows")
+    names: Place | None = Field(None, description="text file with a name a line, of people whom the base model knows")
     prompts: Prompts
     generator: GeneratorSettings
     checks: Checks = Checks()

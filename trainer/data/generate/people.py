@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ...config import ConfigError
+from ..metadata import read_text
 from .config import PRIMES, GenerateConfig, Grammar, digest, fields
 
 
@@ -62,8 +63,8 @@ class NamedPeople:
     def __init__(self, path: Path, seed: int):
         """Raises ConfigError, one sentence, for a list that cannot be read or is empty."""
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+            lines = read_text(path).split("\n")
+        except (OSError, UnicodeError) as error:
             raise ConfigError(f"names: {path} cannot be read ({error}): name a text file with a name a line.") from None
         self.names = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
         if not self.names:

@@ -1,0 +1,77 @@
+"""The node that loads a reference from a file."""
+
+from __future__ import annotations
+
+import os
+
+from comfy_api.latest import io, ui
+
+from ...lookahead.files import reference_file
+from ..schema import schema
+from ..sockets import ENCODER, REFERENCE
+from .encoder import LoadedEncoder
+from .reference_files import reference_names, reference_path, restored
+
+
+class LookaheadLoadReference(io.ComfyNode):
+    """File of `models/lookahead_references` -> REFERENCE."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LookaheadLoadReference",
+            display_name="Load Lookahead Reference",
+            category="lookahead/reference",
+            description="Loads a person (or thing) that Save Lookahead Reference has written; no picture and no image "
+            "encoder are needed. Shows what the file says of itself.",
+            search_aliases=["load face", "load ip-adapter embeds", "load character", "face model", "load person"],
+            inputs=[
+                io.Combo.Input(
+                    "reference_name",
+                    options=reference_names(),
+                    tooltip="A .safetensors file in models/lookahead_references.",
+                ),
+                ENCODER.Input(
+                    "encoder",
+                    optional=True,
+                    tooltip="The encoder that the reference was read with, from Load Lookahead Encoder. Only a "
+                    "reference that was read without one needs none.",
+                ),
+            ],
+            outputs=[
+                REFERENCE.Output(
+                    "REFERENCE", display_name="reference", tooltip="The reference, for the nodes that apply it."
+                ),
+                io.String.Output(
+                    "PROVENANCE",
+                    display_name="provenance",
+                    tooltip="What the file holds, with which encoder it was read, and what its author says.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, reference_name: str | None = None) -> bool | str:
+        """Say where the file was looked for, instead of the host's 'value not in list'."""
+        if reference_name is None:
+            return "There is no reference file yet: make one with Save Lookahead Reference, then press R."
+        try:
+            reference_path(reference_name)
+        except FileNotFoundError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, reference_name: str | None = None, **_) -> str:
+        """Load again when the file was replaced."""
+        try:
+            stat = os.stat(reference_path(reference_name or ""))
+        except OSError:
+            return f"{reference_name}"
+        return f"{reference_name} {stat.st_size} {stat.st_mtime_ns}"
+
+    @classmethod
+    def execute(cls, reference_name: str, encoder: LoadedEncoder | None = None) -> io.NodeOutput:
+        subjects, about = reference_file.read(reference_path(reference_name))
+        text = reference_file.provenance(subjects, about, reference_name)
+        return io.NodeOutput(restored(subjects, encoder, reference_name), text, ui=ui.PreviewText(text))

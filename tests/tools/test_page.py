@@ -1,0 +1,47 @@
+"""`make page`: what it puts into ComfyUI's base directory."""
+
+import json
+
+import pytest
+from lcm_lookahead.host.workflow import load, pictures_named
+from lcm_lookahead.mini import page
+from PIL import Image
+
+PATHS = [path for path in sorted(page.WORKFLOWS.glob("*.json")) if "nodes" in load(path)]
+
+
+def nodes(workflow, kind):
+    graphs = [workflow, *workflow.get("definitions", {}).get("subgraphs", [])]
+    return [node for graph in graphs for node in graph["nodes"] if node["type"] == kind]
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_a_workflow_at_mini_size_says_so_and_is_else_the_same(path):
+    before = load(path)
+    after = page.at_mini_size(before)
+    assert before == load(path)  # which is left as it was
+    latents = nodes(after, "EmptyLatentImage")
+    assert latents and all(node["widgets_values"][:2] == [128, 128] for node in latents)
+    steps = [node["widgets_values"][1] for node in nodes(after, "BasicScheduler")]
+    steps += [node["widgets_values"][2] for kind in ("KSampler", "LookaheadPreviewGrid") for node in nodes(after, kind)]
+    assert steps and all(n <= 20 for n in steps)
+    note = after["nodes"][-1]
+    assert note["type"] == "MarkdownNote" and "128x128" in note["widgets_values"][0]
+    assert len({node["id"] for node in after["nodes"]}) == len(after["nodes"]) and note["id"] == after["last_node_id"]
+    assert note["pos"][1] + note["size"][1] < min(node["pos"][1] for node in before["nodes"])  # covers nothing
+    for old, new in zip(before["nodes"], after["nodes"], strict=False):
+        assert new == old or new["type"] in page.VALUES
+
+
+def test_models_faces_and_workflows_are_there_and_own_changes_stay(tmp_path):
+    (tmp_path / "input").mkdir()
+    page.prepare(tmp_path)
+    for name in pictures_named(PATHS):
+        with Image.open(tmp_path / "input" / name) as picture:
+            assert picture.size == (256, 256)
+    assert (tmp_path / "models/checkpoints/sd_xl_base_1.0.safetensors").is_file()
+    written = tmp_path / page.FOLDER / PATHS[0].name
+    assert json.loads(written.read_text()) == page.at_mini_size(load(PATHS[0]))
+    written.write_text("mine")
+    page.prepare(tmp_path)
+    assert written.read_text() == "mine"
