@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from ...lookahead.vision.faces import Detector, square_around
@@ -13,6 +12,7 @@ from ...sdxl.images import PictureError, read
 from ..lookahead.config import Config, Data, cache_folder
 from .pairs import DataError, PairIndex, Seen, listing, make_pairs, passed_over, scan
 from .pictures import Crop, cut
+from .references import References
 
 MANY = 1_000_000  # pairs
 
@@ -44,7 +44,7 @@ class FolderPictures:
             pairs = [(known(n), n in self.pairs.used) for n in range(len(self.pairs.pictures))]
         return hashlib.sha256(repr((pairs, self.held_out)).encode()).hexdigest()
 
-    def references(self, place: int) -> Sequence[int]:
+    def references(self, place: int) -> References:
         return self.pairs.references[place]
 
     def caption(self, place: int) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...lookahead.vision.images import resize_square
+from .references import References
 
 Crop = tuple[Tensor, Tensor | None]  # a picture as it is trained on [1, 3, size, size] in [0, 1]; landmarks [1, 5, 2]
 
@@ -29,7 +30,7 @@ class PeoplePictures(Protocol):
         """Hashes all that decides which pair is which."""
         ...
 
-    def references(self, place: int) -> Sequence[int]:
+    def references(self, place: int) -> Sequence[int] | References:
         """Places of the pictures that may be the reference of this one."""
         ...
 
