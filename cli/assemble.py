@@ -22,8 +22,10 @@ from ..sdxl import load, lora  # before diffusers: it cures what diffusers' own 
 from ..sdxl.cpu_attention import cpu_attention
 from ..sdxl.encoder import Encoder
 from ..sdxl.load import Frozen, ModelError, Preview, found
-from ..trainer.data.folder import FolderSource
-from ..trainer.data.sharded import ShardSource, holds_shards
+from ..trainer.data.folder import FolderPictures
+from ..trainer.data.pictures import PeoplePictures
+from ..trainer.data.sharded import ShardPictures, holds_shards
+from ..trainer.data.source import PictureSource
 from ..trainer.lookahead.config import Config, Model
 from ..trainer.lookahead.recipe import LookaheadRecipe
 from ..trainer.lookahead.step import Step
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
     from ..mini.drawn_people import DrawnPeople
 
 
-def assemble(config: Config) -> tuple[LookaheadRecipe, FolderSource | ShardSource | DrawnPeople]:
+def assemble(config: Config) -> tuple[LookaheadRecipe, PictureSource | DrawnPeople]:
     """The recipe, with all its models, and the source of its data.
 
     Raises one of `main.USER_ERRORS` for a file that is missing or is none of its kind.
@@ -57,13 +59,27 @@ def assemble(config: Config) -> tuple[LookaheadRecipe, FolderSource | ShardSourc
     return LookaheadRecipe(config, step, about), source
 
 
+def open_models_and_source(config: Config) -> PictureSource | DrawnPeople:
+    """The source of a run's data with the models that read it, and nothing that is trained. Raises as `assemble`."""
+    check(config)
+    base = known_base(config.model.base)
+    files = resolve(config.model, base)
+    frozen, _ = read_frozen(config, files)
+    recogniser, detector, _ = read_faces(config, files, base)
+    return open_source(config, frozen, recogniser, detector)
+
+
 def open_source(
     config: Config, frozen: Frozen, recogniser: Recogniser | None, detector: Detector | None
-) -> FolderSource | ShardSource | DrawnPeople:
+) -> PictureSource | DrawnPeople:
     """A folder of people's images, one of shards, or people who are drawn. Raises DataError or ConfigError."""
     if config.data.source != DRAWN:
-        source = ShardSource if holds_shards(Path(config.data.source)) else FolderSource
-        return source(config, frozen, recogniser, detector)
+        pictures: PeoplePictures
+        if holds_shards(config.data.source):
+            pictures = ShardPictures(config, recogniser is not None)
+        else:
+            pictures = FolderPictures(config, detector)
+        return PictureSource(config, pictures, frozen, recogniser, detector)
     from ..mini.drawn_people import DrawnPeople
 
     return DrawnPeople(config.data.people, frozen, recogniser, detector)

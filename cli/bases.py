@@ -18,7 +18,10 @@ from ..lookahead.files.tensors import read_tensors
 from ..sdxl.load import found
 from ..trainer.config import ConfigError
 from ..trainer.data.pairs import DataError, listing
-from ..trainer.lookahead.config import Config, Model
+from ..trainer.data.sharded import holds_shards
+from ..trainer.data.shards import Shards
+from ..trainer.data.store import Store
+from ..trainer.lookahead.config import Config, Model, cache_folder
 from ..trainer.lookahead.estimate import Shapes
 
 DRAWN = "mini"  # `data.source` of people who are drawn as they are asked for
@@ -99,7 +102,10 @@ def shapes(config: Config) -> Shapes:
         size = IMAGE_SIZE
     images = None
     with contextlib.suppress(DataError):  # data that is not on this machine
-        images = len(listing(Path(config.data.source), config.data.metadata)[0])
+        if holds_shards(config.data.source):
+            images = len(Shards(Store(config.data.source, cache_folder(config.data))))
+        else:
+            images = len(listing(Path(config.data.source), config.data.metadata)[0])
     base = known_base(config.model.base)
     if base is None:
         return Shapes(size=size, images=images)

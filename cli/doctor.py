@@ -9,7 +9,9 @@ import typer
 
 
 def doctor(
-    data: Annotated[Path, typer.Argument(help="Folder of pictures, or the YAML file of a run.", show_default=False)],
+    data: Annotated[
+        str, typer.Argument(help="Folder of pictures or shards, or the YAML file of a run.", show_default=False)
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="key=value", help="Values of section data, such as size=768.", show_default=False),
@@ -18,17 +20,23 @@ def doctor(
         Path | None, typer.Option(help="Folder of an insightface pack.", show_default="that of the run")
     ] = None,
 ) -> None:
-    """Examine a folder of pictures. It is read as a training run would read it; status 1 if something is wrong."""
+    """Examine a folder of pictures or shards. It is read as a training run would read it; status 1 if something is
+    wrong."""
     from ..trainer.data.doctor import examine
+    from ..trainer.data.doctor_shards import examine_shards
+    from ..trainer.data.sharded import holds_shards
     from ..trainer.lookahead.config import data_alone, load
     from .assemble import open_detector
 
-    if data.suffix in (".yaml", ".yml"):
+    if Path(data).suffix in (".yaml", ".yml"):
         config = load(data, [f"data.{override}" for override in overrides or []])
         settings, pack = config.data, detector or config.model.detector
     else:
         settings, pack = data_alone(data, overrides or []), detector
-    report = examine(settings, open_detector(str(pack)) if pack else None, str(pack))
+    if holds_shards(settings.source):
+        report = examine_shards(settings)
+    else:
+        report = examine(settings, open_detector(str(pack)) if pack else None, str(pack))
     print(report)
     if report.wrong:
         raise SystemExit(1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,15 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import Overrides
+from .options import Overrides, Worker
 
 if TYPE_CHECKING:
-    import torch
-
-    from ..trainer.data.generate.checks import Inspector
     from ..trainer.data.generate.config import GenerateConfig
     from ..trainer.data.generate.engine import Engine
-    from ..trainer.data.generate.generators import PictureGenerator
 
 NAMES_WARNING = (
     "Warning: `names` makes pictures of real people. Their likeness is theirs: make sure that you may use it, and do "
@@ -35,35 +30,40 @@ def generate(
     shards: Annotated[
         str | None, typer.Option(metavar="A-B", help="Shards to make, both included.", show_default="all")
     ] = None,
-    worker: Annotated[
-        str | None,
-        typer.Option(
-            metavar="I/N",
-            help="Make every N-th shard from the I-th on, counted from 0.",
-            show_default="as torchrun or SLURM says",
-        ),
-    ] = None,
+    worker: Worker = None,
     pilot: Annotated[
         int | None, typer.Option(min=2, help="People to try: write pilot.html, with thresholds, and no shard.")
     ] = None,
     report: Annotated[bool, typer.Option("--report", help="Write report.html of what is there; make nothing.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Print disk, GPU hours and commands; make nothing.")] = False,
+    prices: Annotated[
+        str | None, typer.Option(metavar="h100=2.5,...", help="Prices of a GPU's hour, for --plan.", show_default=False)
+    ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Compare the finished shards with their hashes.")] = False,
 ) -> None:
     """Generate a data set of consistent people. The same command again goes on where it stopped."""
     from ..lookahead.files.atomic import check_writable
     from ..trainer.data.generate.config import load
     from ..trainer.data.generate.report import write_report
+    from ..trainer.data.store import is_remote
+    from .engine import read_engine
 
     settings = load(config, overrides or [])
-    if not verify:
+    if not (verify or plan or is_remote(settings.out)):
         check_writable(Path(settings.out), folder=True)
     if settings.names is not None:
         print(NAMES_WARNING, file=sys.stderr)
     if verify:
         print(f"{verify_shards(settings)} shards are whole.")
+    elif plan:
+        from .plan import describe, make_plan, parse_prices
+
+        print(describe(make_plan(settings), config, parse_prices(prices)))
     elif report:
         print(f"Written: {write_report(settings)}")
     else:
+        if settings.launch.engine != "none" and pilot is None:
+            return launch_shards(settings)
         (number, workers), numbers = asked_worker(worker), asked_shards(shards, settings.shards)
         engine = read_engine(settings)
         if pilot is not None:
@@ -71,6 +71,26 @@ def generate(
         make_shards(engine, numbers[number::workers])
         if not engine.missing(range(settings.shards)):
             print(f"Written: {write_report(settings)}")
+
+
+def launch_shards(config: GenerateConfig) -> None:
+    """Have an engine make what is missing; then, but for SLURM, whose tasks come later, the report."""
+    from ..trainer.data.generate.report import write_report
+    from ..trainer.data.shards import shard_name
+    from ..trainer.data.store import Store
+    from ..trainer.data.tars import ShardError, index_name
+    from .launch import launch
+
+    launch(config)
+    if config.launch.engine == "slurm":
+        return print("Submitted. When the job has ended, the same command makes what is missing; --report the report.")
+    there = Store(config.out).names()
+    if missing := [n for n in range(config.shards) if index_name(shard_name(n)) not in there]:
+        raise ShardError(
+            f"{len(missing)} of {config.shards} shards are not made, the first is {missing[0]}: the engine's logs say "
+            "why; the same command goes on."
+        )
+    print(f"Written: {write_report(config)}")
 
 
 def asked_shards(text: str | None, shards: int) -> range:
@@ -138,75 +158,11 @@ def write_pilot(engine: Engine, people: int) -> None:
 
 def verify_shards(config: GenerateConfig) -> int:
     """Counts the shards. Raises ShardError, one sentence, for one that is damaged."""
-    from ..trainer.data.shards import Shards, read_index
+    from ..trainer.data.shards import PEOPLE, Shards
+    from ..trainer.data.store import Store
+    from ..trainer.data.tars import read_index
 
-    paths = Shards(Path(config.out)).paths
-    for path in paths:
-        read_index(path, whole=True)
-    return len(paths)
-
-
-def read_engine(config: GenerateConfig) -> Engine:
-    """The engine with its models. Raises one of `main.USER_ERRORS`."""
-    from ..trainer.data.generate.engine import Engine
-
-    where = device()
-    return Engine(config, read_generator(config, where), read_inspector(config, where))
-
-
-def device() -> torch.device:
-    """A GPU of this process's own where there are some; nothing is exchanged with other processes."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-    return torch.device("cpu")
-
-
-def read_generator(config: GenerateConfig, where: torch.device) -> PictureGenerator:
-    from ..trainer.data.generate.generators import read_few_step
-    from .bases import known_base
-
-    settings = config.generator
-    if settings.kind == "drawn":
-        from ..mini.generator import DrawnWorld
-
-        return DrawnWorld(settings.size)
-    if settings.base is not None and (base := known_base(settings.base)):
-        return read_few_step(settings, where, base.folder, base.beside)
-    return read_few_step(settings, where)
-
-
-def read_inspector(config: GenerateConfig, where: torch.device) -> Inspector:
-    """Opens what measures pictures. Files are looked for beside the detector's known base too."""
-    from ..lookahead.vision.face_models import FaceModels
-    from ..sdxl.load import found
-    from ..trainer.data.generate.checks import Inspector
-    from ..trainer.data.generate.config import digest
-    from ..trainer.data.generate.generators import digest_files, weights_in
-    from ..trainer.data.generate.styles import clip_scorer
-    from .assemble import PackDetector, read_recogniser
-    from .bases import known_base
-
-    checks, about, hashes = config.checks, {}, []
-    base = known_base(checks.detector) if checks.detector else None
-    beside = (base.beside,) if base else ()
-    detector = recogniser = scorer = None
-    if checks.detector is not None:
-        folder = base.own["detector"] if base else found("detector", checks.detector, section="checks")
-        pack = FaceModels(folder, threads=1 if where.type == "cpu" else None)  # torch has the other cores
-        detector = PackDetector(pack)
-        about["detector"] = {"name": pack.name, "licence": pack.licence}
-        hashes.append(digest_files(sorted(pack.folder.glob("*.onnx"))))
-    if checks.recogniser is not None:
-        path = found("recogniser", checks.recogniser, *beside, section="checks")
-        inside = path.resolve() == (pack.recogniser and pack.recogniser.resolve())
-        recogniser = read_recogniser(path, pack.preprocessing if inside else None).to(where)
-        licence = pack.licence if inside else base.licence if base else "unknown: ask where the recogniser comes from"
-        about["recogniser"] = {"name": path.name, "licence": licence}
-        hashes.append(digest_files([path]))
-    if checks.clip is not None:
-        path = found("clip", checks.clip, *beside, section="checks")
-        scorer = clip_scorer(path, config.prompts, where)
-        hashes.append(digest_files(weights_in(path)))
-    return Inspector(detector, recogniser, scorer, about, digest(hashes))
+    shards = Shards(Store(config.out))
+    for name in shards.names:
+        read_index(shards.store, name, PEOPLE, whole=True)
+    return len(shards.names)

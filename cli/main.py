@@ -11,7 +11,7 @@ import sys
 
 import typer
 
-from . import convert, curves, doctor, estimate, evaluate, generate, mini, schema, study, train
+from . import convert, curves, doctor, estimate, evaluate, generate, mini, prepare, schema, study, train
 
 HELP = """Teach SDXL to draw a person from one picture, and measure how well it does.
 
@@ -50,6 +50,7 @@ app = typer.Typer(
 )
 for command in (
     generate.generate,
+    prepare.prepare,
     train.train,
     estimate.estimate,
     curves.curves,

@@ -7,7 +7,9 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from diffusers import StableDiffusionXLPipeline
@@ -59,13 +61,21 @@ class DrawnPeople:
     def digest(self) -> str:
         return hashlib.sha256(f"{len(self)} drawn pictures".encode()).hexdigest()
 
-    @torch.no_grad()
+    @property
+    def loader(self) -> Drawer:
+        """What draws the pictures of a batch (`recipe.ReadAhead`)."""
+        return Drawer(self.faces)
+
     def batch(self, targets: Sequence[int], numbers: Sequence[int], device: torch.device) -> Batch:
+        return self.finish(self.loader((targets, numbers)), device)
+
+    @torch.no_grad()
+    def finish(self, drawn: Drawing, device: torch.device) -> Batch:
+        targets, references, pictures, photos = drawn
         self.models.readers(device)
         if self.recogniser is not None:
             self.recogniser.to(device)
-        references = [reference_of(t, n) for t, n in zip(targets, numbers, strict=True)]
-        pictures, photos = (self._draw(rows).to(device) for rows in (targets, references))
+        pictures, photos = pictures.to(device), photos.to(device)
         z_r, z_c = (self.models.latents(p) for p in (pictures, photos))
         features = self.models.features(photos)
         loss = None
@@ -108,16 +118,37 @@ class DrawnPeople:
         batch = Batch(names, each[0], each[0], text, own, each[1])
         return Probes(batch, len(prompts), photos, score, "the mini world's evaluation recogniser")
 
-    def _draw(self, rows: Sequence[int]) -> Tensor:
-        """One by one: a texture drawn for several at once would depend on who else is in the batch."""
-        return torch.cat([render(self.faces.rows(slice(r, r + 1)), IMAGE_SIZE, seed=SEED + r) for r in rows])
-
     def _text(self, captions: Sequence[str], device: torch.device) -> Condition:
         for caption in set(captions) - self._texts.keys():
             self._texts[caption] = self.models.text(caption)
         parts = [self._texts[caption] for caption in captions]
         context, pooled = (torch.cat(part).to(device) for part in zip(*parts, strict=True))
         return base.condition(context, pooled)
+
+
+class Drawing(NamedTuple):
+    """Rows of targets and references, and their pictures [n, 3, h, w] in [0, 1]."""
+
+    targets: Sequence[int]
+    references: Sequence[int]
+    pictures: Tensor
+    photos: Tensor
+
+
+@dataclass(frozen=True)
+class Drawer:
+    """Draws the pictures of samples, in a worker too."""
+
+    faces: Faces
+
+    def __call__(self, samples: tuple[Sequence[int], Sequence[int]]) -> Drawing:
+        targets, numbers = samples
+        references = [reference_of(t, n) for t, n in zip(targets, numbers, strict=True)]
+        return Drawing(targets, references, self._draw(targets), self._draw(references))
+
+    def _draw(self, rows: Sequence[int]) -> Tensor:
+        """One by one: a texture drawn for several at once would depend on who else is in the batch."""
+        return torch.cat([render(self.faces.rows(slice(r, r + 1)), IMAGE_SIZE, seed=SEED + r) for r in rows])
 
 
 def reference_of(target: int, number: int) -> int:

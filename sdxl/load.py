@@ -71,12 +71,13 @@ class PromptEncoder(nn.Module):
         self.tokenizers, self.first, self.second = tuple(tokenizers), first, second
 
     @torch.no_grad()
-    def forward(self, caption: str) -> tuple[Tensor, Tensor]:
-        """One caption -> context [1, 77, width] and pooled [1, width]; what is over 77 tokens is cut off."""
+    def forward(self, captions: str | Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Captions, one or n -> context [n, 77, width] and pooled [n, width]; what is over 77 tokens is cut off."""
+        captions = [captions] if isinstance(captions, str) else list(captions)
         hidden = []
         for tokenizer, model in zip(self.tokenizers, (self.first, self.second), strict=True):
             length = model.config.max_position_embeddings
-            ids = tokenizer(caption, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+            ids = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
             output = model(ids.input_ids.to(model.device), output_hidden_states=True)
             hidden.append(output.hidden_states[-2])
         return torch.cat(hidden, -1), output.text_embeds

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..host.fetch import environment_python, fetch
 from ..mini.files.host_models import MINI_EXTENSIONS, link_models
-from . import bench_training
+from . import bench_data, bench_training
 from .common import CACHE, ROOT, Problem, run_main, say
 
 # FLOP of a step at 1024x1024 over that of plain classifier-free guidance (counted from SDXL's layers).
@@ -53,6 +53,11 @@ def measure(side: int = 0) -> dict[str, Any]:
 def measure_training(full: bool = False) -> dict[str, Any]:
     """The figures of `bench_training`, measured in a process of its own."""
     return _answer(["-m", "lcm_lookahead.tools.bench_training", *(["full"] if full else [])], ROOT, dict(os.environ))
+
+
+def measure_data() -> dict[str, Any]:
+    """The figures of `bench_data`, measured in a process of its own."""
+    return _answer(["-m", "lcm_lookahead.tools.bench_data"], ROOT, dict(os.environ))
 
 
 def _answer(command: list[str], folder: Path, environment: dict[str, str]) -> dict[str, Any]:
@@ -122,6 +127,7 @@ def main(arguments: list[str]) -> int:
         help="SDXL with random weights in bfloat16 at SIDE x SIDE pixels (256; takes 14 GB and some minutes on a CPU)",
     )
     parser.add_argument("--training", action="store_true", help="the training step alone")
+    parser.add_argument("--data", action="store_true", help="reading and preparing data alone")
     parser.add_argument(
         "--full-size-training",
         action="store_true",
@@ -134,11 +140,18 @@ def main(arguments: list[str]) -> int:
         return 0
     if chosen.full_size % 64 or chosen.full_size < 0:
         raise Problem(f"--full-size is {chosen.full_size}: give a multiple of 64, for example 256 or 1024.")
+    if chosen.data:
+        say("Measuring how data is read (about a minute) ...")
+        print(bench_data.table(measure_data()))
+        return 0
     if not chosen.training:
         say("Measuring in a real ComfyUI (about a minute for the mini world) ...")
         print(table(measure(chosen.full_size)), end="\n\n")
     say("Measuring the training step (about a minute) ...")
     print(bench_training.table(measure_training()))
+    if not chosen.training:
+        say("Measuring how data is read (about a minute) ...")
+        print("\n" + bench_data.table(measure_data()))
     return 0
 
 

@@ -6,10 +6,12 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from .checkpoints import TrainingError
 
 NAME = ".running"  # of the file that is locked
+_held: list[TextIO] = []  # files that are locked here
 
 
 @contextlib.contextmanager
@@ -36,7 +38,21 @@ def alone(folder: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()}")
         file.flush()
-        yield
+        _held.append(file)
+        try:
+            yield
+        finally:
+            _held.remove(file)
+
+
+def _let_go() -> None:
+    """In a worker that was forked off, which would hold the lock for a moment after a run that was killed."""
+    while _held:
+        _held.pop().close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 def refuse_a_second(folder: Path) -> None:

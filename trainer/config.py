@@ -69,6 +69,8 @@ SYNONYMS = {
     "validation_steps": "validate_every",
     "pretrained_model_name_or_path": "model.base",
     "train_data_dir": "data.source",
+    "dataloader_num_workers": "workers",
+    "num_workers": "workers",
 }
 
 
@@ -150,13 +152,16 @@ class RunConfig(Section):
     norms_every: Annotated[int, Field(ge=0)] = Field(
         100, description="steps between measurements of each loss's gradient norm, which take copies of it; 0: never"
     )
+    workers: Annotated[int, Field(ge=0)] = Field(
+        2, description="processes that read samples ahead of the step, of each process that trains; 0: none"
+    )
     nonfinite_in_a_row: Count = Field(5, description="skipped steps in a row after which the run stops")
 
     # Fields that may change in a run that goes on, by dotted name: nothing of them changes what is computed, but for
     # the last bits of the rounding.
     FREE: ClassVar[frozenset[str]] = frozenset(
         "steps save_every keep log_every norms_every nonfinite_in_a_row validate_every trackers checkpointing "
-        "accumulate compile out data.source".split()  # (`Source.digest` tells other data)
+        "accumulate compile out workers data.source".split()  # (`Source.digest` tells other data)
     )
     SCORING: ClassVar[frozenset[str]] = frozenset()  # free too, but then scores of validations are others
     PATHS: ClassVar[Mapping[str, tuple[str, ...]]] = {  # by section, the fields that name files and folders

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,21 @@ class Source(Protocol):
 
     def prepare(self, device: torch.device) -> None:
         """Do what is better done before the run begins, on the device that it will run on."""
+        ...
+
+
+@runtime_checkable
+class ReadAhead(Protocol):
+    """A source that reads samples apart from its models, so that workers can do it ahead of the step.
+
+    loader: (targets, numbers), as in `batch` -> what `finish` makes the batch of; it can be sent to other processes.
+    """
+
+    @property
+    def loader(self) -> Callable[[tuple[Sequence[int], Sequence[int]]], Any]: ...
+
+    def finish(self, loaded: Any, device: torch.device) -> Any:
+        """Makes what `batch` gives, of what the loader has read."""
         ...
 
 

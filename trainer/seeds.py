@@ -6,6 +6,7 @@ So a run that was stopped goes on exactly as it would have, on any number of pro
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -19,6 +20,9 @@ def generator(*key: int) -> torch.Generator:
 
 def order(samples: int, seed: int, numbers: Sequence[int]) -> list[int]:
     """The example that each sample of the run is: each of `samples` once an epoch, in an order of that epoch's own."""
-    epochs = {n // samples for n in numbers}
-    shuffled = {epoch: np.random.default_rng([seed, epoch]).permutation(samples) for epoch in epochs}
-    return [int(shuffled[n // samples][n % samples]) for n in numbers]
+    return [int(_shuffled(samples, seed, n // samples)[n % samples]) for n in numbers]
+
+
+@lru_cache(maxsize=4)
+def _shuffled(samples: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(samples)

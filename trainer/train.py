@@ -22,12 +22,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from .alone import alone
 from .checkpoints import State, TrainingError, TrainingProgress, resume, save
 from .config import RunConfig
+from .feed import Feed
 from .gradients import gradients
 from .log import Log, check_trackers
 from .memory import out_of_memory, spilled
 from .precision import MIXED
 from .recipe import Outcome, Recipe, Source, Validator
-from .seeds import order
 
 __all__ = ["TrainingError", "train"]
 
@@ -70,8 +70,9 @@ def _train(accelerator: Accelerator, config: RunConfig, recipe: Recipe, source: 
     first = progress.step
     _check_alike(accelerator, trained, first)
     log = Log(folder, config, accelerator, first)
+    feed = Feed(accelerator, config, source, first)
     validations = _Validations(accelerator, config, recipe, source, state, log)
-    with contextlib.closing(log), _Stop(main) as stop:
+    with contextlib.closing(log), contextlib.closing(feed), _Stop(main) as stop:
         if progress.validated < first and (not first or validations.due(first)):
             validations.run(progress, stop)  # of what training starts from; or one that a signal to stop left out
         if stop.asked(accelerator):
@@ -79,7 +80,7 @@ def _train(accelerator: Accelerator, config: RunConfig, recipe: Recipe, source: 
             return None
         for number in range(first, config.steps):
             done = number + 1
-            samples = _samples(accelerator, config, recipe, source, number)
+            samples = [(batch, recipe.draw(numbers, batch)) for numbers, batch in feed.step()]
             _set_rates(optimiser, config, number)
             measure = _due(config.norms_every, number) and config.precision != "fp16"  # in which they would be scaled
             outcomes, norms = gradients(
@@ -105,7 +106,7 @@ def _train(accelerator: Accelerator, config: RunConfig, recipe: Recipe, source: 
             if _due(config.log_every, done) or done == config.steps or measure:
                 figures = recipe.figures(outcomes, lambda value: float(accelerator.reduce(value, "mean")))
                 figures |= {f"norm_{part}": float(value) for part, value in norms.items()}
-                log.figures(done, figures | {"norm": float(norm)})
+                log.figures(done, figures | {"norm": float(norm), "waiting": feed.waiting()})
                 _warn_of_spilling(accelerator.device, log.say)
             # (who is told to stop may have little time: it saves at once, and validates when it goes on)
             better = False
@@ -162,20 +163,6 @@ def make_optimiser(config: RunConfig, recipe: Recipe, device: torch.device) -> t
 def _due(every: int, done: int) -> bool:
     """Whether something that is done every so many steps (0: never) is due at this one."""
     return bool(every) and done % every == 0
-
-
-def _samples(
-    accelerator: Accelerator, config: RunConfig, recipe: Recipe, source: Source, number: int
-) -> list[tuple[Any, Any]]:
-    """(batch, draws) of each accumulated part of this process's share of step `number`."""
-    step = range(number * config.batch, (number + 1) * config.batch)
-    mine = step[accelerator.process_index :: accelerator.num_processes]
-    samples = []
-    for part in range(config.accumulate):
-        numbers = mine[part :: config.accumulate]
-        batch = source.batch(order(len(source), config.seed, numbers), numbers, accelerator.device)
-        samples.append((batch, recipe.draw(numbers, batch)))
-    return samples
 
 
 def _set_rates(optimiser: torch.optim.Optimizer, config: RunConfig, number: int) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from lcm_lookahead.cli import generate as command
+from lcm_lookahead.cli import engine as command
 from lcm_lookahead.cli import main
 from lcm_lookahead.mini import drawn_people
 from lcm_lookahead.mini.generator import DrawnWorld
@@ -29,7 +29,9 @@ from lcm_lookahead.trainer.data.generate.generators import FewStepSDXL, read_few
 from lcm_lookahead.trainer.data.generate.people import Person, read_people
 from lcm_lookahead.trainer.data.generate.prompts import PicturePlan, plan_pictures
 from lcm_lookahead.trainer.data.generate.report import added, auc, mean_and_deviation, thresholds
-from lcm_lookahead.trainer.data.shards import ShardError, Shards, shard_path, side_path
+from lcm_lookahead.trainer.data.shards import Shards, shard_name, side_name
+from lcm_lookahead.trainer.data.store import Store
+from lcm_lookahead.trainer.data.tars import ShardError
 
 FOLDER = CONFIGS / "generate"
 CPU = torch.device("cpu")
@@ -128,7 +130,7 @@ def test_another_configuration_is_refused_in_the_same_folder(drawn):
 
 def test_a_damaged_shard_is_made_again(drawn, tmp_path):
     shutil.copytree(drawn, tmp_path / "cut")
-    os.truncate(shard_path(tmp_path / "cut", 1), 700)
+    os.truncate(tmp_path / "cut" / shard_name(1), 700)
     with pytest.raises(SystemExit, match="is cut short"):
         run(arguments(tmp_path / "cut", "--verify"))
     run(arguments(tmp_path / "cut"))
@@ -140,7 +142,7 @@ def test_a_damaged_shard_is_made_again(drawn, tmp_path):
 
 
 def test_a_sample_says_all_that_is_known_of_a_person(drawn):
-    shards = Shards(drawn)
+    shards = Shards(Store(drawn))
     about = shards.about(0)
     config = settings(drawn)
     person = read_people(config)(about["person"])
@@ -157,11 +159,11 @@ def test_a_sample_says_all_that_is_known_of_a_person(drawn):
 
 
 def test_the_side_file_counts_what_was_generated_kept_and_rejected(drawn):
-    sides = [json.loads(side_path(shard_path(drawn, n)).read_text()) for n in range(2)]
+    sides = [json.loads((drawn / side_name(shard_name(n))).read_text()) for n in range(2)]
     total = added(sides)
     assert total["people"]["generated"] == 6 and total["pictures"]["generated"] == 18
     assert total["pictures"]["kept"] + sum(total["rejected"].values()) == 18
-    assert total["pictures"]["kept"] == len(Shards(drawn))
+    assert total["pictures"]["kept"] == len(Shards(Store(drawn)))
     assert sum(total["histograms"]["similarity"]) > 0
     assert sum(total["cosines"]["within"]) <= sum(total["cosines"]["within_generated"]) <= 18
 

@@ -8,19 +8,19 @@ import time
 
 import pytest
 import webdataset
-from lcm_lookahead.trainer.data import shards
+from lcm_lookahead.trainer.data import store as stores
 from lcm_lookahead.trainer.data.shards import (
+    PEOPLE,
     Sample,
-    ShardError,
     Shards,
     finished,
-    index_path,
-    read_index,
-    shard_path,
-    side_path,
-    write_index,
+    shard_index,
+    shard_name,
+    side_name,
     write_shard,
 )
+from lcm_lookahead.trainer.data.store import Store
+from lcm_lookahead.trainer.data.tars import ShardError, index_name, read_index, write_index
 
 
 def people(first, count=3):
@@ -35,7 +35,7 @@ def people(first, count=3):
 @pytest.fixture
 def folder(tmp_path):
     for number in range(3):
-        write_shard(shard_path(tmp_path, number), people(10 * number), {"people": 3}, "content")
+        write_shard(Store(tmp_path), shard_name(number), people(10 * number), {"people": 3}, "content")
     return tmp_path
 
 
@@ -48,7 +48,7 @@ def test_the_same_samples_give_the_same_bytes_at_another_time(folder, tmp_path_f
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 1e6)
     for number in range(3):
-        write_shard(shard_path(again, number), people(10 * number), {"people": 3}, "content")
+        write_shard(Store(again), shard_name(number), people(10 * number), {"people": 3}, "content")
     assert files(again) == files(folder) and len(files(folder)) == 9
 
 
@@ -61,7 +61,7 @@ def test_webdataset_reads_what_is_written(folder):
 
 
 def test_pictures_and_samples_are_found_by_their_numbers(folder):
-    opened = Shards(folder)
+    opened = Shards(Store(folder))
     assert len(opened) == 3 * (2 + 3 + 4) and opened.keys.tolist() == [0, 1, 2, 10, 11, 12, 20, 21, 22]
     for number in range(len(opened)):
         sample = int(opened.sample_of[number])
@@ -72,15 +72,16 @@ def test_pictures_and_samples_are_found_by_their_numbers(folder):
 
 
 def test_an_index_can_be_made_again_from_the_tar(folder):
-    path = index_path(shard_path(folder, 1))
+    shard = shard_name(1)
+    path = folder / index_name(shard)
     before = path.read_bytes()
     path.unlink()
-    write_index(shard_path(folder, 1), "content")
+    write_index(Store(folder), shard, shard_index(folder / shard, shard, "content"))
     assert path.read_bytes() == before
 
 
 def test_a_killed_run_leaves_the_shard_unfinished_and_its_remains_go_with_the_next(folder, monkeypatch):
-    shard, before = shard_path(folder, 0), files(folder)
+    store, shard, before = Store(folder), shard_name(0), files(folder)
 
     def killed(samples):
         yield from list(people(0))[:1]
@@ -88,9 +89,9 @@ def test_a_killed_run_leaves_the_shard_unfinished_and_its_remains_go_with_the_ne
 
     (folder / ".shard-000000.tar.0123.part").write_bytes(b"of a process that was killed")
     with pytest.raises(KeyboardInterrupt):
-        write_shard(shard, killed(0), {}, "content")
-    assert not finished(shard, "content") and finished(shard_path(folder, 1), "content")
-    write_shard(shard, people(0), {"people": 3}, "content")
+        write_shard(store, shard, killed(0), {}, "content")
+    assert not finished(store, shard, "content") and finished(store, shard_name(1), "content")
+    write_shard(store, shard, people(0), {"people": 3}, "content")
     assert files(folder) == before
 
 
@@ -98,32 +99,32 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(folder, tmp
     def full(_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(shards.os, "fsync", full)
+    monkeypatch.setattr(stores.os, "fsync", full)
     with pytest.raises(ShardError, match="cannot be written .No space left on device.: free some space") as caught:
-        write_shard(shard_path(tmp_path / "new", 0), people(0), {}, "content")
+        write_shard(Store(tmp_path / "new"), shard_name(0), people(0), {}, "content")
     assert "\n" not in str(caught.value)
     assert not list((tmp_path / "new").iterdir())
 
 
 def refused(folder):
     with pytest.raises(ShardError) as caught:
-        Shards(folder)
+        Shards(Store(folder))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 def test_a_truncated_shard_is_refused(folder):
-    shard = shard_path(folder, 1)
+    shard = folder / shard_name(1)
     os.truncate(shard, 5000)
     assert f"{shard} is cut short (5000 of" in refused(folder)
-    assert not finished(shard, "content")
+    assert not finished(Store(folder), shard.name, "content")
     with pytest.raises(ShardError, match="cut short or no shard"):
-        write_index(shard, "content")
+        shard_index(shard, shard.name, "content")
 
 
 def test_the_index_of_another_shard_is_refused_though_the_sizes_are_the_same(folder):
-    one, other = (index_path(shard_path(folder, n)) for n in (1, 2))
-    assert shard_path(folder, 1).stat().st_size == shard_path(folder, 2).stat().st_size
+    one, other = (folder / index_name(shard_name(n)) for n in (1, 2))
+    assert (folder / shard_name(1)).stat().st_size == (folder / shard_name(2)).stat().st_size
     shutil.copy(other, one)
     assert "shard-000001.index.json does not belong to" in refused(folder)
     one.write_text(one.read_text().replace("shard-000002", "shard-000001"))
@@ -132,19 +133,19 @@ def test_the_index_of_another_shard_is_refused_though_the_sizes_are_the_same(fol
 
 def test_a_change_in_the_middle_is_found_by_the_whole_hash(tmp_path):
     samples = [Sample("00000000", {"00.png": bytes(400_000)}, {"pictures": [{"file": "00.png", "reference": True}]})]
-    shard = shard_path(tmp_path, 0)
-    write_shard(shard, samples, {}, "content")
-    with shard.open("r+b") as file:
+    store, shard = Store(tmp_path), shard_name(0)
+    write_shard(store, shard, samples, {}, "content")
+    with (tmp_path / shard).open("r+b") as file:
         file.seek(200_000)
         file.write(b"x")
-    read_index(shard)
+    read_index(store, shard, PEOPLE)
     with pytest.raises(ShardError, match="is damaged"):
-        read_index(shard, whole=True)
+        read_index(store, shard, PEOPLE, whole=True)
 
 
 def test_damaged_missing_and_mixed_indexes_are_refused(folder, tmp_path_factory):
     assert "there is no shard" in refused(tmp_path_factory.mktemp("empty"))
-    path = index_path(shard_path(folder, 2))
+    path = folder / index_name(shard_name(2))
     whole = path.read_text()
     path.write_text(whole[:50])
     assert "is damaged or no index of a shard" in refused(folder)
@@ -153,13 +154,13 @@ def test_damaged_missing_and_mixed_indexes_are_refused(folder, tmp_path_factory)
     path.unlink()
     assert "shard-000002.index.json has no counterpart" in refused(folder)
     path.write_text(whole)
-    shard_path(folder, 2).unlink()
+    (folder / shard_name(2)).unlink()
     assert "shard-000002.index.json has no counterpart" in refused(folder)
-    write_shard(shard_path(folder, 2), people(20), {}, "other content")
+    write_shard(Store(folder), shard_name(2), people(20), {}, "other content")
     assert "shard-000000.tar and shard-000002.tar" in refused(folder)
     with pytest.raises(ShardError, match="made with another configuration"):
-        finished(shard_path(folder, 2), "content")
+        finished(Store(folder), shard_name(2), "content")
 
 
 def test_the_side_file_is_plain(folder):
-    assert json.loads(side_path(shard_path(folder, 0)).read_text()) == {"people": 3}
+    assert json.loads((folder / side_name(shard_name(0))).read_text()) == {"people": 3}

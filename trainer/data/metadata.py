@@ -14,7 +14,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-METADATA = ("metadata.jsonl", "metadata.csv")
+from ...lookahead.files.atomic import first_line
+from . import published
+
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.json")
 # UTF-32's mark begins with UTF-16's, so it is asked first.
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -78,13 +81,26 @@ def read_metadata(folder: Path, given: str | None) -> tuple[Path | None, dict[st
     except UnicodeError as error:
         why = getattr(error, "reason", error)
         raise DataError(f"The metadata {path} is not in UTF-8 ({why}): save it with that encoding.") from None
-    rows = _csv(path, text) if path.suffix.lower() == ".csv" else _json_lines(path, text)
+    rows = {".csv": _csv, ".json": _published}.get(path.suffix.lower(), _json_lines)(path, text)
     table = {}
     for number, row in rows:
         if not isinstance(row, Mapping) or not row.get("file_name"):
             raise DataError(f"Line {number} of {path} has no file_name: each line names one picture.")
         table[same_name(str(row["file_name"]).replace("\\", "/").removeprefix("./"))] = dict(row)
     return path, table
+
+
+def _published(path: Path, text: str) -> Iterator[tuple[int, object]]:
+    try:
+        table = json.loads(text)
+        if not isinstance(table, dict) or not all(isinstance(person, str) for person in table.values()):
+            raise ValueError("no object of texts")
+    except ValueError as error:
+        raise DataError(
+            f"{path} is no table as the paper's data has it ({first_line(error)}): write an object from each file to "
+            "its person, or use metadata.jsonl."
+        ) from None
+    yield from enumerate(published.rows(table), 1)
 
 
 def _csv(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:

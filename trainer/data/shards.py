@@ -5,33 +5,28 @@
     shard-000000.json        what was drawn and kept, for the report
 
 A sample's JSON has `pictures`, a list in the order of the files, each with `file`, `caption` and `reference` (whether
-it may be one); what else stands there is for its readers. The same samples give the same bytes.
+it may be one); what else stands there is for its readers. The same samples give the same bytes. They lie in a `Store`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tarfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ...lookahead.files.atomic import atomic
-from ...lookahead.files.tensors import sha256
-from .pairs import DataError
+from .store import Store
+from .tars import Kind, ShardError, index_name, make_index, members, read_index, read_indexes, write_index, write_tar
 
-FORMAT = "lookahead shard index 1"
-_ENDS = 65536  # bytes at either end of a tar that tell at once whether an index belongs to it
-_AGAIN = "run `lookahead generate` again with the same configuration, which makes what is missing"
-
-
-class ShardError(DataError):
-    """Says what is wrong with a shard or its index, in one sentence for the user."""
+PEOPLE = Kind(
+    "lookahead shard index 1",
+    ("samples", "pictures"),
+    "run `lookahead generate` again with the same configuration, which makes what is missing",
+)
 
 
 @dataclass(frozen=True)
@@ -43,159 +38,114 @@ class Sample:
     about: Mapping[str, Any]
 
 
-def shard_path(folder: Path, number: int) -> Path:
-    return folder / f"shard-{number:06d}.tar"
+def shard_name(number: int) -> str:
+    return f"shard-{number:06d}.tar"
 
 
-def index_path(shard: Path) -> Path:
-    return shard.with_suffix(".index.json")
+def side_name(shard: str) -> str:
+    return shard.removesuffix(".tar") + ".json"
 
 
-def side_path(shard: Path) -> Path:
-    return shard.with_suffix(".json")
-
-
-def times_path(shard: Path) -> Path:
+def times_name(shard: str) -> str:
     """Names the file of what is no part of the data set: how long it took."""
-    return shard.with_suffix(".times.json")
+    return shard.removesuffix(".tar") + ".times.json"
 
 
-def write_shard(shard: Path, samples: Iterable[Sample], side: Mapping[str, Any], content: str) -> None:
+def write_shard(store: Store, shard: str, samples: Iterable[Sample], side: Mapping[str, Any], content: str) -> None:
     """Write tar, side file and index, each whole or not at all. content: digest of the configuration.
 
-    Raises ShardError, one sentence, where the disk is full or cannot be written.
+    Raises ShardError, one sentence, where the disk is full or cannot be written, or StoreError.
     """
-    from webdataset import TarWriter
 
-    def tar(path: Path) -> None:
-        with path.open("wb") as file:
-            # Fixed times and owners, and values that are bytes already: nothing that differs from run to run.
-            with TarWriter(file, user="", group="", mode=0o644, mtime=0, encoder=False) as writer:
-                for sample in samples:
-                    about = json.dumps(sample.about, ensure_ascii=False).encode()
-                    writer.write({"__key__": sample.key, **sample.pictures, "json": about})
-            file.flush()
-            os.fsync(file.fileno())
+    def files() -> Iterable[dict[str, Any]]:
+        for sample in samples:
+            about = json.dumps(sample.about, ensure_ascii=False).encode()
+            yield {"__key__": sample.key, **sample.pictures, "json": about}
 
     try:
-        shard.parent.mkdir(parents=True, exist_ok=True)
-        index_path(shard).unlink(missing_ok=True)  # of another tar, until the new one is there
-        _whole(shard, tar)
-        _whole(side_path(shard), lambda path: path.write_text(json.dumps(side, ensure_ascii=False, indent=1)))
-        write_index(shard, content)
+        store.remove(index_name(shard))  # of another tar, until the new one is there
+        with store.writing(shard) as path:
+            write_tar(path, files())
+            index = shard_index(path, shard, content)
+        with store.writing(side_name(shard)) as path:
+            path.write_text(json.dumps(side, ensure_ascii=False, indent=1))
+        write_index(store, shard, index)
     except OSError as error:
         raise ShardError(
-            f"{shard} cannot be written ({error.strerror}): free some space or name another folder; then {_AGAIN}."
+            f"{store.at(shard)} cannot be written ({error.strerror}): free some space or name another folder; then "
+            f"{PEOPLE.again}."
         ) from error
 
 
-def write_index(shard: Path, content: str) -> None:
-    """Write the index of a tar that is there. Raises ShardError, one sentence, where it is no whole shard."""
-    index = json.dumps(make_index(shard, content))
-    _whole(index_path(shard), lambda path: path.write_text(index))
-
-
-def make_index(shard: Path, content: str) -> dict[str, Any]:
+def shard_index(path: Path, shard: str, content: str) -> dict[str, Any]:
     """The index of a tar: columns `samples` (a row a person) and `pictures`, in the order of the file.
 
     Raises ShardError, one sentence, where the tar is cut short or holds something else.
     """
     samples: dict[str, list[Any]] = {"key": [], "offset": [], "size": []}
     pictures: dict[str, list[Any]] = {"sample": [], "file": [], "offset": [], "size": [], "reference": []}
-    try:
-        with tarfile.open(shard) as tar:
-            members = {member.name: member for member in tar}
-            for name, member in members.items():
-                key, _, rest = name.partition(".")
-                if rest != "json":
-                    continue
-                file = tar.extractfile(member)
-                if file is None:
-                    raise ValueError(f"{name} is no file")
-                about = json.load(file)
-                for picture in about["pictures"]:
-                    at = members[f"{key}.{picture['file']}"]
-                    values = (len(samples["key"]), picture["file"], at.offset_data, at.size, int(picture["reference"]))
-                    for column, value in zip(pictures.values(), values, strict=True):
-                        column.append(value)
-                for column, value in zip(samples.values(), (key, member.offset_data, member.size), strict=True):
+    with members(path, shard, PEOPLE) as (found, read):
+        for name, member in found.items():
+            key, _, rest = name.partition(".")
+            if rest != "json":
+                continue
+            for picture in json.loads(read(member))["pictures"]:
+                at = found[f"{key}.{picture['file']}"]
+                values = (len(samples["key"]), picture["file"], at.offset_data, at.size, int(picture["reference"]))
+                for column, value in zip(pictures.values(), values, strict=True):
                     column.append(value)
-    except (tarfile.TarError, EOFError, KeyError, TypeError, ValueError) as error:
-        why = f"{type(error).__name__}: {error}"
-        raise ShardError(f"{shard} is cut short or no shard of people ({why}): remove it, then {_AGAIN}.") from None
-    size, ends = _ends(shard)
-    about = {"format": FORMAT, "shard": shard.name, "bytes": size, "ends": ends, "sha256": sha256(shard)}
-    return about | {"content": content, "samples": samples, "pictures": pictures}
+            for column, value in zip(samples.values(), (key, member.offset_data, member.size), strict=True):
+                column.append(value)
+    return make_index(path, shard, PEOPLE, content, {"samples": samples, "pictures": pictures})
 
 
-def read_index(shard: Path, whole: bool = False) -> dict[str, Any]:
-    """The index of a shard, which belongs to it. whole: compare the hash of the whole tar, not of its ends alone.
-
-    Raises ShardError, one sentence, where either is missing, damaged or of another data set.
-    """
-    path = index_path(shard)
-    try:
-        index = json.loads(path.read_text())
-        if index["format"] != FORMAT:
-            raise ValueError(index["format"])
-        size, ends = _ends(shard)
-        lengths = {len(c) for c in index["samples"].values()}, {len(c) for c in index["pictures"].values()}
-        if any(len(length) != 1 for length in lengths):
-            raise ValueError("columns of different lengths")
-    except FileNotFoundError as error:
-        missing = Path(error.filename).name
-        raise ShardError(f"There is no {missing} in {shard.parent}, so the shard is not finished: {_AGAIN}.") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ShardError(f"{path} is damaged or no index of a shard ({error}): remove it, then {_AGAIN}.") from None
-    if size < index["bytes"]:
-        raise ShardError(f"{shard} is cut short ({size} of {index['bytes']} bytes): remove its index, then {_AGAIN}.")
-    if (size, ends) != (index["bytes"], index["ends"]) or index["shard"] != shard.name:
-        raise ShardError(f"{path.name} does not belong to {shard} (hash or name differ): remove it, then {_AGAIN}.")
-    if whole and sha256(shard) != index["sha256"]:
-        raise ShardError(f"{shard} is damaged (its hash is not that of its index): remove its index, then {_AGAIN}.")
-    return index
-
-
-def finished(shard: Path, content: str) -> bool:
+def finished(store: Store, shard: str, content: str) -> bool:
     """Says whether a shard of this content is there, whole. Raises ShardError where there is one of another content."""
-    if not index_path(shard).is_file():
+    if not store.exists(index_name(shard)):
         return False
     try:
-        index = read_index(shard)
+        index = read_index(store, shard, PEOPLE)
     except ShardError:  # damaged: made again
         return False
     if index["content"] != content:
         raise ShardError(
-            f"{shard} was made with another configuration or other models: name another folder, out=..., or remove it."
+            f"{store.at(shard)} was made with another configuration or other models: name another folder, out=..., or "
+            "remove it."
         )
     return True
 
 
+def shards_in(store: Store) -> list[str]:
+    """Names the tars of people in a store, finished or not."""
+    return sorted(name for name in store.names() if name.startswith("shard-") and name.endswith(".tar"))
+
+
 class Shards:
-    """A folder of shards, opened by their indexes alone.
+    """All shards of a store, opened by their indexes alone.
 
     Pictures and samples are counted through all shards in the order of their names; `first[sample]` is the sample's
     first picture, and its pictures follow each other.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, store: Store):
         """Raises ShardError, one sentence, where there is none, one is not finished or two data sets are mixed."""
-        self.paths = sorted(folder.glob("shard-*.tar"))
-        strays = {index_path(p).name for p in self.paths} ^ {p.name for p in folder.glob("shard-*.index.json")}
-        if not self.paths or strays:
+        self.store, self.names = store, shards_in(store)
+        there = {name for name in store.names() if name.startswith("shard-") and name.endswith(".index.json")}
+        strays = {index_name(name) for name in self.names} ^ there
+        if not self.names or strays:
             what = f"{sorted(strays)[0]} has no counterpart" if strays else "there is no shard-*.tar"
-            raise ShardError(f"{folder} is no whole folder of shards ({what}): {_AGAIN}.")
+            raise ShardError(f"{store} is no whole folder of shards ({what}): {PEOPLE.again}.")
         columns: dict[str, list[np.ndarray]] = {}
         contents: dict[str, str] = {}
-        hashes, samples = [], 0
+        samples = 0
+        self.hashes: list[str] = []  # of the tars
 
         def add(name: str, values: Any, kind: type) -> None:
             columns.setdefault(name, []).append(np.asarray(values, dtype=kind))
 
-        for number, path in enumerate(self.paths):
-            index = read_index(path)
-            contents.setdefault(index["content"], path.name)
-            hashes.append(index["sha256"])
+        for number, (name, index) in enumerate(zip(self.names, read_indexes(store, self.names, PEOPLE), strict=True)):
+            contents.setdefault(index["content"], name)
+            self.hashes.append(index["sha256"])
             theirs, pictures = index["samples"], index["pictures"]
             count = len(theirs["key"])
             add("key", theirs["key"], np.int64)
@@ -209,9 +159,9 @@ class Shards:
             samples += count
         if len(contents) > 1:
             one, other = list(contents.values())[:2]
-            raise ShardError(f"{one} and {other} in {folder} are of two data sets: keep each in a folder of its own.")
-        self.folder, self._columns = folder, {name: np.concatenate(parts) for name, parts in columns.items()}
-        self.digest = hashlib.sha256("".join(hashes).encode()).hexdigest()
+            raise ShardError(f"{one} and {other} in {store} are of two data sets: keep each in a folder of its own.")
+        self._columns = {name: np.concatenate(parts) for name, parts in columns.items()}
+        self.digest = hashlib.sha256("".join(self.hashes).encode()).hexdigest()
         self.sample_of: np.ndarray = self._columns["sample"]  # [pictures]
         self.reference: np.ndarray = self._columns["reference"]  # bool [pictures]
         self.keys: np.ndarray = self._columns["key"]  # [samples]
@@ -226,37 +176,24 @@ class Shards:
         shard = self._columns["sample_shard"][self.sample_of[number]]
         return self._read(int(shard), int(self._columns["offset"][number]), int(self._columns["size"][number]))
 
+    def place(self, number: int) -> tuple[str, int]:
+        """Tells where a picture is: the hash of its shard's tar, and the offset in it."""
+        shard = int(self._columns["sample_shard"][self.sample_of[number]])
+        return self.hashes[shard], int(self._columns["offset"][number])
+
     def about(self, sample: int) -> dict[str, Any]:
         """The JSON of a sample."""
         shard, offset, size = (int(self._columns[f"sample_{k}"][sample]) for k in ("shard", "offset", "size"))
         return json.loads(self._read(shard, offset, size))
 
     def _read(self, shard: int, offset: int, size: int) -> bytes:
-        path = self.paths[shard]
+        name = self.names[shard]
         try:
-            with path.open("rb") as file:  # anew each time: nothing that a forked worker could share by mistake
-                file.seek(offset)
-                read = file.read(size)
+            read = self.store.piece(name, offset, size, self.hashes[shard])
         except OSError as error:
-            raise ShardError(f"{path} cannot be read ({error.strerror}): see that its disk is there.") from error
+            raise ShardError(
+                f"{self.store.at(name)} cannot be read ({error.strerror}): see that its disk is there."
+            ) from error
         if len(read) != size:
-            raise ShardError(f"{path} is cut short: remove its index, then {_AGAIN}.")
+            raise ShardError(f"{self.store.at(name)} is cut short: remove its index, then {PEOPLE.again}.")
         return read
-
-
-def _ends(path: Path) -> tuple[int, str]:
-    """Size of a file, and the hash of its first and last bytes."""
-    with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(0)
-        head = file.read(_ENDS)
-        file.seek(max(0, size - _ENDS))
-        return size, hashlib.sha256(head + file.read(_ENDS)).hexdigest()
-
-
-def _whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file whole or not at all, and remove what a run that was killed has left of it."""
-    with atomic(path) as part:
-        write(part)
-    for left in path.parent.glob(f".{path.name}.*.part"):
-        left.unlink(missing_ok=True)

@@ -34,7 +34,9 @@ class Model(BaseModels):
 class Data(BaseData):
     """Names the data that a run trains on."""
 
-    source: Place = Field(description="folder with a folder a person, or `mini` for drawn people")
+    source: Place = Field(
+        description="folder with a folder a person, or with shards; address of shards (s3://...); `mini`: drawn people"
+    )
     people: Count = Field(3000, description="number of people that are drawn, of the mini world")
     kv_prompt: str = Field("a photo of a face", description="the KV encoder's text outside of training")
     metadata: Place | None = Field(None, description="JSON lines or CSV: file_name, and where known text and person")
@@ -43,14 +45,17 @@ class Data(BaseData):
     reference_margin: Annotated[float, Field(ge=0)] | None = Field(
         None, description="margin around the face (share of its box) of a reference's crop; by default the whole square"
     )
-    keep: bool = Field(True, description="cache what the frozen models see in an image, 1 MB each, on the disk")
+    keep: bool = Field(True, description="keep what the frozen models see in an image on the disk, 1 MB each")
     cache: Place | None = Field(None, description="folder of that cache and of the index of the images (SOURCE.cache)")
+    read_batch: Count = Field(8, description="images that the frozen models read at a time (`lookahead prepare`)")
     damaged: Share = Field(0.02, description="share of images that may be unreadable, and are left out")
 
 
 def cache_folder(data: Data) -> Path:
-    """The folder of what is kept of the images: `data.cache`, else one beside the data."""
-    source = Path(os.path.abspath(data.source))  # with a name, also of "." and ".."
+    """The folder of what is kept of the images: `data.cache`, else one beside the data, or here where those are not on
+    this machine."""
+    name = Path(data.source).name if "://" in data.source else data.source
+    source = Path(os.path.abspath(name))  # with a name, also of "." and ".."
     return Path(data.cache) if data.cache else source.with_name(source.name + ".cache")
 
 
@@ -130,7 +135,7 @@ class Config(RunConfig):
         *("name", "out", "model", "data", "steps", "batch", "accumulate", "seed", "precision", "checkpointing"),
         *("importance", "drop", "lookahead", "optimiser", "ema", "compile", "validation"),
     )
-    FREE = RunConfig.FREE | {"model.start", "data.metadata", "data.cache", "data.keep", "data.damaged"}
+    FREE = RunConfig.FREE | {"model.start"} | {f"data.{n}" for n in "metadata cache keep damaged read_batch".split()}
     SCORING = frozenset(f"validation.{name}" for name in ("steps", "guidance", "prompts", "recogniser", "clip"))
     PATHS = {
         "": ("out",),

@@ -19,7 +19,7 @@ from ...config import Count, Place, Positive, Section, Share, read_values, valid
 
 Weight = Annotated[float, Field(ge=0)]
 Weights = dict[str, Weight]  # a text, and how often it is drawn relative to the others
-_NOT_CONTENT = ("name", "out", "shards")  # what may change without changing a byte of a shard
+_NOT_CONTENT = ("name", "out", "shards", "launch")  # what may change without changing a byte of a shard
 _PATHS = {"generator": ("base", "lora", "vae"), "checks": ("detector", "recogniser", "clip"), "": ("names",)}
 
 
@@ -119,16 +119,30 @@ class Prompts(Section):
         return self
 
 
+class SharedAttention(Section):
+    """Says how the pictures of a person share attention (kind `consistent`), as ConsiStory does."""
+
+    dropout: Share = Field(0.5, description="probability that a patch of the others' subject is left out in a step")
+    injection: Share = Field(
+        0.8, description="share of a subject's features that the best match in the others replaces"
+    )
+    begin: Share = Field(0.1, description="share of the steps after which features are injected")
+    end: Share = Field(0.5, description="share of the steps until which they are")
+
+
 class GeneratorSettings(Section):
     """Which model draws, and how."""
 
-    kind: Literal["sdxl", "drawn"] = Field("sdxl", description="a few-step SDXL; or the mini world's drawn people")
+    kind: Literal["sdxl", "consistent", "drawn"] = Field(
+        "sdxl", description="a few-step SDXL; any SDXL with shared attention; or the mini world's drawn people"
+    )
     base: Place | None = Field(None, description="SDXL as a diffusers folder or one .safetensors, or `mini`")
     lora: Place | None = Field(None, description="few-step LoRA; none for a base that is few-step itself (SDXL-Turbo)")
     lora_scale: Positive = 1.0
     vae: Place | None = Field(None, description="folder of an autoencoder in place of the base's")
-    sampler: Literal["lcm", "euler", "euler_ancestral", "tcd"] = Field(
-        "euler_ancestral", description="SDXL-Turbo: euler_ancestral; LCM-LoRA: lcm; Lightning: euler; Hyper-SD: tcd"
+    sampler: Literal["lcm", "euler", "euler_ancestral", "tcd", "ddim"] = Field(
+        "euler_ancestral",
+        description="SDXL-Turbo: euler_ancestral; LCM-LoRA: lcm; Lightning: euler; Hyper-SD: tcd; SDXL itself: ddim",
     )
     steps: Annotated[int, Field(ge=1, le=50)] = 1
     guidance: Annotated[float, Field(ge=0)] = Field(0.0, description="up to 1: none, as few-step models want it")
@@ -136,11 +150,14 @@ class GeneratorSettings(Section):
     batch: Count = Field(8, description="pictures at a time; part of the content, as it changes last bits")
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     licence: str = Field("unknown", description="of the models, written into every sample")
+    shared: SharedAttention | None = Field(None, description="of kind `consistent`; by default as its fields say")
 
     @model_validator(mode="after")
     def _complete(self) -> GeneratorSettings:
-        if self.kind == "sdxl" and self.base is None:
-            raise ValueError("kind 'sdxl' needs base: name SDXL's folder or file, or `mini`")
+        if self.kind != "drawn" and self.base is None:
+            raise ValueError(f"kind {self.kind!r} needs base: name SDXL's folder or file, or `mini`")
+        if self.shared is not None and self.kind != "consistent":
+            raise ValueError(f"shared is for kind 'consistent', and kind is {self.kind!r}: leave it out")
         return self
 
 
@@ -176,6 +193,31 @@ class Files(Section):
     quality: Annotated[int, Field(ge=50, le=100)] = Field(95, description="of JPEG")
 
 
+class Launch(Section):
+    """Who makes the shards: this process, or tasks of an engine (datatrove's executors)."""
+
+    engine: Literal["none", "local", "slurm", "ray"] = Field(
+        "none", description="none: this process and those that are started beside it; processes of this machine; ..."
+    )
+    tasks: Count = Field(1, description="how many tasks share the shards")
+    workers: Annotated[int, Field(ge=0)] = Field(0, description="how many run at a time; 0: all")
+    gpus: Annotated[int, Field(ge=0)] = Field(1, description="of a task (slurm, ray)")
+    cpus: Count = Field(4, description="of a task (slurm, ray)")
+    gigabytes: Count = Field(32, description="of a task's memory (slurm, ray)")
+    partition: str | None = Field(None, description="of slurm")
+    time: str = Field("04:00:00", description="of slurm: after which it ends a task, whose shards the next one makes")
+    qos: str | None = Field(None, description="of slurm")
+    environment: str | None = Field(None, description="of slurm: command that activates the Python environment")
+    sbatch: dict[str, str] = Field({}, description="further options of sbatch, without their dashes")
+    logs: str | None = Field(None, description="folder of the engine's logs; generate_logs/NAME")
+
+    @model_validator(mode="after")
+    def _complete(self) -> Launch:
+        if self.engine == "slurm" and self.partition is None:
+            raise ValueError("engine 'slurm' needs a partition: name that of the cluster")
+        return self
+
+
 class GenerateConfig(Section):
     """One generated data set."""
 
@@ -190,6 +232,7 @@ class GenerateConfig(Section):
     generator: GeneratorSettings
     checks: Checks = Checks()
     files: Files = Files()
+    launch: Launch = Launch()
 
     @model_validator(mode="after")
     def _someone(self) -> GenerateConfig:
@@ -197,11 +240,19 @@ class GenerateConfig(Section):
             raise ValueError("either people (by description) or names (of known people) must be given")
         if self.names is not None and self.generator.kind == "drawn":
             raise ValueError("names are for models that know them, and generator.kind 'drawn' knows nobody")
+        batch, per_person = self.generator.batch, self.prompts.per_person
+        if self.generator.kind == "consistent" and batch % per_person:
+            raise ValueError(
+                f"generator.batch is {batch}, and pictures that share attention come together, {per_person} a person: "
+                f"set it to a multiple, such as {per_person}"
+            )
         return self
 
     def content(self) -> dict[str, Any]:
         """All that decides what is in a shard, as plain values; of files the last names only."""
         values = self.model_dump(mode="json", exclude=set(_NOT_CONTENT))
+        if values["generator"]["shared"] is None:  # which data sets that were begun before do not know
+            del values["generator"]["shared"]
         for section, names in _PATHS.items():
             part = values[section] if section else values
             part |= {name: Path(part[name]).name for name in names if part.get(name) is not None}

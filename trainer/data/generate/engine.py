@@ -15,7 +15,6 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..shards import Sample, finished, shard_path, times_path, write_shard
+from ..shards import Sample, finished, shard_name, times_name, write_shard
+from ..store import Store
 from .checks import DUPLICATE, Inspector, Measurements, mean_embedding, select
 from .config import Files, GenerateConfig, digest
 from .generators import GeneratedPicture, PictureGenerator
@@ -81,13 +81,13 @@ class Engine:
     def __init__(self, config: GenerateConfig, generator: PictureGenerator, inspector: Inspector):
         """Raises ConfigError, one sentence, where a list of names cannot be read."""
         self.config, self.generator, self.inspector = config, generator, inspector
-        self.people = read_people(config)
+        self.store, self.people = Store(config.out), read_people(config)
         self.content = digest([config.content(), generator.digest, inspector.digest])
         self.seconds: defaultdict[str, float] = defaultdict(float)  # by part of the work
 
     def missing(self, numbers: Sequence[int]) -> list[int]:
         """The shards of these numbers that are not finished. Raises ShardError for one of another content."""
-        return [n for n in numbers if not finished(shard_path(Path(self.config.out), n), self.content)]
+        return [n for n in numbers if not finished(self.store, shard_name(n), self.content)]
 
     def make_shard(self, number: int, progress: Progress = silent) -> dict[str, Any]:
         """Make and write one shard; returns its side file's content. Raises ShardError where it cannot be written."""
@@ -95,13 +95,14 @@ class Engine:
         size = self.config.people_per_shard
         people = self.generate(range(number * size, (number + 1) * size), progress)
         side = {"shard": number, "content": self.content, **self.about(), **summary(people)}
-        shard, begun = shard_path(Path(self.config.out), number), time.perf_counter()
-        write_shard(shard, [self.sample(p) for p in people if p.kept()], side, self.content)
+        shard, begun = shard_name(number), time.perf_counter()
+        write_shard(self.store, shard, [self.sample(p) for p in people if p.kept()], side, self.content)
         self.seconds["write"] += time.perf_counter() - begun
         self.seconds["all"] = time.perf_counter() - started
         # How long it took is no part of the shard: it differs from run to run.
         times = {"pictures": side["pictures"]["generated"], "seconds": dict(self.seconds)}
-        times_path(shard).write_text(json.dumps(times | {"threads": torch.get_num_threads()}))
+        with self.store.writing(times_name(shard)) as path:
+            path.write_text(json.dumps(times | {"threads": torch.get_num_threads()}))
         return side
 
     def generate(self, numbers: Sequence[int], progress: Progress = silent) -> list[GeneratedPerson]:

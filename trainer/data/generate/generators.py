@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +13,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
+    DDIMScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     LCMScheduler,
@@ -25,7 +27,8 @@ from torch import Tensor, nn
 from ....lookahead.files.tensors import EncoderFileError, read_tensors, sha256
 from ....sdxl import load, lora
 from ....sdxl.load import ModelError, PromptEncoder
-from .config import GeneratorSettings
+from ....sdxl.subject_attention import Sharing, SubjectAttention
+from .config import GeneratorSettings, SharedAttention
 from .prompts import PicturePlan
 
 
@@ -50,6 +53,7 @@ class PictureGenerator(Protocol):
 # The distilled models of SDXL keep its noise schedule, and start from pure noise, at the last time step.
 _SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SAMPLERS = {
+    "ddim": lambda: DDIMScheduler(**_SCHEDULE, timestep_spacing="trailing", clip_sample=False),
     "lcm": lambda: LCMScheduler(**_SCHEDULE, original_inference_steps=50),
     "euler": lambda: EulerDiscreteScheduler(**_SCHEDULE, timestep_spacing="trailing"),
     "euler_ancestral": lambda: EulerAncestralDiscreteScheduler(**_SCHEDULE, timestep_spacing="trailing"),
@@ -122,6 +126,35 @@ class FewStepSDXL:
         return [GeneratedPicture(pixels) for pixels in to_bytes(decoded / 2 + 0.5)]
 
 
+class ConsistentSDXL(FewStepSDXL):
+    """Any SDXL whose pictures of a person are sampled together and share attention (`sdxl.subject_attention`)."""
+
+    def __init__(self, settings: GeneratorSettings, *parts: Any):
+        super().__init__(settings, *parts)
+        shared = settings.shared or SharedAttention()
+        self.subject = SubjectAttention(self.pipe.unet, Sharing(**shared.model_dump()))
+
+    def __call__(self, plans: Sequence[PicturePlan]) -> list[GeneratedPicture]:
+        """plans: all pictures of each of their people, one after another."""
+        pictures: list[GeneratedPicture] = []
+        for _, each in groupby(plans, key=lambda plan: plan.person.number):
+            theirs = list(each)
+            words = [subject_tokens(self.pipe.tokenizer, plan.prompt, plan.person.description) for plan in theirs]
+            with self.subject.shared(words, self.settings.steps, theirs[0].seed):
+                pictures += super().__call__(theirs)
+        return pictures
+
+
+def subject_tokens(tokenizer: Any, prompt: str, subject: str) -> list[int]:
+    """Places of the subject's tokens in a prompt's; of all words, where they are not found."""
+    ids = tokenizer(prompt, truncation=True, max_length=tokenizer.model_max_length).input_ids
+    wanted = tokenizer(subject, add_special_tokens=False).input_ids
+    for first in range(1, len(ids) - len(wanted)):
+        if ids[first : first + len(wanted)] == wanted:
+            return list(range(first, first + len(wanted)))
+    return list(range(1, max(2, len(ids) - 1)))
+
+
 def read_few_step(
     settings: GeneratorSettings, device: torch.device, folder: Path | None = None, *beside: Path
 ) -> FewStepSDXL:
@@ -139,7 +172,8 @@ def read_few_step(
         vae = _existing("generator.vae", settings.vae, "an autoencoder of SDXL as a diffusers folder")
         files = [*files, *weights_in(vae)]
     dtype = torch.float32 if device.type == "cpu" else _DTYPES[settings.precision]
-    return FewStepSDXL(settings, load.load_base(base, dtype, vae), branches, files, device)
+    kind = ConsistentSDXL if settings.kind == "consistent" else FewStepSDXL
+    return kind(settings, load.load_base(base, dtype, vae), branches, files, device)
 
 
 def _existing(field: str, name: str, what: str, *beside: Path) -> Path:

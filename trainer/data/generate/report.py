@@ -15,10 +15,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from ....evaluation.contact_sheet import Cell, contact_sheet
-from ....lookahead.files.atomic import atomic
-from ..shards import ShardError, Shards, index_path, shard_path, side_path, times_path
+from ..shards import Shards, shard_name, side_name, times_name
+from ..store import Store
+from ..tars import ShardError, index_name
 from .config import GenerateConfig
-from .engine import RANGES, GeneratedPerson, summary
+from .engine import BINS, RANGES, GeneratedPerson, summary
 
 SHEET_PEOPLE, PILOT_PEOPLE = 10, 20  # rows of a sheet
 SHARES = (0.99, 0.95, 0.9, 0.8, 0.5)  # of what is kept, for which a pilot says the thresholds
@@ -36,22 +37,28 @@ _PAIRS = {
 _SUMS = ("people", "pictures", "rejected", "attributes", "histograms", "cosines")
 
 
-def write_report(config: GenerateConfig) -> Path:
-    """Write report.html into the data set's folder. Raises ShardError, one sentence, where no shard is finished."""
-    folder = Path(config.out)
-    paths = [path for n in range(config.shards) if index_path(path := shard_path(folder, n)).is_file()]
-    if not paths:
-        raise ShardError(f"There is no finished shard in {folder} to report on: make some first.")
-    sides, shards = [json.loads(side_path(path).read_text()) for path in paths], Shards(folder)
+def write_report(config: GenerateConfig) -> str:
+    """Write report.html into the data set's folder; returns where it is.
+
+    Raises ShardError, one sentence, where no shard is finished, or StoreError.
+    """
+    store = Store(config.out)
+    there = store.names()
+    names = [name for n in range(config.shards) if index_name(name := shard_name(n)) in there]
+    if not names:
+        raise ShardError(f"There is no finished shard in {store} to report on: make some first.")
+    sides, shards = [json.loads(text) for text in store.read([side_name(name) for name in names])], Shards(store)
     sheets = [_sheet_of_shards(f"The first {SHEET_PEOPLE} people", shards, config, range(SHEET_PEOPLE))]
     if len(shards.keys) > 3 * SHEET_PEOPLE:
         spread = np.linspace(SHEET_PEOPLE, len(shards.keys) - 1, SHEET_PEOPLE).astype(int).tolist()
         sheets.append(_sheet_of_shards("People from all of it", shards, config, spread))
     facts = {
-        "shards": f"{len(paths)} of {config.shards}",
-        "disk": f"{sum(path.stat().st_size for path in paths) / 1e6:.1f} MB",
+        "shards": f"{len(names)} of {config.shards}",
+        "disk": f"{sum(there[name] or 0 for name in names) / 1e6:.1f} MB",
     }
-    return _write(folder / "report.html", config, added(sides), sides[0], facts | _speed(paths), sheets)
+    timed = [times_name(name) for name in names if times_name(name) in there]
+    times = [json.loads(text) for text in store.read(timed)]
+    return _write(store, "report.html", config, added(sides), sides[0], facts | _speed(times), sheets)
 
 
 def write_pilot(
@@ -59,13 +66,14 @@ def write_pilot(
     opened: Sequence[GeneratedPerson],
     asked: Sequence[GeneratedPerson],
     about: Mapping[str, Any],
-) -> Path:
-    """Write pilot.html. opened: people with all thresholds open; asked: the same as the configuration selects them."""
+) -> str:
+    """Write pilot.html; returns where it is. opened: people with all thresholds open; asked: the same as the
+    configuration selects them."""
     sheet = _sheet_of_people("Under each, what the configuration does with it", asked, config)
     total = summary(asked) | {"histograms": summary(opened)["histograms"]}
     facts = {"pilot": f"{len(opened)} people, of whom nothing but this page is written"}
     rows = thresholds(config, opened)
-    return _write(Path(config.out) / "pilot.html", config, total, about, facts, [sheet], rows)
+    return _write(Store(config.out), "pilot.html", config, total, about, facts, [sheet], rows)
 
 
 def thresholds(config: GenerateConfig, people: Sequence[GeneratedPerson]) -> list[dict[str, Any]]:
@@ -137,14 +145,15 @@ def auc(own: Sequence[int], other: Sequence[int]) -> float:
 
 
 def _write(
-    path: Path,
+    store: Store,
+    name: str,
     config: GenerateConfig,
     total: Mapping[str, Any],
     about: Mapping[str, Any],
     facts: Mapping[str, str],
     sheets: Sequence[Mapping[str, Any]],
     rows: Sequence[Mapping[str, Any]] = (),
-) -> Path:
+) -> str:
     cosines = total["cosines"]
     pairs = [
         (title, sum(cosines[key]), *mean_and_deviation(cosines[key], *RANGES["similarity"]))
@@ -166,10 +175,9 @@ def _write(
         shares=SHARES,
         thresholds=rows,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic(path) as part:
-        part.write_text(page, encoding="utf-8")
-    return path
+    with store.writing(name) as path:
+        path.write_text(page, encoding="utf-8")
+    return store.at(name)
 
 
 def _balance(config: GenerateConfig, total: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -188,9 +196,8 @@ def _balance(config: GenerateConfig, total: Mapping[str, Any]) -> list[dict[str,
     return out
 
 
-def _speed(shards: Sequence[Path]) -> dict[str, str]:
+def _speed(times: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """How fast it went, by the shards' times."""
-    times = [json.loads(times_path(path).read_text()) for path in shards if times_path(path).is_file()]
     if not times:
         return {}
     seconds: Counter[str] = Counter()
@@ -214,7 +221,7 @@ def _sheet_of_shards(title: str, shards: Shards, config: GenerateConfig, samples
             image = Image.open(io.BytesIO(shards.picture(number)))
             row[int(Path(picture["file"]).stem)] = _cell(image, picture["caption"], picture.get("similarity"))
         rows.append(row)
-        people.append(f"{about['person']}: {about['description']}")
+        people.append(f"person {about['person']}: {about['description']}")
     return _sheet(title, rows, people)
 
 
@@ -228,7 +235,7 @@ def _sheet_of_people(title: str, people: Sequence[GeneratedPerson], config: Gene
         ]
         for person in some
     ]
-    return _sheet(title, rows, [f"{p.person.number}: {p.person.description}" for p in some])
+    return _sheet(title, rows, [f"person {p.person.number}: {p.person.description}" for p in some])
 
 
 def _cell(image: Image.Image, text: str, similarity: float | None) -> Cell:
@@ -250,11 +257,20 @@ def _charts(total: Mapping[str, Any]) -> list[dict[str, str]]:
     if total["cosines"]:
         figure = Figure(figsize=(7, 2.8), layout="constrained")
         axes = figure.add_subplot()
+        low, edges = 1.0, np.linspace(*RANGES["similarity"], BINS // 2 + 1)
         for key, title in _PAIRS.items():
             counts = np.asarray(total["cosines"][key], float).reshape(-1, 2).sum(1)  # coarser, to be read as curves
-            axes.stairs(counts / max(counts.sum(), 1), np.linspace(*RANGES["similarity"], len(counts) + 1), label=title)
-        axes.set(xlabel="cosine of two embeddings", ylabel="share of pairs", xlim=(-0.5, 1))
-        axes.legend(frameon=False, fontsize=8)
+            first = key == "within_generated"  # seen below that of the kept
+            axes.stairs(
+                counts / max(counts.sum(), 1),
+                edges,
+                label=title,
+                linewidth=3 if first else 1,
+                alpha=0.4 if first else 1,
+            )
+            low = min([low, *edges[:-1][counts > 0]])
+        axes.set(xlabel="cosine of two embeddings", ylabel="share of pairs", xlim=(low - 0.02, 1))
+        axes.legend(frameon=False, fontsize=8, loc="upper left")
         charts.append({"title": "similarity within and across people", "data": _svg(figure)})
     for name, counts in total["histograms"].items():
         if sum(counts):
