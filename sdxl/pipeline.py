@@ -62,12 +62,13 @@ class LookaheadPipeline(StableDiffusionXLPipeline):
         image_encoder: folder of the CLIP image encoder that it was trained with, or the model itself; None where the
         pipeline has it already. Raises EncoderFileError or ValueError, one sentence, for a file that does not fit.
         """
-        file = encoder if isinstance(encoder, EncoderFile) else encoder_file.read(encoder)
+        file = encoder if isinstance(encoder, EncoderFile) else encoder_file.read(Path(encoder).expanduser())
         loaded = Encoder.from_file(file, self.unet)
         if isinstance(image_encoder, str | os.PathLike):
             from transformers import CLIPVisionModelWithProjection
 
-            image_encoder = CLIPVisionModelWithProjection.from_pretrained(Path(image_encoder), dtype=self.unet.dtype)
+            folder = Path(image_encoder).expanduser()
+            image_encoder = CLIPVisionModelWithProjection.from_pretrained(folder, dtype=self.unet.dtype)
         if image_encoder is not None:
             self.register_modules(image_encoder=image_encoder)
         self.unload_encoder()
