@@ -118,16 +118,14 @@ def things(
 def gate(
     folder: Folder = None,
     samples: Annotated[int, typer.Option(min=1, help="Pictures drawn of each class.")] = 48,
-    sheet: Annotated[
-        Path | None, typer.Option(help="PNG of some of them.", show_default="FOLDER/gate.png")
-    ] = None,
+    sheet: Annotated[Path | None, typer.Option(help="PNG of some of them.", show_default="FOLDER/gate.png")] = None,
 ) -> None:
     """Ask the judge of things whether the base draws each class (in 90 % of samples); ends with 1 where it does not."""
     from ..mini.report.gate import GATE, check
 
     folder = folder_of(folder, quick=False)
-    files = (folder / f"{name}.safetensors" for name in ("things_lora", "things_judge"))
-    named = check(*files, samples, sheet or folder / "gate.png")
+    lora, judge = (folder / f"{name}.safetensors" for name in ("things_lora", "things_judge"))
+    named = check(lora, judge, samples, sheet or folder / "gate.png")
     if short := [noun for noun, share in named.items() if share < GATE]:
         print(f"The gate is closed: under {GATE:.0%} for {', '.join(short)}.")
         raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""A checkpoint that is derived from the shipped ones when it is needed, and is itself not shipped: the base of things."""
+"""A checkpoint that is derived from the shipped files when it is needed, and is not shipped: the base of things."""
 
 from __future__ import annotations
 
@@ -28,5 +28,7 @@ def write_things_base(lora: Path, to: Path, weights: Path = WEIGHTS) -> Path:
     tensors = sdxl_checkpoint(unet.state_dict(), text.l.state_dict(), text.g.state_dict(), vae.state_dict())
     to.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(weights / CLIP_VISION, to / CLIP_VISION)
-    stage.write_tensors(to / CHECKPOINT, stage.half(tensors), {"format": "pt", "modelspec.title": "mini SDXL of things"})
+    stage.write_tensors(
+        to / CHECKPOINT, stage.half(tensors), {"format": "pt", "modelspec.title": "mini SDXL of things"}
+    )
     return to / CHECKPOINT
