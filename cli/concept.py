@@ -168,7 +168,9 @@ def words(
 
     made, known = read_concept(concept), known_base(base)
     text = frozen_models(ConceptModels(base=base), "fp32").text
-    real = dictionary_of(text, concept_words(text, dictionary and str(dictionary), known.nouns if known else ()))
+    real = dictionary_of(
+        text, concept_words(text, str(dictionary) if dictionary else None, known.nouns if known else ())
+    )
     print(f"hard word: {made.word} (token {made.word_id}), chosen when the concept was predicted")
     places, cosines = nearest_words(made.word_l[None], made.word_g[None], real, count)
     for place, cosine in zip(places[0].tolist(), cosines[0].tolist(), strict=True):

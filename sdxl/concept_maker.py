@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -10,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ..lookahead.method.attention import Attention, softmax_attention
-from ..lookahead.method.concept import Concept, ConceptEncoder, Dictionary, Prediction, nearest_words
-from ..lookahead.method.concept_input import TEMPLATES, ConceptError, check_blend, check_picture
+from ..lookahead.method.concept import Concept, ConceptEncoder, concept_of
+from ..lookahead.method.concept_input import TEMPLATES, ConceptError, check_blend, check_picture, picture_hash
 from ..lookahead.method.concept_tuning import PredictWith, Tuning, tune
 from ..lookahead.method.schedule import alphas_cumprod
-from ..lookahead.vision.images import resize_square
+from ..lookahead.vision.images import centre_square
 from .concept import (
     ConceptRows,
     PromptIds,
@@ -34,30 +33,8 @@ POOLED = ("blended", "soft", "hard")
 def squared(picture: Tensor, size: int) -> Tensor:
     """The square about the middle of a picture [3, H, W] in [0, 1], as [1, 3, size, size]. Raises ConceptError for a
     picture that is too small to show anything."""
-    height, width = picture.shape[-2:]
-    check_picture(height, width)
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    return resize_square(picture[None, :, top : top + side, left : left + side], size)
-
-
-def picture_hash(picture: Tensor) -> str:
-    """A hash of the pixels of a picture [3, H, W] in [0, 1], in 8 bit."""
-    return hashlib.sha256((picture * 255).round().byte().cpu().contiguous().numpy().tobytes()).hexdigest()
-
-
-def concept_of(
-    prediction: Prediction, dictionary: Dictionary, blend: float, about: Mapping[str, str], row: int = 0
-) -> Concept:
-    """One row of a prediction as a concept; its hard word is the nearest of the dictionary."""
-    word_l, word_g = prediction.word_l[row].detach().float().cpu(), prediction.word_g[row].detach().float().cpu()
-    places, _ = nearest_words(word_l[None], word_g[None], dictionary)
-    place = int(places[0, 0])
-    offsets = {
-        k: (a[row].detach().float().cpu(), b[row].detach().float().cpu()) for k, (a, b) in prediction.offsets.items()
-    }
-    word, word_id = dictionary.texts[place], int(dictionary.ids[place])
-    return Concept(word_l, word_g, word, word_id, offsets, check_blend(blend), dict(about))
+    check_picture(*picture.shape[-2:])
+    return centre_square(picture.movedim(0, -1)[None], size).movedim(-1, 1)
 
 
 @torch.no_grad()
@@ -85,7 +62,7 @@ def predict_concept(
     prediction = encoder.to(features.device)(features)
     dictionary = dictionary_of(frozen.text, words)
     known = {"picture_hash": picture_hash(picture), "size": str(size), "steps": "0", **(about or {})}
-    concept = concept_of(prediction, dictionary, blend, known)
+    concept = concept_of(prediction, dictionary, check_blend(blend), known)
     check_concept(concept, frozen.unet, frozen.text)
     return concept
 

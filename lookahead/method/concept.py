@@ -2,8 +2,7 @@
 
 After "Domain-Agnostic Tuning-Encoder for Fast Personalization of Text-To-Image Models" (arXiv 2307.06925), as far as
 its abstract, figures and the encoder-for-tuning line of work (arXiv 2302.12228) say it. The paper's equations were not
-to be had and its code is not public: formulas and constants here are this project's own. No recipe, node or pipeline
-uses this module yet.
+to be had and its code is not public: formulas and constants here are this project's own.
 
 One word stands for the concept in both text encoders of SDXL, so there are two soft words, v_L [768] and v_G [1280].
 A dictionary of real words keeps them near language: the nearest real word is the concept's hard word, which the second,
@@ -177,6 +176,29 @@ class Concept:
         return a.expand(n, *a.shape), b.expand(n, *b.shape)
 
 
+class Prediction(NamedTuple):
+    """Soft words [n, w_L] and [n, w_G] are predicted of n pictures, and offsets A [n, rank, in], B [n, out, rank]."""
+
+    word_l: Tensor
+    word_g: Tensor
+    offsets: Offsets
+
+
+def concept_of(
+    prediction: Prediction, dictionary: Dictionary, blend: float, about: Mapping[str, str], row: int = 0
+) -> Concept:
+    """One row of a prediction as a concept, on the CPU in 32 bit; its hard word is the nearest of the dictionary."""
+
+    def kept(tensor: Tensor) -> Tensor:
+        return tensor[row].detach().to("cpu", torch.float32, copy=True)
+
+    word_l, word_g = kept(prediction.word_l), kept(prediction.word_g)
+    places, _ = nearest_words(word_l[None], word_g[None], dictionary)
+    place = int(places[0, 0])
+    offsets = {name: (kept(a), kept(b)) for name, (a, b) in prediction.offsets.items()}
+    return Concept(word_l, word_g, dictionary.texts[place], int(dictionary.ids[place]), offsets, blend, dict(about))
+
+
 # --- the encoder
 
 
@@ -197,14 +219,6 @@ class ConceptSizes:
     word_g: int = 1280
     rank: int = 4
     basis: int = 16
-
-
-class Prediction(NamedTuple):
-    """Soft words [n, w_L] and [n, w_G] are predicted of n pictures, and offsets A [n, rank, in], B [n, out, rank]."""
-
-    word_l: Tensor
-    word_g: Tensor
-    offsets: Offsets
 
 
 class ConceptEncoder(nn.Module):

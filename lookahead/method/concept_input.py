@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+
+from torch import Tensor
 
 #: Stands for the concept in a prompt.
 PLACEHOLDER = "S*"
@@ -47,6 +50,11 @@ def check_picture(height: int, width: int, name: str = "The picture") -> None:
         raise ConceptError(
             f"{name} has {width} x {height} pixels, and a concept needs {LEAST_SIDE} a side or more: give a larger one."
         )
+
+
+def picture_hash(picture: Tensor) -> str:
+    """A hash of the pixels of a picture [3, H, W] in [0, 1], in 8 bit."""
+    return hashlib.sha256((picture * 255).round().byte().cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 def check_blend(blend: float) -> float:

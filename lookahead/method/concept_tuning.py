@@ -102,8 +102,8 @@ def tune(
     done = {name: (a.detach().cpu(), b.detach().cpu()) for name, (a, b) in offsets.items()}
     before = int(concept.about.get("steps", 0))
     about = {**concept.about, "steps": str(before + tuning.steps)}
-    words = {"word_l": word_l.detach().cpu(), "word_g": word_g.detach().cpu()}
-    return replace(tuned, **words, offsets=done, about=about), losses
+    word_l, word_g = word_l.detach().cpu(), word_g.detach().cpu()
+    return replace(tuned, word_l=word_l, word_g=word_g, offsets=done, about=about), losses
 
 
 def _leaf(tensor: Tensor, device: torch.device) -> Tensor:

@@ -40,7 +40,9 @@ class ConceptRecipe:
 
     def groups(self) -> list[tuple[list[nn.Parameter], float]]:
         """Bases and the layers that mix them at one rate, trunk and words at another."""
-        settings, basis, rest = self.config.optimiser, [], []
+        settings = self.config.optimiser
+        basis: list[nn.Parameter] = []
+        rest: list[nn.Parameter] = []
         for name, parameter in self.trained.named_parameters():
             (basis if name.startswith(("basis_", "coefficients_")) else rest).append(parameter)
         return [(basis, settings.basis_rate), (rest, settings.rate)]
@@ -91,7 +93,7 @@ class ConceptRecipe:
     def compile(self) -> None:
         """Compile the UNet's transformer blocks."""
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-        self.losses.unet.compile_repeated_blocks()
+        self.losses.shared.unet.compile_repeated_blocks()
 
     def savings(self, processes: int) -> Mapping[str, float]:
         """Counts what one sample at a time would save."""
