@@ -180,7 +180,7 @@ class ConceptPipeline(LookaheadPipeline):
         drawn = self._drawn
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if drawn is None or not any("S*" in each for each in prompts):
-            return super().encode_prompt(prompt, *args, **options)  # type: ignore[no-any-return]  # diffusers has no types
+            return super().encode_prompt(prompt, *args, **options)
         text, n = self._prompt_encoder, options.get("num_images_per_prompt", 1)
         device = self._execution_device
         text.to(device)

@@ -31,8 +31,8 @@ class LookaheadApplyConcept(io.ComfyNode):
             display_name="Apply Lookahead Concept",
             category="lookahead/concept",
             description="Makes an SDXL model draw a concept: each attention runs with the concept's offsets and the "
-            "soft prompt, and plain with the hard prompt, and both are blended. Use it with Encode Concept Prompt; image "
-            "prompt, KV injection and lookahead guidance may act beside it.",
+            "soft prompt, and plain with the hard prompt, and both are blended. Use it with Encode Concept Prompt; "
+            "image prompt, KV injection and lookahead guidance may act beside it.",
             search_aliases=["DATE", "concept", "dual path", "personalization", "lora"],
             inputs=[
                 io.Model.Input(

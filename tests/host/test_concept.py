@@ -60,10 +60,8 @@ class Case:
 
     def noise(self, model, positive=None, sigma=2.0):
         """The noise that the host predicts for one latent under the positive prompt alone."""
-        sigma = torch.tensor([sigma])
-        guider = self.tools.guider(model, positive or self.text(), positive or self.text(), cfg=1.0)
-        clean = self.tools.denoised(guider, self.z, sigma)
-        return (self.z - clean) / sigma.view(-1, 1, 1, 1)
+        text = self.text() if positive is None else positive
+        return (self.z - self.tools.denoised(model, text, text, self.z, sigma)) / sigma
 
     def expected(self, blend, strength=1.0, soft=None, sigma=2.0):
         model = self.world.model.model
@@ -126,14 +124,10 @@ def test_what_is_put_behind_the_text_stands_behind_the_hard_one_too(small):
 
 
 def test_the_negative_is_left_alone_where_rows_say_so(small):
-    def both(model):
-        guider = small.tools.guider(model, small.text(), small.text(small.hard, hard=False), 3.0)
-        seen = small.tools.denoised(model, None, None, small.z, 2.0, guider=guider)
-        return seen
-
-    only = both(small.apply(rows="conditional only", blend=1.0))
+    model, other = small.apply(rows="conditional only", blend=1.0), small.text(small.hard, hard=False)
+    only = small.tools.denoised(model, small.text(), other, small.z, 2.0, cfg=3.0)
     conditional = small.noise(small.apply(blend=1.0))
-    negative = small.noise(small.world.model, small.text(small.hard, hard=False))
+    negative = small.noise(small.world.model, other)
     expected = small.z - 2.0 * (negative + 3.0 * (conditional - negative))
     assert relative(only, expected) < 1e-4
 

@@ -107,7 +107,8 @@ class ConceptConfig(RunConfig):
     min_snr: NotNegative = Field(0.0, description="gamma of min-SNR loss weights (arXiv 2303.09556); 0: none, as SDXL")
     tuning: Tuned = Tuned()
 
-    FREE = RunConfig.FREE | {f"tuning.{name}" for name in Tuned.model_fields} | {"data.cache"}
+    # The regulariser's rise is a share of the steps, so their number belongs to what is computed.
+    FREE = (RunConfig.FREE - {"steps"}) | {f"tuning.{name}" for name in Tuned.model_fields} | {"data.cache"}
     PATHS = {
         "": ("out",),
         "model": ("base", "image_encoder", "picture_vae"),
