@@ -18,6 +18,7 @@ app = typer.Typer(
     help="Turn one picture of anything into a word and offsets of SDXL, and tune them.",
     no_args_is_help=True,
 )
+OWN = "what its encoder was made for"
 Picture = Annotated[Path, typer.Argument(help="Picture of the concept.", show_default=False)]
 Base = Annotated[
     str,
@@ -86,7 +87,7 @@ def predict(
     """Predict a concept from one picture, without tuning: one pass of the encoder."""
     from ..lookahead.files.concept_file import read_concept_encoder
     from ..lookahead.files.tensors import sha256
-    from ..sdxl.concept_maker import predict_concept
+    from ..sdxl.concept_maker import KEPT, predict_concept
     from ..sdxl.images import read
     from ..trainer.concept.config import ConceptModels
     from .assemble_concept import frozen_models
@@ -95,7 +96,7 @@ def predict(
     pixels = read(picture)
     frozen = frozen_models(ConceptModels(base=base, image_encoder=image_encoder), precision)
     known = {"encoder_hash": sha256(encoder)}
-    known |= {k: about[k] for k in ("base_model", "base_model_hash", "templates") if k in about}
+    known |= {k: about[k] for k in KEPT if k in about}
     size, blend = int(about.get("size", 1024)), float(about.get("blend", 0.25))
     _write(predict_concept(network, words, frozen, pixels, size, blend, known), out, stock)
 
@@ -107,10 +108,14 @@ def tune(
     base: Base,
     image_encoder: ImageEncoder = None,
     precision: Precision = "fp32",
-    steps: Annotated[int, typer.Option(help="Tuning steps, 0 to 100.")] = 12,
-    batch: Annotated[int, typer.Option(help="Noise levels a step.")] = 8,
-    offset_rate: Annotated[float, typer.Option(help="Learning rate of the attention offsets.")] = 1e-3,
-    word_rate: Annotated[float, typer.Option(help="Learning rate of the words, a share of a component's size.")] = 0.01,
+    steps: Annotated[int | None, typer.Option(help="Tuning steps, 0 to 100.", show_default=OWN)] = None,
+    batch: Annotated[int | None, typer.Option(help="Noise levels a step.", show_default=OWN)] = None,
+    offset_rate: Annotated[
+        float | None, typer.Option(help="Learning rate of the attention offsets.", show_default=OWN)
+    ] = None,
+    word_rate: Annotated[
+        float | None, typer.Option(help="Learning rate of the words, a share of a component's size.", show_default=OWN)
+    ] = None,
     blend: Annotated[
         float | None, typer.Option(help="Blend of the two attention paths, 0 to 1.", show_default="the concept's")
     ] = None,
@@ -130,7 +135,8 @@ def tune(
     from .assemble_concept import attention, frozen_models
 
     before, pixels = read_concept(concept), read(picture)
-    settings = Tuning(steps, batch, offset_rate, word_rate, before.blend if blend is None else blend, seed=seed)
+    rates = {"offset_rate": offset_rate, "word_rate": word_rate}
+    settings = Tuning.of(before, steps=steps, batch=batch, blend=blend, seed=seed, **rates)
     model = ConceptModels(base=base, image_encoder=image_encoder)
     if dry_run:
         from ..trainer.concept.estimate import memory_table, tuning_memory
@@ -144,7 +150,11 @@ def tune(
     templates = before.about.get("templates", "\n".join(TEMPLATES)).split("\n")
     with tuner(frozen_models(model, precision), checkpointing, attention()) as maker:
         after, _ = maker.tune(
-            before, pixels, settings, templates, lambda step, loss: print(f"step {step}/{steps}  loss {loss:.4g}")
+            before,
+            pixels,
+            settings,
+            templates,
+            lambda step, loss: print(f"step {step}/{settings.steps}  loss {loss:.4g}"),
         )
     _write(after, out, stock)
 

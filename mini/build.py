@@ -88,7 +88,7 @@ def stages(folder: Path, plan: Plan) -> dict[str, Callable[[], None]]:
     def train_things_lora() -> None:
         # The base of this build, or the shipped one where this build has none of its own.
         parts = models.load() if not (folder / "base.safetensors").exists() else (*base.load(folder), vae.load(folder))
-        frozen = things.Frozen(*parts)
+        frozen = things.FrozenParts(*parts)
         shown = data.thing_pictures(folder, "things", plan.things, IMAGE_SIZE)
         faces = data.pictures(folder, "train", plan.things_faces, plan.styles, IMAGE_SIZE)
         groups = (

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class ConceptRows:
-    """What one UNet pass reads of concepts.
+    """One UNet pass reads this of concepts.
 
     offsets: A [rows, rank, in], B [rows, out, rank] by projection; hard: the context [rows, tokens, C] that the plain
     path reads, None where it is the soft one; blend: 1 is the concept alone, 0 the base, a number or [rows, 1, 1].
@@ -170,7 +170,7 @@ def encode_soft(text: PromptEncoder, ids: PromptIds, word_l: Tensor, word_g: Ten
 
 
 def encode_hard(text: PromptEncoder, ids: PromptIds, word_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The same with real words, int64 [n] or [1], in the placeholder's place."""
+    """Context and pooled text with real words, int64 [n] or [1], in the placeholder's place."""
     words = word_ids.to(ids.first.device).view(-1, 1)
     first, second = (torch.where(ids.at, words, each) for each in (ids.first, ids.second))
     return _encode(text, (first, second), (None, None))

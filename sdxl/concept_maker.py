@@ -28,6 +28,8 @@ from .load import Frozen, PromptEncoder
 from .shared_unet import Condition, SharedUNet
 
 POOLED = ("blended", "soft", "hard")
+#: What a concept takes over from its encoder's metadata.
+KEPT = ("base_model", "base_model_hash", "templates", "tuning")
 
 
 def squared(picture: Tensor, size: int) -> Tensor:

@@ -26,7 +26,7 @@ from ..lookahead.method.concept import Concept, ConceptEncoder
 from ..lookahead.method.concept_input import TEMPLATES, ConceptError, check_blend
 from ..lookahead.method.concept_tuning import Tuning
 from .concept import ConceptRows, check_concept, prompt_ids
-from .concept_maker import concept_rows, encode_concept_prompts, predict_concept, tuner
+from .concept_maker import KEPT, concept_rows, encode_concept_prompts, predict_concept, tuner
 from .images import as_pixels
 from .load import Frozen, PromptEncoder
 from .pipeline import LookaheadOutput, LookaheadPipeline
@@ -87,7 +87,6 @@ class ConceptPipeline(LookaheadPipeline):
         if self.concept_encoder is None:
             raise ConceptError("There is no concept encoder: call load_concept_encoder with its file first.")
         about = self.concept_metadata
-        kept = ("encoder_hash", "base_model", "base_model_hash", "templates")
         return predict_concept(
             self.concept_encoder,
             self.concept_words,
@@ -95,21 +94,22 @@ class ConceptPipeline(LookaheadPipeline):
             as_pixels(image)[0].movedim(-1, 0),
             int(about.get("size", self.default_sample_size * self.vae_scale_factor)),
             float(about.get("blend", 0.25)),
-            {name: about[name] for name in kept if name in about},
+            {name: about[name] for name in ("encoder_hash", *KEPT) if name in about},
         )
 
     def tune_concept(
         self,
         concept: Concept,
         image: Image.Image | Tensor,
-        steps: int = 12,
+        steps: int | None = None,
         tuning: Tuning | None = None,
         checkpointing: str = "blocks",
         progress: Callable[[int, float], None] | None = None,
     ) -> Concept:
-        """A copy of a concept that is more like its picture. tuning: all settings, in place of `steps`; checkpointing:
-        what is computed twice to save memory. Raises ConceptError, one sentence; the pipeline is then as before."""
-        settings = tuning or Tuning(steps=steps, blend=concept.blend)
+        """A copy of a concept that is more like its picture. steps: by default as its encoder was made for, else 12;
+        tuning: all settings; checkpointing: what is computed twice to save memory. Raises ConceptError, one sentence;
+        the pipeline is then as before."""
+        settings = tuning or Tuning.of(concept, steps=steps)
         templates = concept.about.get("templates", "\n".join(TEMPLATES)).split("\n")
         with self._ejected(), tuner(self._frozen(), checkpointing) as maker:
             return maker.tune(concept, as_pixels(image)[0].movedim(-1, 0), settings, templates, progress)[0]

@@ -6,8 +6,10 @@ After arXiv 2307.06925 (at most 12 steps, token and offsets both tuned), whose r
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ MOST_STEPS = 100
 
 @dataclass(frozen=True)
 class Tuning:
-    """How a concept is tuned. All values are this project's own.
+    """A tuning has these settings. All values are this project's own.
 
     steps: 0 to MOST_STEPS; batch: noise levels a step; offset_rate: AdamW's rate of A and B; word_rate: of the soft
     words, as a share of a component's usual size; blend: of the two attention paths, in tuning as in drawing;
@@ -46,6 +48,14 @@ class Tuning:
             raise ConceptError(f"The number of tuning steps is {self.steps}: give 0 to {MOST_STEPS}; 12 are usual.")
         if self.batch < 1:
             raise ConceptError(f"The batch of the tuning is {self.batch}: give at least 1.")
+
+    @classmethod
+    def of(cls, concept: Concept, **given: Any) -> Tuning:
+        """The tuning that a concept's encoder was made for, with what is given (and is not None) in its place."""
+        names = {f.name for f in fields(cls)}
+        stored = {k: v for k, v in json.loads(concept.about.get("tuning", "{}")).items() if k in names}
+        values = {"blend": concept.blend, **stored, **{k: v for k, v in given.items() if v is not None}}
+        return cls(**values)
 
 
 #: (concept, noised latent [1, 4, h, w], time step int64 [1], number of the sample) -> predicted noise [1, 4, h, w]

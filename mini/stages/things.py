@@ -31,7 +31,7 @@ NORM = 0.44  # of the word rows that the base was trained with; the others are n
 TABLES = ("l.embeddings.token_embedding.weight", "g.text_model.embeddings.token_embedding.weight")
 
 
-class Frozen(NamedTuple):
+class FrozenParts(NamedTuple):
     """The parts of a mini SDXL that the stage builds on, frozen."""
 
     unet: UNet2DConditionModel
@@ -58,7 +58,7 @@ class ClassWords(nn.Module):
 
 
 def train(
-    folder: Path, frozen: Frozen, things: tuple[Pictures, Tensor], faces: tuple[Pictures, Tensor], plan: Plan
+    folder: Path, frozen: FrozenParts, things: tuple[Pictures, Tensor], faces: tuple[Pictures, Tensor], plan: Plan
 ) -> None:
     """things, faces: pictures and their latents."""
     out = folder / f"{NAME}.safetensors"
@@ -106,7 +106,7 @@ def train(
     stage.finish(NAME, folder)
 
 
-def latents(folder: Path, frozen: Frozen, pictures: Pictures, name: str) -> Tensor:
+def latents(folder: Path, frozen: FrozenParts, pictures: Pictures, name: str) -> Tensor:
     """The latents of a group by the frozen autoencoder, computed once."""
     return vae.encode_all(folder, pictures, name, vae=frozen.vae)
 

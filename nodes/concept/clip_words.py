@@ -97,8 +97,8 @@ def pooled_of(kind: str, blend: float, soft: Tensor, hard: Tensor) -> Tensor:
 
 
 def encode_differentiably(clip: Any, tokens: TokenLists, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The same where the encoders were made differentiable, without the host's own bookkeeping: gradients go to vectors
-    among the tokens."""
+    """Token lists are encoded as above, where the encoders were made differentiable, without the host's bookkeeping:
+    gradients go to vectors among the tokens."""
     model = clip.cond_stage_model
     model.reset_clip_options()
     if clip.layer_idx is not None:

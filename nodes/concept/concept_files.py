@@ -94,6 +94,6 @@ class LoadedConceptEncoder:
         return self.network(features.to(self.patcher.load_device, torch.float32))
 
     def provenance(self) -> str:
-        """What the file says of itself, a line each."""
+        """The file says this of itself, a line each."""
         shown = {k: v for k, v in self.about.items() if k != "config" and "\n" not in v}
         return "\n".join([self.name, *(f"{k}: {v}" for k, v in sorted(shown.items()))])

@@ -66,7 +66,7 @@ class LookaheadPredictConcept(io.ComfyNode):
             "steps": "0",
             "encoder_hash": concept_encoder.digest,
         }
-        kept = ("base_model", "base_model_hash", "templates")
+        kept = ("base_model", "base_model_hash", "templates", "tuning")
         about |= {name: concept_encoder.about[name] for name in kept if name in concept_encoder.about}
         concept = concept_of(prediction, dictionary, concept_encoder.blend, about)
         check_words(clip, concept)

@@ -88,11 +88,9 @@ def test_gradients_reach_the_offsets_also_where_blocks_are_computed_twice(case):
     for checkpointing in ("none", "blocks"):
         leaves = {k: (a.clone().requires_grad_(), b.clone().requires_grad_()) for k, (a, b) in offsets.items()}
         shared = SharedUNet(unet).inject(checkpointing)
-        unet.train(checkpointing != "none")
         rows = concept_rows(of(leaves), 2, hard, 0.5)
         shared.predict(x, t, Condition(soft, pooled, time_ids), concept=rows).square().mean().backward()
         shared.eject()
-        unet.eval()
         found.append([m.grad for pair in leaves.values() for m in pair])
     assert all(float(g.abs().max()) > 0 for g in found[0])
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-9) for a, b in zip(*found, strict=True))

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from ...lookahead.method.concept_input import PLACEHOLDER, TEMPLATES, ConceptError, with_stand_in
-from ...lookahead.method.concept_tuning import MOST_STEPS, Tuning
+from ...lookahead.method.concept_tuning import MOST_STEPS
 from ..config import BaseData, BaseModels, BaseOptimiser, Count, Positive, RunConfig, Section, Share
 
 NotNegative = Annotated[float, Field(ge=0)]
@@ -72,7 +72,7 @@ class Token(Section):
 
 
 class Tuned(Section):
-    """How concepts are tuned by default, which is stored in the exported file."""
+    """A concept is tuned so by default: the exported file says it, and commands and pipeline follow it."""
 
     steps: Annotated[int, Field(ge=0, le=MOST_STEPS)] = Field(12, description="tuning steps of a concept")
     batch: Count = Field(8, description="noise levels a tuning step")
@@ -81,10 +81,6 @@ class Tuned(Section):
     blend: Share = Field(
         0.25, description="blend of the two attention paths in tuning and drawing; 1: the concept alone"
     )
-
-    def settings(self, seed: int = 0, word_weight: float = 0.05) -> Tuning:
-        """Gives these values to the library's tuning."""
-        return Tuning(self.steps, self.batch, self.offset_rate, self.word_rate, self.blend, word_weight, seed=seed)
 
 
 class ConceptOptimiser(BaseOptimiser):

@@ -85,7 +85,6 @@ def _tuned_sample(
     frozen = _models(shapes, DTYPES[precision])
     concept = _concept(_sizes(frozen, rank, 1, 8))
     leaves = [concept.word_l, concept.word_g, *(m for pair in concept.offsets.values() for m in pair)]
-    frozen.unet.train(checkpointing != "none")
     tuner = ConceptTuner(frozen, checkpointing)
     x = torch.empty(1, 4, size // 8, size // 8, device="meta")
     before = [*frozen.unet.parameters(), *frozen.text.parameters(), x, *leaves]

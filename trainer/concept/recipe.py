@@ -75,6 +75,7 @@ class ConceptRecipe:
             "steps": str(steps),
             "regulariser": config.token.regulariser,
             "blend": repr(config.tuning.blend),
+            "tuning": json.dumps(config.tuning.model_dump()),
             "templates": "\n".join(config.data.templates),
             "modelspec.sai_model_spec": "1.0.0",
             "modelspec.title": config.name,
