@@ -45,7 +45,7 @@ def concept_people(count: int, seed: int = SEED + 1) -> Faces:
 
 def drawn_source(config: ConceptConfig, models: Frozen) -> PictureSource:
     """`data.things` things and `data.people` people, drawn as they are asked for; a picture is a function of its
-    number."""
+    number and of theirs."""
     count = config.data.things
     shown, people = concept_things(count), concept_people(config.data.people)
     names = [f"thing {n}" for n in range(count)] + [f"person {n}" for n in range(len(people))]
@@ -55,4 +55,4 @@ def drawn_source(config: ConceptConfig, models: Frozen) -> PictureSource:
             return things.render(shown.rows(slice(n, n + 1)), IMAGE_SIZE, seed=SEED + n)[0]
         return render_faces(people.rows(slice(n - count, n - count + 1)), IMAGE_SIZE, seed=SEED + n)[0]
 
-    return PictureSource(config, models, names, picture, lambda n: f"drawn {names[n]} 1")
+    return PictureSource(config, models, names, picture, lambda n: f"drawn {names[n]} of {count}, {len(people)}; 1")

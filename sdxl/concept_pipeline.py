@@ -179,7 +179,7 @@ class ConceptPipeline(LookaheadPipeline):
         """The parent's, but for a prompt with S* while a concept is drawn."""
         drawn = self._drawn
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if drawn is None or not any("S*" in each for each in prompts):
+        if drawn is None:
             return super().encode_prompt(prompt, *args, **options)
         text, n = self._prompt_encoder, options.get("num_images_per_prompt", 1)
         device = self._execution_device

@@ -13,6 +13,7 @@ PLACEHOLDER = "S*"
 STAND_IN = "ldnont"
 #: The prompts that a concept is trained and tuned under.
 TEMPLATES = (f"a photo of a {PLACEHOLDER}",)
+_WHOLE = re.compile(rf"(?<!\w){re.escape(PLACEHOLDER)}(?!\w)")  # as a word of its own, which is one token
 LEAST_SIDE = 64  # pixels of a picture, below which nothing can be seen on it
 
 
@@ -25,7 +26,7 @@ def with_stand_in(prompt: str) -> str:
 
     Raises ConceptError, one sentence, where the placeholder is not there once, or the stand-in is written out.
     """
-    found = prompt.count(PLACEHOLDER)
+    found = len(_WHOLE.findall(prompt))
     if found != 1:
         how = "no" if not found else str(found)
         raise ConceptError(
@@ -34,14 +35,14 @@ def with_stand_in(prompt: str) -> str:
         )
     if re.search(rf"\b{STAND_IN}\b", prompt, re.IGNORECASE):
         raise ConceptError(f"The prompt has the word {STAND_IN!r}, which this pack keeps for itself: leave it out.")
-    return prompt.replace(PLACEHOLDER, STAND_IN)
+    return _WHOLE.sub(STAND_IN, prompt)
 
 
 def with_word(prompt: str, word: str) -> str:
     """The hard prompt, for people to read: the concept's real word in the placeholder's place. Raises as
     `with_stand_in`."""
     with_stand_in(prompt)
-    return prompt.replace(PLACEHOLDER, word)
+    return _WHOLE.sub(lambda _: word, prompt)
 
 
 def check_picture(height: int, width: int, name: str = "The picture") -> None:

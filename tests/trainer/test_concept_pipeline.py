@@ -76,6 +76,11 @@ def test_several_prompts_and_pictures_each_have_their_hard_prompt(pipe, concept)
         assert relative(many[n : n + 1], one) < 1e-4
 
 
+def test_a_prompt_without_the_placeholder_is_refused(pipe, concept):
+    with pytest.raises(ConceptError, match="has no S"):
+        draw(pipe, "a comic of a mug", concept=concept)
+
+
 def test_a_concept_file_is_read_and_one_of_another_base_refused(pipe, concept, tmp_path):
     write_concept(tmp_path / "mine.safetensors", concept)
     assert pipe.load_concept(tmp_path / "mine.safetensors").word == "face"

@@ -114,7 +114,7 @@ def test_settings_out_of_range_are_refused_in_a_sentence(values, match):
 def test_a_prompt_is_read_with_its_placeholder_once():
     assert with_stand_in("a comic of a S*, at night") == "a comic of a ldnont, at night"
     assert with_word("a comic of a (S*:1.2)", "mug") == "a comic of a (mug:1.2)"
-    for prompt in ("a mug", "a S* and a S*", "a S* LDNONT"):
+    for prompt in ("a mug", "two S*s", "CATS* and dogs", "a S* and a S*", "a S* LDNONT"):
         with pytest.raises(ConceptError):
             with_word(prompt, "mug")
 
