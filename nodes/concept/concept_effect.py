@@ -148,8 +148,13 @@ class ConceptTerm:
         out = []
         for layer, x in zip(_LAYERS, read, strict=True):
             pair = self.effect.offsets.get(f"{path}.{layer}")
-            out.append(x.new_zeros(()) if pair is None else low_rank(x, *(m.to(x) for m in pair)))
+            out.append(x.new_zeros(()) if pair is None else low_rank(x, *(_ordinary(m.to(x)) for m in pair)))
         return tuple(out)
+
+
+def _ordinary(tensor: Tensor) -> Tensor:
+    """A tensor that was made in inference mode cannot be saved for a gradient."""
+    return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor
 
 
 def blended(

@@ -1,24 +1,8 @@
 """A concept in the real host: the numbers of the oracle, the base to the bit where it is off, and company."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
+import concept_oracle as oracle
 import pytest
 import torch
-
-HELPERS = Path(__file__).resolve().parents[1] / "helpers"
-
-
-def concept_oracle():
-    spec = importlib.util.spec_from_file_location("concept_oracle", HELPERS / "concept_oracle.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault("concept_oracle", module)
-    spec.loader.exec_module(module)
-    return module
-
-
-oracle = concept_oracle()
 
 
 @pytest.fixture(scope="module", params=["mini", "sdxl"])
