@@ -75,6 +75,20 @@ def train(
 
 
 @app.command()
+def doctor(
+    data: Annotated[Path, typer.Argument(help="Folder of pictures.", show_default=False)],
+    size: Annotated[int, typer.Option(min=64, help="Pixels a side that they are trained with (data.size).")] = 1024,
+) -> None:
+    """Examine a folder of pictures before training; status 1 if a training run would stop at one of them."""
+    from ..trainer.concept.doctor import examine_pictures
+
+    report = examine_pictures(data.expanduser(), size)
+    print(report)
+    if report.wrong:
+        raise typer.Exit(1)
+
+
+@app.command()
 def predict(
     encoder: Annotated[Path, typer.Argument(help="Concept encoder, from `concept train`.", show_default=False)],
     picture: Picture,

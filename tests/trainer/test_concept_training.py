@@ -284,3 +284,18 @@ def test_a_dry_run_counts_memory_and_trains_nothing(trained, capsys, tmp_path):
     main.main(["concept", "train", str(trained / "config.yaml"), f"out={tmp_path / 'none'}", "--dry-run"])
     shown = capsys.readouterr().out
     assert "activations, samples at a time: 2" in shown and "in all" in shown and not (tmp_path / "none").exists()
+
+
+def test_the_doctor_names_what_a_run_would_stop_at(pictures, tmp_path, capsys):
+    folder = tmp_path / "data"
+    shutil.copytree(pictures, folder)
+    main.main(["concept", "doctor", str(folder), "--size", "128"])
+    assert "Nothing is wrong" in capsys.readouterr().out
+    shutil.copy(folder / "00.png", folder / "twin.png")
+    Image.new("RGB", (30, 90)).save(folder / "small.png")
+    (folder / "cut.png").write_bytes((folder / "01.png").read_bytes()[:300])
+    with pytest.raises(SystemExit):
+        main.main(["concept", "doctor", str(folder), "--size", "256"])
+    shown = capsys.readouterr().out
+    assert "2 cannot be used" in shown and "30 x 90 pixels" in shown and "cut.png" in shown
+    assert "1 are another picture" in shown and "twin.png" in shown and "13 are smaller" in shown

@@ -112,10 +112,7 @@ def folder_source(config: ConceptConfig, models: Frozen) -> PictureSource:
     """The pictures of `data.source` and of the folders in it. Raises ConceptDataError, one sentence, where there are
     none, or one cannot be used."""
     folder = Path(config.data.source).expanduser()
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS) if folder.is_dir() else []
-    if not files:
-        what = "holds no pictures" if folder.is_dir() else "is no folder"
-        raise ConceptDataError(f"{folder}, which data.source names, {what}: name a folder of pictures of anything.")
+    files = picture_files(folder)
 
     def key(n: int) -> str:
         return hashlib.sha256(files[n].read_bytes()).hexdigest()
@@ -126,6 +123,15 @@ def folder_source(config: ConceptConfig, models: Frozen) -> PictureSource:
         return pixels
 
     return PictureSource(config, models, [path.relative_to(folder).as_posix() for path in files], picture, key)
+
+
+def picture_files(folder: Path) -> list[Path]:
+    """The pictures in a folder and in the folders in it, by name. Raises ConceptDataError where there are none."""
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS) if folder.is_dir() else []
+    if not files:
+        what = "holds no pictures" if folder.is_dir() else "is no folder"
+        raise ConceptDataError(f"{folder} {what}: name a folder of pictures of anything (data.source).")
+    return files
 
 
 def fingerprint(*modules: nn.Module) -> str:
