@@ -31,6 +31,7 @@ def assemble_concept(config: ConceptConfig) -> tuple[ConceptRecipe, PictureSourc
     sizes = ConceptSizes(
         concept.projections(frozen.unet),
         image_width=frozen.vision.config.hidden_size,
+        unet_width=concept.unet_width(frozen.unet) if config.model.features == "clip+unet" else 0,
         hidden=config.model.hidden,
         word_l=dictionary.rows_l.shape[1],
         word_g=dictionary.rows_g.shape[1],

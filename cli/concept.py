@@ -66,6 +66,7 @@ def train(
     try:
         recipe, source = assemble_concept(settings)
         source.prepare(device())
+        recipe.measure(source, device())
         written = train_recipe(settings, recipe, source)
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():

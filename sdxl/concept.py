@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -22,6 +22,7 @@ from .encoder import block_paths
 
 if TYPE_CHECKING:
     from .load import Frozen, PromptEncoder
+    from .shared_unet import Condition
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,6 +208,41 @@ def _soft_word(model: nn.Module, word: tuple[Tensor, Tensor] | None) -> Iterator
 
 
 # --- what the encoder reads
+
+
+class _Seen(Exception):
+    """The UNet has come to its middle, and need not go on."""
+
+
+@torch.no_grad()
+def unet_features(unet: UNet2DConditionModel, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    """The means over space of what the UNet's down half hands on and of its middle, [n, `unet_width`] (7,040 of SDXL),
+    for noised latents [n, 4, h, w] at t [n]; the UNet stops there (the backbone of arXiv 2302.12228)."""
+    seen: list[Tensor] = []
+
+    def note(_: nn.Module, __: object, out: Tensor | tuple[Tensor, tuple[Tensor, ...]]) -> None:
+        seen.extend(each.float().mean((2, 3)) for each in (out[1] if isinstance(out, tuple) else (out,)))
+
+    def stop(*arguments: Any) -> None:
+        note(*arguments)
+        raise _Seen
+
+    hooks = [module.register_forward_hook(note) for module in (unet.conv_in, *unet.down_blocks)]
+    hooks.append(unet.mid_block.register_forward_hook(stop))
+    try:
+        unet(x.to(unet.dtype), t, condition.context.to(unet.dtype), added_cond_kwargs=condition.added)
+    except _Seen:
+        return torch.cat(seen, 1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    raise RuntimeError("the UNet has no middle block")
+
+
+def unet_width(unet: UNet2DConditionModel) -> int:
+    """How many numbers `unet_features` gives."""
+    channels, layers = unet.config.block_out_channels, unet.config.layers_per_block
+    return int(channels[0] + layers * sum(channels) + sum(channels[:-1]) + channels[-1])
 
 
 def image_features(frozen: Frozen, pictures: Tensor) -> Tensor:

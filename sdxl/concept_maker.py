@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..lookahead.method.attention import Attention, softmax_attention
-from ..lookahead.method.concept import Concept, ConceptEncoder, concept_of
+from ..lookahead.method.concept import LOOKS, Concept, ConceptEncoder, average, concept_of
 from ..lookahead.method.concept_input import TEMPLATES, ConceptError, check_blend, check_picture, picture_hash
 from ..lookahead.method.concept_tuning import PredictWith, Tuning, tune
-from ..lookahead.method.schedule import alphas_cumprod
+from ..lookahead.method.schedule import add_noise, alphas_cumprod
 from ..lookahead.vision.images import centre_square
 from .concept import (
     ConceptRows,
@@ -23,6 +23,8 @@ from .concept import (
     encode_soft,
     image_features,
     prompt_ids,
+    unet_features,
+    unet_width,
 )
 from .load import Frozen, PromptEncoder
 from .shared_unet import Condition, SharedUNet
@@ -61,12 +63,45 @@ def predict_concept(
             f"The image encoder has width {features.shape[-1]}, and the concept encoder reads "
             f"{encoder.sizes.image_width}: use the image encoder that it was trained with."
         )
-    prediction = encoder.to(features.device)(features)
+    encoder = encoder.to(features.device)
+    if encoder.sizes.unet_width:
+        features, seen = features.expand(len(LOOKS), -1), looked_at(encoder, frozen, square)
+        prediction = average(encoder(features, seen))
+    else:
+        prediction = encoder(features)
     dictionary = dictionary_of(frozen.text, words)
     known = {"picture_hash": picture_hash(picture), "size": str(size), "steps": "0", **(about or {})}
     concept = concept_of(prediction, dictionary, check_blend(blend), known)
     check_concept(concept, frozen.unet, frozen.text)
     return concept
+
+
+def looked_at(encoder: ConceptEncoder, frozen: Frozen, square: Tensor) -> Tensor:
+    """The UNet makes this of a picture [1, 3, size, size] at the time steps LOOKS, under the empty prompt and one fixed
+    noise, standardised for `encoder`: [LOOKS, unet_width]."""
+    check_unet(encoder, frozen)
+    latents, n = frozen.latents(square).to(frozen.unet.device), len(LOOKS)
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)).to(latents)
+    t = torch.tensor(LOOKS, device=latents.device)
+    x = add_noise(latents.expand(n, -1, -1, -1), noise, alphas_cumprod().float().to(latents.device)[t])
+    return encoder.standardised(unet_features(frozen.unet, x, t, no_text(frozen.text, n, square.shape[-1])), t)
+
+
+def no_text(text: PromptEncoder, n: int, size: int) -> Condition:
+    """The empty prompt for n pictures of a size."""
+    context, pooled = text("")
+    time_ids = torch.tensor([[size, size, 0, 0, size, size]], dtype=torch.float32, device=context.device)
+    return Condition.stacked([Condition(context, pooled, time_ids)], n)
+
+
+def check_unet(encoder: ConceptEncoder, frozen: Frozen) -> None:
+    """Raise ConceptError, one sentence, where an encoder reads another UNet's features."""
+    width = unet_width(frozen.unet)
+    if width != encoder.sizes.unet_width:
+        raise ConceptError(
+            f"This base's UNet gives {width} features, and the concept encoder reads {encoder.sizes.unet_width}: use "
+            "the base that it was trained on."
+        )
 
 
 def concept_rows(concept: Concept, n: int, hard: Tensor | None, blend: float, strength: float = 1.0) -> ConceptRows:

@@ -21,7 +21,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .attention import Attention, softmax_attention
+from .schedule import TIMESTEPS
 
+#: Ranges of time steps whose UNet features are standardised apart.
+NOISE_BINS = 10
+#: The time steps at which an encoder that reads the UNet looks at a picture; what it predicts there is averaged.
+LOOKS = tuple(range(TIMESTEPS // 16, TIMESTEPS, TIMESTEPS // 8))
 #: The projections of each attention that a concept changes.
 PROJECTIONS = tuple(f"attn{n}.{layer}" for n in (1, 2) for layer in ("to_q", "to_k", "to_v"))
 
@@ -231,6 +236,8 @@ class ConceptEncoder(nn.Module):
 
     centre_l: Tensor
     centre_g: Tensor
+    unet_mean: Tensor
+    unet_spread: Tensor
 
     def __init__(self, sizes: ConceptSizes, operations: ModuleType = nn):
         super().__init__()
@@ -250,6 +257,9 @@ class ConceptEncoder(nn.Module):
         )
         self.register_buffer("centre_l", torch.zeros(sizes.word_l))
         self.register_buffer("centre_g", torch.zeros(sizes.word_g))
+        if sizes.unet_width:
+            self.register_buffer("unet_mean", torch.zeros(NOISE_BINS, sizes.unet_width))
+            self.register_buffer("unet_spread", torch.ones(NOISE_BINS, sizes.unet_width))
         keys = [name.replace(".", "/") for name in self.names]  # the name of a parameter holds no dots
         self.basis_a = nn.ParameterDict(
             {
@@ -284,6 +294,23 @@ class ConceptEncoder(nn.Module):
         for b in self.basis_b.values():
             nn.init.normal_(b, std=self.sizes.rank**-0.5)
         return self
+
+    @torch.no_grad()
+    def measure(self, unet: Tensor, t: Tensor) -> None:
+        """Note mean and spread of the UNet's features [n, unet_width] by bins of their time steps [n]: they speak of
+        the noise level first. A bin with fewer than two rows takes those of all."""
+        bins = self._bins(t)
+        for n in range(NOISE_BINS):
+            rows = unet[bins == n] if int((bins == n).sum()) > 1 else unet
+            self.unet_mean[n], self.unet_spread[n] = rows.mean(0), rows.std(0) + 1e-4
+
+    def standardised(self, unet: Tensor, t: Tensor) -> Tensor:
+        """The UNet's features [n, unet_width] at time steps [n], without what all pictures have there (`measure`)."""
+        bins = self._bins(t)
+        return (unet - self.unet_mean[bins].to(unet)) / self.unet_spread[bins].to(unet)
+
+    def _bins(self, t: Tensor) -> Tensor:
+        return (t.long() * NOISE_BINS // TIMESTEPS).clamp(0, NOISE_BINS - 1).to(self.unet_mean.device)
 
     def forward(self, image: Tensor, unet: Tensor | None = None) -> Prediction:
         """image [n, image_width]: features of the concept's picture; unet [n, unet_width], already standardised for

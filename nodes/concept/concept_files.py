@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...lookahead.files.concept_file import read_concept_encoder
 from ...lookahead.files.tensors import sha256
-from ...lookahead.method.concept import Prediction
+from ...lookahead.method.concept import Prediction, average
 
 CONCEPTS = "lookahead_concepts"
 ENCODERS = "lookahead"
@@ -83,15 +83,27 @@ class LoadedConceptEncoder:
         """The blend of the two paths that the encoder was made for: from the file, else 0.25."""
         return float(self.about.get("blend", 0.25))
 
-    def predict(self, features: Tensor) -> Prediction:
-        """Features of one picture [1, width] -> its prediction. Raises ValueError, one sentence, for other features."""
+    @property
+    def reads_unet(self) -> bool:
+        """Tells whether it reads what the UNet makes of the picture, beside what the image encoder does."""
+        return bool(self.network.sizes.unet_width)
+
+    def predict(self, features: Tensor, seen: Tensor | None = None) -> Prediction:
+        """Features of one picture [1, width] give its prediction. seen: those of the UNet at several noise levels
+        [levels, unet_width] (`host_features`), where the encoder reads them; then it is averaged over the levels.
+
+        Raises ValueError, one sentence, for features of another width.
+        """
         if features.shape[-1] != self.network.sizes.image_width:
             raise ValueError(
                 f"The CLIP_VISION gives features of width {features.shape[-1]}, but {self.name} reads "
                 f"{self.network.sizes.image_width}: load the image encoder that it was trained with."
             )
         comfy.model_management.load_model_gpu(self.patcher)
-        return self.network(features.to(self.patcher.load_device, torch.float32))
+        features = features.to(self.patcher.load_device, torch.float32)
+        if seen is None:
+            return self.network(features)
+        return average(self.network(features.expand(len(seen), -1), seen.to(features)))
 
     def provenance(self) -> str:
         """The file says this of itself, a line each."""

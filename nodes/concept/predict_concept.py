@@ -6,7 +6,7 @@ import comfy.model_management
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ...lookahead.method.concept import Concept, concept_of, nearest_words
+from ...lookahead.method.concept import LOOKS, Concept, concept_of, nearest_words
 from ...lookahead.method.concept_input import ConceptError, check_picture, picture_hash
 from ...lookahead.vision.images import centre_square, clip_input
 from ..conditioning.unet_blocks import self_attentions
@@ -14,6 +14,7 @@ from ..schema import schema
 from ..sockets import CONCEPT, CONCEPT_ENCODER
 from .clip_words import check_words, dictionary_of
 from .concept_files import LoadedConceptEncoder
+from .host_features import looked_at
 
 NAMED = 5  # nearest words that are shown
 
@@ -32,7 +33,10 @@ class LookaheadPredictConcept(io.ComfyNode):
             search_aliases=["DATE", "concept", "textual inversion", "e4t", "one picture", "personalization"],
             inputs=[
                 CONCEPT_ENCODER.Input("concept_encoder", tooltip="From Load Lookahead Concept Encoder."),
-                io.Model.Input("model", tooltip="The SDXL model that the concept will be drawn with; it is not run."),
+                io.Model.Input(
+                    "model",
+                    tooltip="The SDXL model that the concept will be drawn with; some encoders look at its UNet.",
+                ),
                 io.Clip.Input(
                     "clip", tooltip="The CLIP of the same checkpoint, whose words the concept is compared with."
                 ),
@@ -42,6 +46,12 @@ class LookaheadPredictConcept(io.ComfyNode):
                 io.Image.Input(
                     "image",
                     tooltip="One picture of the concept; the square about its middle is looked at. 64 pixels at least.",
+                ),
+                io.Vae.Input(
+                    "vae",
+                    optional=True,
+                    tooltip="The VAE of the same checkpoint, for encoders that also read what the model's UNet makes "
+                    "of the picture. Else leave it open.",
                 ),
             ],
             outputs=[
@@ -53,12 +63,23 @@ class LookaheadPredictConcept(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, concept_encoder: LoadedConceptEncoder, model, clip, clip_vision, image: Tensor) -> io.NodeOutput:
+    def execute(
+        cls, concept_encoder: LoadedConceptEncoder, model, clip, clip_vision, image: Tensor, vae=None
+    ) -> io.NodeOutput:
         square = square_of(image, concept_encoder.size)
         comfy.model_management.load_model_gpu(clip_vision.patcher)
         pixels = clip_input(square.movedim(-1, 1), clip_vision.image_size).to(clip_vision.load_device)
         features = clip_vision.model(pixel_values=pixels, intermediate_output=-2)[1].float().mean(1)
-        prediction = concept_encoder.predict(features)
+        seen = None
+        if concept_encoder.reads_unet:
+            if vae is None:
+                raise ConceptError(
+                    f"{concept_encoder.name} reads what the UNet makes of the picture, and there is no VAE to encode "
+                    "it: connect vae."
+                )
+            network, latents = concept_encoder.network, vae.encode(square)
+            seen = looked_at(network, concept_encoder.name, model, clip, latents, LOOKS)
+        prediction = concept_encoder.predict(features, seen)
         dictionary = dictionary_of(clip, concept_encoder.words)
         about = {
             "picture_hash": picture_hash(image[0, ..., :3].movedim(-1, 0)),

@@ -28,14 +28,18 @@ def frozen():
 
 @pytest.fixture(scope="module")
 def encoder_file(frozen, tmp_path_factory):
-    """A concept encoder of the mini world with random weights."""
+    """A concept encoder of the mini world with random weights, which also reads the UNet."""
     with torch.inference_mode(False):
         words = in_sdxl.read_dictionary(frozen.text, ["face", "mug", "car", "boat"])
         dictionary = in_sdxl.dictionary_of(frozen.text, words)
-        widths = {"image_width": frozen.vision.config.hidden_size, "hidden": 16, "word_l": 32, "word_g": 32}
+        width = in_sdxl.unet_width(frozen.unet)
+        widths = {"image_width": frozen.vision.config.hidden_size, "unet_width": width, "word_l": 32, "word_g": 32}
+        widths |= {"hidden": 16, "rank": 2, "basis": 2}
         torch.manual_seed(3)
-        encoder = ConceptEncoder(ConceptSizes(in_sdxl.projections(frozen.unet), **widths, rank=2, basis=2))
-        encoder.reset(dictionary).coefficients_b.bias.data.fill_(0.3)
+        encoder = ConceptEncoder(ConceptSizes(in_sdxl.projections(frozen.unet), **widths)).reset(dictionary)
+        encoder.coefficients_b.bias.data.fill_(0.3)
+        encoder.head_l.weight.data.normal_(std=0.1)
+        encoder.measure(torch.randn(40, width), torch.arange(40) * 25)
         path = tmp_path_factory.mktemp("encoder") / "random_concept_encoder.safetensors"
         write_concept_encoder(path, encoder, words, {"size": "128", "blend": str(BLEND), "base_model": "mini"})
     return path
@@ -55,7 +59,7 @@ def server(encoder_file):
         yield host
 
 
-def graph(picture="thing.png", text="a comic of a S*", apply=None, tune=STEPS, encode=None):
+def graph(picture="thing.png", text="a comic of a S*", apply=None, tune=STEPS, encode=None, vae=True):
     """From a picture to a drawing, with the concept saved and loaded on the way."""
     kinds = {
         "base": ("CheckpointLoaderSimple", {"ckpt_name": "sd_xl_base_1.0.safetensors"}),
@@ -65,6 +69,7 @@ def graph(picture="thing.png", text="a comic of a S*", apply=None, tune=STEPS, e
     }
     models = {"model": ["base", 0], "clip": ["base", 1]}
     read = {"concept_encoder": ["encoder", 0], "clip_vision": ["vision", 0], "image": ["picture", 0]}
+    read |= {"vae": ["base", 2]} if vae else {}
     kinds["predicted"] = ("LookaheadPredictConcept", {**models, **read})
     rates = {"steps": tune, "batch": 2, "offset_rate": 0.003, "word_rate": 0.05, "blend": -1.0, "seed": 5}
     given = {"concept": ["predicted", 0], "vae": ["base", 2], "image": ["picture", 0]}
@@ -122,6 +127,7 @@ def test_tuning_in_the_host_is_that_of_the_pipeline(server, made, frozen, encode
         before = predict_concept(network, words, frozen, picture, 128, BLEND)
         with tuner(frozen) as maker:
             expected, losses = maker.tune(before, picture, Tuning(STEPS, 2, 0.003, 0.05, BLEND, seed=5))
+    assert torch.allclose(found.word_l, expected.word_l, atol=0.02)
     shown = [float(line.split(": ")[1]) for line in texts(made, "tuned").splitlines()]
     assert shown == pytest.approx(losses, rel=0.01)
     assert found.word == expected.word and found.about["steps"] == str(STEPS)
@@ -145,6 +151,7 @@ def test_strength_0_draws_what_the_model_draws_without_the_node(server, made):
         ({"picture": "dot.png"}, "1 x 1 pixels"),
         ({"text": "a comic of a mug"}, "has no S*"),
         ({"text": "a S* beside a S*"}, "has 2 S*"),
+        ({"vae": False}, "connect vae"),
     ],
 )
 def test_bad_input_is_one_sentence_and_the_next_run_draws_as_before(server, made, change, said):

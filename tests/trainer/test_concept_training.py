@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import yaml
 from concept_oracle import predict as oracle
 from lcm_lookahead.cli import assemble_concept, main
 from lcm_lookahead.lookahead.files.concept_file import read_concept, read_concept_encoder
+from lcm_lookahead.lookahead.method.concept import ConceptEncoder
 from lcm_lookahead.lookahead.method.concept_input import ConceptError
 from lcm_lookahead.lookahead.method.concept_tuning import Tuning
 from lcm_lookahead.mini import drawn_things
@@ -146,6 +148,22 @@ def in_sdxl_direction(predicted, n):
     from lcm_lookahead.lookahead.method.concept import word_direction
 
     return word_direction(predicted.word_l[n], predicted.word_g[n])
+
+
+def test_an_encoder_that_reads_the_unet_trains_and_predicts_and_stops_at_another_base(pictures, tmp_path, frozen):
+    model = {"base": "mini", "rank": 2, "basis": 2, "hidden": 16, "features": "clip+unet"}
+    config = ConceptConfig.from_values(values(pictures, tmp_path, model=model, steps=1, validate_every=0))
+    recipe, source = assemble_concept.assemble_concept(config)
+    recipe.measure(source, torch.device("cpu"))
+    spread = recipe.trained.unet_spread
+    assert spread.shape == (10, in_sdxl.unet_width(frozen.unet)) and not torch.equal(spread[0], spread[9])
+    path = train(config, recipe, source)
+    network, words, about = read_concept_encoder(path)
+    made = predict_concept(network, words, frozen, in_picture(pictures), 128)
+    assert about["features"] == "clip+unet" and len(made.offsets) == 17 * 6
+    other = ConceptEncoder(replace(network.sizes, unet_width=7))
+    with pytest.raises(ConceptError, match="reads 7"):
+        predict_concept(other, words, frozen, in_picture(pictures), 128)
 
 
 def test_the_regularisers_are_those_that_the_configuration_names(pictures, tmp_path):

@@ -101,3 +101,22 @@ def test_a_concept_of_another_base_is_refused_by_name(case):
     name = next(iter(case[1]))
     with pytest.raises(ConceptError, match=f"another base model: it changes {name} .*use the base that it was made"):
         in_sdxl.check_concept(of({name: (torch.zeros(2, 5), torch.zeros(7, 2))}), unet, None)
+
+
+def test_features_of_the_unet_are_the_means_of_what_its_down_half_hands_on_and_of_its_middle(case):
+    unet, _, x, t, _, hard, pooled, time_ids = case
+    seen = []
+    hook = unet.up_blocks[0].register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    states = {}
+    first = unet.conv_in.register_forward_hook(lambda _, args, out: states.update(first=out))
+    with torch.no_grad():
+        unet(x, t, hard, added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids})
+        found = in_sdxl.unet_features(unet, x, t, Condition(hard, pooled, time_ids))
+    hook.remove()
+    first.remove()
+    middle, last = seen[0]["hidden_states"], seen[0]["res_hidden_states_tuple"]
+    width = middle.shape[1]
+    assert found.shape == (2, in_sdxl.unet_width(unet))
+    assert torch.equal(found[:, -width:], middle.mean((2, 3)))
+    assert torch.equal(found[:, -2 * width : -width], last[-1].mean((2, 3)))
+    assert torch.equal(found[:, : states["first"].shape[1]], states["first"].mean((2, 3)))

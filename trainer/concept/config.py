@@ -23,6 +23,9 @@ class ConceptModels(BaseModels):
     picture_vae: str | None = Field(
         None, description="autoencoder that encodes the pictures; by default the base's own"
     )
+    features: Literal["clip", "clip+unet"] = Field(
+        "clip", description="what the encoder reads of a picture: CLIP alone, or the UNet's view of the noised one too"
+    )
     rank: Count = Field(4, description="rank of the predicted attention offsets")
     basis: Count = Field(16, description="matrices that are mixed into each offset, a basis of its own for each")
     hidden: Count = Field(1280, description="width of the encoder's trunk")

@@ -35,7 +35,7 @@ class FitValidator:
         for at in torch.arange(len(self.batch.names)).split(rows):
             batch = ConceptBatch([self.batch.names[i] for i in at], self.batch.latents[at], self.batch.features[at])
             draws = ConceptDraws(self.draws.noise[at], self.draws.t[at], self.draws.template[at], 0)
-            predicted = trained(batch.features)
+            predicted = self.step.read(trained, batch, draws)
             noise = self.step.predict(predicted, batch, draws)
             values.append((noise.float() - draws.noise).square().mean((1, 2, 3)))
             x = add_noise(batch.latents, draws.noise, self.step.alpha_bar[draws.t])

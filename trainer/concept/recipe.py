@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,11 +13,13 @@ from torch import Tensor, nn
 from ...lookahead.files.concept_file import write_concept_encoder
 from ...lookahead.method.concept import ConceptEncoder
 from ...lookahead.method.schedule import TIMESTEPS
-from ..recipe import Outcome, Validator
+from ..recipe import Outcome, Source, Validator
 from ..seeds import generator
 from .config import ConceptConfig
 from .fit import FitValidator
 from .step import ConceptBatch, ConceptDraws, ConceptStep
+
+MEASURED = 100  # pictures, whose noise levels are spread evenly
 
 
 class ConceptRecipe:
@@ -47,6 +50,22 @@ class ConceptRecipe:
             (basis if name.startswith(("basis_", "coefficients_")) else rest).append(parameter)
         return [(basis, settings.basis_rate), (rest, settings.rate)]
 
+    @torch.no_grad()
+    def measure(self, source: Source, device: torch.device) -> None:
+        """Note how the UNet's features of some of the pictures are spread, by noise level, before the training begins;
+        nothing where the encoder does not read them."""
+        if not self.trained.sizes.unet_width:
+            return
+        self.losses.to(device)
+        seen, t = [], []
+        for n in range(MEASURED):
+            batch = source.batch([n % len(source)], [n], device)
+            draws = self.draw([n], batch)
+            level = torch.tensor([(2 * n + 1) * TIMESTEPS // (2 * MEASURED)], device=device)
+            seen.append(self.losses.seen(batch, replace(draws, t=level)))
+            t.append(level)
+        self.trained.measure(torch.cat(seen), torch.cat(t))
+
     def draw(self, numbers: Sequence[int], batch: ConceptBatch) -> ConceptDraws:
         config, shape, device = self.config, tuple(batch.latents.shape[1:]), batch.latents.device
         noise, t, template = [], [], []
@@ -73,6 +92,7 @@ class ConceptRecipe:
             "data": shown["data"]["source"],
             "config": json.dumps(shown),
             "steps": str(steps),
+            "features": config.model.features,
             "regulariser": config.token.regulariser,
             "blend": repr(config.tuning.blend),
             "tuning": json.dumps(config.tuning.model_dump()),

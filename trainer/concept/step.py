@@ -26,7 +26,8 @@ from ...lookahead.method.concept import (
     word_contrast,
 )
 from ...lookahead.method.schedule import add_noise, alphas_cumprod
-from ...sdxl.concept import ConceptRows, encode_hard, encode_soft, prompt_ids
+from ...sdxl.concept import ConceptRows, encode_hard, encode_soft, prompt_ids, unet_features
+from ...sdxl.concept_maker import no_text
 from ...sdxl.load import PromptEncoder
 from ...sdxl.shared_unet import Condition, SharedUNet
 from ..recipe import Outcome
@@ -77,7 +78,7 @@ class ConceptStep(nn.Module):
 
     def forward(self, part: str, batch: ConceptBatch, draws: ConceptDraws) -> Outcome:
         """The whole loss; there is one part."""
-        predicted = self.encoder(batch.features)
+        predicted = self.read(self.encoder, batch, draws)
         noise = self.predict(predicted, batch, draws)
         values = (noise.float() - draws.noise).square().mean((1, 2, 3)) * self._weight(draws.t)
         terms = {"diffusion": values.detach()}
@@ -87,6 +88,19 @@ class ConceptStep(nn.Module):
             terms[name] = term.detach()
         values = values.detach()
         return Outcome(loss, values, torch.ones_like(values, dtype=torch.bool), terms)
+
+    def read(self, encoder: ConceptEncoder, batch: ConceptBatch, draws: ConceptDraws) -> Prediction:
+        """An encoder's prediction of each picture; it may read what the UNet sees in the noised one."""
+        if not encoder.sizes.unet_width:
+            return encoder(batch.features)  # type: ignore[no-any-return]  # of a module
+        seen = encoder.standardised(self.seen(batch, draws), draws.t)
+        return encoder(batch.features, seen)  # type: ignore[no-any-return]
+
+    def seen(self, batch: ConceptBatch, draws: ConceptDraws) -> Tensor:
+        """The UNet's features of the noised pictures under the empty prompt."""
+        x = add_noise(batch.latents, draws.noise, self.alpha_bar[draws.t])
+        self.text.to(x.device)
+        return unet_features(self.unet, x, draws.t, no_text(self.text, len(x), 8 * x.shape[-1]))
 
     def predict(self, predicted: Prediction, batch: ConceptBatch, draws: ConceptDraws) -> Tensor:
         """The predicted noise [B, 4, h, w] of the noised pictures, each under its own concept."""
