@@ -115,9 +115,29 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(trained, encoder, tmp_pa
     assert expected.keys() == found.keys() and all(torch.equal(expected[k], found[k]) for k in expected)
 
 
-def test_the_step_predicts_what_the_oracle_does(pictures, tmp_path, concept):
-    config = ConceptConfig.from_values(values(pictures, tmp_path, blend=0.4))
-    recipe, source = assemble_concept.assemble_concept(config)
+@pytest.fixture(scope="module")
+def assembled(pictures, tmp_path_factory):
+    """Recipe and source of a run with both paths in its pretraining."""
+    config = ConceptConfig.from_values(values(pictures, tmp_path_factory.mktemp("run"), blend=0.4))
+    return assemble_concept.assemble_concept(config)
+
+
+def test_the_regularisers_are_those_that_the_configuration_names(assembled):
+    recipe, source = assembled
+    step, found = recipe.losses, {}
+    predicted = step.encoder(source.batch([0, 1], [0, 1], torch.device("cpu")).features)
+    for name in ("none", "l2", "contrast"):
+        token = recipe.config.token.model_copy(update={"regulariser": name, "warmup": 0.5})
+        step.config = recipe.config.model_copy(update={"token": token})
+        found[name] = [step.regularisers(predicted, number) for number in (0, 3)]
+    step.config = recipe.config
+    assert "contrast" not in found["none"][1] and found["contrast"][0]["contrast"][0] == 0
+    assert found["contrast"][1]["contrast"][0] > 0 and found["l2"][1]["contrast"][0] > 0
+    assert not torch.equal(found["contrast"][1]["contrast"][1], found["l2"][1]["contrast"][1])
+
+
+def test_the_step_predicts_what_the_oracle_does(assembled):
+    recipe, source = assembled
     step = recipe.losses
     for b in step.encoder.basis_b.values():
         b.data.normal_(std=0.3)
@@ -164,19 +184,6 @@ def test_an_encoder_that_reads_the_unet_trains_and_predicts_and_stops_at_another
     other = ConceptEncoder(replace(network.sizes, unet_width=7))
     with pytest.raises(ConceptError, match="reads 7"):
         predict_concept(other, words, frozen, in_picture(pictures), 128)
-
-
-def test_the_regularisers_are_those_that_the_configuration_names(pictures, tmp_path):
-    found = {}
-    for name in ("contrast", "l2", "none"):
-        config = ConceptConfig.from_values(values(pictures, tmp_path, token={"regulariser": name, "warmup": 0.5}))
-        recipe, source = assemble_concept.assemble_concept(config)
-        batch = source.batch([0, 1], [0, 1], torch.device("cpu"))
-        predicted = recipe.losses.encoder(batch.features)
-        found[name] = [recipe.losses.regularisers(predicted, step) for step in (0, 3)]
-        recipe.losses.shared.eject()
-    assert "contrast" not in found["none"][1] and found["contrast"][0]["contrast"][0] == 0
-    assert found["contrast"][1]["contrast"][0] > 0 and found["l2"][1]["contrast"][0] > 0
 
 
 # --- tuning

@@ -53,7 +53,7 @@ def examine_pictures(folder: Path, size: int) -> PictureReport:
         report.pictures += 1
         try:
             pixels = read(path)
-            check_picture(*pixels.shape[-2:], name=name)
+            check_picture(pixels.shape[-2], pixels.shape[-1], name)
         except (PictureError, ConceptError) as error:
             report.faults.append(str(error))
             continue

@@ -92,9 +92,9 @@ class ConceptStep(nn.Module):
     def read(self, encoder: ConceptEncoder, batch: ConceptBatch, draws: ConceptDraws) -> Prediction:
         """An encoder's prediction of each picture; it may read what the UNet sees in the noised one."""
         if not encoder.sizes.unet_width:
-            return encoder(batch.features)  # type: ignore[no-any-return]  # of a module
+            return encoder(batch.features)
         seen = encoder.standardised(self.seen(batch, draws), draws.t)
-        return encoder(batch.features, seen)  # type: ignore[no-any-return]
+        return encoder(batch.features, seen)
 
     def seen(self, batch: ConceptBatch, draws: ConceptDraws) -> Tensor:
         """The UNet's features of the noised pictures under the empty prompt."""
