@@ -16,7 +16,7 @@ from ..stages.networks import ThingJudge
 from ..world.faces import PLACES, STYLES
 from ..world.sheet import save_grid
 from ..world.things import CLASSES
-from .measure import sample
+from .measure import STEPS, sample
 
 GATE = 0.9  # share of samples in which the judge must name the class, of every class
 SEED, CHUNK = 26, 24
@@ -31,10 +31,10 @@ def prompts_of(kind: int, count: int) -> list[str]:
 
 
 @torch.no_grad()
-def check(lora: Path, judge: Path, samples: int, sheet: Path | None = None) -> dict[str, float]:
+def check(lora: Path, judge: Path, samples: int, sheet: Path | None = None, steps: int = STEPS) -> dict[str, float]:
     """By class, the share of `samples` drawn by the base with the LoRA `lora` that the judge names rightly.
 
-    sheet: a PNG to write, a row a class. Raises FileNotFoundError where a stage has not ended yet.
+    sheet: a PNG to write, a row a class; steps: of DDIM. Raises FileNotFoundError where a stage has not ended yet.
     """
     for path in (lora, judge):
         if not path.is_file():
@@ -49,7 +49,7 @@ def check(lora: Path, judge: Path, samples: int, sheet: Path | None = None) -> d
         numbers, said, pictures = torch.Generator().manual_seed(SEED + kind), [], []
         prompts = prompts_of(kind, samples)
         for start in range(0, samples, CHUNK):
-            latents = sample(partial(base.predict, unet), text, prompts[start : start + CHUNK], numbers)
+            latents = sample(partial(base.predict, unet), text, prompts[start : start + CHUNK], numbers, steps)
             drawn = ((vae.decoder(latents) + 1) / 2).clamp(0, 1)
             said.append(net.kinds(drawn) == kind)
             pictures.append(drawn)

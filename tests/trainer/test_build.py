@@ -13,8 +13,9 @@ from lcm_lookahead.mini import build as build_module
 from lcm_lookahead.mini.build import build, stages
 from lcm_lookahead.mini.files import derived, models, shipped, weights
 from lcm_lookahead.mini.plan import QUICK
-from lcm_lookahead.mini.report import measure, measure_faces, measure_few_step, report
+from lcm_lookahead.mini.report import gate, measure, measure_faces, measure_few_step, report
 from lcm_lookahead.mini.stages import base, stage, things
+from lcm_lookahead.mini.world.things import CLASSES
 from lcm_lookahead.sdxl import lora
 from PIL import Image
 from safetensors import safe_open
@@ -139,6 +140,13 @@ def test_what_the_base_learnt_of_things_is_merged_into_a_copy(built, tmp_path):
     with torch.no_grad():
         beside, inside = (base.predict(m.unet, x, torch.tensor([500]), text) for m in (before, merged))
     assert (beside - inside).square().mean().sqrt() < 2e-3 * beside.square().mean().sqrt()  # of 16 bit
+
+
+def test_the_gate_asks_the_judge_of_every_class_and_draws_a_sheet(built, tmp_path):
+    files = (built / f"{name}.safetensors" for name in ("things_lora", "things_judge"))
+    named = gate.check(*files, samples=1, sheet=tmp_path / "sheet.png", steps=2)
+    assert list(named) == list(CLASSES) and min(named.values()) < gate.GATE, "two steps of training draw no things"
+    assert Image.open(tmp_path / "sheet.png").size == (128, 10 * 128)
 
 
 def test_things_that_are_not_trained_yet_are_asked_for_by_their_command(tmp_path):
