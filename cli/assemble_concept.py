@@ -56,6 +56,13 @@ def frozen_models(model: ConceptModels, precision: str) -> Frozen:
     return read_models(resolve(model, known_base(model.base)), precision)
 
 
+def on_device(frozen: Frozen) -> Frozen:
+    """The models where this process computes."""
+    frozen.readers(device())
+    frozen.unet.to(device())
+    return frozen
+
+
 def attention():  # type: ignore[no-untyped-def]  # `lookahead.method.attention.Attention`
     """The attention function of this process's device."""
     return cpu_attention if device().type == "cpu" else softmax_attention

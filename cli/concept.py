@@ -105,11 +105,11 @@ def predict(
     from ..sdxl.concept_maker import KEPT, predict_concept
     from ..sdxl.images import read
     from ..trainer.concept.config import ConceptModels
-    from .assemble_concept import frozen_models
+    from .assemble_concept import frozen_models, on_device
 
     network, words, about = read_concept_encoder(encoder)
     pixels = read(picture)
-    frozen = frozen_models(ConceptModels(base=base, image_encoder=image_encoder), precision)
+    frozen = on_device(frozen_models(ConceptModels(base=base, image_encoder=image_encoder), precision))
     known = {"encoder_hash": sha256(encoder)}
     known |= {k: about[k] for k in KEPT if k in about}
     size, blend = int(about.get("size", 1024)), float(about.get("blend", 0.25))
@@ -147,7 +147,7 @@ def tune(
     from ..sdxl.concept_maker import tuner
     from ..sdxl.images import read
     from ..trainer.concept.config import ConceptModels
-    from .assemble_concept import attention, frozen_models
+    from .assemble_concept import attention, frozen_models, on_device
 
     before, pixels = read_concept(concept), read(picture)
     rates = {"offset_rate": offset_rate, "word_rate": word_rate}
@@ -163,13 +163,14 @@ def tune(
         print(memory_table("Memory of the tuning at most", parts))
         return
     templates = before.about.get("templates", "\n".join(TEMPLATES)).split("\n")
-    with tuner(frozen_models(model, precision), checkpointing, attention()) as maker:
+    with tuner(on_device(frozen_models(model, precision)), checkpointing, attention()) as maker:
         after, _ = maker.tune(
             before,
             pixels,
             settings,
             templates,
             lambda step, loss: print(f"step {step}/{settings.steps}  loss {loss:.4g}"),
+            make_room=True,
         )
     _write(after, out, stock)
 

@@ -155,13 +155,20 @@ class ConceptTuner:
         tuning: Tuning,
         templates: Sequence[str] = TEMPLATES,
         progress: Callable[[int, float], None] | None = None,
+        make_room: bool = False,
     ) -> tuple[Concept, list[float]]:
         """A tuned copy of the concept, and the loss of every step; picture: [3, H, W] in [0, 1], the one that it was
-        predicted from. Raises ConceptError, one sentence, where they do not go together."""
+        predicted from. make_room: what reads pictures leaves the device once it has read this one.
+
+        Raises ConceptError, one sentence, where concept, picture and base do not go together.
+        """
         frozen, size = self.frozen, int(concept.about.get("size", 8 * frozen_size(self.frozen)))
         check_concept(concept, frozen.unet, frozen.text)
         square = squared(picture, size)
         views = frozen.latents(torch.cat([square, square.flip(-1)])).to(frozen.unet.device)
+        if make_room:
+            for model in (frozen.vae, frozen.vision):
+                model.to("cpu")
         predict = self.predictor(templates, tuning.blend, size)
         alpha_bar = alphas_cumprod().float().to(views.device)
         real = dictionary_of(frozen.text, {concept.word_id: concept.word})

@@ -52,12 +52,14 @@ class HostPredictor:
 
     def __enter__(self) -> HostPredictor:
         unet, text = self._model.model.diffusion_model, self._clip.cond_stage_model
-        self._open.enter_context(differentiable([unet, text]))
-        for module in (*unet.modules(), *text.modules()):
-            if isinstance(module, CLIPLayer):
-                self._open.callback(_replace_forward(module, _out_of_place(module)))
-            elif isinstance(module, BasicTransformerBlock | ResBlock):
-                self._open.callback(_replace_forward(module, _twice(module.forward)))
+        with ExitStack() as opening:  # which undoes what was done where one of these fails
+            opening.enter_context(differentiable([unet, text]))
+            for module in (*unet.modules(), *text.modules()):
+                if isinstance(module, CLIPLayer):
+                    opening.callback(_replace_forward(module, _out_of_place(module)))
+                elif isinstance(module, BasicTransformerBlock | ResBlock):
+                    opening.callback(_replace_forward(module, _twice(module.forward)))
+            self._open = opening.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -66,6 +66,8 @@ class PictureSource:
         missing = [n for n in (*self.targets, *self.unseen) if not self._path(n).exists()]
         for n in tqdm(missing, "Pictures encoded", delay=QUIET):
             self._seen(n, device)
+        for model in (self.models.vae, self.models.vision):  # 3 GB of SDXL that training has no use for
+            model.to("cpu")
 
     def batch(self, targets: Sequence[int], numbers: Sequence[int], device: torch.device) -> ConceptBatch:
         return self._batch([self.targets[t] for t in targets], device)
