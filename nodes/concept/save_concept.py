@@ -56,7 +56,7 @@ class LookaheadSaveConcept(io.ComfyNode):
         name = name.strip().removesuffix(".safetensors")
         if not re.fullmatch(r"\w[\w .-]*", name):
             raise ValueError(
-                f"{name!r} is no name for a file: use letters, numbers, spaces, points, - and _, and begin with a "
+                f"The name {name!r} is none for a file: use letters, numbers, spaces, points, - and _, and begin with a "
                 f"letter."
             )
         folders = [folder_paths.get_folder_paths(kind)[0] for kind in (CONCEPTS, "loras", "embeddings")]

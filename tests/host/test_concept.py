@@ -186,3 +186,23 @@ def test_the_model_given_is_never_changed(small):
     before = small.noise(small.world.model)
     small.noise(small.apply(blend=0.5))
     assert torch.equal(small.noise(small.world.model), before)
+
+
+def test_saving_never_replaces_a_file_and_refuses_a_name_that_is_a_path(small, pack):
+    folder = pack.base / "models" / "lookahead_concepts"
+    paths = [small.tools.run("LookaheadSaveConcept", small.concept(), "a mug") for _ in range(2)]
+    assert [folder / "a mug.safetensors", folder / "a mug_2.safetensors"] == [type(folder)(p) for p in paths]
+    again = small.tools.run("LookaheadLoadConcept", "a mug_2.safetensors")
+    assert again.word == "mug" and again.offsets.keys() == small.offsets.keys()
+    for name in ("../mug", "", "a/b"):
+        with pytest.raises(ValueError, match="is none for a file") as error:
+            small.tools.run("LookaheadSaveConcept", small.concept(), name)
+        small.tools.one_sentence(error)
+
+
+def test_a_picture_of_one_pixel_and_a_batch_are_refused(small, pack):
+    square_of = pack.module("nodes.concept.predict_concept").square_of
+    for image, match in ((torch.zeros(1, 1, 1, 3), "1 x 1 pixels"), (torch.zeros(2, 64, 64, 3), "batch of 2 pictures")):
+        with pytest.raises(ValueError, match=match) as error:
+            square_of(image, 64)
+        small.tools.one_sentence(error)
