@@ -56,8 +56,8 @@ class LookaheadSaveConcept(io.ComfyNode):
         name = name.strip().removesuffix(".safetensors")
         if not re.fullmatch(r"\w[\w .-]*", name):
             raise ValueError(
-                f"The name {name!r} is none for a file: use letters, numbers, spaces, points, - and _, and begin with one "
-                "of the first two."
+                f"The name {name!r} is none for a file: use letters, numbers, spaces, points, - and _, and begin with "
+                "one of the first two."
             )
         folders = [folder_paths.get_folder_paths(kind)[0] for kind in (CONCEPTS, "loras", "embeddings")]
         for folder in folders[: 3 if also_as_lora_and_embedding else 1]:
