@@ -18,7 +18,7 @@ from lcm_lookahead.mini.world import things
 from lcm_lookahead.sdxl import concept as in_sdxl
 from lcm_lookahead.sdxl.concept_maker import predict_concept, tuner
 from lcm_lookahead.trainer.concept.config import ConceptConfig
-from lcm_lookahead.trainer.config import ConfigError
+from lcm_lookahead.trainer.config import CONFIGS, ConfigError
 from lcm_lookahead.trainer.train import train
 from PIL import Image
 from safetensors.torch import load_file
@@ -304,6 +304,14 @@ def test_a_soft_word_that_is_a_real_one_gives_the_real_prompt(frozen):
     plain = frozen.text("a comic of a face on a beach")
     for found in (soft, hard):
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, plain, strict=True))
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "concept").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_shipped_configuration_is_valid_and_every_field_described(path):
+    assert ConceptConfig.load(path).steps > 0
+    sections = [ConceptConfig, *(f.annotation for f in ConceptConfig.model_fields.values())]
+    fields = [f for s in sections if hasattr(s, "model_fields") for f in s.model_fields.values()]
+    assert all(f.description or hasattr(f.annotation, "model_fields") for f in fields)
 
 
 def test_a_configuration_that_cannot_push_apart_is_refused(pictures, tmp_path):
