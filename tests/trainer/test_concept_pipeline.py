@@ -1,5 +1,7 @@
 """From a picture to a drawing in diffusers: the pipeline with a concept, and the stock files in stock diffusers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from concept_oracle import random_offsets
@@ -7,6 +9,9 @@ from lcm_lookahead.lookahead.files.concept_file import stock_lora, write_concept
 from lcm_lookahead.lookahead.method.concept import Concept
 from lcm_lookahead.lookahead.method.concept_input import ConceptError
 from lcm_lookahead.mini.drawn_people import model_folder
+from lcm_lookahead.mini.files.weights import IMAGE_PROMPT
+from lcm_lookahead.mini.plan import WEIGHTS
+from lcm_lookahead.mini.world.references import reference_faces
 from lcm_lookahead.sdxl import concept as in_sdxl
 from lcm_lookahead.sdxl import lora
 from lcm_lookahead.sdxl.concept_pipeline import ConceptPipeline
@@ -33,7 +38,7 @@ def concept(pipe):
 
 def draw(pipe, prompt=PROMPT, **options):
     latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(2))
-    return pipe(prompt, latents=latents, **RUN, **options).images
+    return pipe(prompt, latents=latents, **{**RUN, **options}).images
 
 
 def relative(found, expected):
@@ -93,3 +98,17 @@ def test_a_concept_file_is_read_and_one_of_another_base_refused(pipe, concept, t
 def test_without_an_encoder_it_says_what_to_call(pipe):
     with pytest.raises(ConceptError, match="call load_concept_encoder"):
         pipe.predict_concept(torch.zeros(1, 64, 64, 3))
+
+
+def test_a_concept_acts_beside_the_image_prompt_and_kv_injection(pipe, concept):
+    """One that changes nothing changes nothing there, and one that does does."""
+    pipe.load_encoder(WEIGHTS / IMAGE_PROMPT, image_encoder=model_folder() / "image_encoder")
+    try:
+        reference = pipe.encode_reference(reference_faces(1).movedim(1, -1), size=128)
+        options = {"reference": reference, "use_kv": True, "scales": (2.0, 1.0, 0.5)}
+        expected = draw(pipe, "a comic of a face on a beach", **options)
+        nothing = replace(concept, offsets={name: (a, b * 0) for name, (a, b) in concept.offsets.items()})
+        assert relative(draw(pipe, concept=nothing, blend=0.5, **options), expected) < 1e-4
+        assert relative(draw(pipe, concept=concept, blend=0.5, **options), expected) > 1e-2
+    finally:
+        pipe.unload_encoder()
