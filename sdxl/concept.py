@@ -22,7 +22,6 @@ from .encoder import block_paths
 
 if TYPE_CHECKING:
     from .load import Frozen, PromptEncoder
-    from .shared_unet import Condition
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,9 +214,14 @@ class _Seen(Exception):
 
 
 @torch.no_grad()
-def unet_features(unet: UNet2DConditionModel, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+def unet_features(
+    unet: UNet2DConditionModel, x: Tensor, t: Tensor, context: Tensor, added: Mapping[str, Tensor]
+) -> Tensor:
     """The means over space of what the UNet's down half hands on and of its middle, [n, `unet_width`] (7,040 of SDXL),
-    for noised latents [n, 4, h, w] at t [n]; the UNet stops there (the backbone of arXiv 2302.12228)."""
+    for noised latents [n, 4, h, w] at t [n]; the UNet stops there (the backbone of arXiv 2302.12228).
+
+    context, added: of a `shared_unet.Condition`.
+    """
     seen: list[Tensor] = []
 
     def note(_: nn.Module, __: object, out: Tensor | tuple[Tensor, tuple[Tensor, ...]]) -> None:
@@ -230,7 +234,7 @@ def unet_features(unet: UNet2DConditionModel, x: Tensor, t: Tensor, condition: C
     hooks = [module.register_forward_hook(note) for module in (unet.conv_in, *unet.down_blocks)]
     hooks.append(unet.mid_block.register_forward_hook(stop))
     try:
-        unet(x.to(unet.dtype), t, condition.context.to(unet.dtype), added_cond_kwargs=condition.added)
+        unet(x.to(unet.dtype), t, context.to(unet.dtype), added_cond_kwargs=dict(added))
     except _Seen:
         return torch.cat(seen, 1)
     finally:
@@ -240,7 +244,7 @@ def unet_features(unet: UNet2DConditionModel, x: Tensor, t: Tensor, condition: C
 
 
 def unet_width(unet: UNet2DConditionModel) -> int:
-    """How many numbers `unet_features` gives."""
+    """The number of values that `unet_features` gives."""
     channels, layers = unet.config.block_out_channels, unet.config.layers_per_block
     return int(channels[0] + layers * sum(channels) + sum(channels[:-1]) + channels[-1])
 

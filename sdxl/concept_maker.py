@@ -84,7 +84,8 @@ def looked_at(encoder: ConceptEncoder, frozen: Frozen, square: Tensor) -> Tensor
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)).to(latents)
     t = torch.tensor(LOOKS, device=latents.device)
     x = add_noise(latents.expand(n, -1, -1, -1), noise, alphas_cumprod().float().to(latents.device)[t])
-    return encoder.standardised(unet_features(frozen.unet, x, t, no_text(frozen.text, n, square.shape[-1])), t)
+    text = no_text(frozen.text, n, square.shape[-1])
+    return encoder.standardised(unet_features(frozen.unet, x, t, text.context, text.added), t)
 
 
 def no_text(text: PromptEncoder, n: int, size: int) -> Condition:

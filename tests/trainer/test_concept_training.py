@@ -242,9 +242,12 @@ def test_the_commands_lead_from_a_picture_to_a_tuned_concept_and_stock_files(
 ):
     made, tuned = tmp_path / "mug.safetensors", tmp_path / "tuned.safetensors"
     picture = str(pictures / "00.png")
-    main.main(["concept", "predict", str(encoder), picture, "--base", "mini", "--out", str(made)])
+    models = ["--base", "mini", "--image-encoder", "mini"]
+    main.main(["concept", "predict", str(encoder), picture, *models, "--out", str(made)])
+    main.main(["concept", "tune", str(made), picture, *models, "--dry-run"])
+    assert "activations of one sample" in capsys.readouterr().out
     short = ["--steps", "1", "--batch", "1", "--blend", "0.5", "--out", str(tuned), "--stock"]
-    main.main(["concept", "tune", str(made), picture, "--base", "mini", *short])
+    main.main(["concept", "tune", str(made), picture, *models, *short])
     before, after = read_concept(made), read_concept(tuned)
     assert after.blend == 0.5 and after.about["steps"] == "1" and after.word == before.word
     assert {p.name for p in tmp_path.glob("tuned_*")} == {"tuned_lora.safetensors", "tuned_embedding.safetensors"}

@@ -120,7 +120,7 @@ def test_features_of_the_unet_are_the_means_of_what_its_down_half_hands_on_and_o
     first = unet.conv_in.register_forward_hook(lambda _, args, out: states.update(first=out))
     with torch.no_grad():
         unet(x, t, hard, added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids})
-        found = in_sdxl.unet_features(unet, x, t, Condition(hard, pooled, time_ids))
+        found = in_sdxl.unet_features(unet, x, t, hard, Condition(hard, pooled, time_ids).added)
     hook.remove()
     first.remove()
     middle, last = seen[0]["hidden_states"], seen[0]["res_hidden_states_tuple"]

@@ -17,7 +17,7 @@ SHOWN = 10  # of a kind
 
 @dataclass
 class PictureReport:
-    """What a folder holds. faults: what is wrong with a picture that cannot be used, a sentence each; small: pictures
+    """A folder holds this. faults: what is wrong with a picture that cannot be used, a sentence each; small: pictures
     with fewer pixels than they are trained with; copies: pictures that are another one, pixel by pixel."""
 
     folder: Path

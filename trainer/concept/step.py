@@ -100,7 +100,8 @@ class ConceptStep(nn.Module):
         """The UNet's features of the noised pictures under the empty prompt."""
         x = add_noise(batch.latents, draws.noise, self.alpha_bar[draws.t])
         self.text.to(x.device)
-        return unet_features(self.unet, x, draws.t, no_text(self.text, len(x), 8 * x.shape[-1]))
+        text = no_text(self.text, len(x), 8 * x.shape[-1])
+        return unet_features(self.unet, x, draws.t, text.context, text.added)
 
     def predict(self, predicted: Prediction, batch: ConceptBatch, draws: ConceptDraws) -> Tensor:
         """The predicted noise [B, 4, h, w] of the noised pictures, each under its own concept."""
