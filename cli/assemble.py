@@ -22,13 +22,11 @@ from ..sdxl import load, lora  # before diffusers: it cures what diffusers' own 
 from ..sdxl.cpu_attention import cpu_attention
 from ..sdxl.encoder import Encoder
 from ..sdxl.load import Frozen, ModelError, Preview, found
+from ..trainer.concept.config import ConceptModels
 from ..trainer.data.folder import FolderPictures
 from ..trainer.data.pictures import PeoplePictures
 from ..trainer.data.sharded import ShardPictures, holds_shards
 from ..trainer.data.source import PictureSource
-from ..trainer.concept.config import ConceptModels
-from ..trainer.data.folder import FolderSource
-from ..trainer.data.sharded import ShardSource, holds_shards
 from ..trainer.lookahead.config import Config, Model
 from ..trainer.lookahead.recipe import LookaheadRecipe
 from ..trainer.lookahead.step import Step

@@ -15,13 +15,13 @@ from ..sdxl.cpu_attention import cpu_attention
 from ..sdxl.load import Frozen, PromptEncoder
 from ..trainer.concept.config import ConceptConfig, ConceptModels
 from ..trainer.concept.recipe import ConceptRecipe
-from ..trainer.concept.source import ConceptDataError, PictureSource, folder_source
+from ..trainer.concept.source import ConceptDataError, ConceptPictures, folder_source
 from ..trainer.concept.step import ConceptStep
 from .assemble import base_hash, device, read_models
 from .bases import DRAWN, known_base, resolve
 
 
-def assemble_concept(config: ConceptConfig) -> tuple[ConceptRecipe, PictureSource]:
+def assemble_concept(config: ConceptConfig) -> tuple[ConceptRecipe, ConceptPictures]:
     """The recipe, with all its models, and the source of its pictures. Raises one of `main.USER_ERRORS` for a file that
     is missing or is none of its kind."""
     base = known_base(config.model.base)
@@ -68,7 +68,7 @@ def attention():  # type: ignore[no-untyped-def]  # `lookahead.method.attention.
     return cpu_attention if device().type == "cpu" else softmax_attention
 
 
-def open_pictures(config: ConceptConfig, frozen: Frozen) -> PictureSource:
+def open_pictures(config: ConceptConfig, frozen: Frozen) -> ConceptPictures:
     """A folder of pictures, or what is drawn. Raises ConceptDataError."""
     if config.data.source != DRAWN:
         return folder_source(config, frozen)

@@ -21,8 +21,7 @@ from ..trainer.data.pairs import DataError, listing
 from ..trainer.data.sharded import holds_shards
 from ..trainer.data.shards import Shards
 from ..trainer.data.store import Store
-from ..trainer.lookahead.config import Config, Model, cache_folder
-from ..trainer.lookahead.config import Config
+from ..trainer.lookahead.config import Config, cache_folder
 from ..trainer.lookahead.estimate import Shapes
 
 Files = TypeVar("Files", bound=BaseModels)

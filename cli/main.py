@@ -11,8 +11,7 @@ import sys
 
 import typer
 
-from . import convert, curves, doctor, estimate, evaluate, generate, mini, prepare, schema, study, train
-from . import concept, convert, curves, doctor, estimate, evaluate, generate, mini, schema, study, train
+from . import concept, convert, curves, doctor, estimate, evaluate, generate, mini, prepare, schema, study, train
 
 HELP = """Teach SDXL to draw a person from one picture, and measure how well it does.
 

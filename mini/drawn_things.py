@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..sdxl.load import Frozen
 from ..trainer.concept.config import ConceptConfig
-from ..trainer.concept.source import PictureSource
+from ..trainer.concept.source import ConceptPictures
 from .plan import IMAGE_SIZE
 from .world import things
 from .world.faces import STYLES, Faces, frontal, sample_identities
@@ -43,7 +43,7 @@ def concept_people(count: int, seed: int = SEED + 1) -> Faces:
     return Faces(identity, frontal(face_nuisance(count, numbers, style=plain + PHOTO, place=plain)))
 
 
-def drawn_source(config: ConceptConfig, models: Frozen) -> PictureSource:
+def drawn_source(config: ConceptConfig, models: Frozen) -> ConceptPictures:
     """`data.things` things and `data.people` people, drawn as they are asked for; a picture is a function of its
     number and of theirs."""
     count = config.data.things
@@ -55,4 +55,4 @@ def drawn_source(config: ConceptConfig, models: Frozen) -> PictureSource:
             return things.render(shown.rows(slice(n, n + 1)), IMAGE_SIZE, seed=SEED + n)[0]
         return render_faces(people.rows(slice(n - count, n - count + 1)), IMAGE_SIZE, seed=SEED + n)[0]
 
-    return PictureSource(config, models, names, picture, lambda n: f"drawn {names[n]} of {count}, {len(people)}; 1")
+    return ConceptPictures(config, models, names, picture, lambda n: f"drawn {names[n]} of {count}, {len(people)}; 1")

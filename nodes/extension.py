@@ -50,9 +50,8 @@ class LookaheadExtension(ComfyExtension):
         register_folder()
         register_insightface_folder()
         register_reference_folder()
-        nodes = [
         register_concept_folder()
-        return [
+        nodes = [
             LookaheadLoadEncoder,
             LookaheadLoadFaceAnalysis,
             LookaheadCropFace,

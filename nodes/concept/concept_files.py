@@ -14,6 +14,7 @@ from torch import Tensor
 from ...lookahead.files.concept_file import read_concept_encoder
 from ...lookahead.files.tensors import sha256
 from ...lookahead.method.concept import Prediction, average
+from ..folders import file_names, nothing_chosen, searched
 
 CONCEPTS = "lookahead_concepts"
 ENCODERS = "lookahead"
@@ -26,20 +27,23 @@ def register_concept_folder() -> None:
 
 def safetensors_in(folder: str) -> list[str]:
     """Names of the .safetensors files in a folder of models."""
-    return [name for name in folder_paths.get_filename_list(folder) if name.lower().endswith(".safetensors")]
+    return file_names(folder, (".safetensors",))
 
 
 def path_in(folder: str, name: str, what: str) -> str:
     """Path of a file by name. Raises FileNotFoundError, one sentence, naming the folders that were searched."""
     path = folder_paths.get_full_path(folder, name)
     if path is None:
-        searched = ", ".join(folder_paths.get_folder_paths(folder))
-        raise FileNotFoundError(f"There is no {what} {name!r} in {searched}: put it into one of these folders.")
+        places = searched(folder_paths.get_folder_paths(folder))
+        raise FileNotFoundError(f"There is no {what} {name!r} in {places}: put it into one of these folders.")
     return path
 
 
-def found(folder: str, name: str, what: str) -> bool | str:
-    """Says whether a file is there, for a node's validation: True, or the sentence of `path_in`."""
+def found(folder: str, name: str | None, what: str) -> bool | str:
+    """Says whether a file is there, for a node's validation: True, or a sentence; no name comes by a link, or there is
+    no file yet."""
+    if name is None:
+        return nothing_chosen(safetensors_in(folder), what, folder_paths.get_folder_paths(folder))
     try:
         path_in(folder, name, what)
     except FileNotFoundError as error:
@@ -47,12 +51,12 @@ def found(folder: str, name: str, what: str) -> bool | str:
     return True
 
 
-def changed(folder: str, name: str) -> str:
+def changed(folder: str, name: str | None) -> str:
     """Tells a file from what replaced it, for a node's fingerprint."""
     try:
-        stat = os.stat(path_in(folder, name, "file"))
+        stat = os.stat(path_in(folder, name or "", "file"))
     except OSError:
-        return name
+        return f"{name}"
     return f"{name} {stat.st_size} {stat.st_mtime_ns}"
 
 

@@ -42,12 +42,12 @@ class LookaheadLoadConcept(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, concept_name: str) -> bool | str:
+    def validate_inputs(cls, concept_name: str | None = None) -> bool | str:
         """Say where the file was looked for, instead of the host's 'value not in list'."""
         return found(CONCEPTS, concept_name, "concept")
 
     @classmethod
-    def fingerprint_inputs(cls, concept_name: str) -> str:
+    def fingerprint_inputs(cls, concept_name: str | None = None) -> str:
         """Load again when the file was replaced."""
         return changed(CONCEPTS, concept_name)
 

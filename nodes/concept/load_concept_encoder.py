@@ -41,12 +41,12 @@ class LookaheadLoadConceptEncoder(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, encoder_name: str) -> bool | str:
+    def validate_inputs(cls, encoder_name: str | None = None) -> bool | str:
         """Say where the file was looked for, instead of the host's 'value not in list'."""
         return found(ENCODERS, encoder_name, "concept encoder")
 
     @classmethod
-    def fingerprint_inputs(cls, encoder_name: str) -> str:
+    def fingerprint_inputs(cls, encoder_name: str | None = None) -> str:
         """Load again when the file was replaced."""
         return changed(ENCODERS, encoder_name)
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 
-import folder_paths
 from comfy_api.latest import io, ui
 
 from ...lookahead.files.concept_file import write_concept, write_stock
 from ...lookahead.method.concept import Concept
+from ..folders import made
 from ..schema import schema
 from ..sockets import CONCEPT
 from .concept_files import CONCEPTS
@@ -59,16 +58,15 @@ class LookaheadSaveConcept(io.ComfyNode):
                 f"The name {name!r} is none for a file: use letters, numbers, spaces, points, - and _, and begin with "
                 "one of the first two."
             )
-        folders = [folder_paths.get_folder_paths(kind)[0] for kind in (CONCEPTS, "loras", "embeddings")]
-        for folder in folders[: 3 if also_as_lora_and_embedding else 1]:
-            os.makedirs(folder, exist_ok=True)
+        kinds = (CONCEPTS, "loras", "embeddings") if also_as_lora_and_embedding else (CONCEPTS,)
+        folders = [made(kind) for kind in kinds]
         number, free = 1, name
-        while os.path.exists(os.path.join(folders[0], f"{free}.safetensors")):
+        while (folders[0] / f"{free}.safetensors").exists():
             number += 1
             free = f"{name}_{number}"
-        written = [os.path.join(folders[0], f"{free}.safetensors")]
+        written = [folders[0] / f"{free}.safetensors"]
         write_concept(written[0], concept)
         if also_as_lora_and_embedding:
-            written += map(str, write_stock(folders[1], free, concept, embeddings=folders[2]))
-        text = "\n".join(written)
+            written += write_stock(folders[1], free, concept, embeddings=folders[2])
+        text = "\n".join(map(str, written))
         return io.NodeOutput(text, ui=ui.PreviewText(text))

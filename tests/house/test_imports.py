@@ -29,12 +29,12 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "nodes.concept": (
         "lookahead",
         "nodes.schema",
+        "nodes.folders",
         "nodes.sockets",
         "nodes.reference",
         "nodes.conditioning",
         "nodes.guidance",
     ),
-    "nodes.losses": ("lookahead", "nodes.schema", "nodes.sockets", "nodes.reference"),
     "nodes.guidance": ("lookahead", "nodes.schema", "nodes.sockets", "nodes.losses", "nodes.conditioning"),
     "nodes": ("nodes",),
     # SDXL in diffusers, and what is built on it

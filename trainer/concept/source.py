@@ -32,7 +32,7 @@ class ConceptDataError(ValueError):
     """Says what is wrong with the pictures, in one sentence for the user."""
 
 
-class PictureSource:
+class ConceptPictures:
     """Pictures by number, of a folder or drawn: each is one concept, the target and what its encoder looks at.
 
     names: of all pictures; picture: the number of one -> [3, H, W] in [0, 1]; key: what identifies its pixels.
@@ -110,7 +110,7 @@ class PictureSource:
         return made
 
 
-def folder_source(config: ConceptConfig, models: Frozen) -> PictureSource:
+def folder_source(config: ConceptConfig, models: Frozen) -> ConceptPictures:
     """The pictures of `data.source` and of the folders in it. Raises ConceptDataError, one sentence, where there are
     none, or one cannot be used."""
     folder = Path(config.data.source).expanduser()
@@ -124,7 +124,7 @@ def folder_source(config: ConceptConfig, models: Frozen) -> PictureSource:
         check_picture(*pixels.shape[-2:])
         return pixels
 
-    return PictureSource(config, models, [path.relative_to(folder).as_posix() for path in files], picture, key)
+    return ConceptPictures(config, models, [path.relative_to(folder).as_posix() for path in files], picture, key)
 
 
 def picture_files(folder: Path) -> list[Path]:
