@@ -6,6 +6,14 @@ import sys
 
 from comfy_api.latest import ComfyExtension, io
 
+from .concept.apply_concept import LookaheadApplyConcept
+from .concept.concept_files import register_concept_folder
+from .concept.encode_concept_prompt import LookaheadEncodeConceptPrompt
+from .concept.load_concept import LookaheadLoadConcept
+from .concept.load_concept_encoder import LookaheadLoadConceptEncoder
+from .concept.predict_concept import LookaheadPredictConcept
+from .concept.save_concept import LookaheadSaveConcept
+from .concept.tune_concept import LookaheadTuneConcept
 from .conditioning.apply_image_prompt import LookaheadApplyImagePrompt
 from .conditioning.apply_kv_injection import LookaheadApplyKVInjection
 from .conditioning.guider import LookaheadGuider
@@ -42,6 +50,7 @@ class LookaheadExtension(ComfyExtension):
         register_folder()
         register_insightface_folder()
         register_reference_folder()
+        register_concept_folder()
         nodes = [
             LookaheadLoadEncoder,
             LookaheadLoadFaceAnalysis,
@@ -66,6 +75,13 @@ class LookaheadExtension(ComfyExtension):
             LookaheadWeights,
             LookaheadEncodeFace,
             LookaheadPlaceMasks,
+            LookaheadLoadConceptEncoder,
+            LookaheadPredictConcept,
+            LookaheadTuneConcept,
+            LookaheadEncodeConceptPrompt,
+            LookaheadApplyConcept,
+            LookaheadSaveConcept,
+            LookaheadLoadConcept,
         ]
         with needs_a_newer_host():
             for node in nodes:  # before the host registers the first: all of them or none

@@ -28,6 +28,7 @@ from ..lookahead.files.encoder_file import EncoderFile
 from ..lookahead.method.guidance import Scales, guided
 from ..lookahead.method.schedule import add_noise
 from ..lookahead.vision.images import centre_square, clip_input
+from .concept import ConceptRows
 from .encoder import Encoder, KeysValues
 from .images import as_pixels
 from .reference import EncodedReference, KeptKV, Text
@@ -206,10 +207,17 @@ class LookaheadPipeline(StableDiffusionXLPipeline):
             prompt, kv = (joined(parts, len(x)) for parts in (prompts, kvs))
             read = None if prompt is None else prompt.__getitem__
             condition = self._condition(texts, x)
-            e = self._shared_unet.predict(rows, t, condition, read, kv, image_prompt_scale=image_prompt_scale)
+            concept = self._concept_rows(names, texts, len(x))
+            e = self._shared_unet.predict(
+                rows, t, condition, read, kv, image_prompt_scale=image_prompt_scale, concept=concept
+            )
             return e.chunk(len(names))
 
         return guided(predict, scales)
+
+    def _concept_rows(self, names: Sequence[str], texts: Sequence[Text], n: int) -> ConceptRows | None:
+        """What a pass reads of a concept (`concept_pipeline`): n rows of each prediction that is asked for."""
+        return None
 
     def _condition(self, texts: Sequence[Text], x: Tensor) -> Condition:
         """The texts one after another, each for all rows of x."""

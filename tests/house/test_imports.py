@@ -26,6 +26,15 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "nodes.reference": ("lookahead", "nodes.schema", "nodes.folders", "nodes.sockets"),
     "nodes.conditioning": ("lookahead", "nodes.schema", "nodes.sockets", "nodes.reference"),
     "nodes.losses": ("lookahead", "nodes.schema", "nodes.folders", "nodes.sockets", "nodes.reference"),
+    "nodes.concept": (
+        "lookahead",
+        "nodes.schema",
+        "nodes.folders",
+        "nodes.sockets",
+        "nodes.reference",
+        "nodes.conditioning",
+        "nodes.guidance",
+    ),
     "nodes.guidance": ("lookahead", "nodes.schema", "nodes.sockets", "nodes.losses", "nodes.conditioning"),
     "nodes": ("nodes",),
     # SDXL in diffusers, and what is built on it
@@ -34,6 +43,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     # the trainer: its loop, checkpoints, log and config know no recipe
     "trainer": ("lookahead", "sdxl", "evaluation"),
     "trainer.lookahead": ("lookahead", "sdxl", "evaluation", "trainer.*"),
+    "trainer.concept": ("lookahead", "sdxl", "evaluation", "trainer.*"),
     "trainer.data": ("lookahead", "sdxl", "trainer.*", "trainer.lookahead"),
     "trainer.data.generate": ("lookahead", "sdxl", "evaluation", "trainer.*", "trainer.data.*"),
     # a real ComfyUI, and the repository's own tools that need nothing installed
