@@ -61,3 +61,95 @@ def draw_examples(folder: Path = INPUT) -> None:
     for name, picture in examples().items():
         picture.save(folder / name, quality=90)
         say(f"{folder.relative_to(ROOT)}/{name} is drawn")
+
+
+# -- thumbnails: the reference in a corner of the result
+
+
+CARD = 400  # side of a thumbnail in pixels
+
+
+def card(result: Image.Image, references: list[Image.Image]) -> Image.Image:
+    """A result as large as a card of the page's list, and the references it was drawn from in its corners."""
+    side = min(result.size)
+    wide = result.width > 1.5 * result.height
+    shown = Image.new("RGB", (CARD, CARD), (24, 24, 26))
+    if wide:
+        result = result.resize((CARD, round(result.height * CARD / result.width)), Image.Resampling.LANCZOS)
+        shown.paste(result, (0, (CARD - result.height) // 3))
+    else:
+        left, top = (result.width - side) // 2, (result.height - side) // 2
+        square = result.crop((left, top, left + side, top + side))
+        shown.paste(square.resize((CARD, CARD), Image.Resampling.LANCZOS))
+    inset = 124 if len(references) < 3 else 100
+    for place, reference in enumerate(references):
+        small = reference.convert("RGB")
+        small.thumbnail((inset if small.width <= small.height else 2 * inset, inset), Image.Resampling.LANCZOS)
+        framed = Image.new("RGB", (small.width + 8, small.height + 8), "white")
+        framed.paste(small, (4, 4))
+        x = 10 if place == 0 else CARD - framed.width - 10 if place == len(references) - 1 else (CARD - framed.width) // 2
+        shown.paste(framed, (x, CARD - framed.height - 10))
+    return shown
+
+
+#: What a workflow's thumbnail is drawn of: pictures of `workflows/input`, and the prompt in the mini world's words.
+CARDS: dict[str, tuple[tuple[str, ...], str]] = {
+    "01": (("face_1.jpg",), "an oil painting of a face"),
+    "02": (("face_1.jpg",), "a comic of a face in the snow"),
+    "03": (("face_1.jpg",), "a photo of a face on a beach"),
+    "04": (("face_1.jpg", "face_2.jpg"), "a photo of a face"),
+    "05": (("group.jpg",), "a photo of a face on a beach"),
+    "06": (("face_1.jpg", "face_1b.jpg", "face_1c.jpg"), "a pencil drawing of a face"),
+    "07": (("face_1.jpg", "face_2.jpg"), "a photo of a face on a beach"),
+    "08": (("face_1.jpg",), "a photo of a face on a beach"),
+    "09": (("look.jpg",), "a face on a beach"),
+    "10": (("face_2.jpg",), "a photo of a face"),
+    "11": ((), "a photo of a face"),
+    "12": (("face_1.jpg",), "an oil painting of a face"),
+    "13": (("face_1.jpg", "scene.webp"), "a photo of a face in the snow"),
+}
+
+
+def draw_cards(part: str) -> None:
+    """Run the workflows whose names hold `part` with the mini weights, and write their thumbnails."""
+    from ..host import workflow
+    from ..mini import demo
+    from ..mini.files.host_models import mini_host
+
+    with mini_host() as host:
+        for path in sorted((ROOT / "workflows").glob("*.json")):
+            references, text = CARDS.get(path.name[:2], (None, ""))
+            if references is None or path.name.endswith(".app.json") or part.lower() not in path.name.lower():
+                continue
+            api = workflow.convert(path, host.object_info())
+            wide = workflow.find(api, "EmptyLatentImage") and "Two people" in path.name
+            given = {n: api[n]["inputs"]["image"] for n in workflow.find(api, "LoadImage")}
+            api = demo.at_mini_size(api, "lookahead_face_1.jpg", 5, text)
+            for number, file in given.items():
+                api[number]["inputs"]["image"] = file  # each its own
+            settings = {
+                "EmptyLatentImage": {"width": 192 if wide else demo.SIZE},
+                "BasicScheduler": {} if path.name.startswith("07") else {"steps": demo.STEPS},
+                "KSampler": {"steps": demo.STEPS, "cfg": demo.CFG},
+                "CFGGuider": {"cfg": demo.CFG},
+                "LookaheadGuider": {} if path.name.startswith("07") else demo.SCALES,
+                "LookaheadPreviewGrid": {"steps": demo.STEPS, "cfg": demo.CFG},
+            }
+            for node, inputs in settings.items():
+                if workflow.find(api, node):
+                    api = workflow.override(api, node, **inputs)
+            result = host.run(api).check()
+            (drawn,) = [p for p in result.images if p.is_relative_to(host.folder("output"))]
+            pictures = [Image.open(INPUT / f"lookahead_{name}") for name in references]
+            card(Image.open(drawn).convert("RGB"), pictures).save(path.with_suffix(".jpg"), quality=88, optimize=True)
+            app = path.with_suffix(".app.json")
+            if app.is_file():
+                card(Image.open(drawn).convert("RGB"), pictures).save(app.with_suffix(".jpg"), quality=88, optimize=True)
+            say(f"{path.with_suffix('.jpg').name}: {result.seconds:.0f} s")
+
+
+def draw_all(part: str) -> None:
+    """Draw the example pictures (where no part is named) and the thumbnails."""
+    if not part:
+        draw_examples()
+    draw_cards(part)

@@ -117,7 +117,7 @@ def note(text: str, files: Sequence[str], *tips: str, height: float = 330) -> No
     lines = [f"Needs the node pack [LCM-Lookahead]({ADDRESS}).", "", text, ""]
     lines += [f"- {tip}" for tip in tips]
     lines += ["", "Files, if the page says that some are missing:", "", *(f"- {_FILES[file]}" for file in files)]
-    return Node("MarkdownNote", "How to use this", {"": "\n".join(lines)}, height=height)
+    return Node("MarkdownNote", "How to use this", {"text": "\n".join(lines)}, height=height)
 
 
 CHECKPOINT = Node("CheckpointLoaderSimple", values={"ckpt_name": BASE})

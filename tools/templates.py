@@ -48,7 +48,7 @@ BUILD = """(spec => {
       if (!from) throw Error(`${one.name} is linked to ${name}, which is not there`);
       from.connect(output === null ? 0 : pick(from.outputs, output, from), to, pick(to.inputs, input, to));
     }
-  return [app.graph.serialize(), Object.fromEntries(spec.map(one => [one.name, nodes[one.name].id]))];
+  return [app.graph.serialize(), Object.fromEntries(spec.map(one => [one.name, Number(nodes[one.name].id)]))];
 })"""
 
 

@@ -18,17 +18,19 @@ from PIL import Image
 from samples import standard_errors
 
 WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
-FILES = sorted(WORKFLOWS.glob("*.json"))
-BOTH = WORKFLOWS / "image_prompt_and_kv.json"
-GRID = WORKFLOWS / "preview_grid.json"
-GUIDED = [path for path in FILES if path.stem.startswith("lookahead_")]
-PLAIN = [path for path in FILES if path not in (GRID, *GUIDED)]
+FILES = [path for path in sorted(WORKFLOWS.glob("*.json")) if not path.name.endswith(".app.json")]
+BOTH = demo.WORKFLOW
+(GRID,) = WORKFLOWS.glob("*(preview grid).json")
+(CONVERT,) = WORKFLOWS.glob("* Convert *.json")
+STEERED = {steering.workflow: steering for steering in demo.STEERED}
+GUIDED = [path for path in FILES if path.stem in STEERED]
+PLAIN = [path for path in FILES if path not in (GRID, CONVERT, *GUIDED)]
 
 
 @contextlib.contextmanager
 def host_with_pictures(*arguments):
     with mini_host(announce=False, arguments=arguments) as running:
-        names = ["reference_0.png", "reference_1.png", *workflow.pictures_named(FILES)]
+        names = ["reference_0.png", "reference_1.png"]
         for name, picture in zip(names, demo.draw_references(len(names)), strict=True):
             picture.save(running.folder("input") / name)
         yield running
@@ -65,7 +67,8 @@ def run_batch(host, api, reference, steps=8):
 def test_a_workflow_draws_a_picture_that_follows_its_reference(host, path):
     api = workflow.convert(path, host.object_info())
     one, other = (draw(host, api, f"reference_{number}.png") for number in range(2))
-    assert one.shape == (demo.SIZE, demo.SIZE, 3) and one.std() > 20
+    assert one.shape == (demo.SIZE, 2 * demo.SIZE + 16 if "Before and after" in path.stem else demo.SIZE, 3)
+    assert one.std() > 20
     assert abs(one - other).mean() > 5
 
 
@@ -100,7 +103,7 @@ def lpips_loss(reference):
     return lpips.LPIPSLoss(perceptual.lpips_network("squeeze"), reference)
 
 
-MEASURES = {"lookahead_identity": identity_loss, "lookahead_style": clip_loss, "lookahead_layout": lpips_loss}
+MEASURES = dict(zip(STEERED, (identity_loss, clip_loss, lpips_loss), strict=True))
 
 
 def guided(host, path, **settings):
