@@ -112,7 +112,7 @@ GUIDED = (
 )
 
 
-def note(text: str, files: Sequence[str], *tips: str, height: float = 330) -> Node:
+def note(text: str, files: Sequence[str], *tips: str, height: float = 300) -> Node:
     """The note of a workflow: first what it needs, then what to do and the files."""
     lines = [f"Needs the node pack [LCM-Lookahead]({ADDRESS}).", "", text, ""]
     lines += [f"- {tip}" for tip in tips]
@@ -121,7 +121,7 @@ def note(text: str, files: Sequence[str], *tips: str, height: float = 330) -> No
 
 
 CHECKPOINT = Node("CheckpointLoaderSimple", values={"ckpt_name": BASE})
-LOAD_ENCODER = Node("LookaheadLoadEncoder", values={"encoder_name": ENCODER}, height=200)  # room for its provenance
+LOAD_ENCODER = Node("LookaheadLoadEncoder", values={"encoder_name": ENCODER}, height=190)  # room for its provenance
 LOAD_VISION = Node("CLIPVisionLoader", values={"clip_name": VISION})
 NEGATIVE = Node("CLIPTextEncode", "Negative prompt", {"text": ""}, {"clip": "checkpoint.CLIP"}, height=90, colour="bad")
 LATENT = Node("EmptyLatentImage", values={"width": 1024, "height": 1024, "batch_size": 1})
@@ -138,7 +138,7 @@ def prompt(text: str) -> Node:
     return Node("CLIPTextEncode", "Prompt", {"text": text}, {"clip": "checkpoint.CLIP"}, height=130, colour="good")
 
 
-def save(name: str, images: str = "decode", height: float = 440) -> Node:
+def save(name: str, images: str = "decode", height: float = 400) -> Node:
     """Save Image into the folder `lookahead`."""
     return Node("SaveImage", values={"filename_prefix": f"lookahead/{name}"}, links={"images": images}, height=height)
 

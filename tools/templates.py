@@ -108,6 +108,9 @@ def placed(page: Page, graph: Graph, file: Entry, ids: dict[str, int]) -> Entry:
     page.open(file)
     file, needed = page.saved(), page.needed_sizes()
     by_id = {node["id"]: node for node in file["nodes"]}
+    page.nodes_2(True)
+    tall = {number: bottom - top - TITLE for number, (_, top, _, bottom) in page.boxes().items()}
+    page.nodes_2(False)
     left = 40.0
     for width, names in graph.columns:
         top = 60.0 + TITLE
@@ -116,7 +119,9 @@ def placed(page: Page, graph: Graph, file: Entry, ids: dict[str, int]) -> Entry:
             least_width, least_height = needed[str(node["id"])]
             if least_width > width:
                 raise ValueError(f"{name} needs a width of {least_width:.0f}, and its column has {width}.")
-            height = max(spec.height, round(least_height))
+            folded = name not in graph.nodes
+            shown = tall[str(node["id"])] if folded or node["type"].startswith(OURS) else 0.0
+            height = round(max(spec.height, least_height, shown))
             node |= {"pos": [left, top], "size": [width, height]}
             colour = spec.colour or ("ours" if node["properties"].get("cnr_id") == specs.PACK else "")
             if colour:

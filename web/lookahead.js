@@ -85,11 +85,9 @@ app.registerExtension({
     api.addEventListener("executed", showText);
     api.addEventListener("lookahead_notice", ({ detail }) => toast("warn", "LCM-Lookahead", detail.text));
     showRefusals();
-    const types = app.canvas?.default_connection_color_byType;
-    for (const [type, colour] of Object.entries(COLOURS)) {
-      if (types) types[type] ??= colour;
-      if (globalThis.LGraphCanvas?.link_type_colors) globalThis.LGraphCanvas.link_type_colors[type] ??= colour;
-    }
+    // The page gives a type that it does not know an empty colour; a palette's own stays.
+    for (const colours of [app.canvas?.default_connection_color_byType, globalThis.LGraphCanvas?.link_type_colors])
+      if (colours) for (const [type, colour] of Object.entries(COLOURS)) colours[type] ||= colour;
   },
   // So that a page without the pack can name it, with or without a Manager.
   nodeCreated(node) {
