@@ -8,6 +8,10 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from ..host import workflow
+from ..host.client import Client
+from ..mini import demo
+from ..mini.files.host_models import mini_host
 from ..mini.world.data import SEEDS
 from ..mini.world.faces import STYLES, Faces, frontal, render, sample_identities, sample_nuisance
 from .common import ROOT, say
@@ -110,46 +114,40 @@ CARDS: dict[str, tuple[tuple[str, ...], str]] = {
 }
 
 
-def draw_cards(part: str) -> None:
-    """Run the workflows whose names hold `part` with the mini weights, and write their thumbnails."""
-    from ..host import workflow
-    from ..mini import demo
-    from ..mini.files.host_models import mini_host
-
-    with mini_host() as host:
-        for path in sorted((ROOT / "workflows").glob("*.json")):
-            references, text = CARDS.get(path.name[:2], (None, ""))
-            if references is None or path.name.endswith(".app.json") or part.lower() not in path.name.lower():
-                continue
-            api = workflow.convert(path, host.object_info())
-            wide = workflow.find(api, "EmptyLatentImage") and "Two people" in path.name
-            given = {n: api[n]["inputs"]["image"] for n in workflow.find(api, "LoadImage")}
-            api = demo.at_mini_size(api, "lookahead_face_1.jpg", 5, text)
-            for number, file in given.items():
-                api[number]["inputs"]["image"] = file  # each its own
-            settings = {
-                "EmptyLatentImage": {"width": 192 if wide else demo.SIZE},
-                "BasicScheduler": {} if path.name.startswith("07") else {"steps": demo.STEPS},
-                "KSampler": {"steps": demo.STEPS, "cfg": demo.CFG},
-                "CFGGuider": {"cfg": demo.CFG},
-                "LookaheadGuider": {} if path.name.startswith("07") else demo.SCALES,
-                "LookaheadPreviewGrid": {"steps": demo.STEPS, "cfg": demo.CFG},
-            }
-            for node, inputs in settings.items():
-                if workflow.find(api, node):
-                    api = workflow.override(api, node, **inputs)
-            result = host.run(api).check()
-            (drawn,) = [p for p in result.images if p.is_relative_to(host.folder("output"))]
-            pictures = [Image.open(INPUT / f"lookahead_{name}") for name in references]
-            card(Image.open(drawn).convert("RGB"), pictures).save(path.with_suffix(".jpg"), quality=88, optimize=True)
-            app = path.with_suffix(".app.json")
-            if app.is_file():
-                card(Image.open(drawn).convert("RGB"), pictures).save(app.with_suffix(".jpg"), quality=88, optimize=True)
-            say(f"{path.with_suffix('.jpg').name}: {result.seconds:.0f} s")
+def draw_card(host: Client, path: Path) -> None:
+    """Run a workflow with the mini weights, and write its thumbnail, and its app's."""
+    names, text = CARDS[path.name[:2]]
+    api = workflow.convert(path, host.object_info())
+    pictures = {number: api[number]["inputs"]["image"] for number in workflow.find(api, "LoadImage")}
+    api = demo.at_mini_size(api, "lookahead_face_1.jpg", 5, text)
+    for number, file in pictures.items():
+        api[number]["inputs"]["image"] = file  # each its own
+    settings: dict[str, dict[str, float]] = {
+        "KSampler": {"steps": demo.STEPS, "cfg": demo.CFG},
+        "CFGGuider": {"cfg": demo.CFG},
+        "LookaheadPreviewGrid": {"steps": demo.STEPS, "cfg": demo.CFG},
+    }
+    if "Two people" in path.stem:
+        settings["EmptyLatentImage"] = {"width": 192}
+    if not workflow.find(api, "ControlNetLoader"):  # that one is set for its few-step LoRA
+        settings |= {"BasicScheduler": {"steps": demo.STEPS}, "LookaheadGuider": demo.SCALES}
+    for node, inputs in settings.items():
+        if workflow.find(api, node):
+            api = workflow.override(api, node, **inputs)
+    result = host.run(api).check()
+    (drawn,) = [one for one in result.images if one.is_relative_to(host.folder("output"))]
+    thumbnail = card(Image.open(drawn).convert("RGB"), [Image.open(INPUT / f"lookahead_{name}") for name in names])
+    for file in (path, path.with_suffix(".app.json")):
+        if file.is_file():
+            thumbnail.save(file.with_suffix(".jpg"), quality=88, optimize=True)
+    say(f"{path.stem}.jpg: {result.seconds:.0f} s")
 
 
 def draw_all(part: str) -> None:
-    """Draw the example pictures (where no part is named) and the thumbnails."""
+    """Draw the example pictures (where no part of a name is given) and the thumbnails of the workflows that hold it."""
     if not part:
         draw_examples()
-    draw_cards(part)
+    with mini_host() as host:
+        for path in sorted((ROOT / "workflows").glob("*.json")):
+            if path.name[:2] in CARDS and not path.name.endswith(".app.json") and part.lower() in path.name.lower():
+                draw_card(host, path)
