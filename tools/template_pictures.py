@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
@@ -11,7 +12,7 @@ from torch import Tensor
 from ..host import workflow
 from ..host.client import Client
 from ..mini import demo
-from ..mini.files.host_models import mini_host
+from ..mini.files.host_models import TRAINED, mini_host
 from ..mini.world.data import SEEDS
 from ..mini.world.faces import STYLES, Faces, frontal, render, sample_identities, sample_nuisance
 from .common import ROOT, say
@@ -122,7 +123,8 @@ def draw_card(host: Client, path: Path) -> None:
     api = demo.at_mini_size(api, "lookahead_face_1.jpg", 5, text)
     for number, file in pictures.items():
         api[number]["inputs"]["image"] = file  # each its own
-    settings: dict[str, dict[str, float]] = {
+    settings: dict[str, dict[str, Any]] = {
+        "LookaheadLoadEncoder": {"encoder_name": Path(TRAINED).name},
         "KSampler": {"steps": demo.STEPS, "cfg": demo.CFG},
         "CFGGuider": {"cfg": demo.CFG},
         "LookaheadPreviewGrid": {"steps": demo.STEPS, "cfg": demo.CFG},

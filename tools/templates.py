@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import tomllib
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,6 @@ OURS, COLOURS = "Lookahead", {"ours": ("#223", "#335"), "good": ("#232", "#353")
 TITLE, GAP, BESIDE = 30, 50, 50  # a node's title, which lies above its place; free room above it; and beside it
 #: Makes the nodes of a graph and joins them; answers the page's own file, and the id of each node.
 BUILD = """(spec => {
-  app.graph.clear();
   const nodes = {};
   const pick = (list, name, node) => {
     const at = (list ?? []).findIndex(one => one.name === name || one.localized_name === name || one.label === name);
@@ -40,6 +40,8 @@ BUILD = """(spec => {
     if (!node) throw Error(`no node ${one.type}`);
     app.graph.add(node);
     nodes[one.name] = node;
+    const inputs = {...node.constructor.nodeData?.input?.required, ...node.constructor.nodeData?.input?.optional};
+    for (const widget of node.widgets ?? []) widget.value = inputs[widget.name]?.[1]?.default ?? widget.value;
     for (const [name, value] of Object.entries(one.values)) node.widgets[pick(node.widgets, name, node)].value = value;
   }
   for (const one of spec)
@@ -88,6 +90,8 @@ def drawn(page: Page, graph: Graph) -> tuple[Entry, dict[str, int]]:
         }
         for name, node in graph.nodes.items()
     ]
+    # An empty graph of its own: the page remembers values by graph, node and name.
+    page.open({"id": str(uuid.uuid4()), "nodes": [], "links": [], "version": 0.4})
     file, ids = page.evaluate(f"{BUILD}({json.dumps(spec)})")
     version = version_of_pack()
     named = {number: name for name, number in ids.items()}

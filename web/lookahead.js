@@ -85,7 +85,9 @@ app.registerExtension({
     api.addEventListener("executed", showText);
     api.addEventListener("lookahead_notice", ({ detail }) => toast("warn", "LCM-Lookahead", detail.text));
     showRefusals();
-    // The page gives a type that it does not know an empty colour; a palette's own stays.
+  },
+  // After every palette: the page gives a type that it does not know an empty colour; a palette's own stays.
+  afterConfigureGraph() {
     for (const colours of [app.canvas?.default_connection_color_byType, globalThis.LGraphCanvas?.link_type_colors])
       if (colours) for (const [type, colour] of Object.entries(COLOURS)) colours[type] ||= colour;
   },
