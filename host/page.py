@@ -189,6 +189,8 @@ class Page:
             if message.get("method") == "Runtime.exceptionThrown":
                 details = message["params"]["exceptionDetails"]
                 self.errors.append(details.get("exception", {}).get("description") or details["text"])
+            if message.get("method") == "Page.javascriptDialogOpening":  # "leave this page?", once something was clicked
+                await self._socket.send_json({"id": 0, "method": "Page.handleJavaScriptDialog", "params": {"accept": True}})
             if message.get("id") == self._number:
                 if "error" in message:
                     raise Problem(f"Chromium refused {method}: {message['error'].get('message')}")
