@@ -189,8 +189,12 @@ class Page:
             if message.get("method") == "Runtime.exceptionThrown":
                 details = message["params"]["exceptionDetails"]
                 self.errors.append(details.get("exception", {}).get("description") or details["text"])
-            if message.get("method") == "Page.javascriptDialogOpening":  # "leave this page?", once something was clicked
-                await self._socket.send_json({"id": 0, "method": "Page.handleJavaScriptDialog", "params": {"accept": True}})
+            if (
+                message.get("method") == "Page.javascriptDialogOpening"
+            ):  # "leave this page?", once something was clicked
+                await self._socket.send_json(
+                    {"id": 0, "method": "Page.handleJavaScriptDialog", "params": {"accept": True}}
+                )
             if message.get("id") == self._number:
                 if "error" in message:
                     raise Problem(f"Chromium refused {method}: {message['error'].get('message')}")
@@ -245,13 +249,14 @@ class Page:
         self.wait_for(f"!!document.querySelector('[data-node-id]') === {json.dumps(on)} || !app.graph.nodes.length")
 
     def boxes(self) -> dict[str, tuple[float, float, float, float]]:
-        """Left, top, right and bottom of every node of the open graph by its id, its title and (drawn on the canvas) its
-        badge included, in the graph's units."""
+        """Left, top, right and bottom of every node of the open graph by its id, in the graph's units: with its title
+        and, where it is drawn on the canvas, its badge."""
         boxes = self.evaluate(
             "app.graph.nodes.map(n => { const e = document.querySelector(`[data-node-id='${n.id}']`); if (!e) {"
             f" const up = {TITLE} + (n.badges?.some(b => (b.visible ?? b().visible)) ? {BADGE} : 0);"
             " return [n.id, n.pos[0], n.pos[1] - up, n.pos[0] + n.size[0], n.pos[1] + n.size[1]]; }"
-            " const r = e.getBoundingClientRect(), c = app.canvas.canvas.getBoundingClientRect(), s = app.canvas.ds.scale,"
+            " const r = e.getBoundingClientRect(), c = app.canvas.canvas.getBoundingClientRect(),"
+            " s = app.canvas.ds.scale,"
             " [x, y] = app.canvas.ds.offset; return [n.id, (r.left - c.left) / s - x, (r.top - c.top) / s - y,"
             " (r.right - c.left) / s - x, (r.bottom - c.top) / s - y]; })"
         )
@@ -261,8 +266,8 @@ class Page:
         """Wait for an element (an expression in the page) and click on its middle with the mouse."""
         self.wait_for(element)
         left, top, width, height = self.evaluate(
-            f"(() => {{ const e = {element}; e.scrollIntoView({{block: 'nearest'}}); const r = e.getBoundingClientRect();"
-            " return [r.left, r.top, r.width, r.height]; })()"
+            f"(() => {{ const e = {element}; e.scrollIntoView({{block: 'nearest'}});"
+            " const r = e.getBoundingClientRect(); return [r.left, r.top, r.width, r.height]; })()"
         )
         at = {"x": left + width / 2, "y": top + height / 2, "button": "left", "clickCount": 1}
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=at["x"], y=at["y"])

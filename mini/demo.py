@@ -67,8 +67,8 @@ SIZE, STEPS, CFG, SCALES = 128, 20, 3.0, {"text": 1.8, "full": 1.2, "kv": 1.2}
 class Steering:
     """A guided workflow of the demo.
 
-    workflow: its file; name: of the pictures; loss: what it is steered by, in words; text: its prompt, in words that the
-    mini world knows; style, person: of its reference; measure: tells how alike a picture is to it.
+    workflow: its file; name: of the pictures; loss: what it is steered by, in words; text: a prompt that the mini world
+    knows; style, person: of its reference; measure: tells how alike a picture is to it.
     """
 
     workflow: str
@@ -155,9 +155,7 @@ STEERED = (
         "a photo of a face on a beach",
         *("photo", 0, identity_to),
     ),
-    Steering(
-        "09 Look ahead for a look (CLIP)", "lookahead_style", "CLIP", "a face on a beach", "comic", 1, chance_of
-    ),
+    Steering("09 Look ahead for a look (CLIP)", "lookahead_style", "CLIP", "a face on a beach", "comic", 1, chance_of),
     Steering(
         "10 Look ahead for a layout (LPIPS and L1)",
         "lookahead_layout",

@@ -32,5 +32,7 @@ def put_examples(source: Path = EXAMPLES) -> None:
                     part.unlink(missing_ok=True)
     except OSError as error:
         logging.info(
-            "[LCM-Lookahead] the example pictures of the workflows could not be put into %s: %s.", target, error.strerror
+            "[LCM-Lookahead] the example pictures of the workflows could not be put into %s: %s.",
+            target,
+            error.strerror,
         )

@@ -54,7 +54,7 @@ class Subgraph:
 
 
 @dataclass(frozen=True)
-class Graph:
+class Template:
     """A workflow file to be: nodes by name, subgraphs, columns of names from left to right with their widths, and what
     its app asks for (node, widget) and shows (node)."""
 

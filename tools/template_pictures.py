@@ -57,7 +57,9 @@ def examples() -> dict[str, Image.Image]:
     ImageDraw.Draw(mask).ellipse((150, 30, 362, 470), fill=0)  # transparent: what Load Image gives as a mask
     scene.putalpha(mask)
     pictures["scene"] = scene
-    return {f"lookahead_{name}.{'jpg' if picture.mode == 'RGB' else 'webp'}": picture for name, picture in pictures.items()}
+    return {
+        f"lookahead_{name}.{'jpg' if picture.mode == 'RGB' else 'webp'}": picture for name, picture in pictures.items()
+    }
 
 
 def draw_examples(folder: Path = INPUT) -> None:
@@ -92,7 +94,13 @@ def card(result: Image.Image, references: list[Image.Image]) -> Image.Image:
         small.thumbnail((inset if small.width <= small.height else 2 * inset, inset), Image.Resampling.LANCZOS)
         framed = Image.new("RGB", (small.width + 8, small.height + 8), "white")
         framed.paste(small, (4, 4))
-        x = 10 if place == 0 else CARD - framed.width - 10 if place == len(references) - 1 else (CARD - framed.width) // 2
+        x = (
+            10
+            if place == 0
+            else CARD - framed.width - 10
+            if place == len(references) - 1
+            else (CARD - framed.width) // 2
+        )
         shown.paste(framed, (x, CARD - framed.height - 10))
     return shown
 

@@ -1,15 +1,15 @@
 """What is in the workflow files, apps and blueprints; `templates` writes them.
 
-Values are those of the nodes, but where measurements say better: the image prompt at 0.75 and the KV injection up to 0.4
-of the sampling (docs/knobs.md: likeness 0.585 and 0.609 with style 0.85 and 1.00, against 0.608 and 0.78 at 1), KV alone
-up to 0.6, as the README advises. Prompts are written for SDXL.
+Values are those of the nodes, but where measurements say better: the image prompt at 0.75 and the KV injection up to
+0.4 of the sampling (docs/knobs.md: likeness 0.585 and 0.609 with style 0.85 and 1.00, against 0.608 and 0.78 at 1), KV
+alone up to 0.6. Prompts are written for SDXL.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .template_graph import Graph, Node, Subgraph
+from .template_graph import Node, Subgraph, Template
 
 PACK = "lcm-lookahead"  # the name in the registry
 ADDRESS = "https://github.com/lcm-lookahead/comfyui-lcm-lookahead"
@@ -58,9 +58,7 @@ MODELS: dict[str, list[dict[str, str]]] = {
     ],
     CLIP: [model(CLIP, f"{HUB}/openai/clip-vit-large-patch14/resolve/main/model.safetensors", "clip_vision")],
     LORA: [
-        model(
-            LORA, f"{HUB}/latent-consistency/lcm-lora-sdxl/resolve/main/pytorch_lora_weights.safetensors", "loras"
-        )
+        model(LORA, f"{HUB}/latent-consistency/lcm-lora-sdxl/resolve/main/pytorch_lora_weights.safetensors", "loras")
     ],
     CONTROLNET: [
         model(
@@ -70,7 +68,11 @@ MODELS: dict[str, list[dict[str, str]]] = {
         )
     ],
     TAESD: [
-        model(f"taesdxl_{half}.safetensors", f"{HUB}/madebyollin/taesdxl/resolve/main/taesdxl_{half}.safetensors", "vae_approx")
+        model(
+            f"taesdxl_{half}.safetensors",
+            f"{HUB}/madebyollin/taesdxl/resolve/main/taesdxl_{half}.safetensors",
+            "vae_approx",
+        )
         for half in ("encoder", "decoder")
     ],
     FACES: [
@@ -93,21 +95,23 @@ MODELS: dict[str, list[dict[str, str]]] = {
 _FILES = {  # a line each in the notes
     BASE: f"**models/checkpoints**: [{BASE}]({MODELS[BASE][0]['url']})",
     ENCODER: f"**models/ipadapter** (or lookahead): [{ENCODER}]({MODELS[ENCODER][0]['url']})",
-    VISION: f"**models/clip_vision**: [model.safetensors]({MODELS[VISION][0]['url']}) of h94/IP-Adapter, renamed to {VISION}",
+    VISION: f"**models/clip_vision**: [model.safetensors]({MODELS[VISION][0]['url']}) of h94/IP-Adapter, renamed to "
+    f"{VISION}",
     LORA: f"**models/loras**: [pytorch_lora_weights.safetensors]({MODELS[LORA][0]['url']}), renamed to {LORA}",
-    TAESD: f"**models/vae_approx**: taesdxl [encoder]({MODELS[TAESD][0]['url']}) and [decoder]({MODELS[TAESD][1]['url']})",
+    TAESD: f"**models/vae_approx**: taesdxl [encoder]({MODELS[TAESD][0]['url']}) and "
+    f"[decoder]({MODELS[TAESD][1]['url']})",
     CLIP: f"**models/clip_vision**: [model.safetensors]({MODELS[CLIP][0]['url']}), renamed to {CLIP}",
-    CONTROLNET: f"**models/controlnet**: [diffusion_pytorch_model.fp16.safetensors]({MODELS[CONTROLNET][0]['url']}), renamed "
-    f"to {CONTROLNET}",
+    CONTROLNET: f"**models/controlnet**: [diffusion_pytorch_model.fp16.safetensors]({MODELS[CONTROLNET][0]['url']}), "
+    f"renamed to {CONTROLNET}",
     VGG: f"**models/lookahead_losses**: [{VGG}]({MODELS['vgg'][0]['url']}), and `pip install lpips`",
-    FACES: f"**models/insightface/models/** a folder with a face pack: [AuraFace]({HUB}/fal/AuraFace-v1) (free to use), or "
-    f"[buffalo_l]({MODELS[FACES][0]['url']}) (for research only), and `pip install insightface onnxruntime`",
+    FACES: f"**models/insightface/models/** a face pack: [AuraFace]({HUB}/fal/AuraFace-v1) (free to use), "
+    f"or [buffalo_l]({MODELS[FACES][0]['url']}) (for research only), and `pip install insightface onnxruntime`",
 }
 ADAPTER = (BASE, ENCODER, VISION)
 RECOGNISER = "for the recogniser of the pack also `pip install onnx` and `pip install --no-deps onnx2torch`"
 GUIDED = (
     "Looking ahead costs about as much as 100 evaluations more (a plain run has 60), and at 1024x1024 up to 5.8 GB "
-    "beside the weights. To compare, bypass the node **Look ahead** (Ctrl+B): the seed stays. Too weak: more "
+    "beside the weights. To compare, set **iterations** to 0: the seed stays. Too weak: more "
     "**iterations**, or a larger **step_size**. Noisy or odd: a smaller one."
 )
 
@@ -152,7 +156,9 @@ def ksampler(
     return Node("KSampler", values={**values, "scheduler": "karras", "denoise": denoise}, links=links, below=below)
 
 
-def custom_sampler(guider: str, model_: str, sampler: str, steps: int = 30, scheduler: str = "karras") -> dict[str, Node]:
+def custom_sampler(
+    guider: str, model_: str, sampler: str, steps: int = 30, scheduler: str = "karras"
+) -> dict[str, Node]:
     """The four nodes around SamplerCustomAdvanced."""
     parts = {"noise": "noise", "guider": guider, "sampler": sampler, "sigmas": "sigmas", "latent_image": "latent"}
     return {
@@ -322,8 +328,21 @@ AHEAD_PART = Subgraph(
 )
 
 BLUEPRINTS = (
-    Graph(face_nodes("", ""), (), (FACE_PART,)),
-    Graph(face_kv_nodes(), (), (FACE_KV_PART,)),
-    Graph(two_nodes(), (), (TWO_PART,)),
-    Graph(ahead_nodes(), (), (AHEAD_PART,)),
+    Template(face_nodes("", ""), (), (FACE_PART,)),
+    Template(face_kv_nodes(), (), (FACE_KV_PART,)),
+    Template(two_nodes(), (), (TWO_PART,)),
+    Template(ahead_nodes(), (), (AHEAD_PART,)),
 )
+
+
+# -- words and nodes that several workflows have
+
+PAINTING = "oil painting, portrait of a person in a red coat, autumn park, visible brush strokes"
+PHOTO = "photo, portrait of a person on a beach at sunset, wind in the hair, 85 mm lens"
+WEIGHT = (
+    "**weight**: 0.75 to begin with; 1 for more likeness, 0.5 to leave the prompt more room "
+    f"([measured]({ADDRESS}/blob/main/docs/knobs.md))"
+)
+OWN = "Choose **your own picture** in *Reference face*: one face, cropped to a square"
+FACE_TIPS = (OWN, WEIGHT, "**start** later than 0 keeps the prompt's composition")
+PLAIN = {"checkpoint": CHECKPOINT, "negative": NEGATIVE, "latent": LATENT, "decode": DECODE}

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-from .template_graph import Graph, Node
+from .template_graph import Node, Template
+from .template_guided import GUIDED_WORKFLOWS
 from .template_specs import (
     ADAPTER,
-    AHEAD,
-    AHEAD_PART,
     BASE,
-    CHECKPOINT,
-    CLIP,
     CONTROLNET,
-    DECODE,
     ENCODER,
     FACE,
     FACE_PART,
+    FACE_TIPS,
     FACES,
-    GUIDED,
-    LATENT,
     LORA,
-    NEGATIVE,
-    RECOGNISER,
-    SAMPLER_ROOM,
-    TAESD,
+    OWN,
+    PAINTING,
+    PHOTO,
+    PLAIN,
     TWO,
     TWO_PART,
-    VGG,
-    VISION,
-    ahead_nodes,
+    WEIGHT,
     custom_sampler,
     face_nodes,
     ksampler,
@@ -39,54 +32,8 @@ from .template_specs import (
     two_nodes,
 )
 
-PAINTING = "oil painting, portrait of a person in a red coat, autumn park, visible brush strokes"
-PHOTO = "photo, portrait of a person on a beach at sunset, wind in the hair, 85 mm lens"
-WEIGHT = "**weight**: 0.75 to begin with; 1 for more likeness, 0.5 to leave the prompt more room ([measured]({0}/blob/main/docs/knobs.md))"
-OWN = "Choose **your own picture** in *Reference face*: one face, cropped to a square"
-
-
-def measured(text: str) -> str:
-    """A tip with the address of the figures behind it."""
-    from .template_specs import ADDRESS
-
-    return text.format(ADDRESS)
-
-
-FACE_TIPS = (OWN, measured(WEIGHT), "**start** later than 0 keeps the prompt's composition")
-PLAIN = {"checkpoint": CHECKPOINT, "negative": NEGATIVE, "latent": LATENT, "decode": DECODE}
-
-
-def guided(name: str, loss: dict[str, Node], source: str, more: dict[str, Node], text: str, how: Node) -> dict[str, Node]:
-    """What the guided workflows share: the graph around the loss (the node `loss`), drawn by the model of `source`."""
-    return {
-        **PLAIN,
-        **more,
-        **loss,
-        **ahead_nodes("checkpoint", "loss"),
-        "prompt": prompt(text),
-        "guider": Node("CFGGuider", values={"cfg": 5}, links={"model": source, "positive": "prompt", "negative": "negative"}),
-        **custom_sampler("guider", source, "ahead.sampler"),
-        "save": save(name, height=300),
-        "report": Node("LookaheadGuidanceReport", links={"latent": "sampler", "report": "ahead.report"}, height=200),
-        "curve": Node("PreviewImage", "Loss over the iterations", links={"images": "report"}, height=220),
-        "previews": Node("PreviewImage", "Previews before and after", links={"images": "report.previews"}, height=220),
-        "note": how,
-    }
-
-
-def guided_columns(left: list[str], middle: list[str]) -> list[tuple[float, list[str]]]:
-    """Five columns: what is drawn, what is wanted, how, the run, what came of it."""
-    return [
-        (320, left),
-        (320, middle),
-        (320, [AHEAD, "guider", "sigmas", "noise", "latent"]),
-        (320, ["decode", "report", "sampler"]),
-        (400, ["save", "curve", "previews"]),
-    ]
-
-
-WORKFLOWS: dict[str, Graph] = {
-    "01 Face under a new prompt": Graph(
+WORKFLOWS: dict[str, Template] = {
+    "01 Face under a new prompt": Template(
         {
             **PLAIN,
             **face_nodes("picture"),
@@ -94,7 +41,9 @@ WORKFLOWS: dict[str, Graph] = {
             "prompt": prompt(PAINTING),
             "sampler": ksampler("face", "randomize"),
             "save": save("face"),
-            "note": note("The blue node draws the person of **Reference face** under your prompt.", ADAPTER, *FACE_TIPS),
+            "note": note(
+                "The blue node draws the person of **Reference face** under your prompt.", ADAPTER, *FACE_TIPS
+            ),
         },
         [
             (360, ["checkpoint", "picture", "note"]),
@@ -107,7 +56,7 @@ WORKFLOWS: dict[str, Graph] = {
         ["save"],
         app=True,
     ),
-    "02 Face with more of its look (KV)": Graph(
+    "02 Face with more of its look (KV)": Template(
         {
             **PLAIN,
             **face_nodes("picture"),
@@ -124,9 +73,7 @@ WORKFLOWS: dict[str, Graph] = {
             "kv": kv_node("face", 0.4),
             "picture": picture("face_1.jpg", "Reference face"),
             "prompt": prompt(PAINTING),
-            "guider": Node(
-                "LookaheadGuider", links={"model": "kv", "positive": "prompt", "negative": "negative"}
-            ),
+            "guider": Node("LookaheadGuider", links={"model": "kv", "positive": "prompt", "negative": "negative"}),
             "chosen": Node("KSamplerSelect", values={"sampler_name": "dpmpp_2m"}),
             **custom_sampler("guider", "checkpoint", "chosen"),
             "save": save("face_kv"),
@@ -152,7 +99,7 @@ WORKFLOWS: dict[str, Graph] = {
         shows=["save"],
         app=True,
     ),
-    "03 Face by KV alone (checkpoint only)": Graph(
+    "03 Face by KV alone (checkpoint only)": Template(
         {
             **PLAIN,
             "picture": picture("face_1.jpg", "Reference face"),
@@ -186,7 +133,7 @@ WORKFLOWS: dict[str, Graph] = {
         asks=[("picture", "image"), ("prompt", "text"), ("kv", "end"), ("noise", "noise_seed")],
         shows=["save"],
     ),
-    "04 Two people in one picture": Graph(
+    "04 Two people in one picture": Template(
         {
             **PLAIN,
             **two_nodes("first", "second", "checkpoint"),
@@ -214,7 +161,7 @@ WORKFLOWS: dict[str, Graph] = {
         ["save"],
         app=True,
     ),
-    "05 A face out of a group photo": Graph(
+    "05 A face out of a group photo": Template(
         {
             **PLAIN,
             **face_nodes("crop.face"),
@@ -243,7 +190,7 @@ WORKFLOWS: dict[str, Graph] = {
         [("picture", "image"), ("crop", "face"), ("prompt", "text"), (FACE, "weight")],
         ["found", "save"],
     ),
-    "06 Several photos of one person": Graph(
+    "06 Several photos of one person": Template(
         {
             **PLAIN,
             **face_nodes("all three"),
@@ -273,7 +220,7 @@ WORKFLOWS: dict[str, Graph] = {
         [("one", "image"), ("two", "image"), ("three", "image"), ("prompt", "text"), (FACE, "weight")],
         ["save"],
     ),
-    "07 Face in the lines of a pose (ControlNet, 8 steps)": Graph(
+    "07 Face in the lines of a pose (ControlNet, 8 steps)": Template(
         {
             **PLAIN,
             "lora": Node(
@@ -321,127 +268,8 @@ WORKFLOWS: dict[str, Graph] = {
         asks=[("picture", "image"), ("pose", "image"), ("prompt", "text"), ("control", "strength")],
         shows=["save"],
     ),
-    "08 Look ahead for likeness (identity)": Graph(
-        guided(
-            "ahead_identity",
-            {
-                "faces": Node("LookaheadLoadFaceAnalysis", values={"pack_name": FACES, "device": "cpu"}, height=180),
-                "loss": Node("LookaheadIdentityLoss", links={"face_analysis": "faces", "image": "picture"}),
-            },
-            "face",
-            {**face_nodes("picture", weight=0.6), "picture": picture("face_1.jpg", "Reference face", 330)},
-            PHOTO,
-            note(
-                "The image prompt says roughly who it is. At an early step the sampler looks ahead, finds the face, and "
-                "moves the noise until a face recogniser knows the person of **Reference face**.",
-                (*ADAPTER, LORA, TAESD, FACES),
-                GUIDED,
-                RECOGNISER,
-                height=540,
-            ),
-        ),
-        guided_columns(
-            ["checkpoint", "picture", "note"],
-            [FACE, "prompt", "negative", "faces", "loss"],
-        ),
-        (FACE_PART, AHEAD_PART),
-        [("picture", "image"), ("prompt", "text"), (FACE, "weight"), (AHEAD, "iterations"), ("noise", "noise_seed")],
-        ["save"],
-    ),
-    "09 Look ahead for a look (CLIP)": Graph(
-        guided(
-            "ahead_look",
-            {"loss": Node("LookaheadCLIPLoss", values={"clip_name": CLIP}, links={"image": "picture"}, height=300)},
-            "checkpoint",
-            {"picture": picture("look.jpg", "Reference look", 330)},
-            "a lighthouse on a cliff, evening",
-            note(
-                "At an early step the sampler looks ahead, and moves the noise until CLIP sees the look of **Reference "
-                "look** in what is to come. The prompt stays what it is.",
-                (BASE, LORA, TAESD, CLIP),
-                "By words: write them into **text** of the CLIP loss (*an oil painting*), and unlink the picture or "
-                "keep both",
-                GUIDED,
-                height=480,
-            ),
-        ),
-        guided_columns(["checkpoint", "picture", "note"], ["prompt", "negative", "loss"]),
-        (AHEAD_PART,),
-        [("picture", "image"), ("prompt", "text"), (AHEAD, "iterations"), ("noise", "noise_seed")],
-        ["save"],
-    ),
-    "10 Look ahead for a layout (LPIPS and L1)": Graph(
-        guided(
-            "ahead_layout",
-            {
-                "shapes": Node("LookaheadLPIPSLoss", links={"image": "picture"}),
-                "colours": Node("LookaheadL1Loss", links={"image": "picture"}),
-                "loss": Node(
-                    "LookaheadCombineLosses",
-                    values={"weight_a": 1, "weight_b": 0.5},
-                    links={"loss_a": "shapes", "loss_b": "colours"},
-                ),
-            },
-            "checkpoint",
-            {"picture": picture("face_2.jpg", "Reference layout", 330)},
-            "watercolour, portrait of a robot in a garden",
-            note(
-                "At an early step the sampler looks ahead, and moves the noise until shapes (LPIPS) and rough colours "
-                "(L1) lie where they lie in **Reference layout**. Style and content are the prompt's.",
-                (BASE, LORA, TAESD, VGG),
-                "Colours alone need no further file: give *L1* to the blue node without *Combine*",
-                GUIDED,
-                height=480,
-            ),
-        ),
-        guided_columns(["checkpoint", "picture", "note"], ["prompt", "negative", "shapes", "colours", "loss"]),
-        (AHEAD_PART,),
-        [("picture", "image"), ("prompt", "text"), (AHEAD, "iterations"), ("noise", "noise_seed")],
-        ["save"],
-    ),
-    "11 How well one step foretells (preview grid)": Graph(
-        {
-            **{name: PLAIN[name] for name in ("checkpoint", "negative", "latent")},
-            **{name: node for name, node in ahead_nodes("checkpoint").items() if name not in ("ahead", "chosen")},
-            "prompt": prompt(PHOTO),
-            "grid": Node(
-                "LookaheadPreviewGrid",
-                values={
-                    "seed": 1,
-                    "control_after_generate": "fixed",
-                    "steps": 30,
-                    "cfg": 5,
-                    "sampler_name": "dpmpp_2m",
-                    "scheduler": "karras",
-                },
-                links={
-                    "model": "checkpoint",
-                    "shortcut": "shortcut",
-                    "positive": "prompt",
-                    "negative": "negative",
-                    "latent_image": "latent",
-                },
-            ),
-            "save": save("preview_grid", "grid", 340),
-            "numbers": Node("PreviewAny", "Numbers", links={"source": "grid.text"}, height=240),
-            "note": note(
-                "Upper row: what the few-step LoRA foretells in one step; lower row: what the model itself foretells, "
-                "at the parts of the run in **fractions**; at the right the finished picture. The more alike the upper "
-                "row is to it, the better it can be steered by.",
-                (BASE, LORA, TAESD),
-                "Connect a **loss** as well, and it is measured on every preview",
-            ),
-        },
-        [
-            (320, ["checkpoint", "lora", "preview vae", "latent"]),
-            (360, ["prompt", "negative", "shortcut", "note"]),
-            (320, ["grid"]),
-            (740, ["save", "numbers"]),
-        ],
-        asks=[("prompt", "text"), ("grid", "seed")],
-        shows=["save", "numbers"],
-    ),
-    "12 Before and after": Graph(
+    **GUIDED_WORKFLOWS,
+    "12 Before and after": Template(
         {
             **PLAIN,
             **face_nodes("picture"),
@@ -460,7 +288,7 @@ WORKFLOWS: dict[str, Graph] = {
                 "The same prompt and seed without (left) and with (right) the reference.",
                 ADAPTER,
                 "Change a seed in both samplers alike",
-                measured(WEIGHT),
+                WEIGHT,
             ),
         },
         [
@@ -474,7 +302,7 @@ WORKFLOWS: dict[str, Graph] = {
         [("picture", "image"), ("prompt", "text"), (FACE, "weight")],
         ["save"],
     ),
-    "13 Paint a face into a picture (inpaint)": Graph(
+    "13 Paint a face into a picture (inpaint)": Template(
         {
             **PLAIN,
             **face_nodes("picture"),
@@ -508,7 +336,7 @@ WORKFLOWS: dict[str, Graph] = {
         [("picture", "image"), ("scene", "image"), ("prompt", "text"), ("sampler", "denoise")],
         ["save"],
     ),
-    "14 Convert an encoder file": Graph(
+    "14 Convert an encoder file": Template(
         {
             "convert": Node(
                 "LookaheadConvertEncoder",
@@ -518,7 +346,7 @@ WORKFLOWS: dict[str, Graph] = {
             "written": Node("PreviewAny", "What was written", links={"source": "convert"}, height=340),
             "note": note(
                 "Makes an encoder file of the checkpoint of the paper's authors (`model_ckpt.pt`) or of a stock "
-                "IP-Adapter Plus, or a stock IP-Adapter of an encoder file. Needed once a file; nothing is overwritten.",
+                "IP-Adapter Plus, or a stock IP-Adapter of an encoder file. Needed once; nothing is overwritten.",
                 (ENCODER,),
                 "The new file goes to **models/lookahead**: press R, and *Load Lookahead Encoder* has it",
             ),

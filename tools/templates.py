@@ -23,7 +23,7 @@ from ..mini.files.host_models import touch_models
 from . import template_specs as specs
 from . import template_workflows
 from .common import ROOT, run_main, say
-from .template_graph import Entry, Folding, Graph, identifier, source
+from .template_graph import Entry, Folding, Template, identifier, source
 
 OURS, COLOURS = "Lookahead", {"ours": ("#223", "#335"), "good": ("#232", "#353"), "bad": ("#322", "#533")}
 TITLE, GAP, BESIDE = 30, 50, 50  # a node's title, which lies above its place; free room above it; and beside it
@@ -79,7 +79,7 @@ def all_nodes(file: Entry) -> Iterator[Entry]:
         yield from definition["nodes"]
 
 
-def drawn(page: Page, graph: Graph) -> tuple[Entry, dict[str, int]]:
+def drawn(page: Page, graph: Template) -> tuple[Entry, dict[str, int]]:
     """The graph as the page makes it, folded, without places; and the id of each node by its name."""
     spec = [
         {
@@ -107,7 +107,7 @@ def drawn(page: Page, graph: Graph) -> tuple[Entry, dict[str, int]]:
     return file, ids
 
 
-def placed(page: Page, graph: Graph, file: Entry, ids: dict[str, int]) -> Entry:
+def placed(page: Page, graph: Template, file: Entry, ids: dict[str, int]) -> Entry:
     """The file with every node in its place, large enough for what it shows in the classic page and in Nodes 2.0."""
     page.open(file)
     file, needed = page.saved(), page.needed_sizes()
@@ -138,7 +138,7 @@ def placed(page: Page, graph: Graph, file: Entry, ids: dict[str, int]) -> Entry:
     return file
 
 
-def write(page: Page, name: str, graph: Graph) -> list[Path]:
+def write(page: Page, name: str, graph: Template) -> list[Path]:
     """Write a workflow file and, where the graph asks for one, its app."""
     file, ids = drawn(page, graph)
     file = placed(page, graph, file, ids)
@@ -161,14 +161,20 @@ def normal(page: Page, file: Entry) -> Entry:
     return {**saved, "extra": {**saved["extra"], **file["extra"]}}
 
 
-def blueprint(page: Page, graph: Graph) -> Path:
+def blueprint(page: Page, graph: Template) -> Path:
     """Write a graph that is one subgraph as a blueprint: the page offers it as a node of its own."""
     (part,) = graph.parts
     file, ids = drawn(page, graph)
     host = next(node for node in file["nodes"] if node["id"] == ids[part.name])
     for entry in (*host["inputs"], *host["outputs"]):
         entry["link" if "link" in entry else "links"] = None if "link" in entry else []
-    alone: dict[str, Any] = {**file, "id": identifier("blueprint", part.name), "nodes": [host], "links": [], "extra": {}}
+    alone: dict[str, Any] = {
+        **file,
+        "id": identifier("blueprint", part.name),
+        "nodes": [host],
+        "links": [],
+        "extra": {},
+    }
     page.open(alone)
     path = ROOT / "subgraphs" / f"{part.name}.json"
     path.parent.mkdir(exist_ok=True)

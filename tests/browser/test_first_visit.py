@@ -1,4 +1,4 @@
-"""What a first visitor does in ComfyUI's page: opens a template, draws, looks, makes mistakes; at the mini world's size."""
+"""What a first visitor does in ComfyUI's page: opens a template, draws, looks, makes mistakes."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from lcm_lookahead.tools.template_specs import BLUEPRINTS, SAMPLER_ROOM
 FIRST = "01 Face under a new prompt"
 PACK = "[...document.querySelectorAll('[role=dialog] nav span')].find(e => e.textContent.trim().startsWith('{}'))"
 SMALL = (  # no click: the mini world's pictures have 128 pixels, and a few steps are enough to look at
-    "app.graph.nodes.forEach(n => n.widgets?.forEach(w => { if (w.name === 'width' || w.name === 'height') w.value = 128;"
+    "app.graph.nodes.forEach(n => n.widgets?.forEach(w => { if (['width', 'height'].includes(w.name)) w.value = 128;"
     " if (w.name === 'steps') w.value = 4; }))"
 )
 RUN = "[...document.querySelectorAll('button')].find(e => e.innerText.trim() === 'Run')"
@@ -160,7 +160,9 @@ def test_every_blueprint_is_offered_and_stands_in_the_graph_as_one_node(page, ho
     page.call("Input.insertText", text=names[0])
     page.wait_for("document.querySelector('[role=dialog] [role=option]')")
     keep(page, "search")
-    assert names[0] in page.evaluate("document.querySelector('[role=dialog] [role=option]').innerText.replace(/\\n/g, '')")
+    assert names[0] in page.evaluate(
+        "document.querySelector('[role=dialog] [role=option]').innerText.replace(/\\n/g, '')"
+    )
     for name in names:
         page.open(load(ROOT / "subgraphs" / f"{name}.json"))
         assert page.complaints() == []
