@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..host import workflow
@@ -153,10 +153,22 @@ def draw_card(host: Client, path: Path) -> None:
     say(f"{path.stem}.jpg: {result.seconds:.0f} s")
 
 
+def words(*lines: str) -> Image.Image:
+    """A card of words, for what draws no picture."""
+    shown = Image.new("RGB", (CARD, CARD), (34, 34, 51))
+    pen = ImageDraw.Draw(shown)
+    for place, line in enumerate(lines):
+        middle = (CARD / 2, CARD * (place + 1) / (len(lines) + 1))
+        pen.text(middle, line, "white", ImageFont.load_default(28), anchor="mm")
+    return shown
+
+
 def draw_all(part: str) -> None:
     """Draw the example pictures (where no part of a name is given) and the thumbnails of the workflows that hold it."""
     if not part:
         draw_examples()
+    (convert,) = (ROOT / "workflows").glob("14*.json")
+    words("model_ckpt.pt", "IP-Adapter Plus", "↓", "my_encoder").save(convert.with_suffix(".jpg"), quality=90)
     with mini_host() as host:
         for path in sorted((ROOT / "workflows").glob("*.json")):
             if path.name[:2] in CARDS and not path.name.endswith(".app.json") and part.lower() in path.name.lower():

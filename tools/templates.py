@@ -124,7 +124,8 @@ def placed(page: Page, graph: Template, file: Entry, ids: dict[str, int]) -> Ent
             if least_width > width:
                 raise ValueError(f"{name} needs a width of {least_width:.0f}, and its column has {width}.")
             folded = name not in graph.nodes
-            shown = tall[str(node["id"])] if folded or node["type"].startswith(OURS) else 0.0
+            grows = folded or node["type"].startswith(OURS) or node["type"] in specs.NOTES
+            shown = tall[str(node["id"])] if grows else 0.0
             height = round(max(spec.height, least_height, shown))
             node |= {"pos": [left, top], "size": [width, height]}
             colour = spec.colour or ("ours" if node["properties"].get("cnr_id") == specs.PACK else "")
