@@ -168,7 +168,7 @@ def draw_all(part: str) -> None:
     if not part:
         draw_examples()
     (convert,) = (ROOT / "workflows").glob("14*.json")
-    words("model_ckpt.pt", "IP-Adapter Plus", "↓", "my_encoder").save(convert.with_suffix(".jpg"), quality=90)
+    words("model_ckpt.pt", "IP-Adapter Plus", "becomes", "my_encoder").save(convert.with_suffix(".jpg"), quality=90)
     with mini_host() as host:
         for path in sorted((ROOT / "workflows").glob("*.json")):
             if path.name[:2] in CARDS and not path.name.endswith(".app.json") and part.lower() in path.name.lower():

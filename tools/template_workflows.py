@@ -86,6 +86,7 @@ WORKFLOWS: dict[str, Template] = {
                 "clothes, light and style of the reference",
                 "**text**, **full**, **kv**: raise text for the prompt's style, full for likeness",
                 "**cache_gb**: 11 keeps all 12 steps, and the next run with this reference and seed is quicker",
+                height=370,
             ),
         },
         [

@@ -124,7 +124,7 @@ def placed(page: Page, graph: Template, file: Entry, ids: dict[str, int]) -> Ent
             if least_width > width:
                 raise ValueError(f"{name} needs a width of {least_width:.0f}, and its column has {width}.")
             folded = name not in graph.nodes
-            grows = folded or node["type"].startswith(OURS) or node["type"] in specs.NOTES
+            grows = folded or node["type"].startswith(OURS)
             shown = tall[str(node["id"])] if grows else 0.0
             height = round(max(spec.height, least_height, shown))
             node |= {"pos": [left, top], "size": [width, height]}
