@@ -20,8 +20,8 @@ from .losses.identity_loss import LookaheadIdentityLoss
 from .losses.l1_loss import LookaheadL1Loss
 from .losses.lpips_loss import LookaheadLPIPSLoss
 from .losses.network import register_folder
-from .reference.combine_references import LookaheadCombineReferences
 from .notices import tell_the_page
+from .reference.combine_references import LookaheadCombineReferences
 from .reference.convert_encoder import LookaheadConvertEncoder
 from .reference.crop_face import LookaheadCropFace
 from .reference.encode_face import LookaheadEncodeFace
