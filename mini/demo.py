@@ -58,6 +58,7 @@ NOTHING = ReferenceWeights("no reference", 0.0, 0.0)
 REFERENCES = (  # titles of the workflows' LoadImage nodes
     *("Reference face", "Reference look", "Reference layout", "Group photo"),
     *("Person on the left", "Person on the right", "Photo 1", "Photo 2", "Photo 3"),
+    *("First person", "Second person"),
 )
 # What the mini world is at its best with; the workflow has what SDXL is (where 3, 2, 2 make a guidance of 5, not 3).
 SIZE, STEPS, CFG, SCALES = 128, 20, 3.0, {"text": 1.8, "full": 1.2, "kv": 1.2}

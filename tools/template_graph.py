@@ -25,7 +25,7 @@ class Node:
     """A node: its class, the values of its widgets, and its links: an input's name -> the name of the node it comes
     from, or "node.output".
 
-    height: least height in units; below: units that stay free under it (for previews that make it grow).
+    height: least height in units; below: units that stay free under it (for previews that make it grow); off: muted.
     """
 
     type: str
@@ -35,6 +35,7 @@ class Node:
     height: float = 0.0
     below: float = 0.0
     colour: str = ""
+    off: bool = False
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,15 @@ CARDS: dict[str, tuple[tuple[str, ...], str]] = {
     "10": (("face_2.jpg",), "a photo of a face"),
     "11": ((), "a photo of a face"),
     "12": (("face_1.jpg",), "an oil painting of a face"),
+    "16": (("face_1.jpg", "face_2.jpg"), "a photo of a face"),
     "13": (("face_1.jpg", "scene.webp"), "a photo of a face in the snow"),
+}
+
+
+WORDS = {
+    "14": ("model_ckpt.pt", "IP-Adapter Plus", "becomes", "my_encoder"),
+    "15": ("a person", "becomes", "my_character"),
+    "17": ("IP-Adapter", "FaceID Plus v2", "SDXL"),
 }
 
 
@@ -167,8 +175,9 @@ def draw_all(part: str) -> None:
     """Draw the example pictures (where no part of a name is given) and the thumbnails of the workflows that hold it."""
     if not part:
         draw_examples()
-    (convert,) = (ROOT / "workflows").glob("14*.json")
-    words("model_ckpt.pt", "IP-Adapter Plus", "becomes", "my_encoder").save(convert.with_suffix(".jpg"), quality=90)
+    for number, lines in WORDS.items():
+        (path,) = (ROOT / "workflows").glob(f"{number}*.json")
+        words(*lines).save(path.with_suffix(".jpg"), quality=90)
     with mini_host() as host:
         for path in sorted((ROOT / "workflows").glob("*.json")):
             if path.name[:2] in CARDS and not path.name.endswith(".app.json") and part.lower() in path.name.lower():

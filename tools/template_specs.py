@@ -21,7 +21,7 @@ HUB = "https://huggingface.co"
 BASE, ENCODER = "sd_xl_base_1.0.safetensors", "ip-adapter-plus-face_sdxl_vit-h.safetensors"
 VISION, CLIP = "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors", "clip-vit-large-patch14.safetensors"
 LORA, CONTROLNET, TAESD = "lcm-lora-sdxl.safetensors", "controlnet-canny-sdxl-1.0.safetensors", "taesdxl"
-FACES, VGG = "buffalo_l", "vgg16-397923af.pth"
+FACES, VGG, FACE_ID = "buffalo_l", "vgg16-397923af.pth", "ip-adapter-faceid-plusv2_sdxl.bin"
 
 
 def model(name: str, url: str, folder: str, sha256: str = "") -> dict[str, str]:
@@ -56,6 +56,7 @@ MODELS: dict[str, list[dict[str, str]]] = {
             "6ca9667da1ca9e0b0f75e46bb030f7e011f44f86cbfb8d5a36590fcd7507b030",
         )
     ],
+    FACE_ID: [model(FACE_ID, f"{HUB}/h94/IP-Adapter-FaceID/resolve/main/{FACE_ID}", "ipadapter")],
     CLIP: [model(CLIP, f"{HUB}/openai/clip-vit-large-patch14/resolve/main/model.safetensors", "clip_vision")],
     LORA: [
         model(LORA, f"{HUB}/latent-consistency/lcm-lora-sdxl/resolve/main/pytorch_lora_weights.safetensors", "loras")
@@ -103,6 +104,7 @@ _FILES = {  # a line each in the notes
     CLIP: f"**models/clip_vision**: [model.safetensors]({MODELS[CLIP][0]['url']}), renamed to {CLIP}",
     CONTROLNET: f"**models/controlnet**: [diffusion_pytorch_model.fp16.safetensors]({MODELS[CONTROLNET][0]['url']}), "
     f"renamed to {CONTROLNET}",
+    FACE_ID: f"**models/ipadapter**: [{FACE_ID}]({MODELS[FACE_ID][0]['url']}) (for research only)",
     VGG: f"**models/lookahead_losses**: [{VGG}]({MODELS['vgg'][0]['url']}), and `pip install lpips`",
     FACES: f"**models/insightface/models/** a face pack: [AuraFace]({HUB}/fal/AuraFace-v1) (free to use), "
     f"or [buffalo_l]({MODELS[FACES][0]['url']}) (for research only), and `pip install insightface onnxruntime`",
@@ -249,26 +251,18 @@ def two_nodes(first: str = "", second: str = "", model_: str = "") -> dict[str, 
     return {
         "encoder": LOAD_ENCODER,
         "vision": LOAD_VISION,
-        "everywhere": Node("SolidMask", values={"value": 0, "width": 512, "height": 512}),
-        "half": Node("SolidMask", values={"value": 1, "width": 256, "height": 512}),
-        "left": Node(
-            "MaskComposite",
-            "Left half",
-            {"x": 0, "y": 0, "operation": "add"},
-            {"destination": "everywhere", "source": "half"},
-        ),
-        "right": Node("InvertMask", "Right half", links={"mask": "left"}),
+        "places": Node("LookaheadPlaceMasks", values={"overlap": 0.1}),
         "reference 1": Node("LookaheadEncodeReference", "Reference on the left", links=both | one),
         "reference 2": Node("LookaheadEncodeReference", "Reference on the right", links=both | other),
         "apply 1": Node(
             "LookaheadApplyImagePrompt",
             values=values,
-            links={"reference": "reference 1", "mask": "left"} | ({"model": model_} if model_ else {}),
+            links={"reference": "reference 1", "mask": "places.MASK_1"} | ({"model": model_} if model_ else {}),
         ),
         "apply 2": Node(
             "LookaheadApplyImagePrompt",
             values=values,
-            links={"model": "apply 1", "reference": "reference 2", "mask": "right"},
+            links={"model": "apply 1", "reference": "reference 2", "mask": "places.MASK_2"},
         ),
     }
 
@@ -283,6 +277,7 @@ TWO_PART = Subgraph(
         "right": [("reference 2", "image")],
     },
     {
+        "overlap": ("places", "overlap"),
         "left_weight": ("apply 1", "weight"),
         "right_weight": ("apply 2", "weight"),
         "encoder_name": ("encoder", "encoder_name"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .template_graph import Node, Template
 from .template_guided import GUIDED_WORKFLOWS
+from .template_references import REFERENCE_WORKFLOWS
 from .template_specs import (
     ADAPTER,
     BASE,
@@ -145,10 +146,11 @@ WORKFLOWS: dict[str, Template] = {
             "sampler": ksampler("apply 2", "randomize"),
             "save": save("two_people"),
             "note": note(
-                "Each person acts in its half of the picture: the masks are made inside of the blue node.",
+                "Each person acts in its half of the picture: the masks are made inside of the blue node, and "
+                "**overlap** says how far they cross-fade.",
                 ADAPTER,
                 "Say in the prompt that there are **two** people side by side",
-                "Other halves: open the blue node and draw masks of your own",
+                "Three people, or one above the other: open the blue node and its *Lookahead Place Masks*",
             ),
         },
         [
@@ -356,4 +358,5 @@ WORKFLOWS: dict[str, Template] = {
         asks=[("convert", "source_name"), ("convert", "file_name"), ("convert", "to")],
         shows=["written"],
     ),
+    **REFERENCE_WORKFLOWS,
 }

@@ -99,6 +99,8 @@ def drawn(page: Page, graph: Template) -> tuple[Entry, dict[str, int]]:
         node["size"] = [max(300, node["size"][0]), node["size"][1]]
         if graph.nodes[named[node["id"]]].title:
             node["title"] = graph.nodes[named[node["id"]]].title
+        if graph.nodes[named[node["id"]]].off:
+            node["mode"] = 2
     for part in graph.parts:
         values = {name: graph.nodes[node].values[widget] for name, (node, widget) in part.widgets.items()}
         ids[part.name] = Folding(file, ids, part).fold(values)

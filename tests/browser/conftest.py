@@ -8,6 +8,7 @@ from lcm_lookahead.host import page as tool
 from lcm_lookahead.host.fetch import DEFAULT_VERSION
 from lcm_lookahead.mini.files.host_models import MINI_EXTENSIONS, link_models, write_taesd
 from lcm_lookahead.tools.common import ROOT
+from lcm_lookahead.tools.template_specs import FACE_ID
 
 WINDOW = (1600, 1000)
 
@@ -22,6 +23,7 @@ def host():
     def prepare(base):
         link_models(base)
         write_taesd(base)
+        (base / "models" / "ipadapter" / FACE_ID).touch()  # the mini world has none; the page reads its name alone
 
     with tool.page_host(prepare, version=DEFAULT_VERSION, extensions=MINI_EXTENSIONS) as running:
         yield running

@@ -24,7 +24,9 @@ BOTH = demo.WORKFLOW
 (CONVERT,) = WORKFLOWS.glob("* Convert *.json")
 STEERED = {steering.workflow: steering for steering in demo.STEERED}
 GUIDED = [path for path in FILES if path.stem in STEERED]
-PLAIN = [path for path in FILES if path not in (GRID, CONVERT, *GUIDED)]
+(FILE,) = WORKFLOWS.glob("* A person as a file.json")
+(FACE_ID,) = WORKFLOWS.glob("* Face ID *.json")  # the mini world has no such adapter
+PLAIN = [path for path in FILES if path not in (GRID, CONVERT, FILE, FACE_ID, *GUIDED)]
 
 
 @contextlib.contextmanager
@@ -70,6 +72,23 @@ def test_a_workflow_draws_a_picture_that_follows_its_reference(host, path):
     assert one.shape == (demo.SIZE, 2 * demo.SIZE + 16 if "Before and after" in path.stem else demo.SIZE, 3)
     assert one.std() > 20
     assert abs(one - other).mean() > 5
+
+
+@pytest.mark.parametrize(
+    ("path", "file"),
+    [(CONVERT, "lookahead/my_encoder.safetensors"), (FILE, "lookahead_references/my_character.safetensors")],
+    ids=["an encoder", "a person"],
+)
+def test_a_workflow_that_draws_nothing_writes_its_file(host, path, file):
+    api = workflow.convert(path, host.object_info())
+    for node, inputs in (
+        ("LoadImage", {"image": "reference_0.png"}),
+        ("LookaheadEncodeReference", {"size": demo.SIZE}),
+    ):
+        if workflow.find(api, node):
+            api = workflow.override(api, node, **inputs)
+    host.run(api).check()
+    assert (host.folder("models") / file).is_file()
 
 
 @pytest.mark.parametrize(("flag", "kind"), [("--fp16-unet", torch.float16), ("--bf16-unet", torch.bfloat16)])
