@@ -257,12 +257,12 @@ def two_nodes(first: str = "", second: str = "", model_: str = "") -> dict[str, 
         "apply 1": Node(
             "LookaheadApplyImagePrompt",
             values=values,
-            links={"reference": "reference 1", "mask": "places.MASK_1"} | ({"model": model_} if model_ else {}),
+            links={"reference": "reference 1", "mask": "places.mask_1"} | ({"model": model_} if model_ else {}),
         ),
         "apply 2": Node(
             "LookaheadApplyImagePrompt",
             values=values,
-            links={"model": "apply 1", "reference": "reference 2", "mask": "places.MASK_2"},
+            links={"model": "apply 1", "reference": "reference 2", "mask": "places.mask_2"},
         ),
     }
 
