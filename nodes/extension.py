@@ -19,6 +19,7 @@ from .conditioning.apply_kv_injection import LookaheadApplyKVInjection
 from .conditioning.guider import LookaheadGuider
 from .conditioning.place_masks import LookaheadPlaceMasks
 from .conditioning.weights import LookaheadWeights
+from .examples import put_examples
 from .guidance.guidance_report import LookaheadGuidanceReport
 from .guidance.guidance_sampler import LookaheadGuidanceSampler
 from .guidance.preview_grid import LookaheadPreviewGrid
@@ -29,6 +30,7 @@ from .losses.identity_loss import LookaheadIdentityLoss
 from .losses.l1_loss import LookaheadL1Loss
 from .losses.lpips_loss import LookaheadLPIPSLoss
 from .losses.network import register_folder
+from .notices import tell_the_page
 from .reference.combine_references import LookaheadCombineReferences
 from .reference.convert_encoder import LookaheadConvertEncoder
 from .reference.crop_face import LookaheadCropFace
@@ -51,6 +53,8 @@ class LookaheadExtension(ComfyExtension):
         register_insightface_folder()
         register_reference_folder()
         register_concept_folder()
+        put_examples()
+        tell_the_page()
         nodes = [
             LookaheadLoadEncoder,
             LookaheadLoadFaceAnalysis,

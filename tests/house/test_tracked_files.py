@@ -88,7 +88,8 @@ def test_the_published_pack_holds_all_that_it_needs(published, tracked):
         assert name in published
     for path in tracked:
         name = path.relative_to(ROOT).as_posix()
-        if name.startswith(("lookahead/", "nodes/", "web/")) or re.fullmatch(r"(workflows/[^/]+|locales/.+/.+)", name):
+        folders = ("lookahead/", "nodes/", "web/", "workflows/", "subgraphs/")
+        if name.startswith(folders) or re.fullmatch(r"locales/.+/.+", name):
             assert name in published, name
 
 
