@@ -1,0 +1,82 @@
+"""Who draws: a small interface, behind which stand a real ComfyUI (`host.py`) and diffusers (`pipeline.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from ...host.client import Client
+from .library import Library, digest_of
+from .methods import Method
+from .scenes import Drawn, Job
+from .sections import Drawing
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """The files of `models`, found.
+
+    checkpoint: SDXL in one file, for the host; folder: SDXL as diffusers reads it (a folder, or the same file);
+    image_encoder, image_encoder_folder: likewise.
+    """
+
+    checkpoint: Path | None
+    folder: Path
+    image_encoder: Path | None
+    image_encoder_folder: Path | None
+    few_step: Path | None
+    pack: Path | None
+
+    def digest(self) -> str:
+        """What pictures depend on: the contents of the models' files."""
+        base = self.checkpoint or self.folder
+        return repr([None if p is None else digest_of(p) for p in (base, self.image_encoder, self.few_step)])
+
+
+#: A function that puts models into a base folder -> the running host. Given by whoever knows how hosts are started.
+OpenHost = Callable[[Callable[[Path], None]], AbstractContextManager[Client]]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """All that a back end draws with."""
+
+    files: ModelFiles
+    drawing: Drawing
+    library: Library
+    methods: Mapping[str, Method]
+    open_host: OpenHost
+
+
+class Backend(Protocol):
+    """An opened back end. about: its version, of which pictures depend."""
+
+    about: str
+
+    def check(self, name: str, method: Method, job: Job) -> None:
+        """Make sure that a method can be drawn, before anything is. Raises EvaluationError, one sentence."""
+        ...
+
+    def draw(self, method: Method, job: Job, weight: float) -> Drawn:
+        """Draw a picture. Raises EvaluationError, one sentence, where it fails."""
+        ...
+
+
+class BackendKind(Protocol):
+    """Opens a back end for a setting, as a context."""
+
+    def __call__(self, setting: Setting) -> AbstractContextManager[Backend]: ...
+
+
+def opened(name: str, setting: Setting) -> AbstractContextManager[Backend]:
+    """Opens a back end by its name. Modules are imported here, since each takes seconds."""
+    from . import host, pipeline
+
+    kinds: Mapping[str, BackendKind] = {"host": host.open_backend, "diffusers": pipeline.open_backend}
+    return kinds[name](setting)
+
+
+NAMES: Sequence[str] = ("host", "diffusers")
