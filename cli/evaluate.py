@@ -28,7 +28,9 @@ def evaluate(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what the protocol needs and costs; draw nothing.")
     ] = False,
-    card: Annotated[str | None, typer.Option(help="With --dry-run: the GPU to reckon with.", show_default="all")] = None,
+    card: Annotated[
+        str | None, typer.Option(help="With --dry-run: the GPU to reckon with.", show_default="all")
+    ] = None,
     processes: Annotated[
         int, typer.Option(min=1, help="Processes of this machine that share a protocol's people, at least 1.")
     ] = 1,

@@ -74,8 +74,8 @@ def at_level(
 ) -> NDArray[np.float64]:
     """The best that a trade-off curve reaches at a level of x: [...], NaN where the curve does not come there.
 
-    xs, ys: [..., points] in the order of the weights; level: [...] or a number. Between two points the curve is straight, and where it comes to
-    the level several times, the best y counts.
+    xs, ys: [..., points] in the order of the weights; level: [...] or a number. Between two
+    points the curve is straight, and where it comes to the level several times, the best y counts.
     """
     level = np.asarray(level)[..., None]
     x0, x1, y0, y1 = xs[..., :-1], xs[..., 1:], ys[..., :-1], ys[..., 1:]

@@ -97,7 +97,7 @@ class Client:
         return self._object_info
 
     def upload(self, picture: Path, name: str) -> str:
-        """Put a picture into the host's input folder, over one of the same name; returns the name that LoadImage takes."""
+        """Put a picture into the input folder, over one of the same name; returns the name that LoadImage takes."""
         boundary = uuid.uuid4().hex
         parts = [
             f'--{boundary}\r\nContent-Disposition: form-data; name="overwrite"\r\n\r\ntrue\r\n'.encode(),

@@ -45,9 +45,7 @@ class Cost:
         return seconds / USED[1] / 3600, seconds / USED[0] / 3600
 
 
-def cost(
-    protocol: Protocol, library: Library, people: int, methods: dict[str, type[Method]] | None = None
-) -> Cost:
+def cost(protocol: Protocol, library: Library, people: int, methods: dict[str, type[Method]] | None = None) -> Cost:
     """The cost of a protocol with so many people. Its files need not be there."""
     parsed = protocol.parsed_methods({**METHODS, **(methods or {})})
     drawing = protocol.drawing
@@ -126,7 +124,12 @@ def text(protocol: Protocol, found: Cost, command: str, card: str | None = None)
     total = sum(pictures for _, pictures, _ in found.arms.values())
     lines.append(f"  {'in all':<26} {'':>4} {total:>9}  {found.flop / max(1, total) / 1e12:>15.1f}")
     disk = ", ".join(f"{part} {_size(size)}" for part, size in found.disk.items())
-    lines += ["", f"Disk: {_size(sum(found.disk.values()))} ({disk})", "", "GPU hours, counted at 25 to 45 % of the peak"]
+    lines += [
+        "",
+        f"Disk: {_size(sum(found.disk.values()))} ({disk})",
+        "",
+        "GPU hours, counted at 25 to 45 % of the peak",
+    ]
     for name in [card] if card else CARDS:
         low, high = found.hours(CARDS[name][1])
         lines.append(f"  {name:<10} {low:.1f} to {high:.1f}")

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -17,11 +17,13 @@ from ...lookahead.files.tensors import sha256
 from ...lookahead.losses.identity import embed, largest
 from ...lookahead.vision import arcface, clip
 from ...lookahead.vision.arcface import Recogniser
-from ...lookahead.vision.face_models import FaceModels
+from ...lookahead.vision.face_models import SIZES, FaceModels
 from ...lookahead.vision.faces import Face
 from ...lookahead.vision.images import cover
 from ...sdxl.configs import tokenizers
 from ...sdxl.images import read
+
+Opened = TypeVar("Opened")
 
 
 class EvaluationError(ValueError):
@@ -150,8 +152,8 @@ class Library:
     def face(self, pack: str, path: Path) -> Face | None:
         """The largest face of a picture file."""
         models = self.pack(pack)
-        sizes = {"sizes": (models.only_size,)} if models.only_size else {}
-        return self._once(("face", pack, str(path)), lambda: largest(models.find(read(path)[None], **sizes)[0]))
+        sizes = (models.only_size,) if models.only_size else SIZES
+        return self._once(("face", pack, str(path)), lambda: largest(models.find(read(path)[None], sizes)[0]))
 
     def embedder(self, recogniser: str, pack: str | None) -> Embedder:
         """A recogniser by a name that is known, or by its file with a pack that finds the faces.
@@ -190,10 +192,10 @@ class Library:
         except ValueError as error:
             raise EvaluationError(f"clip: {error}") from None
 
-    def _once(self, key: tuple[str, ...], make: Callable[[], object]) -> "object":
+    def _once(self, key: tuple[str, ...], make: Callable[[], Opened]) -> Opened:
         if key not in self._opened:
             self._opened[key] = make()
-        return self._opened[key]
+        return cast(Opened, self._opened[key])
 
 
 @functools.lru_cache(maxsize=256)

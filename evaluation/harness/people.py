@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import zlib
@@ -63,7 +64,7 @@ def _of_folder(people: People, out: Path) -> list[Person]:
         files = _of_shards(folder)
     else:
         paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES)
-        files = [(p.stem, p.read_bytes) for p in paths]
+        files = [(p.stem, p.read_bytes) for p in paths]  # read when their turn comes
     targets = Path(people.targets).expanduser() if people.targets else None
     last = None if people.count is None else people.first + people.count
     return [one(name, load(), out, targets) for name, load in files[people.first : last]]
@@ -71,13 +72,13 @@ def _of_folder(people: People, out: Path) -> list[Person]:
 
 def _of_shards(folder: Path) -> list[tuple[str, Callable[[], bytes]]]:
     shards = Shards(folder)
-    chosen = []
+    chosen: list[tuple[str, Callable[[], bytes]]] = []
     for sample, key in enumerate(shards.keys):
         first, last = int(shards.first[sample]), int(shards.first[sample + 1])
         fit = [n for n in range(first, last) if shards.reference[n]]
         if fit:
-            chosen.append((f"{int(key):08}", fit[0]))
-    return [(name, lambda number=number: shards.picture(number)) for name, number in chosen]
+            chosen.append((f"{int(key):08}", functools.partial(shards.picture, fit[0])))
+    return chosen
 
 
 def one(name: str, file: bytes, out: Path, targets: Path | None = None) -> Person:

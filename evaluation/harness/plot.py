@@ -24,9 +24,7 @@ class Point(NamedTuple):
 
 def plot(curves: Mapping[str, Sequence[Point]], x_title: str, y_title: str) -> str:
     """Draw the curves, each by its method's name, as an SVG; points whose figures are not numbers are left out."""
-    shown = {
-        name: [p for p in points if np.isfinite([p.x.value, p.y.value]).all()] for name, points in curves.items()
-    }
+    shown = {name: [p for p in points if np.isfinite([p.x.value, p.y.value]).all()] for name, points in curves.items()}
     xs, ys = ([i for points in shown.values() for p in points for i in (p.x if axis == 0 else p.y)] for axis in (0, 1))
     x_ticks, y_ticks = (ticks([v for v in values if np.isfinite(v)]) for values in (xs, ys))
 

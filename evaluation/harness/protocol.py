@@ -20,6 +20,7 @@ PROMPTS = PROTOCOLS / "prompts.yaml"  # the kinds of the paper's prompts, which 
 SHIPPED = "shipped"
 FULL = "full"  # the section of a file that --full puts over the others
 
+
 class Protocol(Section):
     """An evaluation."""
 
@@ -87,7 +88,7 @@ def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> None:
 
 def of_kind(section: str, name: str, values: Mapping[str, Any], kinds: Mapping[str, type[Any]]) -> Any:
     """Makes an entry of a section, by its kind. Raises ConfigError for an unknown kind or field."""
-    kind = values.get("kind")
+    kind = str(values.get("kind"))
     if kind not in kinds:
         raise ConfigError(f"{section}.{name}.kind is {kind!r}: use one of {', '.join(kinds)}.")
     try:

@@ -253,5 +253,3 @@ def protocol_text(run: Evaluation) -> str:
     values = run.protocol.model_dump(mode="json", exclude_none=True)
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110)
     return f"# lookahead evaluate protocol.yaml\n{text}"
-
-

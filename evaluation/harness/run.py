@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
@@ -167,7 +166,8 @@ class Evaluation:
     def missing(self) -> int:
         """Counts the pictures that are not there yet, of all workers."""
         arms = self.all_arms()
-        return sum(not self.store.has(self.key(a.method, job, a.weight, a.backend)) for a in arms for job in self.jobs())
+        keys = (self.key(a.method, job, a.weight, a.backend) for a in arms for job in self.jobs())
+        return sum(not self.store.has(key) for key in keys)
 
     # --- scores
 
@@ -192,7 +192,7 @@ class Evaluation:
             before and before[1],
             tuple(p for _, p in others),
         )
-        depends = {
+        depends: dict[str, object] = {
             "picture": key,
             REFERENCE: job.person.digest,
             TARGET: digest_of(target) if target else None,

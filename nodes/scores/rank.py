@@ -67,6 +67,4 @@ class LookaheadRank(io.ComfyNode):
         order = order[:keep] if keep else order
         ranked = Scores(scores.measure, scores.values[torch.tensor(order)])
         said = ", ".join(str(n + 1) for n in order)
-        return io.NodeOutput(
-            image[order], ranked, said, ui=ui.PreviewText(f"best first: {said}\n{ranked.text()}")
-        )
+        return io.NodeOutput(image[order], ranked, said, ui=ui.PreviewText(f"best first: {said}\n{ranked.text()}"))

@@ -39,9 +39,7 @@ def case(picture, person, prompt, **more):
 
 
 @pytest.mark.parametrize("recogniser", RECOGNISERS)
-def test_identity_tells_a_person_from_others_and_shuffled_pairs_are_no_better_than_chance(
-    library, people, recogniser
-):
+def test_identity_tells_a_person_from_others_and_shuffled_pairs_are_no_better_than_chance(library, people, recogniser):
     measure = opened("identity", library, recogniser=recogniser)
 
     def scores(shift):
