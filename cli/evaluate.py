@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -98,7 +99,7 @@ def by_protocol(
     """Run a protocol, or its share of a worker; the page is written by whoever finds all of it there."""
     from ..evaluation.harness import protocol as protocols
     from ..evaluation.harness.report import write
-    from ..evaluation.harness.run import Evaluation
+    from ..evaluation.harness.run import EvaluationRun
     from .generate import asked_worker
     from .world import world_of
 
@@ -110,7 +111,7 @@ def by_protocol(
         _in_processes(path, [*overrides, *chosen], full, processes)
         worker = None
     number, workers = asked_worker(worker) if worker else (0, 1)
-    run = Evaluation(protocol, world_of(protocol), number, workers)
+    run = EvaluationRun(protocol, world_of(protocol), number, workers)
     for warning in run.warnings:
         print(f"Warning: {warning}", file=sys.stderr)
     run.draw()
@@ -133,7 +134,9 @@ def _found(path: str) -> Path:
 def _in_processes(path: str, overrides: list[str], full: bool, processes: int) -> None:
     """Have the people drawn and judged by several processes. What one leaves undone, this one does afterwards."""
     command = [sys.executable, "-m", f"{__package__}.main", "evaluate", path, *overrides, *(["--full"] if full else [])]
-    running = [subprocess.Popen([*command, "--worker", f"{n}/{processes}"]) for n in range(processes)]
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // processes))
+    environment = os.environ | {"OMP_NUM_THREADS": threads}  # more threads than cores wait for each other
+    running = [subprocess.Popen([*command, "--worker", f"{n}/{processes}"], env=environment) for n in range(processes)]
     try:
         codes = [one.wait() for one in running]
     except BaseException:

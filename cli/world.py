@@ -7,11 +7,12 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from ..evaluation.harness.backends import ModelFiles
-from ..evaluation.harness.library import Library
+from ..evaluation.harness.library import EvaluationError, Library
 from ..evaluation.harness.protocol import Protocol
-from ..evaluation.harness.run import World
+from ..evaluation.harness.run import Surroundings
 from ..host.client import Client
 from ..host.server import Host
+from ..lookahead.files.atomic import first_line
 from .assemble import read_recogniser
 from .bases import KnownBase, known_base
 
@@ -27,12 +28,12 @@ def library_of(protocol: Protocol) -> Library:
     return Library(beside, judges.EMBEDDERS, judges.SCORERS, read_recogniser, packs)
 
 
-def world_of(protocol: Protocol) -> World:
+def world_of(protocol: Protocol) -> Surroundings:
     """All of it. Raises EvaluationError, one sentence, for a file that is not there."""
     from ..mini import judges
 
     base, library = known_base(protocol.models.base), library_of(protocol)
-    return World(
+    return Surroundings(
         files=model_files(protocol, base, library),
         library=library,
         open_host=opener(protocol, base),
@@ -62,12 +63,19 @@ def model_files(protocol: Protocol, base: KnownBase | None, library: Library) ->
 def opener(
     protocol: Protocol, base: KnownBase | None
 ) -> Callable[[Callable[[Path], None]], AbstractContextManager[Client]]:
-    """How a host is opened: one that runs already, the mini world's, or one that is started with these models."""
+    """Chooses how a host is opened: one that runs already, the mini world's, or one started with these models."""
     url = protocol.host.url
 
     @contextmanager
     def running(put: Callable[[Path], None]) -> Iterator[Client]:
-        yield Client((url or "").rstrip("/"), None)
+        client = Client((url or "").rstrip("/"), None)
+        try:
+            client.object_info()
+        except (OSError, ValueError) as error:
+            raise EvaluationError(
+                f"host.url is {url}, where no ComfyUI answers ({first_line(error)}): start it, or leave host.url out."
+            ) from None
+        yield client
 
     def started(put: Callable[[Path], None]) -> AbstractContextManager[Client]:
         if base is None:

@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..evaluation.harness.library import Library
-from ..evaluation.harness.measures import LOWER, Case, Measure, MeasureKind
-from ..evaluation.harness.people import Person, one
+from ..evaluation.harness.measures import LOWER, Case, MeasureKind, OpenedMeasure
+from ..evaluation.harness.people import ReferencePerson, one
 from ..evaluation.harness.sections import People, Prompt
 from ..lookahead.files.atomic import atomic
 from ..lookahead.files.tensors import sha256
@@ -33,7 +33,7 @@ def picture_of(faces: Faces, seed: int) -> bytes:
     return file.getvalue()
 
 
-def drawn_people(people: People, prompts: Sequence[Prompt], out: Path) -> list[Person]:
+def drawn_people(people: People, prompts: Sequence[Prompt], out: Path) -> list[ReferencePerson]:
     """Held-out people (`people.Source`); a target is the same person in the style and at the place of the prompt."""
     count = people.count or 24
     everyone = reference_people(count, people.first)
@@ -47,7 +47,7 @@ def drawn_people(people: People, prompts: Sequence[Prompt], out: Path) -> list[P
                 with atomic(path) as part:
                     part.write_bytes(picture_of(target_of(faces, prompt, number), TARGETS + number))
         person = one(name, picture_of(faces, number), out)
-        found.append(Person(person.name, person.reference, person.digest, _Targets(out / "targets" / name)))
+        found.append(ReferencePerson(person.name, person.reference, person.digest, _Targets(out / "targets" / name)))
     return found
 
 
@@ -116,7 +116,7 @@ class IdentityParameters(MeasureKind):
 
     kind = "identity parameters"
 
-    def open(self, library: Library, pack: str | None) -> Measure:
+    def open(self, library: Library, pack: str | None) -> OpenedMeasure:
         judge = DrawnJudge()
 
         @torch.no_grad()
@@ -128,7 +128,7 @@ class IdentityParameters(MeasureKind):
         def vector(person: Faces) -> Tensor:
             return identity_vector(person.identity)
 
-        return Measure(f"error of the face's parameters ({judge.name})", judge.digest, score, better=LOWER)
+        return OpenedMeasure(f"error of the face's parameters ({judge.name})", judge.digest, score, better=LOWER)
 
 
 EMBEDDERS = {"mini": DrawnJudge}

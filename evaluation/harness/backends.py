@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Protocol
 from ...host.client import Client
 from .library import Library, digest_of
 from .methods import Method
-from .scenes import Drawn, Job
+from .scenes import Drawn, PictureJob
 from .sections import Drawing
 
 
@@ -31,7 +31,7 @@ class ModelFiles:
     pack: Path | None
 
     def digest(self) -> str:
-        """What pictures depend on: the contents of the models' files."""
+        """Tells what pictures depend on: the contents of the models' files."""
         base = self.checkpoint or self.folder
         return repr([None if p is None else digest_of(p) for p in (base, self.image_encoder, self.few_step)])
 
@@ -56,27 +56,10 @@ class Backend(Protocol):
 
     about: str
 
-    def check(self, name: str, method: Method, job: Job) -> None:
+    def check(self, name: str, method: Method, job: PictureJob) -> None:
         """Make sure that a method can be drawn, before anything is. Raises EvaluationError, one sentence."""
         ...
 
-    def draw(self, method: Method, job: Job, weight: float) -> Drawn:
+    def draw(self, method: Method, job: PictureJob, weight: float) -> Drawn:
         """Draw a picture. Raises EvaluationError, one sentence, where it fails."""
         ...
-
-
-class BackendKind(Protocol):
-    """Opens a back end for a setting, as a context."""
-
-    def __call__(self, setting: Setting) -> AbstractContextManager[Backend]: ...
-
-
-def opened(name: str, setting: Setting) -> AbstractContextManager[Backend]:
-    """Opens a back end by its name. Modules are imported here, since each takes seconds."""
-    from . import host, pipeline
-
-    kinds: Mapping[str, BackendKind] = {"host": host.open_backend, "diffusers": pipeline.open_backend}
-    return kinds[name](setting)
-
-
-NAMES: Sequence[str] = ("host", "diffusers")

@@ -26,9 +26,12 @@ PICTURE = "pictures"
 
 
 @dataclass(frozen=True)
-class Cost:
-    """What an evaluation costs. arms: by method, arms, pictures and FLOP of a picture; files: field, name, bytes or
-    None where it is not there; disk: bytes by part."""
+class EvaluationCost:
+    """Holds what an evaluation costs.
+
+    arms: by method, arms, pictures and FLOP of a picture; files: field, name, bytes or None where it is not there;
+    disk: bytes by part.
+    """
 
     arms: dict[str, tuple[int, int, float]]
     files: list[tuple[str, str, int | None]]
@@ -45,7 +48,9 @@ class Cost:
         return seconds / USED[1] / 3600, seconds / USED[0] / 3600
 
 
-def cost(protocol: Protocol, library: Library, people: int, methods: dict[str, type[Method]] | None = None) -> Cost:
+def cost(
+    protocol: Protocol, library: Library, people: int, methods: dict[str, type[Method]] | None = None
+) -> EvaluationCost:
     """The cost of a protocol with so many people. Its files need not be there."""
     parsed = protocol.parsed_methods({**METHODS, **(methods or {})})
     drawing = protocol.drawing
@@ -60,7 +65,7 @@ def cost(protocol: Protocol, library: Library, people: int, methods: dict[str, t
     pictures = sum(count for _, count, _ in arms.values())
     disk = {PICTURE: pictures * drawing.size**2 * BYTES_A_PIXEL, "references": people * 2e6}
     disk["scores"] = pictures * len(protocol.measures) * 200.0
-    return Cost(arms, list(_files(protocol, library)), disk)
+    return EvaluationCost(arms, list(_files(protocol, library)), disk)
 
 
 @functools.lru_cache(maxsize=4)
@@ -110,7 +115,7 @@ def _bytes(path: Path) -> int:
     return path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
 
 
-def text(protocol: Protocol, found: Cost, command: str, card: str | None = None) -> str:
+def text(protocol: Protocol, found: EvaluationCost, command: str, card: str | None = None) -> str:
     """The dry run as text. Raises EvaluationError for a card that is not known."""
     if card is not None and card not in CARDS:
         raise EvaluationError(f"--card is {card}, and known are {', '.join(CARDS)}: use one of these.")

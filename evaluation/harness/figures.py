@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from ..paired import Column, at_level, column, difference, mean, of_people
 from ..stats import Interval
-from .measures import Measure
-from .run import Arm, Evaluation
+from .measures import OpenedMeasure
+from .run import Arm, EvaluationRun
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,13 +35,13 @@ class ArmFigures:
 class Figures:
     """Figures of an evaluation, by back end. apart: the difference of two back ends by arm and measure, paired."""
 
-    measures: Mapping[str, Measure]
+    measures: Mapping[str, OpenedMeasure]
     baseline: str
     arms: tuple[ArmFigures, ...]
     apart: Mapping[str, Mapping[str, Interval]]
 
 
-def figures(run: Evaluation) -> Figures:
+def figures(run: EvaluationRun) -> Figures:
     """Reckons all figures of a finished evaluation."""
     columns: dict[Arm, dict[str, Column]] = {}
     by_kind: dict[Arm, dict[str, dict[str, Interval]]] = {}
@@ -69,8 +69,8 @@ def figures(run: Evaluation) -> Figures:
     return Figures(run.measures, arm_title(run, base), tuple(out), _apart(run, columns))
 
 
-def arm_title(run: Evaluation, arm: Arm) -> str:
-    """What an arm is called: its method, its weight where there are several, its back end where there are two."""
+def arm_title(run: EvaluationRun, arm: Arm) -> str:
+    """Names an arm: its method, its weight where there are several, its back end where there are two."""
     method = run.methods[arm.method]
     title = method.title or arm.method
     if len(method.weights) > 1:
@@ -79,7 +79,7 @@ def arm_title(run: Evaluation, arm: Arm) -> str:
 
 
 def _at_equal_prompt(
-    run: Evaluation, columns: Mapping[Arm, Mapping[str, Column]], arm: Arm, base: Arm
+    run: EvaluationRun, columns: Mapping[Arm, Mapping[str, Column]], arm: Arm, base: Arm
 ) -> tuple[Interval | None, Interval | None]:
     """Identity where the method's curve over its weights has the baseline's prompt score, and its gain over the
     baseline; told once a method, at its first weight."""
@@ -105,7 +105,7 @@ def _at_equal_prompt(
     return of_people(value, len(xs)), of_people(gain, len(xs))
 
 
-def _apart(run: Evaluation, columns: Mapping[Arm, Mapping[str, Column]]) -> dict[str, dict[str, Interval]]:
+def _apart(run: EvaluationRun, columns: Mapping[Arm, Mapping[str, Column]]) -> dict[str, dict[str, Interval]]:
     """The first back end less the second, person by person, of what both draw."""
     if len(run.protocol.backends) < 2:
         return {}

@@ -47,7 +47,7 @@ class Case:
 
 
 @dataclass(frozen=True, eq=False)
-class Measure:
+class OpenedMeasure:
     """An opened measure.
 
     title: stands over its figures; digest: changes when its scores would; needs: fields of a Case, without which it
@@ -69,7 +69,7 @@ class MeasureKind(Section):
 
     kind: ClassVar[str]
 
-    def open(self, library: Library, pack: str | None) -> Measure:
+    def open(self, library: Library, pack: str | None) -> OpenedMeasure:
         """Opens the networks. pack: of `models`, for want of one of its own. Raises EvaluationError, one sentence."""
         raise NotImplementedError
 
@@ -94,13 +94,15 @@ class Identity(_OfPeople):
 
     kind = "identity"
 
-    def open(self, library: Library, pack: str | None) -> Measure:
+    def open(self, library: Library, pack: str | None) -> OpenedMeasure:
         judge = self.embedder(library, pack)
 
         def score(case: Case) -> float | None:
             return cosine(judge, case.picture, case.reference)
 
-        return Measure(f"identity ({judge.name})", judge.digest, score, (REFERENCE,), missing=0.0, judge=judge.name)
+        return OpenedMeasure(
+            f"identity ({judge.name})", judge.digest, score, (REFERENCE,), missing=0.0, judge=judge.name
+        )
 
 
 class TargetIdentity(_OfPeople):
@@ -108,14 +110,14 @@ class TargetIdentity(_OfPeople):
 
     kind = "identity of target"
 
-    def open(self, library: Library, pack: str | None) -> Measure:
+    def open(self, library: Library, pack: str | None) -> OpenedMeasure:
         judge = self.embedder(library, pack)
 
         def score(case: Case) -> float | None:
             return cosine(judge, case.picture, case.target)
 
         title = f"similarity to the target ({judge.name})"
-        return Measure(title, judge.digest, score, (TARGET,), missing=0.0, judge=judge.name)
+        return OpenedMeasure(title, judge.digest, score, (TARGET,), missing=0.0, judge=judge.name)
 
 
 def copy_paste(picture: Tensor, target: Tensor, reference: Tensor) -> float:
@@ -137,7 +139,7 @@ class CopyPaste(_OfPeople):
 
     kind = "copy-paste"
 
-    def open(self, library: Library, pack: str | None) -> Measure:
+    def open(self, library: Library, pack: str | None) -> OpenedMeasure:
         judge = self.embedder(library, pack)
 
         def score(case: Case) -> float | None:
@@ -146,7 +148,7 @@ class CopyPaste(_OfPeople):
             return copy_paste(*found) if len(found) == 3 else None
 
         title = f"copy-paste ({judge.name})"
-        return Measure(title, judge.digest, score, (TARGET, REFERENCE), better=NEITHER, judge=judge.name)
+        return OpenedMeasure(title, judge.digest, score, (TARGET, REFERENCE), better=NEITHER, judge=judge.name)
 
 
 class FacesFound(MeasureKind):
@@ -155,7 +157,7 @@ class FacesFound(MeasureKind):
     kind = "faces found"
     pack: str | None = None
 
-    def open(self, library: Library, pack: str | None) -> Measure:
+    def open(self, library: Library, pack: str | None) -> OpenedMeasure:
         name = self.pack or pack
         models = library.pack(name) if name else None
 
@@ -163,7 +165,7 @@ class FacesFound(MeasureKind):
             return None if name is None else float(library.face(name, case.picture) is not None)
 
         digest = "none" if models is None else models.name + str(models.only_size)
-        return Measure(f"faces found ({models.name if models else 'no pack is set'})", digest, score)
+        return OpenedMeasure(f"faces found ({models.name if models else 'no pack is set'})", digest, score)
 
 
 class PromptScore(MeasureKind):
@@ -172,13 +174,13 @@ class PromptScore(MeasureKind):
     kind = "prompt"
     clip: str = Field(description="file of a whole CLIP, or the name of a scorer that is known")
 
-    def open(self, library: Library, pack: str | None) -> Measure:
+    def open(self, library: Library, pack: str | None) -> OpenedMeasure:
         scorer = library.scorer(self.clip)
 
         def score(case: Case) -> float | None:
             return scorer(case.picture, case.prompt)
 
-        return Measure(f"prompt ({scorer.name})", scorer.digest, score)
+        return OpenedMeasure(f"prompt ({scorer.name})", scorer.digest, score)
 
 
 class _OfPairs(MeasureKind):
@@ -204,17 +206,17 @@ class _OfPairs(MeasureKind):
 
 
 class Change(_OfPairs):
-    """How much the reference changes of the picture beside the person: its distance from that without a reference."""
+    """Says how much a reference changes beside the person: the distance from the picture without one."""
 
     kind = "change"
 
-    def open(self, library: Library, pack: str | None) -> Measure:
+    def open(self, library: Library, pack: str | None) -> OpenedMeasure:
         name, digest, apart = self.distance(library)
 
         def score(case: Case) -> float | None:
             return None if case.plain is None else apart(case.picture, case.plain)
 
-        return Measure(f"change ({name})", digest, score, (PLAIN,), better=LOWER)
+        return OpenedMeasure(f"change ({name})", digest, score, (PLAIN,), better=LOWER)
 
 
 class Diversity(_OfPairs):
@@ -222,13 +224,13 @@ class Diversity(_OfPairs):
 
     kind = "diversity"
 
-    def open(self, library: Library, pack: str | None) -> Measure:
+    def open(self, library: Library, pack: str | None) -> OpenedMeasure:
         name, digest, apart = self.distance(library)
 
         def score(case: Case) -> float | None:
             return sum(apart(case.picture, other) for other in case.others) / len(case.others)
 
-        return Measure(f"diversity over seeds ({name})", digest, score, (OTHERS,))
+        return OpenedMeasure(f"diversity over seeds ({name})", digest, score, (OTHERS,))
 
 
 MEASURES: dict[str, type[MeasureKind]] = {

@@ -17,7 +17,7 @@ from pydantic import Field
 from ...lookahead.files import encoder_file
 from ...trainer.config import Count, Section
 from .library import EvaluationError, Library, digest_of
-from .scenes import DIFFUSERS, HOST, Desk, DiffusersScene, Drawn, HostScene, Job
+from .scenes import DIFFUSERS, HOST, Desk, DiffusersScene, Drawn, HostScene, PictureJob
 
 ITERATIONS = 20  # of the guidance node, where none are given
 Weight = Annotated[float, Field(ge=-1, le=5)]
@@ -30,7 +30,7 @@ class Work(NamedTuple):
     decoder: float
 
 
-class Guidance(Section):
+class GuidanceOption(Section):
     """Lookahead guidance (or by plain x0) towards the person of the reference, on top of a method."""
 
     kind: Literal["lookahead", "x0"] = "lookahead"
@@ -49,19 +49,23 @@ class Method(Section):
 
     kind: ClassVar[str]
     LATE: ClassVar[bool] = False  # drawn after the others, whose pictures or times it needs
-    PERSONAL: ClassVar[bool] = True  # whether it sees the reference
+    PERSONAL: ClassVar[bool] = True  # whether it sees the reference without guidance
     title: str | None = Field(None, description="its name in tables, by default its key")
     weights: tuple[Weight, ...] = Field((1.0,), min_length=1, description="each is an arm, all are one curve")
-    guidance: Guidance | None = None
+    guidance: GuidanceOption | None = None
 
     def files(self, library: Library) -> dict[str, Path]:
         """The files of its own, by the host's folder of models that each belongs into."""
         return {}
 
     def digest(self, library: Library) -> str:
-        """What its pictures depend on: its settings and the contents of its files."""
-        settings = self.model_dump(mode="json", exclude={"title", "weights"})
+        """Tells what its pictures depend on: its settings and the contents of its files, not their names."""
+        settings = self.model_dump(mode="json", exclude={"title", "weights", "file"})
         return repr((self.kind, settings, {k: digest_of(p) for k, p in sorted(self.files(library).items())}))
+
+    def sees_reference(self) -> bool:
+        """Says whether its pictures depend on the reference."""
+        return self.PERSONAL or self.guidance is not None
 
     def related(self) -> tuple[str, ...]:
         """Names the other methods that it needs."""
@@ -75,7 +79,7 @@ class Method(Section):
         """Names and hashes of recognisers that it was trained or is steered by, which cannot judge it."""
         return [digest_of(p) for p in sorted(pack.glob("*.onnx"))] if pack and self.guidance else []
 
-    def make(self, desk: Desk, job: Job, weight: float) -> Drawn:
+    def make(self, desk: Desk, job: PictureJob, weight: float) -> Drawn:
         """Draws a picture, by the desk's back end."""
         return desk.drawn(self, job, weight)
 
@@ -106,7 +110,7 @@ class Nothing(Method):
     PERSONAL = False
 
 
-class Scales(Section):
+class KVScales(Section):
     """The scales of the guidance with KV injection, which share the protocol's: by default 3, 2, 2 of 5."""
 
     text: float = 0.6
@@ -126,7 +130,7 @@ class EncoderMethod(Method):
     file: str
     kv: bool | None = Field(None, description="KV injection; by default where the file has a KV encoder")
     kv_weight: Annotated[float, Field(ge=0, le=1)] = 1.0
-    scales: Scales = Field(Scales(), description="text, full and kv as shares of drawing.guidance, with KV alone")
+    scales: KVScales = Field(KVScales(), description="text, full and kv as shares of drawing.guidance, with KV alone")
 
     def files(self, library: Library) -> dict[str, Path]:
         return {"lookahead": library.find("file", self.file)}
@@ -214,7 +218,7 @@ class BestOf(Method):
     def related(self) -> tuple[str, ...]:
         return (self.of, *([self.same_time_as] if self.same_time_as else []))
 
-    def make(self, desk: Desk, job: Job, weight: float) -> Drawn:
+    def make(self, desk: Desk, job: PictureJob, weight: float) -> Drawn:
         if (self.pictures is None) == (self.same_time_as is None):
             raise EvaluationError("A method of kind `best of` takes one of pictures and same_time_as: give one.")
         count = self.pictures or desk.count_in_the_time_of(self.of, self.same_time_as or "", weight)

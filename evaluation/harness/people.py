@@ -22,7 +22,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 @dataclass(frozen=True)
-class Person:
+class ReferencePerson:
     """A person: a name, and the file of the reference. target: prompt -> file, where it is known."""
 
     name: str
@@ -36,12 +36,12 @@ class Person:
 
 
 #: section, prompts, folder for pictures -> people
-Source = Callable[[People, Sequence[Prompt], Path], list[Person]]
+Source = Callable[[People, Sequence[Prompt], Path], list[ReferencePerson]]
 
 
 def read_people(
     people: People, prompts: Sequence[Prompt], out: Path, worlds: Mapping[str, Source] | None = None
-) -> list[Person]:
+) -> list[ReferencePerson]:
     """The people of a protocol; their references are written as PNG into `out`.
 
     worlds: sources that are known by a name. Raises EvaluationError, one sentence, for a source that is none.
@@ -56,7 +56,7 @@ def read_people(
     return found
 
 
-def _of_folder(people: People, out: Path) -> list[Person]:
+def _of_folder(people: People, out: Path) -> list[ReferencePerson]:
     folder = Path(people.source).expanduser()
     if not folder.is_dir():
         raise EvaluationError(f"people.source is {people.source}, which is no folder: give one with a face a picture.")
@@ -81,7 +81,7 @@ def _of_shards(folder: Path) -> list[tuple[str, Callable[[], bytes]]]:
     return chosen
 
 
-def one(name: str, file: bytes, out: Path, targets: Path | None = None) -> Person:
+def one(name: str, file: bytes, out: Path, targets: Path | None = None) -> ReferencePerson:
     """A person of a picture file, whose reference is written as PNG, upright, into `out`.
 
     targets: folder with NAME/PROMPT.png. Raises EvaluationError, naming the person, for what is no picture.
@@ -102,7 +102,7 @@ def one(name: str, file: bytes, out: Path, targets: Path | None = None) -> Perso
         found = None if targets is None else targets / name / f"{prompt.number}.png"
         return found if found is not None and found.is_file() else None
 
-    return Person(name, path, digest, target)
+    return ReferencePerson(name, path, digest, target)
 
 
 def _is(path: Path, digest: str) -> bool:

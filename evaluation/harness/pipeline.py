@@ -19,7 +19,7 @@ from ...sdxl.pipeline import LookaheadPipeline
 from .backends import Backend, Setting
 from .library import EvaluationError, Library
 from .methods import Method
-from .scenes import Drawn, Job
+from .scenes import Drawn, PictureJob
 from .sections import Drawing
 
 SDXL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
@@ -72,10 +72,10 @@ class PipelineBackend:
         self._setting = setting
         self._encoder: Path | None = None
 
-    def check(self, name: str, method: Method, job: Job) -> None:
+    def check(self, name: str, method: Method, job: PictureJob) -> None:
         """Nothing can be missing that a method's own files do not say."""
 
-    def draw(self, method: Method, job: Job, weight: float) -> Drawn:
+    def draw(self, method: Method, job: PictureJob, weight: float) -> Drawn:
         begun = time.perf_counter()
         try:
             image = method.in_diffusers(_Scene(self, job, self._setting.drawing, self._setting.library), weight)
@@ -93,7 +93,7 @@ class PipelineBackend:
 class _Scene:
     """The pipeline for one picture (`DiffusersScene`)."""
 
-    def __init__(self, backend: PipelineBackend, job: Job, drawing: Drawing, library: Library):
+    def __init__(self, backend: PipelineBackend, job: PictureJob, drawing: Drawing, library: Library):
         self._backend, self._job, self.drawing, self.library = backend, job, drawing, library
 
     def load(self, encoder: Path) -> None:

@@ -13,7 +13,7 @@ from ...trainer.config import ConfigError, Count, Section, read_values, set_valu
 from .library import EvaluationError
 from .measures import MEASURES, MeasureKind
 from .methods import METHODS, Method
-from .sections import Drawing, HostOptions, Models, People, Plot, Prompt, Seed
+from .sections import Drawing, HostOptions, ModelNames, People, Plot, Prompt, Seed
 
 PROTOCOLS = Path(__file__).parents[1] / "protocols"
 PROMPTS = PROTOCOLS / "prompts.yaml"  # the kinds of the paper's prompts, which ship
@@ -26,7 +26,7 @@ class Protocol(Section):
 
     title: str = "Evaluation"
     out: str | None = Field(None, description="folder of all that is written; by default output/evaluate/NAME")
-    models: Models
+    models: ModelNames
     people: People
     prompts: str | dict[str, tuple[str, ...]] = Field(
         SHIPPED, description="`shipped`, a file (.txt with a prompt a line, .yaml with lists by kind), or lists by kind"

@@ -23,15 +23,15 @@ from ..stats import Interval
 from .figures import ArmFigures, Figures, figures
 from .measures import HIGHER, LOWER
 from .plot import Point, plot
-from .run import Arm, Evaluation
-from .scenes import Job
+from .run import Arm, EvaluationRun
+from .scenes import PictureJob
 
 SHOWN = 3  # people in the grid
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
 ARROWS = {HIGHER: "↑", LOWER: "↓"}
 
 
-def write(run: Evaluation) -> Path:
+def write(run: EvaluationRun) -> Path:
     """Reckon and write everything into the run's folder; returns the page."""
     found = figures(run)
     sheet = grid(run, found)
@@ -73,7 +73,7 @@ def heads(found: Figures) -> list[str]:
     return [f"{m.title} {ARROWS.get(m.better, '')}".strip() for m in found.measures.values()]
 
 
-def tables(run: Evaluation, found: Figures) -> list[tuple[str, list[str], list[list[str]]]]:
+def tables(run: EvaluationRun, found: Figures) -> list[tuple[str, list[str], list[list[str]]]]:
     """Title, heads and rows of each table, as text."""
     out = []
     names = list(found.measures)
@@ -99,11 +99,11 @@ def tables(run: Evaluation, found: Figures) -> list[tuple[str, list[str], list[l
     return out
 
 
-def notes(run: Evaluation) -> list[str]:
-    """What a reader has to know of the figures."""
+def notes(run: EvaluationRun) -> list[str]:
+    """Lists what a reader has to know of the figures."""
     of_both = set(run.protocol.backends)
     left = [n for n, m in run.methods.items() if of_both - {b for b in of_both if (n, m.weights[0]) in run.arms(b)}]
-    backends = Counter(line["backend"] for line in run.store.drawn.values())
+    backends = Counter(line["backend"] for line in run.lines())
     lines = [
         f"{len(run.people)} people, {len(run.prompts)} prompts, {len(run.protocol.seeds)} seeds: "
         f"{len(run.jobs())} pictures an arm. Every person has noise of their own, the same for all methods.",
@@ -120,7 +120,7 @@ def notes(run: Evaluation) -> list[str]:
     return [*run.warnings, *lines]
 
 
-def markdown(run: Evaluation, found: Figures) -> str:
+def markdown(run: EvaluationRun, found: Figures) -> str:
     """The tables as markdown."""
     parts = [f"# {run.protocol.title}", "", *(f"- {line}" for line in notes(run)), ""]
     for title, columns, rows in tables(run, found):
@@ -195,7 +195,7 @@ def as_values(found: Figures) -> dict[str, Any]:
     }
 
 
-def chart(run: Evaluation, found: Figures) -> str:
+def chart(run: EvaluationRun, found: Figures) -> str:
     """The plot of identity against prompt; an empty string where one of the two is not measured."""
     x, y = run.protocol.plot.x, run.protocol.plot.y
     if x not in found.measures or y not in found.measures:
@@ -210,7 +210,7 @@ def chart(run: Evaluation, found: Figures) -> str:
     return plot(curves, found.measures[x].title, found.measures[y].title)
 
 
-def grid(run: Evaluation, found: Figures, most: int = 6) -> Image.Image:
+def grid(run: EvaluationRun, found: Figures, most: int = 6) -> Image.Image:
     """A row an arm and person, the reference and what was drawn of it; at most so many prompts."""
     prompts, seed = run.prompts[:most], run.protocol.seeds[0]
     rows = []
@@ -218,12 +218,12 @@ def grid(run: Evaluation, found: Figures, most: int = 6) -> Image.Image:
         for a in found.arms:
             cells = [Cell(_open(person.reference), a.title)]
             for prompt in prompts:
-                cells.append(Cell(_open(_picture(run, a.arm, Job(person, prompt, seed)))))
+                cells.append(Cell(_open(_picture(run, a.arm, PictureJob(person, prompt, seed)))))
             rows.append(cells)
     return contact_sheet(["reference", *(p.text for p in prompts)], rows, run.protocol.title, 144)
 
 
-def _picture(run: Evaluation, arm: Arm, job: Job) -> Path:
+def _picture(run: EvaluationRun, arm: Arm, job: PictureJob) -> Path:
     return run.store.picture(run.key(arm.method, job, arm.weight, arm.backend))
 
 
@@ -232,7 +232,7 @@ def _open(path: Path) -> Image.Image:
         return image.convert("RGB")
 
 
-def page(run: Evaluation, found: Figures, drawing: str, sheet: Image.Image) -> str:
+def page(run: EvaluationRun, found: Figures, drawing: str, sheet: Image.Image) -> str:
     """One page that needs no other file."""
     file = io.BytesIO()
     sheet.save(file, "JPEG", quality=80)
@@ -248,7 +248,7 @@ def page(run: Evaluation, found: Figures, drawing: str, sheet: Image.Image) -> s
     )
 
 
-def protocol_text(run: Evaluation) -> str:
+def protocol_text(run: EvaluationRun) -> str:
     """The protocol as YAML, with all that was left to defaults, so that anyone can run it again."""
     values = run.protocol.model_dump(mode="json", exclude_none=True)
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110)

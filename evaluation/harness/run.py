@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from ...tools.common import Stopwatch, say
-from .backends import NAMES, Backend, ModelFiles, OpenHost, Setting, opened
+from .backends import Backend, ModelFiles, OpenHost, Setting
 from .library import EvaluationError, Library, digest_of
-from .measures import MEASURES, OTHERS, PLAIN, REFERENCE, TARGET, Case, Measure, MeasureKind
+from .measures import MEASURES, OTHERS, PLAIN, REFERENCE, TARGET, Case, MeasureKind, OpenedMeasure
 from .methods import METHODS, Method, Nothing
-from .people import Person, Source, read_people
+from .opening import NAMES, opened
+from .people import ReferencePerson, Source, read_people
 from .protocol import Protocol, of_kind
-from .scenes import Drawn, Job, KeptPicture
+from .scenes import Drawn, KeptPicture, PictureJob
 from .store import Store, digest
 
 NEWS = 15.0  # seconds between lines of progress
@@ -32,8 +33,8 @@ class Arm:
 
 
 @dataclass(frozen=True, eq=False)
-class World:
-    """What an evaluation is run with beside its protocol, given by whoever puts rooms together.
+class Surroundings:
+    """Holds what an evaluation is run with beside its protocol, given by whoever puts rooms together.
 
     sources, kinds: of people, methods and measures beside the usual.
     """
@@ -46,13 +47,13 @@ class World:
     methods: Mapping[str, type[Method]]
 
 
-class Evaluation:
+class EvaluationRun:
     """A protocol with its people, prompts, methods and measures, and the folder that all is kept in.
 
     Raises EvaluationError or ConfigError, one sentence, for what cannot be run; nothing is drawn before.
     """
 
-    def __init__(self, protocol: Protocol, world: World, worker: int = 0, workers: int = 1):
+    def __init__(self, protocol: Protocol, world: Surroundings, worker: int = 0, workers: int = 1):
         self.protocol, self.world = protocol, world
         self.folder = Path(protocol.out or "output/evaluate").expanduser()
         self.methods = protocol.parsed_methods({**METHODS, **world.methods})
@@ -67,6 +68,7 @@ class Evaluation:
         self._check_references()
         self.warnings = self._own_judges()
         self._model = world.files.digest()
+        self._pack = digest_of(world.files.pack) if world.files.pack else None
         self._drawing = protocol.drawing.model_dump_json()
         self._digests = {name: method.digest(world.library) for name, method in self.methods.items()}
 
@@ -130,16 +132,16 @@ class Evaluation:
         wanted = [(n, w) for n, m in self.methods.items() for w in m.weights]
         return [Arm(n, w, b) for b in self.protocol.backends for n, w in wanted if (n, w) in set(self.arms(b))]
 
-    def jobs(self, people: list[Person] | None = None) -> list[Job]:
+    def jobs(self, people: list[ReferencePerson] | None = None) -> list[PictureJob]:
         """Every person under every prompt with every seed."""
         everyone = self.people if people is None else people
-        return [Job(*parts) for parts in product(everyone, self.prompts, self.protocol.seeds)]
+        return [PictureJob(*parts) for parts in product(everyone, self.prompts, self.protocol.seeds)]
 
-    def key(self, name: str, job: Job, weight: float, backend: str) -> str:
+    def key(self, name: str, job: PictureJob, weight: float, backend: str) -> str:
         """The content key of a picture: hash of all that it depends on."""
         method = self.methods[name]
         methods = [self._digests[n] for n in (name, *method.related())]
-        person = job.person.digest if method.PERSONAL else None
+        person = job.person.digest if method.sees_reference() else None
         return digest(backend, self._model, methods, weight, self._drawing, person, job.prompt.text, job.noise_seed)
 
     def draw(self) -> None:
@@ -171,18 +173,20 @@ class Evaluation:
 
     # --- scores
 
-    def case(self, arm: Arm, job: Job) -> tuple[Case, dict[str, object]]:
+    def case(self, arm: Arm, job: PictureJob) -> tuple[Case, dict[str, object]]:
         """A picture with all that judges may ask for, and by field what that depends on."""
 
-        def path(one: Job, method: str = arm.method, weight: float = arm.weight) -> tuple[str, Path]:
+        def path(one: PictureJob, method: str = arm.method, weight: float = arm.weight) -> tuple[str, Path]:
             key = self.key(method, one, weight, arm.backend)
             return key, self.store.picture(key)
 
         plain = next(((n, m) for n, m in self.methods.items() if isinstance(m, Nothing) and not m.guidance), None)
         key, picture = path(job)
         target = job.person.target(job.prompt)
-        others = [path(Job(job.person, job.prompt, s)) for s in self.protocol.seeds if s != job.seed]
-        before = path(job, plain[0], plain[1].weights[0]) if plain and self.methods[arm.method].PERSONAL else None
+        others = [path(PictureJob(job.person, job.prompt, s)) for s in self.protocol.seeds if s != job.seed]
+        before = (
+            path(job, plain[0], plain[1].weights[0]) if plain and self.methods[arm.method].sees_reference() else None
+        )
         case = Case(
             picture,
             job.person.name,
@@ -201,11 +205,10 @@ class Evaluation:
         }
         return case, depends
 
-    def score_key(self, measure: Measure, case: Case, depends: Mapping[str, object]) -> str:
+    def score_key(self, measure: OpenedMeasure, case: Case, depends: Mapping[str, object]) -> str:
         """The content key of a score."""
-        return digest(
-            measure.title, measure.digest, case.prompt, *(depends[part] for part in ("picture", *measure.needs))
-        )
+        parts = (depends[part] for part in ("picture", *measure.needs))
+        return digest(measure.title, measure.digest, self._pack, case.prompt, *parts)
 
     def score(self) -> None:
         """Judge what is missing of this worker's people."""
@@ -223,7 +226,7 @@ class Evaluation:
                 about = {"measure": name, "judge": measure.title, "picture": picture}
                 self.store.keep_score(key, measure.score(case), about)
 
-    def values(self, arm: Arm, measure: Measure) -> list[list[float | None]]:
+    def values(self, arm: Arm, measure: OpenedMeasure) -> list[list[float | None]]:
         """Scores of an arm by person, in the order of prompts and seeds; None where there is none to count."""
         rows: list[list[float | None]] = []
         for person in self.people:
@@ -236,6 +239,11 @@ class Evaluation:
             rows.append(row)
         return rows
 
+    def lines(self) -> list[dict[str, Any]]:
+        """Lists what is known of every picture of this evaluation that is there, each once."""
+        keys = (self.key(a.method, job, a.weight, a.backend) for a in self.all_arms() for job in self.jobs())
+        return [self.store.drawn[key] for key in dict.fromkeys(keys) if key in self.store.drawn]
+
     def seconds(self, arm: Arm) -> float | None:
         """The median time of a picture of an arm."""
         keys = [self.key(arm.method, job, arm.weight, arm.backend) for job in self.jobs()]
@@ -246,14 +254,14 @@ class Evaluation:
 class _Desk:
     """Where a back end and the store meet (`scenes.Desk`)."""
 
-    def __init__(self, run: Evaluation, backend: Backend, name: str):
+    def __init__(self, run: EvaluationRun, backend: Backend, name: str):
         self._run, self._backend, self._name = run, backend, name
-        self._choosers: dict[str, Measure] = {}
+        self._choosers: dict[str, OpenedMeasure] = {}
 
-    def drawn(self, method: Method, job: Job, weight: float) -> Drawn:
+    def drawn(self, method: Method, job: PictureJob, weight: float) -> Drawn:
         return self._backend.draw(method, job, weight)
 
-    def picture(self, name: str, job: Job, weight: float) -> KeptPicture:
+    def picture(self, name: str, job: PictureJob, weight: float) -> KeptPicture:
         run, store = self._run, self._run.store
         key = run.key(name, job, weight, self._name)
         if not store.has(key):
@@ -270,7 +278,7 @@ class _Desk:
             store.keep(key, drawn.image, about)
         return KeptPicture(key, store.picture(key), float(store.drawn[key]["seconds"]))
 
-    def score(self, by: Mapping[str, Any], picture: KeptPicture, job: Job) -> float:
+    def score(self, by: Mapping[str, Any], picture: KeptPicture, job: PictureJob) -> float:
         run = self._run
         known = repr(sorted(by.items()))
         if known not in self._choosers:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from PIL import Image
 
@@ -13,20 +13,17 @@ from ...host import workflow
 from ...host.graph import Graph, Link
 from ...tools.common import Problem
 from .library import EvaluationError, Library
-from .people import Person
+from .people import ReferencePerson
 from .sections import Drawing, Prompt
-
-if TYPE_CHECKING:
-    from .methods import Method
 
 HOST, DIFFUSERS = "host", "diffusers"
 
 
 @dataclass(frozen=True)
-class Job:
+class PictureJob:
     """One picture of a method: who, under which prompt, with which noise. attempt: of several with other noise."""
 
-    person: Person
+    person: ReferencePerson
     prompt: Prompt
     seed: int
     attempt: int = 0
@@ -36,8 +33,8 @@ class Job:
         """The seed that a back end draws noise with."""
         return (self.person.noise_seed(self.seed) + 7919 * self.attempt) % 2**31
 
-    def again(self, attempt: int) -> Job:
-        """The same with other noise."""
+    def again(self, attempt: int) -> PictureJob:
+        """Gives the same with other noise."""
         return replace(self, attempt=attempt)
 
 
@@ -56,23 +53,37 @@ class KeptPicture(NamedTuple):
     seconds: float
 
 
-class Desk(Protocol):
-    """Where methods that need others ask for their pictures, times and scores."""
+class Drawable(Protocol):
+    """Draws itself into a scene: a method, as a back end sees it."""
 
-    def drawn(self, method: Method, job: Job, weight: float) -> Drawn:
+    kind: ClassVar[str]
+
+    def on_host(self, scene: HostScene, weight: float) -> str:
+        """Put nodes into the host's graph; returns the id of the node whose picture counts."""
+        ...
+
+    def in_diffusers(self, scene: DiffusersScene, weight: float) -> Image.Image:
+        """Draw a picture with the diffusers pipeline."""
+        ...
+
+
+class Desk(Protocol):
+    """Gives methods that need others their pictures, times and scores."""
+
+    def drawn(self, method: Drawable, job: PictureJob, weight: float) -> Drawn:
         """Draw a picture by the back end."""
         ...
 
-    def picture(self, method: str, job: Job, weight: float) -> KeptPicture:
+    def picture(self, method: str, job: PictureJob, weight: float) -> KeptPicture:
         """A picture of another method, drawn once."""
         ...
 
-    def score(self, by: Mapping[str, Any], picture: KeptPicture, job: Job) -> float:
+    def score(self, by: Mapping[str, Any], picture: KeptPicture, job: PictureJob) -> float:
         """Score by a measure that is described as in `measures`; what it cannot judge comes last."""
         ...
 
     def count_in_the_time_of(self, method: str, other: str, weight: float) -> int:
-        """How many pictures of one method fit into the time of one of another."""
+        """Counts how many pictures of one method fit into the time of one of another."""
         ...
 
 
@@ -115,7 +126,13 @@ class HostScene:
     """
 
     def __init__(
-        self, job: Job, drawing: Drawing, library: Library, names: HostNames, info: Mapping[str, Any], reference: str
+        self,
+        job: PictureJob,
+        drawing: Drawing,
+        library: Library,
+        names: HostNames,
+        info: Mapping[str, Any],
+        reference: str,
     ):
         self.job, self.drawing, self.library, self.names, self.info = job, drawing, library, names, info
         self.picture = reference

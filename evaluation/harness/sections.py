@@ -11,7 +11,7 @@ from ...trainer.config import Count, Section
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
-class Models(Section):
+class ModelNames(Section):
     """Files of the models that pictures are drawn with."""
 
     base: str = Field(description="SDXL as one .safetensors (both back ends) or a diffusers folder, or `mini`")
@@ -32,7 +32,7 @@ class People(Section):
 
 
 class Drawing(Section):
-    """How every method draws, so that nothing but the method differs."""
+    """Settings with which every method draws, so that nothing but the method differs."""
 
     size: Annotated[int, Field(ge=64, multiple_of=8)] = 1024
     steps: Count = 30

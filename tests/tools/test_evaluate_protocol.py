@@ -8,7 +8,7 @@ import yaml
 from lcm_lookahead.cli import evaluate as command
 from lcm_lookahead.cli import main
 from lcm_lookahead.cli.world import library_of, world_of
-from lcm_lookahead.evaluation.harness import backends, cost, protocol, report, run
+from lcm_lookahead.evaluation.harness import cost, opening, protocol, report, run
 from lcm_lookahead.evaluation.harness.library import EvaluationError
 from lcm_lookahead.evaluation.harness.store import Store
 from lcm_lookahead.trainer.config import ConfigError
@@ -45,7 +45,7 @@ def written(folder, **changed):
 
 def evaluation(path, overrides=(), **options):
     settings = protocol.load(path, overrides)
-    return run.Evaluation(settings, world_of(settings), **options)
+    return run.EvaluationRun(settings, world_of(settings), **options)
 
 
 @pytest.fixture(scope="module")
@@ -241,4 +241,4 @@ def test_the_dry_run_counts_what_real_sdxl_costs_without_its_files(capsys):
 
 def test_a_shipped_protocol_is_found_by_its_name(tmp_path):
     assert command._found("mini.yaml").is_file() and command._found("/no/mini.yaml").parent.name == "no"
-    assert backends.NAMES == ("host", "diffusers")
+    assert opening.NAMES == ("host", "diffusers")
