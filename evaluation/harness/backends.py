@@ -11,7 +11,7 @@ from typing import Protocol
 from ...host.client import Client
 from .library import Library, digest_of
 from .methods import Method
-from .scenes import Drawn, PictureJob
+from .scenes import Drawable, Drawn, PictureJob
 from .sections import Drawing
 
 
@@ -60,6 +60,6 @@ class Backend(Protocol):
         """Make sure that a method can be drawn, before anything is. Raises EvaluationError, one sentence."""
         ...
 
-    def draw(self, method: Method, job: PictureJob, weight: float) -> Drawn:
+    def draw(self, method: Drawable, job: PictureJob, weight: float) -> Drawn:
         """Draw a picture. Raises EvaluationError, one sentence, where it fails."""
         ...

@@ -16,7 +16,7 @@ from ...tools.common import Problem
 from .backends import Backend, Setting
 from .library import EvaluationError
 from .methods import Method
-from .scenes import Drawn, HostNames, HostScene, PictureJob
+from .scenes import Drawable, Drawn, HostNames, HostScene, PictureJob
 
 HOURS = 2  # after which a picture is given up
 
@@ -64,7 +64,7 @@ class HostBackend:
         self.about = f"ComfyUI {(stats.get('system') or {}).get('comfyui_version', 'unknown')}"
         self._uploaded: dict[str, str] = {}
 
-    def _scene(self, method: Method, job: PictureJob, weight: float, reference: str) -> tuple[HostScene, str]:
+    def _scene(self, method: Drawable, job: PictureJob, weight: float, reference: str) -> tuple[HostScene, str]:
         scene = HostScene(job, self._setting.drawing, self._setting.library, self._names, self._info, reference)
         node = method.on_host(scene, weight)
         complete(scene.nodes, self._info)
@@ -82,7 +82,7 @@ class HostBackend:
                 "pack that it belongs to, or set host.url to a ComfyUI that has it."
             )
 
-    def draw(self, method: Method, job: PictureJob, weight: float) -> Drawn:
+    def draw(self, method: Drawable, job: PictureJob, weight: float) -> Drawn:
         digest = job.person.digest
         if digest not in self._uploaded:
             self._uploaded[digest] = self._client.upload(job.person.reference, f"lookahead-{digest[:16]}.png")

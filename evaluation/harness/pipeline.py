@@ -19,7 +19,7 @@ from ...sdxl.pipeline import LookaheadPipeline
 from .backends import Backend, Setting
 from .library import EvaluationError, Library
 from .methods import Method
-from .scenes import Drawn, PictureJob
+from .scenes import Drawable, Drawn, PictureJob
 from .sections import Drawing
 
 SDXL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
@@ -75,7 +75,7 @@ class PipelineBackend:
     def check(self, name: str, method: Method, job: PictureJob) -> None:
         """Nothing can be missing that a method's own files do not say."""
 
-    def draw(self, method: Method, job: PictureJob, weight: float) -> Drawn:
+    def draw(self, method: Drawable, job: PictureJob, weight: float) -> Drawn:
         begun = time.perf_counter()
         try:
             image = method.in_diffusers(_Scene(self, job, self._setting.drawing, self._setting.library), weight)

@@ -17,7 +17,7 @@ from .methods import METHODS, Method, Nothing
 from .opening import NAMES, opened
 from .people import ReferencePerson, Source, read_people
 from .protocol import Protocol, of_kind
-from .scenes import Drawn, KeptPicture, PictureJob
+from .scenes import Drawable, Drawn, KeptPicture, PictureJob
 from .store import Store, digest
 
 NEWS = 15.0  # seconds between lines of progress
@@ -258,7 +258,7 @@ class _Desk:
         self._run, self._backend, self._name = run, backend, name
         self._choosers: dict[str, OpenedMeasure] = {}
 
-    def drawn(self, method: Method, job: PictureJob, weight: float) -> Drawn:
+    def drawn(self, method: Drawable, job: PictureJob, weight: float) -> Drawn:
         return self._backend.draw(method, job, weight)
 
     def picture(self, name: str, job: PictureJob, weight: float) -> KeptPicture:
