@@ -215,6 +215,12 @@ class BestOf(Method):
     same_time_as: str | None = None
     by: dict[str, Any] = Field(description="a measure, as in `measures`")
 
+    def loss_recognisers(self, library: Library, pack: Path | None) -> list[str]:
+        name = self.by.get("recogniser")
+        if name is None or name in library.embedders:
+            return [] if name is None else [library.embedder(name, None).digest]
+        return [digest_of(library.find("by.recogniser", name))]
+
     def related(self) -> tuple[str, ...]:
         return (self.of, *([self.same_time_as] if self.same_time_as else []))
 

@@ -104,15 +104,15 @@ class EvaluationRun:
             )
 
     def _own_judges(self) -> list[str]:
-        """A sentence for each measure whose recogniser a method was trained or is steered by."""
+        """A sentence for each measure whose recogniser a method was trained, is steered or chosen by."""
         out = []
         for name, method in self.methods.items():
             used = method.loss_recognisers(self.world.library, self.world.files.pack)
             for key, measure in self.measures.items():
                 if measure.judge and (measure.digest in used or measure.judge in used):
                     out.append(
-                        f"measures.{key} judges by {measure.judge}, which is the recogniser of the loss of "
-                        f"methods.{name}: that flatters it, so judge by another."
+                        f"measures.{key} judges by {measure.judge}, by which methods.{name} was trained, is steered or "
+                        "chosen: that flatters it, so judge by another."
                     )
         return out
 
