@@ -27,6 +27,7 @@ from .run import Arm, EvaluationRun
 from .scenes import PictureJob
 
 SHOWN = 3  # people in the grid
+FEWEST = 10  # people, of whom an interval of 95 % covers as often
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
 ARROWS = {HIGHER: "↑", LOWER: "↓"}
 
@@ -105,8 +106,8 @@ def notes(run: EvaluationRun) -> list[str]:
     left = [n for n, m in run.methods.items() if of_both - {b for b in of_both if (n, m.weights[0]) in run.arms(b)}]
     backends = Counter(line["backend"] for line in run.lines())
     lines = [
-        f"{len(run.people)} people, {len(run.prompts)} prompts, {len(run.protocol.seeds)} seeds: "
-        f"{len(run.jobs())} pictures an arm. Every person has noise of their own, the same for all methods.",
+        f"People: {len(run.people)}, prompts: {len(run.prompts)}, seeds: {len(run.protocol.seeds)}, pictures an arm: "
+        f"{len(run.jobs())}. Every person has noise of their own, the same for all methods.",
         "Intervals are of 95 %, by drawing people (bootstrap); gains are of the same person, prompt and noise.",
         "A picture without a face counts 0 for identity; faces found stands beside it.",
         f"Drawn by {', '.join(f'{name} ({count} pictures)' for name, count in backends.items())}. Times are medians on "
@@ -117,7 +118,13 @@ def notes(run: EvaluationRun) -> list[str]:
         lines += [f"{name}: {count} pictures." for name, count in json.loads(counts.read_text()).items()]
     if left and len(of_both) > 1:
         lines.append(f"Drawn by one back end alone, since the other cannot: {', '.join(left)}.")
-    return [*run.warnings, *lines]
+    return [*warnings(run), *lines]
+
+
+def warnings(run: EvaluationRun) -> list[str]:
+    """Lists what is wrong with an evaluation, a sentence each."""
+    few = [f"{len(run.people)} people are too few for intervals to be trusted: draw at least {FEWEST}."]
+    return [*run.warnings, *(few if len(run.people) < FEWEST else [])]
 
 
 def markdown(run: EvaluationRun, found: Figures) -> str:
@@ -240,16 +247,19 @@ def page(run: EvaluationRun, found: Figures, drawing: str, sheet: Image.Image) -
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         title=run.protocol.title,
         notes=notes(run),
-        warnings=len(run.warnings),
+        warnings=len(warnings(run)),
         tables=tables(run, found),
         plot=Markup(drawing),
         grid="data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode(),
-        protocol=protocol_text(run),
+        protocol=protocol_text(run, shared=True),
     )
 
 
-def protocol_text(run: EvaluationRun) -> str:
-    """The protocol as YAML, with all that was left to defaults, so that anyone can run it again."""
-    values = run.protocol.model_dump(mode="json", exclude_none=True)
+def protocol_text(run: EvaluationRun, shared: bool = False) -> str:
+    """The protocol as YAML, with all that was left to defaults, so that anyone can run it again.
+
+    shared: for others, without the folder that it was written into.
+    """
+    values = run.protocol.model_dump(mode="json", exclude_none=True, exclude={"out"} if shared else None)
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110)
     return f"# lookahead evaluate protocol.yaml\n{text}"
