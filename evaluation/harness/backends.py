@@ -12,7 +12,7 @@ from ...host.client import Client
 from .library import Library, digest_of
 from .methods import Method
 from .scenes import Drawable, Drawn, PictureJob
-from .sections import Drawing
+from .sections import DrawingOptions
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Setting:
     """All that a back end draws with."""
 
     files: ModelFiles
-    drawing: Drawing
+    drawing: DrawingOptions
     library: Library
     methods: Mapping[str, Method]
     open_host: OpenHost

@@ -18,7 +18,7 @@ from ...sdxl import configs
 from ...trainer.ledger import Ledger
 from ...trainer.lookahead.estimate import CARDS, USED
 from .library import EvaluationError, Library
-from .methods import METHODS, Method, Work
+from .methods import METHODS, Method, PictureWork
 from .protocol import Protocol
 
 BYTES_A_PIXEL = 1.6  # of a PNG, as photographs have
@@ -55,7 +55,7 @@ def cost(
     parsed = protocol.parsed_methods({**METHODS, **(methods or {})})
     drawing = protocol.drawing
     unet, decoder = work_of_a_pass(drawing.size)
-    works: dict[str, Work] = {}
+    works: dict[str, PictureWork] = {}
     each = people * len(protocol.prompt_list()) * len(protocol.seeds) * len(protocol.backends)
     arms = {}
     for name, method in sorted(parsed.items(), key=lambda pair: pair[1].LATE):

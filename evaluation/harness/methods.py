@@ -23,7 +23,7 @@ ITERATIONS = 20  # of the guidance node, where none are given
 Weight = Annotated[float, Field(ge=-1, le=5)]
 
 
-class Work(NamedTuple):
+class PictureWork(NamedTuple):
     """The work of a picture: forward passes of the UNet, a row each, and of the decoder; backward counts as two."""
 
     unet: float
@@ -97,10 +97,10 @@ class Method(Section):
         """Draws a picture with the diffusers pipeline."""
         return scene.draw(None)
 
-    def work(self, steps: int, others: Mapping[str, Work]) -> Work:
+    def work(self, steps: int, others: Mapping[str, PictureWork]) -> PictureWork:
         """Counts the work of a picture; where files are not there, at most. others: that of related methods."""
         guided = 3.0 * (self.guidance.iterations or ITERATIONS) if self.guidance else 0.0
-        return Work(2.0 * steps + guided, 1 + guided)
+        return PictureWork(2.0 * steps + guided, 1 + guided)
 
 
 class Nothing(Method):
@@ -159,9 +159,9 @@ class EncoderMethod(Method):
     def drawn_by(self) -> tuple[str, ...]:
         return super().drawn_by() if self.kv_weight == 1 else (HOST,)  # the pipeline has no weight of KV
 
-    def work(self, steps: int, others: Mapping[str, Work]) -> Work:
+    def work(self, steps: int, others: Mapping[str, PictureWork]) -> PictureWork:
         rows, decodes = super().work(steps, others)
-        return Work(rows + (0 if self.kv is False else 4.0 * steps), decodes)
+        return PictureWork(rows + (0 if self.kv is False else 4.0 * steps), decodes)
 
 
 @functools.lru_cache(maxsize=64)
@@ -234,11 +234,11 @@ class BestOf(Method):
         with Image.open(drawn[best].path) as image:
             return Drawn(image.convert("RGB"), sum(one.seconds for one in drawn))
 
-    def work(self, steps: int, others: Mapping[str, Work]) -> Work:
+    def work(self, steps: int, others: Mapping[str, PictureWork]) -> PictureWork:
         if self.same_time_as:
             return others[self.same_time_as]
         rows, decodes = others[self.of]
-        return Work(rows * (self.pictures or 1), decodes * (self.pictures or 1))
+        return PictureWork(rows * (self.pictures or 1), decodes * (self.pictures or 1))
 
 
 METHODS: Mapping[str, type[Method]] = {k.kind: k for k in (Nothing, EncoderMethod, WorkflowMethod, BestOf)}

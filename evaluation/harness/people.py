@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from ...lookahead.files.atomic import atomic
 from ...sdxl.images import PictureError, read
 from ...trainer.data.shards import Shards
+from ...trainer.data.store import Store
 from .library import EvaluationError
 from .sections import People, Prompt
 
@@ -71,7 +72,7 @@ def _of_folder(people: People, out: Path) -> list[ReferencePerson]:
 
 
 def _of_shards(folder: Path) -> list[tuple[str, Callable[[], bytes]]]:
-    shards = Shards(folder)
+    shards = Shards(Store(folder))
     chosen: list[tuple[str, Callable[[], bytes]]] = []
     for sample, key in enumerate(shards.keys):
         first, last = int(shards.first[sample]), int(shards.first[sample + 1])

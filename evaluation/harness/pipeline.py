@@ -20,7 +20,7 @@ from .backends import Backend, Setting
 from .library import EvaluationError, Library
 from .methods import Method
 from .scenes import Drawable, Drawn, PictureJob
-from .sections import Drawing
+from .sections import DrawingOptions
 
 SDXL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 # The host's sampler and scheduler -> what draws the same in diffusers
@@ -93,7 +93,7 @@ class PipelineBackend:
 class _Scene:
     """The pipeline for one picture (`DiffusersScene`)."""
 
-    def __init__(self, backend: PipelineBackend, job: PictureJob, drawing: Drawing, library: Library):
+    def __init__(self, backend: PipelineBackend, job: PictureJob, drawing: DrawingOptions, library: Library):
         self._backend, self._job, self.drawing, self.library = backend, job, drawing, library
 
     def load(self, encoder: Path) -> None:

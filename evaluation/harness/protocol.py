@@ -13,7 +13,7 @@ from ...trainer.config import ConfigError, Count, Section, read_values, set_valu
 from .library import EvaluationError
 from .measures import MEASURES, MeasureKind
 from .methods import METHODS, Method
-from .sections import Drawing, HostOptions, ModelNames, People, Plot, Prompt, Seed
+from .sections import DrawingOptions, HostOptions, ModelNames, People, Plot, Prompt, Seed
 
 PROTOCOLS = Path(__file__).parents[1] / "protocols"
 PROMPTS = PROTOCOLS / "prompts.yaml"  # the kinds of the paper's prompts, which ship
@@ -34,7 +34,7 @@ class Protocol(Section):
     kinds: tuple[str, ...] | None = Field(None, description="kinds of prompts to take; by default all")
     prompts_a_kind: Count | None = Field(None, description="prompts to take of each kind; by default all")
     seeds: tuple[Seed, ...] = (0,)
-    drawing: Drawing = Drawing()
+    drawing: DrawingOptions = DrawingOptions()
     backends: tuple[str, ...] = ("host",)
     host: HostOptions = HostOptions()
     methods: dict[str, dict[str, Any]]

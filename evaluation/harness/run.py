@@ -18,7 +18,7 @@ from .opening import NAMES, opened
 from .people import ReferencePerson, Source, read_people
 from .protocol import Protocol, of_kind
 from .scenes import Drawable, Drawn, KeptPicture, PictureJob
-from .store import Store, digest
+from .store import EvaluationStore, digest
 
 NEWS = 15.0  # seconds between lines of progress
 
@@ -61,7 +61,7 @@ class EvaluationRun:
         measured = protocol.parsed_measures(self.kinds)
         self.prompts = protocol.prompt_list()
         self._check()
-        self.store = Store(self.folder, worker)
+        self.store = EvaluationStore(self.folder, worker)
         self.people = read_people(protocol.people, self.prompts, self.folder / "references", world.sources)
         self.own_people = self.people[worker::workers]
         self.measures = {name: m.open(world.library, protocol.models.pack) for name, m in measured.items()}

@@ -14,7 +14,7 @@ from ...host.graph import Graph, Link
 from ...tools.common import Problem
 from .library import EvaluationError, Library
 from .people import ReferencePerson
-from .sections import Drawing, Prompt
+from .sections import DrawingOptions, Prompt
 
 HOST, DIFFUSERS = "host", "diffusers"
 
@@ -91,7 +91,7 @@ class DiffusersScene(Protocol):
     """The pipeline of diffusers for one picture."""
 
     library: Library
-    drawing: Drawing
+    drawing: DrawingOptions
 
     def load(self, encoder: Path) -> None:
         """Have this encoder file in the UNet."""
@@ -128,7 +128,7 @@ class HostScene:
     def __init__(
         self,
         job: PictureJob,
-        drawing: Drawing,
+        drawing: DrawingOptions,
         library: Library,
         names: HostNames,
         info: Mapping[str, Any],

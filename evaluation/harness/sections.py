@@ -31,7 +31,7 @@ class People(Section):
     )
 
 
-class Drawing(Section):
+class DrawingOptions(Section):
     """Settings with which every method draws, so that nothing but the method differs."""
 
     size: Annotated[int, Field(ge=64, multiple_of=8)] = 1024

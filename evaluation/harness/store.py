@@ -31,7 +31,7 @@ def digest(*parts: object) -> str:
     return hashlib.sha256(repr((FORMAT, *parts)).encode()).hexdigest()[:32]
 
 
-class Store:
+class EvaluationStore:
     """The folder of an evaluation, as one worker sees it. Others' lines are read when it is opened."""
 
     def __init__(self, folder: Path, worker: int = 0):

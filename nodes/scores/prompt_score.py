@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from ...lookahead.vision import clip
 from ...lookahead.vision.images import cover
+from ..folders import file_names, nothing_chosen
 from ..losses.clip_loss import FOLDER, clip_path, token_ids
 from ..losses.network import GradientPatcher, fingerprint
 from ..reference.images import split_alpha
@@ -36,7 +37,7 @@ class LookaheadPromptScore(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "clip_name",
-                    options=folder_paths.get_filename_list(FOLDER),
+                    options=file_names(FOLDER, ("",)),
                     tooltip="A whole CLIP in models/clip_vision, in the layout of transformers, such as "
                     "openai/clip-vit-base-patch16, the paper's.",
                 ),
@@ -53,8 +54,10 @@ class LookaheadPromptScore(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, clip_name: str) -> bool | str:
+    def validate_inputs(cls, clip_name: str | None = None) -> bool | str:
         """Say where the file was looked for, instead of the host's 'value not in list'."""
+        if clip_name is None:
+            return nothing_chosen(file_names(FOLDER, ("",)), "CLIP file", folder_paths.get_folder_paths(FOLDER))
         try:
             clip_path(clip_name)
         except FileNotFoundError as error:

@@ -10,7 +10,7 @@ from lcm_lookahead.cli import main
 from lcm_lookahead.cli.world import library_of, world_of
 from lcm_lookahead.evaluation.harness import cost, opening, protocol, report, run
 from lcm_lookahead.evaluation.harness.library import EvaluationError
-from lcm_lookahead.evaluation.harness.store import Store
+from lcm_lookahead.evaluation.harness.store import EvaluationStore
 from lcm_lookahead.trainer.config import ConfigError
 from PIL import Image
 
@@ -207,8 +207,8 @@ def test_full_adds_to_the_file_and_needs_a_section(tmp_path):
 
 
 def test_a_count_is_the_one_that_was_found_first(tmp_path):
-    assert Store(tmp_path, 0).count("a", 7) == 7
-    assert Store(tmp_path, 1).count("a", 9) == 7 and Store(tmp_path, 1).count("b", 2) == 2
+    assert EvaluationStore(tmp_path, 0).count("a", 7) == 7
+    assert EvaluationStore(tmp_path, 1).count("a", 9) == 7 and EvaluationStore(tmp_path, 1).count("b", 2) == 2
 
 
 # --- the shipped protocols
