@@ -68,6 +68,7 @@ app.add_typer(study.app)
 STOPPED = 130  # the exit status of what Ctrl+C ended
 # What a user can mend, by module; the text of each is a sentence for them.
 USER_ERRORS = (
+    ("evaluation.harness.library", "EvaluationError"),
     ("evaluation.preference", "StudyError"),
     ("lookahead.files.tensors", "EncoderFileError"),
     ("lookahead.method.concept_input", "ConceptError"),

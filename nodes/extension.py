@@ -41,6 +41,9 @@ from .reference.load_face_analysis import LookaheadLoadFaceAnalysis, register_in
 from .reference.load_reference import LookaheadLoadReference
 from .reference.reference_files import register_reference_folder
 from .reference.save_reference import LookaheadSaveReference
+from .scores.identity_score import LookaheadIdentityScore
+from .scores.prompt_score import LookaheadPromptScore
+from .scores.rank import LookaheadRank
 from .versions import leaves_out_unknown, needs_a_newer_host
 
 
@@ -86,6 +89,9 @@ class LookaheadExtension(ComfyExtension):
             LookaheadApplyConcept,
             LookaheadSaveConcept,
             LookaheadLoadConcept,
+            LookaheadIdentityScore,
+            LookaheadPromptScore,
+            LookaheadRank,
         ]
         with needs_a_newer_host():
             for node in nodes:  # before the host registers the first: all of them or none

@@ -26,6 +26,14 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "nodes.reference": ("lookahead", "nodes.schema", "nodes.folders", "nodes.sockets"),
     "nodes.conditioning": ("lookahead", "nodes.schema", "nodes.sockets", "nodes.reference"),
     "nodes.losses": ("lookahead", "nodes.schema", "nodes.folders", "nodes.sockets", "nodes.reference"),
+    "nodes.scores": (
+        "lookahead",
+        "nodes.schema",
+        "nodes.folders",
+        "nodes.sockets",
+        "nodes.reference",
+        "nodes.losses",
+    ),
     "nodes.concept": (
         "lookahead",
         "nodes.schema",
@@ -41,16 +49,18 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "sdxl": ("lookahead",),
     "evaluation": ("lookahead", "sdxl"),
     # the trainer: its loop, checkpoints, log and config know no recipe
-    "trainer": ("lookahead", "sdxl", "evaluation"),
-    "trainer.lookahead": ("lookahead", "sdxl", "evaluation", "trainer.*"),
-    "trainer.concept": ("lookahead", "sdxl", "evaluation", "trainer.*"),
+    "trainer": ("lookahead", "sdxl", "evaluation.*"),
+    "trainer.lookahead": ("lookahead", "sdxl", "evaluation.*", "trainer.*"),
+    "trainer.concept": ("lookahead", "sdxl", "evaluation.*", "trainer.*"),
     "trainer.data": ("lookahead", "sdxl", "trainer.*", "trainer.lookahead"),
-    "trainer.data.generate": ("lookahead", "sdxl", "evaluation", "trainer.*", "trainer.data.*"),
+    "trainer.data.generate": ("lookahead", "sdxl", "evaluation.*", "trainer.*", "trainer.data.*"),
     # a real ComfyUI, and the repository's own tools that need nothing installed
     "tools.common": (),
     "tools.setup": ("tools.common",),
     "tools.start": ("tools.common", "tools.setup"),
     "host": ("tools.common", "tools.setup"),
+    # the harness stands on the trainer's readers and counters, and draws in a host
+    "evaluation.harness": ("lookahead", "sdxl", "evaluation.*", "trainer", "host", "tools.common"),
     # the mini world: people are drawn, networks trained on them and stored in public formats, measured, then used
     "mini.world": (),
     "mini.plan": ("mini.world",),
@@ -266,6 +276,8 @@ def test_no_public_class_name_is_declared_twice():
         ("nodes/sockets.py", "from .reference import encoder"),
         ("sdxl/a.py", "from ..trainer import config"),
         ("evaluation/a.py", "from ..mini.world import faces"),
+        ("evaluation/harness/a.py", "from ...mini.world import faces"),
+        ("trainer/a.py", "from ..evaluation.harness import run"),
         ("trainer/data/a.py", "from ...mini import plan"),
         ("trainer/train.py", "from .lookahead.step import Step"),
         ("trainer/checkpoints.py", "from .data import folder"),
