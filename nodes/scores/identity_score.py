@@ -62,8 +62,9 @@ class LookaheadIdentityScore(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, recogniser: str = OF_THE_PACK, **_) -> str:
         """Judge again when the file was replaced."""
-        path = None if recogniser == OF_THE_PACK else folder_paths.get_full_path(FOLDER, recogniser)
-        return fingerprint(path) if path else recogniser
+        by_link = recogniser is None
+        path = None if by_link or recogniser == OF_THE_PACK else folder_paths.get_full_path(FOLDER, recogniser)
+        return fingerprint(path) if path else str(recogniser)
 
     @classmethod
     def execute(

@@ -69,8 +69,8 @@ class LookaheadPromptScore(io.ComfyNode):
         """Judge again when the file was replaced."""
         try:
             return fingerprint(clip_path(clip_name))
-        except OSError:
-            return clip_name
+        except (OSError, TypeError):  # missing, or it comes by a link
+            return str(clip_name)
 
     @classmethod
     def execute(cls, clip_name: str, image: Tensor, text: str = "") -> io.NodeOutput:
