@@ -276,8 +276,8 @@ class HardRows:
         if self._made is None or self._made.shape != soft.shape or self._made.dtype != soft.dtype:
             rows = []
             for n in range(layout.rows):
-                chunk, image = n // layout.images % len(texts), n % layout.images
-                text = texts[chunk]
+                chunk, place = divmod(n, len(layout.pictures))
+                text, image = texts[chunk % len(texts)], layout.pictures[place]
                 if text is None or soft.shape[1] % text.shape[1]:
                     rows.append(soft[n])
                 else:  # the host repeats texts to one length
