@@ -57,7 +57,11 @@ def test_two_workers_of_an_engine_make_the_bytes_of_one_process(alone, tmp_path,
 def test_slurm_gets_a_script_whose_tasks_make_the_shards(alone, tmp_path, monkeypatch):
     more = ["launch.engine=slurm", "launch.partition=gpu", "launch.time=02:00:00", "launch.workers=1", "launch.gpus=1"]
     config = settings(tmp_path / "people", *more, "launch.cpus=8", "launch.sbatch={account: faces}")
-    monkeypatch.setenv("PATH", os.defpath)
+    scontrol = tmp_path / "bin/scontrol"  # all of SLURM that a task itself calls
+    scontrol.parent.mkdir()
+    scontrol.write_text("#!/bin/sh\necho localhost\n")
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{scontrol.parent}{os.pathsep}{os.defpath}")
     with pytest.raises(ConfigError, match="no sbatch here: .*launch_script.slurm is written, give it to sbatch"):
         launch(config)
     script = (tmp_path / "people-logs/launch_script.slurm").read_text()

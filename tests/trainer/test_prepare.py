@@ -163,6 +163,7 @@ def test_an_error_in_a_worker_is_the_sentence_that_it_says(tmp_path):
     assert next(ahead) == 1
     with pytest.raises(DataError, match="^two is too many$"):
         next(ahead)
+    ahead.close()
 
 
 class _Fails:
