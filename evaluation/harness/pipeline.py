@@ -91,7 +91,7 @@ class PipelineBackend:
             self._encoder = encoder
 
     def reference(self, job: PictureJob, size: int) -> EncodedReference:
-        """The person as the encoder reads them, once as long as both stay. size: of what the VAE sees, the picture's."""
+        """The person as the encoder reads them, once as long as both stay. size: of what the VAE sees."""
         key = (self._encoder, job.person.digest, size)
         if self._read is None or self._read[0] != key:
             pixels = read(job.person.reference).movedim(0, -1)[None]
