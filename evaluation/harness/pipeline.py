@@ -15,7 +15,7 @@ from PIL import Image
 from ...lookahead.method.guidance import Scales
 from ...sdxl import load  # first: it cures what diffusers' own imports need
 from ...sdxl.images import read
-from ...sdxl.pipeline import LookaheadPipeline
+from ...sdxl.pipeline import EncodedReference, LookaheadPipeline
 from .backends import Backend, Setting
 from .library import EvaluationError, Library
 from .methods import Method
@@ -71,6 +71,7 @@ class PipelineBackend:
         self.about = f"diffusers {importlib.metadata.version('diffusers')}"
         self._setting = setting
         self._encoder: Path | None = None
+        self._read: tuple[object, EncodedReference] | None = None
 
     def check(self, name: str, method: Method, job: PictureJob) -> None:
         """Nothing can be missing that a method's own files do not say."""
@@ -88,6 +89,14 @@ class PipelineBackend:
         if self._encoder != encoder:
             self.pipe.load_encoder(encoder)
             self._encoder = encoder
+
+    def reference(self, job: PictureJob, size: int) -> EncodedReference:
+        """The person as the encoder reads them, once as long as both stay. size: of what the VAE sees."""
+        key = (self._encoder, job.person.digest, size)
+        if self._read is None or self._read[0] != key:
+            pixels = read(job.person.reference).movedim(0, -1)[None]
+            self._read = key, self.pipe.encode_reference(pixels, size)
+        return self._read[1]
 
 
 class _Scene:
@@ -109,11 +118,11 @@ class _Scene:
         size, drawing = self.drawing.size, self.drawing
         numbers = torch.Generator().manual_seed(self._job.noise_seed)
         noise = torch.randn(1, 4, size // 8, size // 8, generator=numbers)
-        pixels = read(self._job.person.reference).movedim(0, -1)[None] if use_kv or reference else None
+        person = self._backend.reference(self._job, size) if use_kv or reference else None
         pipe = self._backend.pipe
         return pipe(
             self._job.prompt.text,
-            reference=pixels,
+            reference=person,
             negative_prompt=drawing.negative,
             height=size,
             width=size,
