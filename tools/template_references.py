@@ -32,7 +32,7 @@ REFERENCE_WORKFLOWS: dict[str, Template] = {
         {
             **{name: PLAIN[name] for name in ("checkpoint", "negative")},
             **{name: node for name, node in face_nodes("picture").items() if name != "face"},
-            "picture": picture("face_1", "Reference face"),
+            "picture": picture("face_1.jpg", "Reference face"),
             "store": Node(
                 "LookaheadSaveReference", values={"file_name": "my_character"}, links={"reference": "reference"}
             ),
@@ -81,8 +81,8 @@ REFERENCE_WORKFLOWS: dict[str, Template] = {
                 values={"weight": 0.75},
                 links={"model": "checkpoint", "reference": "blend", "weights": "weights"},
             ),
-            "first": picture("face_1", "First person", 290),
-            "second": picture("face_2", "Second person", 290),
+            "first": picture("face_1.jpg", "First person", 290),
+            "second": picture("face_2.jpg", "Second person", 290),
             "prompt": prompt(PAINTING),
             "sampler": ksampler("face"),
             "save": save("blend"),
@@ -115,7 +115,7 @@ REFERENCE_WORKFLOWS: dict[str, Template] = {
             "encoder": Node("LookaheadLoadEncoder", values={"encoder_name": FACE_ID}, height=190),
             "vision": face_nodes("")["vision"],
             "faces": Node("LookaheadLoadFaceAnalysis", values={"pack_name": FACES, "device": "cpu"}, height=180),
-            "picture": picture("face_1", "Reference face", 320),
+            "picture": picture("face_1.jpg", "Reference face", 320),
             "reference": Node(
                 "LookaheadEncodeFace",
                 links={"encoder": "encoder", "clip_vision": "vision", "face_analysis": "faces", "image": "picture"},

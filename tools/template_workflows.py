@@ -262,9 +262,9 @@ WORKFLOWS: dict[str, Template] = {
             ),
         },
         [
-            (320, ["checkpoint", "lora", "picture", "controlnet"]),
+            (320, ["checkpoint", "lora", "picture", "controlnet", "control"]),
             (320, ["prompt", "negative", "pose", "lines", "latent"]),
-            (320, ["reference", "kv", "control", "guider"]),
+            (320, ["reference", "kv", "guider"]),
             (320, ["noise", "chosen", "sigmas", "sampler"]),
             (400, ["note", "decode", "save"]),
         ],
