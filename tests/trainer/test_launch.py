@@ -112,5 +112,5 @@ def test_the_work_of_sdxl_turbo_is_that_of_its_layers(tmp_path):
 
 
 def test_the_command_prints_a_plan(tmp_path, capsys):
-    main.main(["generate", str(CONFIGS / "generate/drawn.yaml"), f"out={tmp_path}", "--plan"])
+    main.main(["generate", str(CONFIGS / "generate/drawn.yaml"), f"out={tmp_path}", "--plan", "--prices", "h100=2"])
     assert "400 people with 6 pictures each" in capsys.readouterr().out and not list(tmp_path.iterdir())

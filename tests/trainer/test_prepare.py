@@ -190,7 +190,7 @@ def test_the_command_says_what_is_missing_makes_it_and_says_that_it_is_there(dra
         "lookahead.arm=none",
     ]
     command = ["prepare", str(CONFIGS / "mini.yaml"), *values, "validate_every=0", "workers=0"]
-    main.main(command)
+    main.main([*command, "--worker", "0/1"])
     said = capsys.readouterr()
     assert "pictures and" in said.err and "GB are free" in said.err and "Written: " in said.out
     main.main([*command, "--dry-run"])
