@@ -4,6 +4,8 @@ The host calls `comfy_entrypoint`. Nothing of ours is imported before that, so t
 where there is no ComfyUI (tests, the trainer, `pip install`).
 """
 
+# Here alone, and not as `web` in pyproject.toml: the host would serve the folder twice, under both names, and the page
+# would run its script twice.
 WEB_DIRECTORY = "./web"
 
 

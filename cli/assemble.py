@@ -22,6 +22,7 @@ from ..sdxl import load, lora  # before diffusers: it cures what diffusers' own 
 from ..sdxl.cpu_attention import cpu_attention
 from ..sdxl.encoder import Encoder
 from ..sdxl.load import Frozen, ModelError, Preview, found
+from ..trainer.concept.config import ConceptModels
 from ..trainer.data.folder import FolderPictures
 from ..trainer.data.pictures import PeoplePictures
 from ..trainer.data.sharded import ShardPictures, holds_shards
@@ -114,24 +115,30 @@ def read_frozen(config: Config, files: Model) -> tuple[Frozen, Preview | None]:
     autoencoders have their channels last: this is faster there. A tiny autoencoder reads in the run's precision, which
     it is no worse in; SDXL's stays in 32 bit, since it overflows in 16 and an image is encoded once.
     """
+    frozen = read_models(files, config.precision)
+    drawn = config.lookahead.arm != "none" or config.validate_every > 0
+    preview = load.load_preview(found("vae", files.vae)) if drawn else None
+    if preview is not None and device().type == "cpu":
+        preview.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types lack it
+    return frozen, preview
+
+
+def read_models(files: Model | ConceptModels, precision: str) -> Frozen:
+    """The frozen models of a base, as `read_frozen` has them. precision: a key of `DTYPES`."""
     from diffusers import AutoencoderTiny
 
-    dtype, on_cpu = DTYPES[config.precision], device().type == "cpu"
+    dtype, on_cpu = DTYPES[precision], device().type == "cpu"
     readers = torch.float32 if on_cpu else dtype
     picture_vae = found("picture_vae", files.picture_vae) if files.picture_vae else None
     unet, text, vae = load.load_base(found("base", files.base), readers, picture_vae)
     vision = load.load_image_encoder(found("image_encoder", files.image_encoder), readers)
-    drawn = config.lookahead.arm != "none" or config.validate_every > 0
-    preview = load.load_preview(found("vae", files.vae)) if drawn else None
     if on_cpu:
         for model in (text.first, text.second, vision):
             model.set_attn_implementation("eager")
-        for autoencoder in (vae, preview):
-            if autoencoder is not None:
-                autoencoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types lack it
+        vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types lack it
     for module in (unet, vae) if isinstance(vae, AutoencoderTiny) else (unet,):
         nn.Module.to(module, dtype)  # (diffusers' own warns of what does not matter here)
-    return Frozen(unet, text, vae, vision), preview
+    return Frozen(unet, text, vae, vision)
 
 
 def make_step(config: Config, files: Model, frozen: Frozen, preview: Preview | None) -> Step:

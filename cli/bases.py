@@ -11,19 +11,20 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..lookahead.files import encoder_file, lora_file
 from ..lookahead.files.tensors import read_tensors
 from ..sdxl.load import found
-from ..trainer.config import ConfigError
+from ..trainer.config import BaseModels, ConfigError
 from ..trainer.data.pairs import DataError, listing
 from ..trainer.data.sharded import holds_shards
 from ..trainer.data.shards import Shards
 from ..trainer.data.store import Store
-from ..trainer.lookahead.config import Config, Model, cache_folder
+from ..trainer.lookahead.config import Config, cache_folder
 from ..trainer.lookahead.estimate import Shapes
 
+Files = TypeVar("Files", bound=BaseModels)
 DRAWN = "mini"  # `data.source` of people who are drawn as they are asked for
 
 
@@ -32,13 +33,14 @@ class KnownBase:
     """folder: SDXL in diffusers' layout. beside: where its encoders, LoRAs and recognisers lie, which a configuration
     names without their folder. checkpoint: the one file of the same weights that users load; an encoder file names its
     hash. own: by field of `model`, what it is where it is not set, or set to the name of the base. licence: of what
-    lies beside."""
+    lies beside. nouns: the dictionary of concepts, where the base knows few words."""
 
     folder: Path
     beside: Path
     checkpoint: Path
     own: Mapping[str, Path]
     licence: str
+    nouns: tuple[str, ...] = ()
 
 
 def _mini(base: str) -> KnownBase | None:
@@ -47,6 +49,7 @@ def _mini(base: str) -> KnownBase | None:
     from ..mini.files import insightface_pack, shipped
     from ..mini.files.weights import CHECKPOINT
     from ..mini.plan import WEIGHTS
+    from ..mini.world.things import CLASSES
 
     weights = WEIGHTS if base == "mini" else Path(base).expanduser()
     if base != "mini" and not (weights / CHECKPOINT).is_file():
@@ -57,7 +60,7 @@ def _mini(base: str) -> KnownBase | None:
         "image_encoder": folder / "image_encoder",
         "detector": (weights / insightface_pack.DETECTOR).parent,
     }
-    return KnownBase(folder, weights, weights / CHECKPOINT, own, shipped.LICENCE)
+    return KnownBase(folder, weights, weights / CHECKPOINT, own, shipped.LICENCE, (*CLASSES, "face"))
 
 
 # Each is asked in turn whether it knows a base by what `model.base` says.
@@ -78,17 +81,17 @@ def known_base(base: str) -> KnownBase | None:
     return next((known for ask in KNOWN if (known := ask(base)) is not None), None)
 
 
-def resolve(model: Model, base: KnownBase | None) -> Model:
+def resolve(model: Files, base: KnownBase | None) -> Files:
     """The section `model` with the paths of a known base in the place of names."""
     if base is None:
         return model
     paths: dict[str, str] = {"base": str(base.folder)}
     for field in ("start", "shortcut", "recogniser"):
-        name = getattr(model, field)
+        name = getattr(model, field, None)
         if name is not None and not Path(name).expanduser().exists() and (base.beside / name).exists():
             paths[field] = str(base.beside / name)
     for field, path in base.own.items():
-        if getattr(model, field) in (None, model.base):
+        if field in type(model).model_fields and getattr(model, field) in (None, model.base):
             paths[field] = str(path)
     return model.model_copy(update=paths)
 

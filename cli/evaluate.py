@@ -1,19 +1,43 @@
-"""`lookahead evaluate`: the studies of the method on the mini world."""
+"""`lookahead evaluate`: methods compared as a protocol says, and the studies of the method on the mini world."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..tools.common import ROOT
 
+if TYPE_CHECKING:
+    from ..evaluation.harness.protocol import Protocol
+
 
 def evaluate(
-    files: Annotated[
+    arguments: Annotated[
         list[str] | None,
-        typer.Argument(metavar="NAME=FILE[@WEIGHT]", help="With --encoders: files by arm.", show_default=False),
+        typer.Argument(
+            metavar="PROTOCOL.yaml [section.key=value] | NAME=FILE[@WEIGHT]",
+            help="A protocol, with values that take its own's place. With --encoders: files by arm.",
+            show_default=False,
+        ),
+    ] = None,
+    full: Annotated[bool, typer.Option("--full", help="Run the protocol with its section `full`.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what the protocol needs and costs; draw nothing.")
+    ] = False,
+    card: Annotated[
+        str | None, typer.Option(help="With --dry-run: the GPU to reckon with.", show_default="all")
+    ] = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Processes of this machine that share a protocol's people, at least 1.")
+    ] = 1,
+    worker: Annotated[
+        str | None,
+        typer.Option(metavar="I/N", help="Draw and judge every N-th person from the I-th on, counted from 0."),
     ] = None,
     knobs: Annotated[bool, typer.Option("--knobs", help="Study one knob at a time instead.")] = False,
     guidance: Annotated[
@@ -28,29 +52,109 @@ def evaluate(
     references: Annotated[
         int | None,
         typer.Option(
-            help="Held-out people to draw, at least 10.",
+            help="Of a study: held-out people to draw, at least 10.",
             show_default="100; with --knobs 20, with --null-text 10, with --guidance or --encoders 96",
         ),
     ] = None,
     first: Annotated[int, typer.Option(help="With --encoders: number of the first of the people, from 0.")] = 0,
-    out: Annotated[Path, typer.Option(help="Folder of the page, its figures and pictures.", show_default="docs")] = (
-        ROOT / "docs"
-    ),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the page, its figures and pictures.", show_default="the protocol's; docs"),
+    ] = None,
 ) -> None:
-    """Measure the method on the mini world.
+    """Compare methods as a protocol says (docs/evaluate.md), or run a study of the method on the mini world.
 
-    Image prompt, KV injection or lookahead guidance in a real ComfyUI, over held-out drawn people.
-    Files of one NAME are one arm, trained with several seeds; FILE@0.75 draws with that weight of the image prompt.
+    The same command again goes on where it stopped. Studies: image prompt, KV injection or lookahead guidance in a real
+    ComfyUI. Files of one NAME are one arm, trained with several seeds; FILE@0.75 draws with that weight of the image
+    prompt.
     """
     studies = {"knobs": knobs, "guidance": guidance, "encoders": encoders, "null-text": null_text}
     chosen = [name for name, on in studies.items() if on]
     if len(chosen) > 1:
         raise typer.BadParameter(f"--{chosen[0]} and --{chosen[1]} are studies of their own: give one of them.")
-    if encoders != bool(files):
-        raise typer.BadParameter("--encoders goes with files: give both, or neither.")
+    given = list(arguments or ())
+    if given and not chosen and given[0].endswith((".yaml", ".yml")):
+        return by_protocol(given[0], given[1:], full, out, worker, processes, card if dry_run else None, dry_run)
+    if encoders != bool(given):
+        raise typer.BadParameter("--encoders goes with files: give both, or neither, or a PROTOCOL.yaml.")
     from ..lookahead.files.atomic import check_writable
 
+    out = out or ROOT / "docs"
     check_writable(out, folder=True)
     from ..mini.studies.evaluate import evaluate as study
 
-    study(chosen[0] if chosen else "reference", out, references, files or (), first)
+    study(chosen[0] if chosen else "reference", out, references, given, first)
+
+
+def by_protocol(
+    path: str,
+    overrides: list[str],
+    full: bool,
+    out: Path | None,
+    worker: str | None,
+    processes: int,
+    card: str | None,
+    dry_run: bool,
+) -> None:
+    """Run a protocol, or its share of a worker; the page is written by whoever finds all of it there."""
+    from ..evaluation.harness import protocol as protocols
+    from ..evaluation.harness.report import write
+    from ..evaluation.harness.run import EvaluationRun
+    from .generate import asked_worker
+    from .world import world_of
+
+    chosen = [f"out={out}"] if out else []
+    protocol = protocols.load(_found(path), [*overrides, *chosen], full)
+    if dry_run:
+        return print(dry(protocol, path, full, card))
+    if processes > 1:
+        _in_processes(path, [*overrides, *chosen], full, processes)
+        worker = None
+    number, workers = asked_worker(worker) if worker else (0, 1)
+    run = EvaluationRun(protocol, world_of(protocol), number, workers)
+    for warning in run.warnings:
+        print(f"Warning: {warning}", file=sys.stderr)
+    run.draw()
+    run.score()
+    if missing := run.missing():
+        print(f"{missing} pictures are other workers' and not there yet: the last one writes the page.")
+    else:
+        page = write(run)
+        print((run.folder / "table.md").read_text(encoding="utf-8"))
+        print(f"Written: {page}")
+
+
+def _found(path: str) -> Path:
+    """A protocol's path, or the name of one that ships."""
+    from ..evaluation.harness.protocol import PROTOCOLS
+
+    return Path(path) if Path(path).exists() or "/" in path or not (PROTOCOLS / path).exists() else PROTOCOLS / path
+
+
+def _in_processes(path: str, overrides: list[str], full: bool, processes: int) -> None:
+    """Have the people drawn and judged by several processes. What one leaves undone, this one does afterwards."""
+    command = [sys.executable, "-m", f"{__package__}.main", "evaluate", path, *overrides, *(["--full"] if full else [])]
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // processes))
+    environment = os.environ | {"OMP_NUM_THREADS": threads}  # more threads than cores wait for each other
+    running = [subprocess.Popen([*command, "--worker", f"{n}/{processes}"], env=environment) for n in range(processes)]
+    try:
+        codes = [one.wait() for one in running]
+    except BaseException:
+        for one in running:
+            one.terminate()
+        raise
+    if any(codes):
+        raise SystemExit(next(code for code in codes if code))
+
+
+def dry(protocol: Protocol, path: str, full: bool, card: str | None) -> str:
+    """The dry run of a protocol, as text."""
+    from ..evaluation.harness.cost import cost, text
+    from ..evaluation.harness.people import PICTURES
+    from .world import library_of
+
+    folder = Path(protocol.people.source).expanduser()
+    there = sum(p.suffix.lower() in PICTURES for p in folder.iterdir()) if folder.is_dir() else 0
+    people = protocol.people.count or there
+    command = f"lookahead evaluate {path}{' --full' if full else ''}"
+    return text(protocol, cost(protocol, library_of(protocol), people), command, card)

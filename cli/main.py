@@ -11,7 +11,7 @@ import sys
 
 import typer
 
-from . import convert, curves, doctor, estimate, evaluate, generate, mini, prepare, schema, study, train
+from . import concept, convert, curves, doctor, estimate, evaluate, generate, mini, prepare, schema, study, train
 
 HELP = """Teach SDXL to draw a person from one picture, and measure how well it does.
 
@@ -61,20 +61,24 @@ for command in (
 ):
     app.command()(command)
 app.add_typer(mini.app)
+app.add_typer(concept.app)
 app.add_typer(study.app)
 
 
 STOPPED = 130  # the exit status of what Ctrl+C ended
 # What a user can mend, by module; the text of each is a sentence for them.
 USER_ERRORS = (
+    ("evaluation.harness.library", "EvaluationError"),
     ("evaluation.preference", "StudyError"),
     ("lookahead.files.tensors", "EncoderFileError"),
+    ("lookahead.method.concept_input", "ConceptError"),
     ("lookahead.vision.arcface", "RecogniserError"),
     ("lookahead.vision.face_models", "FaceModelError"),
     ("sdxl.images", "PictureError"),
     ("sdxl.load", "ModelError"),
     ("tools.common", "Problem"),
     ("trainer.checkpoints", "TrainingError"),
+    ("trainer.concept.source", "ConceptDataError"),
     ("trainer.config", "ConfigError"),
     ("trainer.data.pairs", "DataError"),
 )

@@ -101,6 +101,38 @@ def example(
 
 
 @app.command()
+def things(
+    folder: Folder = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write, a base to name as model.base.", show_default="FOLDER/things")
+    ] = None,
+) -> None:
+    """Merge the LoRA of drawn things into a copy of the mini SDXL: a base that draws them."""
+    from ..mini.files.derived import write_things_base
+
+    folder = folder_of(folder, quick=False)
+    print(f"Written: {write_things_base(folder / 'things_lora.safetensors', out or folder / 'things')}")
+
+
+@app.command()
+def gate(
+    folder: Folder = None,
+    samples: Annotated[int, typer.Option(min=1, help="Pictures drawn of each class.")] = 48,
+    sheet: Annotated[Path | None, typer.Option(help="PNG of some of them.", show_default="FOLDER/gate.png")] = None,
+) -> None:
+    """Ask the judge of things whether the base draws each class (in 90 % of samples); ends with 1 where it does not."""
+    from ..mini.report.gate import GATE, check
+
+    folder = folder_of(folder, quick=False)
+    lora, judge = (folder / f"{name}.safetensors" for name in ("things_lora", "things_judge"))
+    named = check(lora, judge, samples, sheet or folder / "gate.png")
+    if short := [noun for noun, share in named.items() if share < GATE]:
+        print(f"The gate is closed: under {GATE:.0%} for {', '.join(short)}.")
+        raise typer.Exit(1)
+    print(f"The gate is open: {GATE:.0%} or more of every class are named.")
+
+
+@app.command()
 def sizes() -> None:
     """Print the table of the shipped files: planned and real sizes."""
     from ..mini.files.shipped import size_table

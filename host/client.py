@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 import uuid
 from collections.abc import Callable, Mapping
@@ -94,6 +95,27 @@ class Client:
         if self._object_info is None:
             self._object_info = self.call("/object_info")
         return self._object_info
+
+    def upload(self, picture: Path, name: str) -> str:
+        """Put a picture into the input folder, over one of the same name; returns the name that LoadImage takes."""
+        boundary = uuid.uuid4().hex
+        parts = [
+            f'--{boundary}\r\nContent-Disposition: form-data; name="overwrite"\r\n\r\ntrue\r\n'.encode(),
+            f'--{boundary}\r\nContent-Disposition: form-data; name="image"; filename="{name}"\r\n'.encode(),
+            b"Content-Type: image/png\r\n\r\n" + picture.read_bytes() + b"\r\n",
+            f"--{boundary}--\r\n".encode(),
+        ]
+        kind = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
+        request = urllib.request.Request(self.url + "/upload/image", b"".join(parts), kind)
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            stored = json.loads(answer.read())
+        return "/".join(filter(None, (stored.get("subfolder"), stored["name"])))
+
+    def picture(self, image: Mapping[str, str]) -> bytes:
+        """The file of a picture that a run put out, as `Result.outputs` describes it."""
+        query = urllib.parse.urlencode({k: image.get(k, "") for k in ("filename", "subfolder", "type")})
+        with urllib.request.urlopen(f"{self.url}/view?{query}", timeout=60) as answer:
+            return answer.read()
 
     def queue(self, prompt: Mapping[str, Any], client_id: str | None = None) -> str:
         """Queue an API prompt and return its id; PromptRefused when the host does not accept it."""
@@ -210,7 +232,7 @@ class Client:
                 result.executed = [str(n) for n in data.get("executed", [])]
         for output in result.outputs.values():
             for image in output.get("images") or []:
-                if image.get("type") in ("output", "temp"):
+                if self.base is not None and image.get("type") in ("output", "temp"):
                     folder = self.base / image["type"] / image.get("subfolder", "")
                     result.images.append(folder / image["filename"])
         return result

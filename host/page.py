@@ -46,15 +46,11 @@ FLAGS = (
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
     "--remote-debugging-port=0",
 )
-#: Answers what a first visit asks, and keeps labels and the map off the graph.
-SETTINGS = {
-    "Comfy.InstalledVersion": FRONT_END[0],
-    "Comfy.TutorialCompleted": True,
-    "Comfy.Minimap.Visible": False,
-    "Comfy.NodeBadge.NodeSourceBadgeMode": "None",
-}
+#: Answers what a first visit asks; all else is as a first visitor has it.
+SETTINGS = {"Comfy.InstalledVersion": FRONT_END[0], "Comfy.TutorialCompleted": True}
 READY = "window.app?.extensionManager && window.app.graph?.nodes.length"  # its default workflow comes last
 TITLE = 30  # height of a node's title, which lies above its position
+BADGE = 20  # height of the label above the title that names a node's pack
 
 
 def front_end() -> Path:
@@ -193,6 +189,12 @@ class Page:
             if message.get("method") == "Runtime.exceptionThrown":
                 details = message["params"]["exceptionDetails"]
                 self.errors.append(details.get("exception", {}).get("description") or details["text"])
+            if (
+                message.get("method") == "Page.javascriptDialogOpening"
+            ):  # "leave this page?", once something was clicked
+                await self._socket.send_json(
+                    {"id": 0, "method": "Page.handleJavaScriptDialog", "params": {"accept": True}}
+                )
             if message.get("id") == self._number:
                 if "error" in message:
                     raise Problem(f"Chromium refused {method}: {message['error'].get('message')}")
@@ -233,8 +235,55 @@ class Page:
 
     def open(self, workflow: dict[str, Any]) -> None:
         """Open a workflow, as if its file were dropped on the page."""
+        self.errors.clear()
         self.evaluate(f"window.app.loadGraphData({json.dumps(workflow)})")
         time.sleep(1)  # the page looks for missing files after that
+
+    def set(self, setting: str, value: Any) -> None:
+        """Change a setting of the page, as its settings panel does."""
+        self.evaluate(f"app.ui.settings.setSettingValueAsync({json.dumps(setting)}, {json.dumps(value)})")
+
+    def nodes_2(self, on: bool) -> None:
+        """Show nodes as Nodes 2.0 has them, or as drawn on the canvas."""
+        self.set("Comfy.VueNodes.Enabled", on)
+        self.wait_for(f"!!document.querySelector('[data-node-id]') === {json.dumps(on)} || !app.graph.nodes.length")
+
+    def boxes(self) -> dict[str, tuple[float, float, float, float]]:
+        """Left, top, right and bottom of every node of the open graph by its id, in the graph's units: with its title
+        and, where it is drawn on the canvas, its badge."""
+        boxes = self.evaluate(
+            "app.graph.nodes.map(n => { const e = document.querySelector(`[data-node-id='${n.id}']`); if (!e) {"
+            f" const up = {TITLE} + (n.badges?.some(b => (b.visible ?? b().visible)) ? {BADGE} : 0);"
+            " return [n.id, n.pos[0], n.pos[1] - up, n.pos[0] + n.size[0], n.pos[1] + n.size[1]]; }"
+            " const r = e.getBoundingClientRect(), c = app.canvas.canvas.getBoundingClientRect(),"
+            " s = app.canvas.ds.scale,"
+            " [x, y] = app.canvas.ds.offset; return [n.id, (r.left - c.left) / s - x, (r.top - c.top) / s - y,"
+            " (r.right - c.left) / s - x, (r.bottom - c.top) / s - y]; })"
+        )
+        return {str(number): tuple(sides) for number, *sides in boxes}
+
+    def click(self, element: str) -> None:
+        """Wait for an element (an expression in the page) and click on its middle with the mouse."""
+        self.wait_for(element)
+        left, top, width, height = self.evaluate(
+            f"(() => {{ const e = {element}; e.scrollIntoView({{block: 'nearest'}});"
+            " const r = e.getBoundingClientRect(); return [r.left, r.top, r.width, r.height]; })()"
+        )
+        at = {"x": left + width / 2, "y": top + height / 2, "button": "left", "clickCount": 1}
+        self.call("Input.dispatchMouseEvent", type="mouseMoved", x=at["x"], y=at["y"])
+        self.call("Input.dispatchMouseEvent", type="mousePressed", **at)
+        self.call("Input.dispatchMouseEvent", type="mouseReleased", **at)
+
+    def toasts(self) -> list[str]:
+        """The texts of the messages in the corner of the page."""
+        return self.evaluate("[...document.querySelectorAll('.p-toast-message')].map(e => e.innerText.trim())")
+
+    def screenshot(self):
+        """What the window shows, as a picture of PIL."""
+        from PIL import Image
+
+        data = self.call("Page.captureScreenshot", format="png")["data"]
+        return Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")
 
     def complaints(self) -> list[str]:
         """All that is wrong with the open workflow, as the page sees it; empty when it can be run."""
@@ -261,14 +310,6 @@ class Page:
         workflow["extra"].pop("ds", None)
         return workflow
 
-    def show_result(self, node_type: str, name: str) -> None:
-        """Show a picture of the host's output folder in the nodes of this type, as after a run."""
-        image = json.dumps({"images": [{"filename": name, "subfolder": "", "type": "output"}]})
-        self.evaluate(
-            f"app.graph.nodes.filter(n => n.type === {json.dumps(node_type)}).forEach(n => app.api.dispatchCustomEvent("
-            f"'executed', {{node: String(n.id), display_node: String(n.id), prompt_id: '', output: {image}}}))"
-        )
-
     def help_of(self, node_type: str) -> str:
         """The text that the page's panel shows as help of a node."""
         node = {"id": 1, "type": node_type, "pos": [0, 0], "size": [300, 200], "flags": {}, "order": 0, "mode": 0}
@@ -294,7 +335,7 @@ class Page:
             " Math.max(a[2], b[2]), Math.max(a[3], b[3])])"
         )
         top -= TITLE
-        bars = 150  # more than the page's own bars take on each side
+        bars = 300  # more than the page's own bars and its map take on each side
         width, height = right - left, bottom - top
         self.resize(int(width) + 2 * bars, int(height) + 2 * bars)
         self.evaluate(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +55,6 @@ def to_api(workflow: dict[str, Any], object_info: dict[str, Any]) -> Api:
 def convert(path: Path, object_info: dict[str, Any]) -> Api:
     """`load` and `to_api` in one."""
     return to_api(load(path), object_info)
-
-
-def pictures_named(paths: Iterable[Path]) -> list[str]:
-    """The files of the input folder that workflows in the save format name, each once."""
-    nodes = (node for path in paths for node in load(path)["nodes"])
-    return list(dict.fromkeys(node["widgets_values"][0] for node in nodes if node["type"] == "LoadImage"))
 
 
 def find(api: Api, where: str) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from .files import weights
+from .files import models, weights
 from .plan import IMAGE_SIZE, QUICK, Plan
 from .stages import (
     base,
@@ -25,6 +25,7 @@ from .stages import (
     image_prompt,
     lcm,
     style_lora,
+    things,
     vae,
 )
 from .world import data
@@ -84,6 +85,22 @@ def stages(folder: Path, plan: Plan) -> dict[str, Callable[[], None]]:
         pictures = people("train")
         style_lora.train(folder, pictures, latents(pictures), plan)
 
+    def train_things_lora() -> None:
+        # The base of this build, or the shipped one where this build has none of its own.
+        parts = models.load() if not (folder / "base.safetensors").exists() else (*base.load(folder), vae.load(folder))
+        frozen = things.FrozenParts(*parts)
+        shown = data.thing_pictures(folder, "things", plan.things, IMAGE_SIZE)
+        faces = data.pictures(folder, "train", plan.things_faces, plan.styles, IMAGE_SIZE)
+        groups = (
+            (shown, things.latents(folder, frozen, shown, "things")),
+            (faces, things.latents(folder, frozen, faces, "things-faces")),
+        )
+        things.train(folder, frozen, *groups, plan)
+
+    def train_things_judge() -> None:
+        shown = data.thing_pictures(folder, "things_judge", plan.judged_things, IMAGE_SIZE)
+        evaluators.train_thing_judge(folder, shown, plan)
+
     return {
         "vae": lambda: vae.train(folder, people("train"), plan),
         "base": train_base,
@@ -101,6 +118,8 @@ def stages(folder: Path, plan: Plan) -> dict[str, Callable[[], None]]:
         "style_lora": train_style_lora,
         "controlnet": train_controlnet,
         "clip": lambda: clip.train(folder, people("train"), plan),
+        "things_judge": train_things_judge,
+        "things_lora": train_things_lora,
     }
 
 

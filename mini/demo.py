@@ -28,7 +28,7 @@ from ..host.server import Host
 from ..tools.common import ROOT, Problem, Stopwatch, run_main, say
 from .files.host_models import TRAINED, mini_host
 
-WORKFLOW = ROOT / "workflows" / "image_prompt_and_kv.json"
+WORKFLOW = ROOT / "workflows" / "02 Face with more of its look (KV).json"
 PROMPTS = (
     "a photo of a face on a beach",
     "an oil painting of a face",
@@ -55,7 +55,11 @@ ARMS = {
     "image prompt and KV": ReferenceWeights("both trained", 1.0, 1.0),
 }
 NOTHING = ReferenceWeights("no reference", 0.0, 0.0)
-REFERENCES = ("Reference face", "Reference look", "Reference layout")  # titles of the workflows' LoadImage nodes
+REFERENCES = (  # titles of the workflows' LoadImage nodes
+    *("Reference face", "Reference look", "Reference layout", "Group photo"),
+    *("Person on the left", "Person on the right", "Photo 1", "Photo 2", "Photo 3"),
+    *("First person", "Second person"),
+)
 # What the mini world is at its best with; the workflow has what SDXL is (where 3, 2, 2 make a guidance of 5, not 3).
 SIZE, STEPS, CFG, SCALES = 128, 20, 3.0, {"text": 1.8, "full": 1.2, "kv": 1.2}
 
@@ -64,11 +68,14 @@ SIZE, STEPS, CFG, SCALES = 128, 20, 3.0, {"text": 1.8, "full": 1.2, "kv": 1.2}
 class Steering:
     """A guided workflow of the demo.
 
-    loss: what it is steered by, in words; style, person: of its reference; measure: tells how alike a picture is to it.
+    workflow: its file; name: of the pictures; loss: what it is steered by, in words; text: a prompt that the mini world
+    knows; style, person: of its reference; measure: tells how alike a picture is to it.
     """
 
     workflow: str
+    name: str
     loss: str
+    text: str
     style: str
     person: int
     measure: Callable[[Image.Image, str], Callable[[Image.Image], str]]
@@ -142,9 +149,21 @@ def structure_of(reference: Image.Image, _: str) -> Callable[[Image.Image], str]
 
 
 STEERED = (
-    Steering("lookahead_identity", "identity", "photo", 0, identity_to),
-    Steering("lookahead_style", "CLIP", "comic", 1, chance_of),
-    Steering("lookahead_layout", "LPIPS, random weights", "photo", 1, structure_of),
+    Steering(
+        "08 Look ahead for likeness (identity)",
+        "lookahead_identity",
+        "identity",
+        "a photo of a face on a beach",
+        *("photo", 0, identity_to),
+    ),
+    Steering("09 Look ahead for a look (CLIP)", "lookahead_style", "CLIP", "a face on a beach", "comic", 1, chance_of),
+    Steering(
+        "10 Look ahead for a layout (LPIPS and L1)",
+        "lookahead_layout",
+        "LPIPS, random weights",
+        "a photo of a face",
+        *("photo", 1, structure_of),
+    ),
 )
 #: How each column of that sheet is drawn: inputs of the sampler, kind of the shortcut
 GUIDED: dict[str, tuple[dict[str, int], str]] = {
@@ -169,10 +188,14 @@ ALL = Extent()
 SOME = Extent(PROMPTS[:2], ("image prompt", "image prompt and KV"), ("no guidance", "guided by lookahead"), STEERED[:1])
 
 
-def at_mini_size(api: workflow.Api, reference: str, seed: int) -> workflow.Api:
-    """A shared workflow for the mini world: its sizes, this reference file and seed, and LPIPS without its weights."""
+def at_mini_size(api: workflow.Api, reference: str, seed: int, text: str = "a photo of a face") -> workflow.Api:
+    """A shared workflow for the mini world: its sizes, a prompt in its words, this reference file and seed, and LPIPS
+    alone and without its weights."""
     values = {
+        "Prompt": {"text": text},
         "EmptyLatentImage": {"width": SIZE, "height": SIZE},
+        "ImageScale": {"width": SIZE, "height": SIZE},
+        "LookaheadCombineLosses": {"weight_b": 0},
         "LookaheadEncodeReference": {"size": SIZE},
         "LookaheadLPIPSLoss": {"weights": "random", "backbone": "squeeze"},
         "RandomNoise": {"noise_seed": seed},
@@ -188,19 +211,18 @@ def at_mini_size(api: workflow.Api, reference: str, seed: int) -> workflow.Api:
 
 def prompt_for(api: workflow.Api, reference: str, text: str, seed: int, arm: ReferenceWeights) -> workflow.Api:
     """The demo's run: the workflow with this reference file and text, as the mini world is at its best."""
-    api = at_mini_size(api, reference, seed)
+    api = at_mini_size(api, reference, seed, text)
     api = workflow.override(api, "BasicScheduler", steps=STEPS)
     api = workflow.override(api, "LookaheadGuider", **SCALES)
-    api = workflow.override(api, "Prompt", text=text)
     api = workflow.override(api, "LookaheadLoadEncoder", encoder_name=arm.encoder)
-    api = workflow.override(api, "LookaheadApplyKVInjection", weight=arm.kv)
+    api = workflow.override(api, "LookaheadApplyKVInjection", weight=arm.kv, end=1.0)  # as it is measured
     return workflow.override(api, "LookaheadApplyImagePrompt", weight=arm.image_prompt)
 
 
-def steered_prompt(api: workflow.Api, reference: str, seed: int, guided: str) -> workflow.Api:
-    """The demo's run of a guided workflow, with the prompt, loss and settings that stand in its file."""
+def steered_prompt(api: workflow.Api, reference: str, text: str, seed: int, guided: str) -> workflow.Api:
+    """The demo's run of a guided workflow, with the loss and settings that stand in its file."""
     sampler, kind = GUIDED[guided]
-    api = workflow.override(at_mini_size(api, reference, seed), "BasicScheduler", steps=STEPS)
+    api = workflow.override(at_mini_size(api, reference, seed, text), "BasicScheduler", steps=STEPS)
     api = workflow.override(api, "CFGGuider", cfg=CFG)
     api = workflow.override(api, "LookaheadShortcut", kind=kind)
     return workflow.override(api, "LookaheadGuidanceSampler", **sampler) if sampler else api
@@ -294,12 +316,12 @@ def show_guidance(host: Host, extent: Extent, out: Path, seed: int) -> Path:
     say(f"Steering {len(extent.steered) * len(columns)} pictures ...")
     for steering in extent.steered:
         api = workflow.convert(ROOT / "workflows" / f"{steering.workflow}.json", host.object_info())
-        name = f"{steering.workflow}_reference.png"
+        name = f"{steering.name}_reference.png"
         (reference,) = draw_references(1, first=steering.person, style=steering.style)
         reference.save(host.folder("input") / name)
         reference.save(out / name)
-        runs = [steered_prompt(api, name, seed, guided) for guided in columns]
-        paths = [out / f"{steering.workflow}_{guided.replace(' ', '_')}.png" for guided in columns]
+        runs = [steered_prompt(api, name, steering.text, seed, guided) for guided in columns]
+        paths = [out / f"{steering.name}_{guided.replace(' ', '_')}.png" for guided in columns]
         drawn = drawn_row(host, runs, paths, bar(len(rows), len(extent.steered), watch))
         measure = steering.measure(reference, steering.style)
         cells = [Cell(picture, measure(picture)) for picture in drawn]

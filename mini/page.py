@@ -21,12 +21,13 @@ from ..host.page import page_host
 from ..host.workflow import load, pictures_named
 from ..tools.common import ROOT, run_main, say
 from .demo import CFG, SCALES, SIZE, STEPS, draw_references
-from .files.host_models import MINI_EXTENSIONS, link_models, write_taesd
+from .files.host_models import MINI_EXTENSIONS, TRAINED, link_models, write_taesd
 
 WORKFLOWS = ROOT / "workflows"
 FOLDER = Path("user", "default", "workflows", "mini world")
-# What each node gets there: the mini world is trained at 128 pixels and looks best at a guidance of 3.
+# What each node gets there: the encoder that was trained for it, 128 pixels, and the guidance that it looks best at.
 VALUES: dict[str, dict[str, Any]] = {
+    "LookaheadLoadEncoder": {"encoder_name": Path(TRAINED).name},
     "EmptyLatentImage": {"width": SIZE, "height": SIZE},
     "LookaheadEncodeReference": {"size": SIZE},
     "LookaheadLPIPSLoss": {"weights": "random", "backbone": "squeeze"},  # vgg's weights are not part of it
@@ -61,8 +62,23 @@ def at_mini_size(saved: dict[str, Any]) -> dict[str, Any]:
     workflow["last_node_id"] = number = max(workflow["last_node_id"], *(node["id"] for node in workflow["nodes"])) + 1
     corners = [node["pos"] for node in workflow["nodes"]]
     left, top = (min(corner[k] for corner in corners) for k in (0, 1))
-    note = {"id": number, "type": "MarkdownNote", "pos": [left, top - 260], "size": [560, 200], "flags": {}, "mode": 0}
-    note |= {"inputs": [], "outputs": [], "properties": {}, "widgets_values": [NOTE], "order": 0, "color": "#432"}
+    note = {
+        "id": number,
+        "type": "MarkdownNote",
+        "title": "The mini world",
+        "pos": [left, top - 260],
+        "size": [560, 200],
+        "mode": 0,
+    }
+    note |= {
+        "flags": {},
+        "inputs": [],
+        "outputs": [],
+        "properties": {},
+        "widgets_values": [NOTE],
+        "order": 0,
+        "color": "#432",
+    }
     workflow["nodes"].append(note)
     return workflow
 

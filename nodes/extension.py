@@ -6,11 +6,20 @@ import sys
 
 from comfy_api.latest import ComfyExtension, io
 
+from .concept.apply_concept import LookaheadApplyConcept
+from .concept.concept_files import register_concept_folder
+from .concept.encode_concept_prompt import LookaheadEncodeConceptPrompt
+from .concept.load_concept import LookaheadLoadConcept
+from .concept.load_concept_encoder import LookaheadLoadConceptEncoder
+from .concept.predict_concept import LookaheadPredictConcept
+from .concept.save_concept import LookaheadSaveConcept
+from .concept.tune_concept import LookaheadTuneConcept
 from .conditioning.apply_image_prompt import LookaheadApplyImagePrompt
 from .conditioning.apply_kv_injection import LookaheadApplyKVInjection
 from .conditioning.guider import LookaheadGuider
 from .conditioning.place_masks import LookaheadPlaceMasks
 from .conditioning.weights import LookaheadWeights
+from .examples import put_examples
 from .guidance.guidance_report import LookaheadGuidanceReport
 from .guidance.guidance_sampler import LookaheadGuidanceSampler
 from .guidance.preview_grid import LookaheadPreviewGrid
@@ -21,6 +30,7 @@ from .losses.identity_loss import LookaheadIdentityLoss
 from .losses.l1_loss import LookaheadL1Loss
 from .losses.lpips_loss import LookaheadLPIPSLoss
 from .losses.network import register_folder
+from .notices import tell_the_page
 from .reference.combine_references import LookaheadCombineReferences
 from .reference.convert_encoder import LookaheadConvertEncoder
 from .reference.crop_face import LookaheadCropFace
@@ -31,6 +41,9 @@ from .reference.load_face_analysis import LookaheadLoadFaceAnalysis, register_in
 from .reference.load_reference import LookaheadLoadReference
 from .reference.reference_files import register_reference_folder
 from .reference.save_reference import LookaheadSaveReference
+from .scores.identity_score import LookaheadIdentityScore
+from .scores.prompt_score import LookaheadPromptScore
+from .scores.rank import LookaheadRank
 from .versions import leaves_out_unknown, needs_a_newer_host
 
 
@@ -42,6 +55,9 @@ class LookaheadExtension(ComfyExtension):
         register_folder()
         register_insightface_folder()
         register_reference_folder()
+        register_concept_folder()
+        put_examples()
+        tell_the_page()
         nodes = [
             LookaheadLoadEncoder,
             LookaheadLoadFaceAnalysis,
@@ -66,6 +82,16 @@ class LookaheadExtension(ComfyExtension):
             LookaheadWeights,
             LookaheadEncodeFace,
             LookaheadPlaceMasks,
+            LookaheadLoadConceptEncoder,
+            LookaheadPredictConcept,
+            LookaheadTuneConcept,
+            LookaheadEncodeConceptPrompt,
+            LookaheadApplyConcept,
+            LookaheadSaveConcept,
+            LookaheadLoadConcept,
+            LookaheadIdentityScore,
+            LookaheadPromptScore,
+            LookaheadRank,
         ]
         with needs_a_newer_host():
             for node in nodes:  # before the host registers the first: all of them or none

@@ -13,6 +13,9 @@ FACE_ANALYSIS = io.Custom("LOOKAHEAD_FACE_ANALYSIS")  # lookahead/vision/face_mo
 LOSS = io.Custom("LOOKAHEAD_LOSS")  # losses/lookahead_loss.py
 SHORTCUT = io.Custom("LOOKAHEAD_SHORTCUT")  # guidance/shortcut.py
 WEIGHTS = io.Custom("LOOKAHEAD_WEIGHTS")  # conditioning/weights.py
+CONCEPT_ENCODER = io.Custom("LOOKAHEAD_CONCEPT_ENCODER")  # concept/concept_files.py
+CONCEPT = io.Custom("LOOKAHEAD_CONCEPT")  # lookahead/method/concept.py
+SCORES = io.Custom("LOOKAHEAD_SCORES")  # scores/scores.py
 GUIDANCE_REPORT = io.Custom("LOOKAHEAD_GUIDANCE_REPORT")  # guidance/guidance_report.py
 
 # Types of the host that not every supported version declares.

@@ -103,6 +103,19 @@ class LoRA(nn.Module):
             self.scale = before
 
 
+def merged(lora: LoRA, unet: nn.Module) -> dict[str, Tensor]:
+    """The weights of the UNet's layers with the branches at scale 1 added in, by "<path>.weight"; gradients go through.
+
+    As weights (`torch.func.functional_call`), branches of a small model cost less in training than beside its layers.
+    """
+    out = {}
+    for path, branch in zip(lora.paths, lora.branches, strict=True):
+        weight, down, up = unet.get_parameter(f"{path}.weight"), branch.lora_down.weight, branch.lora_up.weight
+        change = up.flatten(1) @ down.flatten(1)
+        out[f"{path}.weight"] = weight + branch.strength * change.view(weight.shape).to(weight)
+    return out
+
+
 def layers(unet: nn.Module, kinds: tuple[str, ...] = EVERYTHING) -> list[str]:
     """Paths of the UNet's layers of these kinds, in the model's order."""
     endings = tuple("." + k for k in kinds)

@@ -28,6 +28,7 @@ from ..lookahead.files.encoder_file import EncoderFile
 from ..lookahead.method.guidance import Scales, guided
 from ..lookahead.method.schedule import add_noise
 from ..lookahead.vision.images import centre_square, clip_input
+from .concept import ConceptRows
 from .encoder import Encoder, KeysValues
 from .images import as_pixels
 from .reference import EncodedReference, KeptKV, Text
@@ -62,12 +63,13 @@ class LookaheadPipeline(StableDiffusionXLPipeline):
         image_encoder: folder of the CLIP image encoder that it was trained with, or the model itself; None where the
         pipeline has it already. Raises EncoderFileError or ValueError, one sentence, for a file that does not fit.
         """
-        file = encoder if isinstance(encoder, EncoderFile) else encoder_file.read(encoder)
+        file = encoder if isinstance(encoder, EncoderFile) else encoder_file.read(Path(encoder).expanduser())
         loaded = Encoder.from_file(file, self.unet)
         if isinstance(image_encoder, str | os.PathLike):
             from transformers import CLIPVisionModelWithProjection
 
-            image_encoder = CLIPVisionModelWithProjection.from_pretrained(Path(image_encoder), dtype=self.unet.dtype)
+            folder = Path(image_encoder).expanduser()
+            image_encoder = CLIPVisionModelWithProjection.from_pretrained(folder, dtype=self.unet.dtype)
         if image_encoder is not None:
             self.register_modules(image_encoder=image_encoder)
         self.unload_encoder()
@@ -205,10 +207,17 @@ class LookaheadPipeline(StableDiffusionXLPipeline):
             prompt, kv = (joined(parts, len(x)) for parts in (prompts, kvs))
             read = None if prompt is None else prompt.__getitem__
             condition = self._condition(texts, x)
-            e = self._shared_unet.predict(rows, t, condition, read, kv, image_prompt_scale=image_prompt_scale)
+            concept = self._concept_rows(names, texts, len(x))
+            e = self._shared_unet.predict(
+                rows, t, condition, read, kv, image_prompt_scale=image_prompt_scale, concept=concept
+            )
             return e.chunk(len(names))
 
         return guided(predict, scales)
+
+    def _concept_rows(self, names: Sequence[str], texts: Sequence[Text], n: int) -> ConceptRows | None:
+        """What a pass reads of a concept (`concept_pipeline`): n rows of each prediction that is asked for."""
+        return None
 
     def _condition(self, texts: Sequence[Text], x: Tensor) -> Condition:
         """The texts one after another, each for all rows of x."""

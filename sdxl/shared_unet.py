@@ -23,9 +23,11 @@ from ..lookahead.method.attention import (
     Attention,
     decoupled_cross_attention,
     extended_self_attention,
+    image_prompt_term,
     softmax_attention,
 )
 from ..lookahead.method.kv_encoder import KVEncoder
+from .concept import ConceptRows
 from .encoder import Encoder, ImagePrompt, KeysValues, block_paths
 from .lora import LoRA
 
@@ -68,7 +70,7 @@ class Pass:
     exported: where the KV encoder puts keys and values; None: the pass predicts noise. image_prompt: by path of a
     block, what its cross-attention reads beside the text, with `image_prompt_scale`; kv: the reference's keys and
     values, by path; absent: bool [B], samples that do without these; shortcut: scale of the few-step LoRA, a number or
-    one for each sample.
+    one for each sample; concept: of a concept (arXiv 2307.06925), which lives beside all of these.
     """
 
     exported: KeysValues | None = None
@@ -77,6 +79,7 @@ class Pass:
     kv: KeysValues | None = None
     absent: Tensor | None = None
     shortcut: float | Tensor = 0.0
+    concept: ConceptRows | None = None
 
 
 PLAIN = Pass()
@@ -158,10 +161,12 @@ class SharedUNet:
         absent: Tensor | None = None,
         shortcut: float | Tensor = 0.0,
         image_prompt_scale: float = 1.0,
+        concept: ConceptRows | None = None,
     ) -> Tensor:
         """Denoiser, and shortcut model where `shortcut` (a number, or [B]) is above 0: the predicted noise
         [B, 4, h, w]. The other arguments are those of `Pass`."""
-        return self._run(Pass(None, image_prompt, image_prompt_scale, kv, absent, shortcut), x, t, condition)
+        now = Pass(None, image_prompt, image_prompt_scale, kv, absent, shortcut, concept)
+        return self._run(now, x, t, condition)
 
     @contextmanager
     def using(self, encoder: Encoder) -> Iterator[None]:
@@ -275,11 +280,20 @@ class _SelfAttention(_Processor):
             )
             return self._tuned(attn, "attn1", x, x)
         q, k, v = attn.to_q(x), attn.to_k(x), attn.to_v(x)
-        if now.kv is None:
-            out = attention(q, k, v, attn.heads)
+        inner = attention if now.kv is None else self._extended(now, now.kv[self.path])
+        if now.concept is None:
+            out = inner(q, k, v, attn.heads)
         else:
-            out = extended_self_attention(q, k, v, *now.kv[self.path], attn.heads, now.absent, attention)
+            out = now.concept.attend(f"{self.path}.attn1", (q, k, v), (x, x, x), (k, v), attn.heads, inner)
         return attn.to_out[0](out)
+
+    def _extended(self, now: Pass, kv: tuple[Tensor, Tensor]) -> Attention:
+        """An attention that also reads the reference's keys and values."""
+
+        def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+            return extended_self_attention(q, k, v, *kv, heads, now.absent, self.shared.attention)
+
+        return attention
 
 
 class _CrossAttention(_Processor):
@@ -291,9 +305,22 @@ class _CrossAttention(_Processor):
         if now.exported is not None:
             return self._tuned(attn, "attn2", hidden_states, encoder_hidden_states)
         q, k, v = attn.to_q(hidden_states), attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
-        if now.image_prompt is None:
+        if now.concept is not None:
+            out = self._with_concept(now.concept, attn, hidden_states, encoder_hidden_states, (q, k, v))
+            if now.image_prompt is not None:
+                prompt = now.image_prompt(self.path)
+                out = out + image_prompt_term(q, *prompt, attn.heads, now.image_prompt_scale, attention=attention)
+        elif now.image_prompt is None:
             out = attention(q, k, v, attn.heads)
         else:
             prompt, scale = now.image_prompt(self.path), now.image_prompt_scale
             out = decoupled_cross_attention(q, k, v, *prompt, attn.heads, scale, attention=attention)
         return attn.to_out[0](out)
+
+    def _with_concept(
+        self, concept: ConceptRows, attn: UNetAttention, x: Tensor, soft: Tensor, qkv: tuple[Tensor, Tensor, Tensor]
+    ) -> Tensor:
+        """Both paths to the text: the soft prompt with the concept's weights, the hard one with the base's."""
+        plain = qkv[1:] if concept.hard is None else (attn.to_k(concept.hard), attn.to_v(concept.hard))
+        read = (x, soft, soft)
+        return concept.attend(f"{self.path}.attn2", qkv, read, plain, attn.heads, self.shared.attention)

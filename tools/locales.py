@@ -154,6 +154,13 @@ class Locales:
         known = self.catalogues[code]["texts"]
         return text if text in self.glossary["stays"] else known.get(f"{id}: {text}", known.get(text, ""))
 
+    def titles_in(self, text: str) -> Iterator[str]:
+        """The titles of nodes that a text names; one that is a part of a longer one there does not count."""
+        for title in sorted(self.titles, key=len, reverse=True):
+            if names(title, text):
+                text = text.replace(title, "")
+                yield title
+
     def faults(self) -> list[str]:
         """All that is wrong, a line each."""
         found = [f"en: the page shows no @ {{ }} | as in {text!r}" for text in self.texts if INSTRUCTIONS.search(text)]
@@ -194,9 +201,9 @@ class Locales:
         for term in self.glossary["stays"]:
             if names(term, text) and not names(term, translation):
                 yield f"no {term!r}"
-        for title in (*self.titles, *self.ids):
-            if title != text and names(title, text) and (name := self.translation(code, title)) not in translation:
-                yield f"no {name!r}, as {title!r} is called"
+        for called in (*self.titles_in(text), *(id for id in self.ids if names(id, text))):
+            if called != text and (name := self.translation(code, called)) not in translation:
+                yield f"no {name!r}, as {called!r} is called"
         for word, forms in self.glossary["words"].items():
             if re.search(rf"\b{word}(?:s|es)?\b", text, re.IGNORECASE):
                 wanted = forms[code].split("|")
@@ -221,9 +228,9 @@ class Locales:
                     yield f"{id}/{page.name} has other {what} than {original.name}: {more}"
             if numbers(there) - numbers(here) or numbers(here) - numbers(there) - COUNTING:
                 yield f"{id}/{page.name} has other numbers: {difference(NUMBER.findall(here), NUMBER.findall(there))}"
-            called = [*self.titles, *(name for name in texts(sockets_of(node)) if f"`{name}`" in there)]
-            for other in called:
-                if names(other, there) and (name := self.translation(code, other, id)) not in here:
+            sockets = (name for name in texts(sockets_of(node)) if f"`{name}`" in there)
+            for other in (*self.titles_in(there), *sockets):
+                if (name := self.translation(code, other, id)) not in here:
                     yield f"{id}/{page.name} has no {name!r}, as {other!r} is called"
             catalogue = self.catalogues[code]
             if here.rstrip().endswith(catalogue["notice"]) == bool(catalogue["read_by"]):

@@ -282,6 +282,9 @@ def set_value(values: dict[str, Any], override: str) -> None:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise ConfigError(f"The override {override!r} goes into {section}, which is a value and no section.")
+    if any("\ud800" <= letter <= "\udfff" for letter in text):  # bytes that are no UTF-8, as Python passes them on
+        name = os.fsencode(text).decode("utf-8", "backslashreplace")
+        raise ConfigError(f"The value of {key}, {name}, is not in UTF-8: rename the file or folder.")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -93,12 +93,17 @@ def stock_lora(offsets: Offsets) -> dict[str, Tensor]:
     return out
 
 
-def write_stock(folder: str | os.PathLike[str], name: str, concept: Concept) -> tuple[Path, Path]:
+def write_stock(
+    folder: str | os.PathLike[str], name: str, concept: Concept, embeddings: str | os.PathLike[str] | None = None
+) -> tuple[Path, Path]:
     """Write `<name>_lora.safetensors` and `<name>_embedding.safetensors`; returns both paths.
+
+    embeddings: the folder of the second, where it is another.
 
     In a prompt the embedding's name stands for the concept. It is what blend 1 draws: the second path stays behind.
     """
-    lora, embedding = (Path(folder) / f"{name}_{kind}.safetensors" for kind in ("lora", "embedding"))
+    lora = Path(folder) / f"{name}_lora.safetensors"
+    embedding = Path(folder if embeddings is None else embeddings) / f"{name}_embedding.safetensors"
     half = {
         k: v.detach().half().contiguous() if "lora_" in k.rpartition(".")[0] else v
         for k, v in stock_lora(concept.offsets).items()

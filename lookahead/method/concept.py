@@ -2,8 +2,7 @@
 
 After "Domain-Agnostic Tuning-Encoder for Fast Personalization of Text-To-Image Models" (arXiv 2307.06925), as far as
 its abstract, figures and the encoder-for-tuning line of work (arXiv 2302.12228) say it. The paper's equations were not
-to be had and its code is not public: formulas and constants here are this project's own. No recipe, node or pipeline
-uses this module yet.
+to be had and its code is not public: formulas and constants here are this project's own.
 
 One word stands for the concept in both text encoders of SDXL, so there are two soft words, v_L [768] and v_G [1280].
 A dictionary of real words keeps them near language: the nearest real word is the concept's hard word, which the second,
@@ -22,7 +21,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .attention import Attention, softmax_attention
+from .schedule import TIMESTEPS
 
+#: Ranges of time steps whose UNet features are standardised apart.
+NOISE_BINS = 10
+#: The time steps at which an encoder that reads the UNet looks at a picture; what it predicts there is averaged.
+LOOKS = tuple(range(TIMESTEPS // 16, TIMESTEPS, TIMESTEPS // 8))
 #: The projections of each attention that a concept changes.
 PROJECTIONS = tuple(f"attn{n}.{layer}" for n in (1, 2) for layer in ("to_q", "to_k", "to_v"))
 
@@ -177,6 +181,29 @@ class Concept:
         return a.expand(n, *a.shape), b.expand(n, *b.shape)
 
 
+class Prediction(NamedTuple):
+    """Soft words [n, w_L] and [n, w_G] are predicted of n pictures, and offsets A [n, rank, in], B [n, out, rank]."""
+
+    word_l: Tensor
+    word_g: Tensor
+    offsets: Offsets
+
+
+def concept_of(
+    prediction: Prediction, dictionary: Dictionary, blend: float, about: Mapping[str, str], row: int = 0
+) -> Concept:
+    """One row of a prediction as a concept, on the CPU in 32 bit; its hard word is the nearest of the dictionary."""
+
+    def kept(tensor: Tensor) -> Tensor:
+        return tensor[row].detach().to("cpu", torch.float32, copy=True)
+
+    word_l, word_g = kept(prediction.word_l), kept(prediction.word_g)
+    places, _ = nearest_words(word_l[None], word_g[None], dictionary)
+    place = int(places[0, 0])
+    offsets = {name: (kept(a), kept(b)) for name, (a, b) in prediction.offsets.items()}
+    return Concept(word_l, word_g, dictionary.texts[place], int(dictionary.ids[place]), offsets, blend, dict(about))
+
+
 # --- the encoder
 
 
@@ -199,14 +226,6 @@ class ConceptSizes:
     basis: int = 16
 
 
-class Prediction(NamedTuple):
-    """Soft words [n, w_L] and [n, w_G] are predicted of n pictures, and offsets A [n, rank, in], B [n, out, rank]."""
-
-    word_l: Tensor
-    word_g: Tensor
-    offsets: Offsets
-
-
 class ConceptEncoder(nn.Module):
     """One picture's features -> a soft word and low-rank offsets of the attention's projections.
 
@@ -217,6 +236,8 @@ class ConceptEncoder(nn.Module):
 
     centre_l: Tensor
     centre_g: Tensor
+    unet_mean: Tensor
+    unet_spread: Tensor
 
     def __init__(self, sizes: ConceptSizes, operations: ModuleType = nn):
         super().__init__()
@@ -236,6 +257,9 @@ class ConceptEncoder(nn.Module):
         )
         self.register_buffer("centre_l", torch.zeros(sizes.word_l))
         self.register_buffer("centre_g", torch.zeros(sizes.word_g))
+        if sizes.unet_width:
+            self.register_buffer("unet_mean", torch.zeros(NOISE_BINS, sizes.unet_width))
+            self.register_buffer("unet_spread", torch.ones(NOISE_BINS, sizes.unet_width))
         keys = [name.replace(".", "/") for name in self.names]  # the name of a parameter holds no dots
         self.basis_a = nn.ParameterDict(
             {
@@ -270,6 +294,23 @@ class ConceptEncoder(nn.Module):
         for b in self.basis_b.values():
             nn.init.normal_(b, std=self.sizes.rank**-0.5)
         return self
+
+    @torch.no_grad()
+    def measure(self, unet: Tensor, t: Tensor) -> None:
+        """Note mean and spread of the UNet's features [n, unet_width] by bins of their time steps [n]: they speak of
+        the noise level first. A bin with fewer than two rows takes those of all."""
+        bins = self._bins(t)
+        for n in range(NOISE_BINS):
+            rows = unet[bins == n] if int((bins == n).sum()) > 1 else unet
+            self.unet_mean[n], self.unet_spread[n] = rows.mean(0), rows.std(0) + 1e-4
+
+    def standardised(self, unet: Tensor, t: Tensor) -> Tensor:
+        """The UNet's features [n, unet_width] at time steps [n], without what all pictures have there (`measure`)."""
+        bins = self._bins(t)
+        return (unet - self.unet_mean[bins].to(unet)) / self.unet_spread[bins].to(unet)
+
+    def _bins(self, t: Tensor) -> Tensor:
+        return (t.long() * NOISE_BINS // TIMESTEPS).clamp(0, NOISE_BINS - 1).to(self.unet_mean.device)
 
     def forward(self, image: Tensor, unet: Tensor | None = None) -> Prediction:
         """image [n, image_width]: features of the concept's picture; unet [n, unet_width], already standardised for

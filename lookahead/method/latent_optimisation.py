@@ -199,7 +199,7 @@ class _Path:
     def step(self, iteration: int, gradient: Tensor, e: Evaluation) -> None:
         """Go along the gradient, which was evaluated where the path is (or looked ahead to)."""
         s = self._settings
-        if s.sphere and iteration == 0:
+        if self._signal is not None and iteration == 0:
             self._centre = self._signal * e.preview
             self._radius = _norm(self.z - self._centre, self._region)
         if s.sphere:

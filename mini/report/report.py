@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from insightface.app import FaceAnalysis
 
 PACKAGES = ("torch", "diffusers", "transformers", "insightface", "onnxruntime", "safetensors", "numpy")
-LIMIT = 60e6  # bytes of all shipped files
+LIMIT = 75e6  # bytes of all shipped files
 Run = Callable[[Path, Plan, Path], Measurement]  # stages' folder, plan, folder of the shipped files
 
 
@@ -332,7 +332,7 @@ def _claims_of_files(files: list[dict[str, Any]]) -> list[dict[str, Any]]:
     small = False if total >= LIMIT else None if absent else True
     return [
         {"point": 8, "claim": "shipped files match this page by hash", "name": said, "met": matches},
-        {"point": 8, "claim": "all files under 60 MB", "name": f"{total / 1e6:.1f} MB", "met": small},
+        {"point": 8, "claim": "all files under 75 MB", "name": f"{total / 1e6:.1f} MB", "met": small},
     ]
 
 

@@ -12,7 +12,7 @@ from ..plan import Plan
 from ..world.data import Pictures
 from ..world.styles import blur
 from . import stage
-from .networks import EvaluationRecogniser, StyleScorer
+from .networks import EvaluationRecogniser, StyleScorer, ThingJudge
 
 BATCH = 96
 
@@ -48,6 +48,18 @@ def train_style_scorer(folder: Path, pictures: Pictures, plan: Plan) -> None:
         return F.cross_entropy(s, style[index].to(x.device)) + F.cross_entropy(p, place[index].to(x.device))
 
     _train("style_scorer", folder, StyleScorer(), loss, pictures, plan.style_steps, plan.seed + 3)
+
+
+def train_thing_judge(folder: Path, pictures: Pictures, plan: Plan) -> None:
+    """Regression of the parameters that the things were drawn with, from any style."""
+    target = pictures.labels["identity"]
+
+    def loss(net: ThingJudge, x: Tensor, index: Tensor) -> Tensor:
+        return F.mse_loss(net(x).float(), target[index].to(x.device))
+
+    net = ThingJudge()
+    net.centre.copy_(target.mean(0))
+    _train("things_judge", folder, net, loss, pictures, plan.things_judge_steps, plan.seed + 14)
 
 
 def _train(name: str, folder: Path, net: nn.Module, loss, pictures: Pictures, steps: int, seed: int) -> None:

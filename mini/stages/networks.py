@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..world import things
 from ..world.faces import IDENTITY_SIZE, PLACES, STYLES
 
 VIEW = 64  # pixels a side of what these networks see
@@ -57,6 +58,29 @@ class EvaluationRecogniser(nn.Module):
 
     def embed(self, picture: Tensor) -> Tensor:
         """Unit vectors [n, IDENTITY_SIZE]; the product of two is their similarity, from -1 to 1."""
+        return F.normalize(self(picture) - self.centre, dim=-1)
+
+
+class ThingJudge(nn.Module):
+    """What is it? Predicts the parameters that a thing was drawn with (`things.identity_vector`), its class first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (32, 48, 80, 96)
+        self.trunk = _trunk(widths, nn.GELU)
+        self.parameters_head = nn.Linear(widths[-1] * (VIEW // 16) ** 2, things.IDENTITY_SIZE)
+        self.register_buffer("centre", torch.zeros(things.IDENTITY_SIZE))  # the mean thing of its training group
+
+    def forward(self, picture: Tensor) -> Tensor:
+        """[n, 3, h, w] in [0, 1] -> predicted identity vectors [n, things.IDENTITY_SIZE]."""
+        return self.parameters_head(self.trunk(_view(picture)))
+
+    def kinds(self, picture: Tensor) -> Tensor:
+        """The class of each picture, int64 [n], an index into `things.CLASSES`."""
+        return self(picture)[:, : len(things.CLASSES)].argmax(1)
+
+    def embed(self, picture: Tensor) -> Tensor:
+        """Unit vectors [n, things.IDENTITY_SIZE]; the product of two is their similarity, from -1 to 1."""
         return F.normalize(self(picture) - self.centre, dim=-1)
 
 

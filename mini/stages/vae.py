@@ -116,12 +116,14 @@ def load(folder: Path) -> AutoencoderTiny:
 
 
 @torch.no_grad()
-def encode_all(folder: Path, pictures: Pictures, name: str, chunk: int = 64) -> Tensor:
-    """Latents [n, 4, h, w] (16 bit) of all pictures, computed once."""
+def encode_all(
+    folder: Path, pictures: Pictures, name: str, chunk: int = 64, vae: AutoencoderTiny | None = None
+) -> Tensor:
+    """Latents [n, 4, h, w] (16 bit) of all pictures, computed once. vae: that of the folder unless given."""
     path = folder / f"latents-{name}.safetensors"
     if not path.exists():
         device = stage.device()
-        vae = load(folder).to(device, memory_format=torch.channels_last)
+        vae = (load(folder) if vae is None else vae).to(device, memory_format=torch.channels_last)
         out = []
         for start in range(0, len(pictures), chunk):
             index = torch.arange(start, min(start + chunk, len(pictures)))

@@ -1,6 +1,6 @@
 """What is the null text: the encoding of an empty prompt, as workflows have it, or zeros, as the paper trains with?
 
-Both without a reference, with the image prompt, and with KV injection and the guider too. Writes null_text.md and .json.
+Both without a reference, with the image prompt, and with KV injection and the guider too. Writes null_text.md, .json.
 """
 
 from __future__ import annotations

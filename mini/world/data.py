@@ -5,6 +5,7 @@ Slots 0 and 1 of every person are photos, the others show the other styles, each
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,9 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import things
 from .faces import STYLES, Faces, captions, identity_vector, render, sample_identities, sample_nuisance, skin_class
 
 SEEDS = {"train": 1000, "evaluation": 2000, "held_out": 3000, "portraits": 5000}  # groups of people that never meet
+THING_SEEDS = {"things": 6000, "things_judge": 7000, "things_held_out": 8000}  # groups of things, the same
 ATTRIBUTES = ("hair_colour", "hair", "glasses", "moustache", "beard", "mole", "iris")
 
 
@@ -52,7 +55,7 @@ def pictures(folder: Path, group: str, people: int, styles: tuple[str, ...], siz
     faces = group_of_people(group, people, styles)
     path = folder / f"{group}-{people}x{len(styles) + 1}-{size}.npy"
     if not path.exists():
-        _draw(path, faces, size, SEEDS[group])
+        _draw(path, lambda rows, seed: render(faces.rows(rows), size, seed=seed), len(faces), size, SEEDS[group])
     labels = {k: faces.nuisance[k] for k in ("style", "place")} | {k: faces.identity[k] for k in ATTRIBUTES}
     labels |= {
         "smile": (faces.nuisance["smile"] > 0.5).long(),
@@ -63,16 +66,45 @@ def pictures(folder: Path, group: str, people: int, styles: tuple[str, ...], siz
     return Pictures(pixels, captions(faces, True), captions(faces, False), labels, len(styles) + 1)
 
 
-def _draw(path: Path, faces: Faces, size: int, seed: int, chunk: int = 120) -> None:
+def group_of_things(group: str, count: int, kinds: int = len(things.CLASSES)) -> things.Things:
+    """`count` things, each in one picture of any style and place; the first `kinds` classes take turns."""
+    numbers = torch.Generator().manual_seed(THING_SEEDS[group])
+    identity = things.sample_things(count, numbers, kind=torch.arange(count) % kinds)
+    return things.Things(identity, things.sample_nuisance(count, numbers))
+
+
+def thing_pictures(folder: Path, group: str, count: int, size: int) -> Pictures:
+    """The pictures of one group of things of all classes, drawn on the first call and mapped afterwards; their captions
+    name class, style and place, never shape, colour or pattern, so the long ones are the short ones."""
+    made = group_of_things(group, count)
+    path = folder / f"{group}-{count}-{size}.npy"
+    if not path.exists():
+        _draw(
+            path,
+            lambda rows, seed: things.render(made.rows(rows), size, seed=seed),
+            count,
+            size,
+            THING_SEEDS[group],
+        )
+    labels = {k: made.nuisance[k] for k in ("style", "place")} | {
+        "kind": made.identity["kind"],
+        "identity": things.identity_vector(made.identity),
+    }
+    captions_ = things.captions(made)
+    return Pictures(np.load(path, mmap_mode="r"), captions_, captions_, labels, 1)
+
+
+def _draw(
+    path: Path, render: Callable[[slice, int], Tensor], count: int, size: int, seed: int, chunk: int = 120
+) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name("part-" + path.name)
-    out = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=(len(faces), 3, size, size))
-    for start in range(0, len(faces), chunk):
-        rows = slice(start, start + chunk)
-        drawn = render(faces.rows(rows), size, seed=seed + start)
-        out[rows] = (drawn * 255).round().byte().numpy()
+    out = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=(count, 3, size, size))
+    for start in range(0, count, chunk):
+        rows = slice(start, min(start + chunk, count))
+        out[rows] = (render(rows, seed + start) * 255).round().byte().numpy()
         if start % (chunk * 25) == 0:
-            print(f"faces: {start}/{len(faces)} drawn", flush=True)
+            print(f"{path.stem}: {start}/{count} drawn", flush=True)
     out.flush()
     del out
     part.replace(path)

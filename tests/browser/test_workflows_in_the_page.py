@@ -1,16 +1,22 @@
-"""Every shared workflow does in ComfyUI's own page what its file says."""
+"""Every shared workflow and app does in ComfyUI's own page what its file says, and can be read there at once."""
 
 import io
 import itertools
+import re
+import tomllib
+import urllib.parse
 import urllib.request
 
 import pytest
 from lcm_lookahead.host import workflow as converter
-from lcm_lookahead.host.page import TITLE
 from lcm_lookahead.tools.common import ROOT
 from PIL import Image
 
 FILES = sorted((ROOT / "workflows").glob("*.json"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+READABLE = 0.6  # below about 0.57 the page draws no text
+ROOM = 330  # units under a sampler for its live preview; a test that runs one says that it is enough
+NOTE = "MarkdownNote"
 
 
 @pytest.fixture(scope="module", params=FILES, ids=lambda path: path.stem)
@@ -25,18 +31,35 @@ def workflow(path):
 
 @pytest.fixture(scope="module")
 def page(browser, workflow):
-    """The page with this workflow open. The tests only look at it."""
-    browser.load()
-    browser.open(workflow)
+    """The page with this workflow open as a graph. The tests only look at it."""
+    browser.open({**workflow, "extra": {**workflow["extra"], "linearMode": False}})
     return browser
+
+
+def all_nodes(workflow):
+    subgraphs = workflow.get("definitions", {}).get("subgraphs", ())
+    return [*workflow["nodes"], *(node for one in subgraphs for node in one["nodes"])]
 
 
 def without_titles(api):
     return {n: {"class_type": node["class_type"], "inputs": node["inputs"]} for n, node in api.items()}
 
 
+def covered(boxes):
+    """Pairs of nodes of which one covers a part of the other; a unit is left to rounding."""
+    return [
+        (one, other)
+        for (one, (a, b, c, d)), (other, (e, f, g, h)) in itertools.combinations(boxes.items(), 2)
+        if a + 1 < g and e + 1 < c and b + 1 < h and f + 1 < d
+    ]
+
+
 def test_the_page_has_nothing_to_say_against_it(page):
     assert page.complaints() == []
+
+
+def test_it_opens_so_near_that_its_text_is_drawn(page):
+    assert page.evaluate("app.canvas.ds.scale") > READABLE
 
 
 def test_the_page_would_save_it_as_it_is(page, workflow):
@@ -44,7 +67,7 @@ def test_the_page_would_save_it_as_it_is(page, workflow):
     by_id = {node["id"]: node for node in saved["nodes"]}
     for node in workflow["nodes"]:
         assert by_id[node["id"]] == node
-    assert saved == workflow
+    assert saved | {"extra": {}} == workflow | {"extra": {}}
 
 
 def test_the_page_and_the_converter_make_the_same_prompt_of_it(page, workflow, host):
@@ -81,13 +104,13 @@ def test_every_link_joins_an_output_and_an_input_of_its_type(workflow):
     assert sorted(linked) == sorted(link[0] for link in workflow["links"])
 
 
-def test_no_node_covers_another(workflow):
-    def overlap(a, b):
-        (ax, ay), (aw, ah), (bx, by), (bw, bh) = a["pos"], a["size"], b["pos"], b["size"]
-        return ax < bx + bw and bx < ax + aw and ay - TITLE < by + bh and by - TITLE < ay + ah
-
-    pairs = itertools.combinations(workflow["nodes"], 2)
-    assert [(a["type"], b["type"]) for a, b in pairs if overlap(a, b)] == []
+def test_no_node_covers_another_with_the_page_s_own_labels_and_previews(page, workflow):
+    boxes = page.boxes()
+    for node in workflow["nodes"]:
+        if node["type"] in ("KSampler", "SamplerCustomAdvanced"):
+            left, top, right, bottom = boxes[str(node["id"])]
+            boxes[str(node["id"])] = (left, top, right, bottom + ROOM)
+    assert covered(boxes) == []
 
 
 def test_every_node_is_large_enough_for_its_inputs_and_values(page, workflow):
@@ -97,11 +120,62 @@ def test_every_node_is_large_enough_for_its_inputs_and_values(page, workflow):
         assert node["size"][0] >= width and node["size"][1] >= height, node["type"]
 
 
-def test_the_template_browser_has_it_with_a_picture(path, workflow, host):
+def test_no_node_covers_another_in_nodes_2(page):
+    """The last that looks at the open graph: Nodes 2.0 writes its own sizes into it."""
+    page.nodes_2(True)
+    try:
+        assert covered(page.boxes()) == []
+    finally:
+        page.nodes_2(False)
+
+
+def test_every_node_says_which_pack_and_version_it_is_of(workflow):
+    for node in all_nodes(workflow):
+        if node["type"] != NOTE:
+            ours = node["type"].startswith("Lookahead") or "-" in node["type"]
+            assert node["properties"]["cnr_id"] == (PROJECT["name"] if ours else "comfy-core"), node["type"]
+            assert re.fullmatch(r"\d+\.\d+\.\d+", node["properties"]["ver"])
+
+
+def test_every_model_file_that_it_names_has_an_address_and_a_folder(workflow):
+    known = {}
+    for node in all_nodes(workflow):
+        for model in node["properties"].get("models", ()):
+            known[model["name"]] = model
+            assert model["url"].startswith("https://") and not model["directory"].startswith("/")
+            assert re.fullmatch(r"[0-9a-f]{64}", model["hash"]) if "hash" in model else True
+    values = {v for node in all_nodes(workflow) if node["type"] != NOTE for v in node.get("widgets_values") or ()}
+    assert {v for v in values if str(v).endswith((".safetensors", ".pth"))} <= set(known)
+
+
+def test_its_note_names_the_pack_first_and_every_file_with_a_link(workflow):
+    (note,) = [node for node in workflow["nodes"] if node["type"] == NOTE]
+    text = note["widgets_values"][0]
+    assert text.splitlines()[0] == f"Needs the node pack [LCM-Lookahead]({PROJECT['urls']['Repository']})."
+    for node in all_nodes(workflow):
+        for model in node["properties"].get("models", ()):
+            assert model["url"] in text, model["name"]
+
+
+def test_it_is_an_app_too(workflow):
+    """What an app asks for and shows are nodes and values that are there."""
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    asked, shown = workflow["extra"]["linearData"]["inputs"], workflow["extra"]["linearData"]["outputs"]
+    for number, name in asked:
+        assert name in [entry["widget"]["name"] for entry in nodes[number]["inputs"] if "widget" in entry]
+    assert asked and shown and set(shown) <= set(nodes)
+
+
+def test_the_list_of_templates_has_it_with_a_picture(path, workflow, host):
     assert path.stem in host.call("/api/workflow_templates")[host.pack_name]
-    address = f"/api/workflow_templates/{host.pack_name}/{path.stem}"
+    address = f"/api/workflow_templates/{host.pack_name}/{urllib.parse.quote(path.stem)}"
     assert host.call(f"{address}.json") == workflow
     with urllib.request.urlopen(f"{host.url}{address}.jpg") as answer:
         picture = answer.read()
     assert answer.headers["Content-Type"] == "image/jpeg"
     assert min(Image.open(io.BytesIO(picture)).size) >= 400 and len(picture) < 200_000
+
+
+def test_every_node_of_ours_is_in_a_workflow(host):
+    used = {node["type"] for path in FILES for node in all_nodes(converter.load(path))}
+    assert {name for name in host.object_info() if name.startswith("Lookahead")} <= used

@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from concept_oracle import random_offsets
 
 LATENT = (1, 4, 8, 8)
 
@@ -724,3 +725,13 @@ def test_fractions_that_make_no_sense_are_refused(pack, tools, text):
     with pytest.raises(ValueError, match="give numbers from 0 to below 1") as error:
         pack.module("nodes.guidance.preview_grid").parse_fractions(text)
     assert str(error.value).endswith("0.5.")
+
+
+def test_it_guides_a_model_that_draws_a_concept(guide, shortcut, draw, tools, mini, pack):
+    offsets = random_offsets(tools.diffusers_unet(mini), scale=0.1)
+    concept = pack.module("lookahead.method.concept").Concept(torch.zeros(3), torch.zeros(3), "mug", 1, offsets, 0.5)
+    model = tools.run("LookaheadApplyConcept", tools.with_lora(mini.model), concept)
+    sampler, report = guide(of=shortcut(model))
+    draw(sampler, model=model, steps=1)
+    losses = means(report)
+    assert losses[-1] < losses[0]

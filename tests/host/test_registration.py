@@ -16,6 +16,8 @@ LOADERS = {
     "LookaheadLoadFaceAnalysis": "pack_name",
     "LookaheadCLIPLoss": "clip_name",
     "LookaheadLoadReference": "reference_name",
+    "LookaheadLoadConcept": "concept_name",
+    "LookaheadPromptScore": "clip_name",
 }
 
 
@@ -131,7 +133,10 @@ def test_missing_inputs_are_named_and_nothing_is_raised(pack):
 @pytest.mark.parametrize("name", LOADERS)
 def test_without_a_value_there_is_no_file_or_it_comes_by_a_link(pack, name):
     """The page sends None where a list is empty; what comes by a link is looked for when the node runs."""
-    node, folders = pack.nodes[name], ("lookahead", "insightface/models/pack", "clip_vision", "lookahead_references")
+    node, folders = (
+        pack.nodes[name],
+        ("lookahead", "insightface/models/pack", "clip_vision", "lookahead_references", "lookahead_concepts"),
+    )
     text = node.validate_inputs(**{LOADERS[name]: None})
     assert "There is no" in text and text.endswith(".")
     for folder in folders:

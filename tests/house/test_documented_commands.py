@@ -32,6 +32,15 @@ TESTED = {
     "lookahead prepare": "trainer/test_prepare.py",
     "lookahead prepare --dry-run": "trainer/test_prepare.py",
     "lookahead prepare --worker": "trainer/test_prepare.py",
+    "lookahead concept train": "trainer/test_concept_training.py",
+    "lookahead concept doctor": "trainer/test_concept_training.py",
+    "lookahead concept predict --base --image-encoder": "trainer/test_concept_training.py",
+    "lookahead concept tune --base --image-encoder --stock": "trainer/test_concept_training.py",
+    "lookahead concept tune --dry-run": "trainer/test_concept_training.py",
+    "lookahead concept words --base": "trainer/test_concept_training.py",
+    "lookahead mini build --only": "trainer/test_build.py",
+    "lookahead mini gate": "trainer/test_build.py",
+    "lookahead mini things": "trainer/test_build.py",
     "lookahead mini build --quick": "trainer/test_build.py",
     "lookahead mini sheet": "trainer/test_build.py",
     "lookahead mini sheet --people": "trainer/test_build.py",
@@ -52,7 +61,7 @@ def commands(path):
 def kind(command):
     """A command's words and options, without what it is given."""
     words = shlex.split(command.replace("ARGS=", "").replace('"', ""))
-    depth = 3 if words[0] == "lookahead" and words[1] in ("mini", "study") else 2
+    depth = 3 if words[0] == "lookahead" and words[1] in ("concept", "mini", "study") else 2
     return " ".join([*words[:depth], *(word.split("=")[0] for word in words[depth:] if re.match("--.", word))])
 
 
@@ -96,4 +105,4 @@ def test_every_documented_command_is_run_by_a_test_or_by_hand():
 @pytest.mark.parametrize(("command", "test"), TESTED.items())
 def test_the_test_of_a_command_names_it(command, test):
     text = (ROOT / "tests" / test).read_text()
-    assert all(word in text for word in command.split()[1:] if word not in ("mini", "study"))
+    assert all(word in text for word in command.split()[1:] if word not in ("concept", "mini", "study"))

@@ -1,6 +1,7 @@
 """What the pages point to exists."""
 
 import re
+import urllib.parse
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ PAGES = ("README.md", "CHANGELOG.md", "docs/*.md", "web/docs/*.md")
 def links(text: str) -> list[str]:
     """Targets of markdown links that are files of this repository."""
     targets = re.findall(r"\]\(([^)#\s]+)", text)
-    return [t for t in targets if not re.match(r"[a-z]+:", t)]
+    return [urllib.parse.unquote(t) for t in targets if not re.match(r"[a-z]+:", t)]
 
 
 @pytest.mark.parametrize("page", [str(p.relative_to(ROOT)) for pattern in PAGES for p in sorted(ROOT.glob(pattern))])
@@ -23,7 +24,7 @@ def test_every_link_of_a_page_leads_to_a_file(page):
 
 
 def test_links_are_found_and_addresses_are_not():
-    assert links("[a](b.md) ![c](d/e.png) [f](https://x.y) [g](#h)") == ["b.md", "d/e.png"]
+    assert links("[a](b.md) ![c](d/e%20f.png) [f](https://x.y) [g](#h)") == ["b.md", "d/e f.png"]
 
 
 TEXTS = [

@@ -122,8 +122,11 @@ def test_the_package_is_installed_from_this_very_folder():
     assert importlib.metadata.version("lcm-lookahead") == PROJECT["version"]
 
 
-def test_the_web_folder_it_names_exists():
-    assert (ROOT / COMFY["web"]).is_dir()
+def test_the_page_s_script_is_served_once_and_says_this_name_and_version():
+    """A web folder that pyproject names as well would be served under both names, and its script run twice."""
+    assert "web" not in COMFY and 'WEB_DIRECTORY = "./web"' in (ROOT / "__init__.py").read_text()
+    registry = f'{{ cnr_id: "{PROJECT["name"]}", ver: "{PROJECT["version"]}" }}'
+    assert registry in (ROOT / "web" / "lookahead.js").read_text()
 
 
 def test_the_changelog_knows_this_version_or_what_is_unreleased():

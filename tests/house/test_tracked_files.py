@@ -53,7 +53,7 @@ def test_no_file_is_large_and_the_mini_weights_are_small(tracked):
     sizes = {path: path.stat().st_size for path in tracked}
     assert sum(sizes.values()) < 80e6
     mini = ROOT / "mini"
-    assert sum(size for path, size in sizes.items() if path.is_relative_to(mini / "weights")) < 60e6
+    assert sum(size for path, size in sizes.items() if path.is_relative_to(mini / "weights")) < 75e6
     kinds = (".safetensors", ".onnx", ".pt", ".bin")
     others = {p: s for p, s in sizes.items() if p.suffix in kinds and not p.is_relative_to(mini / "weights")}
     assert [path.relative_to(mini).as_posix() for path in others] == ["trained/mini_encoder.safetensors"]
@@ -88,7 +88,8 @@ def test_the_published_pack_holds_all_that_it_needs(published, tracked):
         assert name in published
     for path in tracked:
         name = path.relative_to(ROOT).as_posix()
-        if name.startswith(("lookahead/", "nodes/", "web/")) or re.fullmatch(r"(workflows/[^/]+|locales/.+/.+)", name):
+        folders = ("lookahead/", "nodes/", "web/", "workflows/", "subgraphs/")
+        if name.startswith(folders) or re.fullmatch(r"locales/.+/.+", name):
             assert name in published, name
 
 

@@ -25,6 +25,8 @@ def test_a_workflow_at_mini_size_says_so_and_is_else_the_same(path):
     steps = [node["widgets_values"][1] for node in nodes(after, "BasicScheduler")]
     steps += [node["widgets_values"][2] for kind in ("KSampler", "LookaheadPreviewGrid") for node in nodes(after, kind)]
     assert steps and all(n <= 20 for n in steps)
+    encoders = [node["widgets_values"][0] for node in nodes(after, "LookaheadLoadEncoder")]
+    assert set(encoders) <= {"mini_encoder.safetensors"}
     note = after["nodes"][-1]
     assert note["type"] == "MarkdownNote" and "128x128" in note["widgets_values"][0]
     assert len({node["id"] for node in after["nodes"]}) == len(after["nodes"]) and note["id"] == after["last_node_id"]

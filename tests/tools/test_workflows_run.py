@@ -18,17 +18,21 @@ from PIL import Image
 from samples import standard_errors
 
 WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
-FILES = sorted(WORKFLOWS.glob("*.json"))
-BOTH = WORKFLOWS / "image_prompt_and_kv.json"
-GRID = WORKFLOWS / "preview_grid.json"
-GUIDED = [path for path in FILES if path.stem.startswith("lookahead_")]
-PLAIN = [path for path in FILES if path not in (GRID, *GUIDED)]
+FILES = [path for path in sorted(WORKFLOWS.glob("*.json")) if not path.name.endswith(".app.json")]
+BOTH = demo.WORKFLOW
+(GRID,) = WORKFLOWS.glob("*(preview grid).json")
+(CONVERT,) = WORKFLOWS.glob("* Convert *.json")
+STEERED = {steering.workflow: steering for steering in demo.STEERED}
+GUIDED = [path for path in FILES if path.stem in STEERED]
+(FILE,) = WORKFLOWS.glob("* A person as a file.json")
+(FACE_ID,) = WORKFLOWS.glob("* Face ID *.json")  # the mini world has no such adapter
+PLAIN = [path for path in FILES if path not in (GRID, CONVERT, FILE, FACE_ID, *GUIDED)]
 
 
 @contextlib.contextmanager
 def host_with_pictures(*arguments):
     with mini_host(announce=False, arguments=arguments) as running:
-        names = ["reference_0.png", "reference_1.png", *workflow.pictures_named(FILES)]
+        names = ["reference_0.png", "reference_1.png"]
         for name, picture in zip(names, demo.draw_references(len(names)), strict=True):
             picture.save(running.folder("input") / name)
         yield running
@@ -65,8 +69,26 @@ def run_batch(host, api, reference, steps=8):
 def test_a_workflow_draws_a_picture_that_follows_its_reference(host, path):
     api = workflow.convert(path, host.object_info())
     one, other = (draw(host, api, f"reference_{number}.png") for number in range(2))
-    assert one.shape == (demo.SIZE, demo.SIZE, 3) and one.std() > 20
+    assert one.shape == (demo.SIZE, 2 * demo.SIZE + 16 if "Before and after" in path.stem else demo.SIZE, 3)
+    assert one.std() > 20
     assert abs(one - other).mean() > 5
+
+
+@pytest.mark.parametrize(
+    ("path", "file"),
+    [(CONVERT, "lookahead/my_encoder.safetensors"), (FILE, "lookahead_references/my_character.safetensors")],
+    ids=["an encoder", "a person"],
+)
+def test_a_workflow_that_draws_nothing_writes_its_file(host, path, file):
+    api = workflow.convert(path, host.object_info())
+    for node, inputs in (
+        ("LoadImage", {"image": "reference_0.png"}),
+        ("LookaheadEncodeReference", {"size": demo.SIZE}),
+    ):
+        if workflow.find(api, node):
+            api = workflow.override(api, node, **inputs)
+    host.run(api).check()
+    assert (host.folder("models") / file).is_file()
 
 
 @pytest.mark.parametrize(("flag", "kind"), [("--fp16-unet", torch.float16), ("--bf16-unet", torch.bfloat16)])
@@ -100,7 +122,7 @@ def lpips_loss(reference):
     return lpips.LPIPSLoss(perceptual.lpips_network("squeeze"), reference)
 
 
-MEASURES = {"lookahead_identity": identity_loss, "lookahead_style": clip_loss, "lookahead_layout": lpips_loss}
+MEASURES = dict(zip(STEERED, (identity_loss, clip_loss, lpips_loss), strict=True))
 
 
 def guided(host, path, **settings):

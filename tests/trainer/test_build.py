@@ -11,9 +11,12 @@ from lcm_lookahead.cli import main
 from lcm_lookahead.lookahead.files import encoder_file
 from lcm_lookahead.mini import build as build_module
 from lcm_lookahead.mini.build import build, stages
-from lcm_lookahead.mini.files import shipped, weights
+from lcm_lookahead.mini.files import derived, models, shipped, weights
 from lcm_lookahead.mini.plan import QUICK
-from lcm_lookahead.mini.report import measure, measure_faces, measure_few_step, report
+from lcm_lookahead.mini.report import gate, measure, measure_faces, measure_few_step, report
+from lcm_lookahead.mini.stages import base, stage, things
+from lcm_lookahead.mini.world.things import CLASSES
+from lcm_lookahead.sdxl import lora
 from PIL import Image
 from safetensors import safe_open
 
@@ -27,7 +30,8 @@ TINY = dataclasses.replace(
     report_references=8,
     report_prompts=2,
     **{f.name: 2 for f in dataclasses.fields(QUICK) if f.name.endswith("_steps")},
-    **{name: 20 for name in ("people", "portraits", "evaluation_people")},
+    **{name: 20 for name in ("people", "portraits", "evaluation_people", "things", "judged_things")},
+    things_faces=2,
     held_out_people=40,
 )
 
@@ -117,3 +121,36 @@ def test_builds_of_the_two_plans_have_folders_of_their_own(tmp_path, monkeypatch
 def test_the_sheet_command_draws_a_row_a_person(tmp_path):
     main.main(["mini", "sheet", "--people", "2", "--out", str(tmp_path / "sheet.png")])
     assert Image.open(tmp_path / "sheet.png").size == (8 * 128, 2 * 128)
+
+
+def test_what_the_base_learnt_of_things_is_merged_into_a_copy(built, tmp_path):
+    made, own = built / "things_lora.safetensors", built / "weights"
+    derived.write_things_base(made, tmp_path / "things", own)
+    merged, before, learnt = models.load(tmp_path / "things"), models.load(own), stage.read_tensors(made)
+    ids = learnt["words.ids"].long()
+    for name, rows in zip(things.TABLES, (learnt["words.clip_l"], learnt["words.clip_g"]), strict=True):
+        table, old = merged.text.get_parameter(name), before.text.get_parameter(name)
+        assert torch.allclose(table[ids], rows, atol=1e-3) and not torch.allclose(old[ids], rows, atol=1e-3)
+        rest = torch.ones(len(old), dtype=torch.bool).index_fill(0, ids, False)
+        assert torch.equal(table[rest], old[rest])
+    g = torch.Generator().manual_seed(1)
+    x, context = torch.randn(1, 4, 8, 8, generator=g), torch.randn(1, 77, 64, generator=g)
+    text = base.condition(context, torch.randn(1, 32, generator=g))
+    lora.load({k: v for k, v in learnt.items() if k.startswith(lora.PREFIX)}, before.unet).attach(before.unet)
+    with torch.no_grad():
+        beside, inside = (base.predict(m.unet, x, torch.tensor([500]), text) for m in (before, merged))
+    assert (beside - inside).square().mean().sqrt() < 2e-3 * beside.square().mean().sqrt()  # of 16 bit
+
+
+def test_the_gate_asks_the_judge_of_every_class_and_draws_a_sheet(built, tmp_path):
+    files = (built / f"{name}.safetensors" for name in ("things_lora", "things_judge"))
+    named = gate.check(*files, samples=1, sheet=tmp_path / "sheet.png", steps=2)
+    assert list(named) == list(CLASSES) and min(named.values()) < gate.GATE, "two steps of training draw no things"
+    assert Image.open(tmp_path / "sheet.png").size == (128, 10 * 128)
+
+
+def test_things_that_are_not_trained_yet_are_asked_for_by_their_command(tmp_path):
+    with pytest.raises(SystemExit, match="lookahead mini build --only things_lora"):
+        main.main(["mini", "things", "--folder", str(tmp_path)])
+    with pytest.raises(SystemExit, match="lookahead mini build --only things_lora"):
+        main.main(["mini", "gate", "--folder", str(tmp_path)])

@@ -110,7 +110,11 @@ def test_a_file_that_is_no_yaml_is_said(tmp_path, harm, said):
 def test_overrides_reach_into_sections():
     c = load(CONFIGS / "mini.yaml", ["optimiser.kv_rate=1e-4", "steps=7", "lookahead.arm=none", "model.kv=false"])
     assert (c.optimiser.kv_rate, c.steps, c.lookahead.arm, c.model.kv) == (1e-4, 7, "none", False)
-    for override, said in (("steps", "write section.key=value"), ("steps.x=1", "a value and no section")):
+    for override, said in (
+        ("steps", "write section.key=value"),
+        ("steps.x=1", "a value and no section"),
+        ("out=/J\udcf6rg", r"The value of out, /J\\xf6rg, is not in UTF-8: rename"),
+    ):
         with pytest.raises(ConfigError, match=said):
             load(CONFIGS / "mini.yaml", [override])
 

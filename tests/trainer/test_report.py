@@ -56,7 +56,7 @@ def test_a_threshold_is_met_not_met_or_not_measured(folder, counted):
     rows = {r["claim"]: r for r in report.collect(folder, QUICK, folder / "weights")["claims"]}
     kept = rows["autoencoder keeps who it is"]
     assert kept["met"] and page._verdict(kept) == "met; the interval reaches below"
-    assert rows["all files under 60 MB"]["met"] is None, "decided without the files"
+    assert rows["all files under 75 MB"]["met"] is None, "decided without the files"
     assert page._verdict(rows["base draws the style"]) == "not measured"
     low = kept | {"met": False}
     assert page._verdict(low) == "not met"

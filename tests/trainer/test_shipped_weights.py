@@ -49,9 +49,9 @@ def test_the_figures_in_the_docs_were_measured_on_the_shipped_files():
         assert entry["sha256"] in figures, entry["file"]
 
 
-def test_planned_files_come_to_less_than_60_megabytes_and_no_file_is_larger_than_planned():
+def test_planned_files_come_to_less_than_75_megabytes_and_no_file_is_larger_than_planned():
     table = {line.file: line for line in shipped.table()}
-    assert sum(line.bytes for line in table.values()) < 60e6
+    assert sum(line.bytes for line in table.values()) < 75e6
     for entry in shipped.manifest():
         assert entry["bytes"] <= table[entry["file"]].bytes, entry["file"]
 

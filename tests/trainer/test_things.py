@@ -1,6 +1,7 @@
 """The drawn things: what a picture shows is known exactly, and is a function of its parameters."""
 
 import torch
+from lcm_lookahead.mini import drawn_things
 from lcm_lookahead.mini.stages.text import tokenizer
 from lcm_lookahead.mini.world import things
 from lcm_lookahead.mini.world.faces import STYLES
@@ -74,3 +75,11 @@ def test_colours_are_the_colour_wheel_s():
     wheel = things.rgb(torch.tensor([[0.0, 1, 1], [1 / 3, 1, 1], [2 / 3, 1, 1], [0.1, 0, 0.5]]))
     expected = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [0.5, 0.5, 0.5]])
     assert torch.allclose(wheel, expected, atol=1e-5)
+
+
+def test_concept_pictures_are_photos_on_a_plain_ground_of_the_classes_that_training_sees():
+    shown = drawn_things.concept_things(60)
+    assert set(shown.identity["kind"].tolist()) <= set(range(len(CLASSES) - things.HELD_OUT))
+    assert set(shown.nuisance["style"].tolist()) == {0} == set(shown.nuisance["place"].tolist())
+    held_out = drawn_things.concept_things(4, seed=1, kind=torch.tensor([8, 9, 8, 9]))
+    assert held_out.identity["kind"].tolist() == [8, 9, 8, 9]

@@ -198,3 +198,17 @@ def test_sdxl_s_sizes_are_those_of_the_fact_sheet():
     assert numbers == pytest.approx(1.119e6, rel=1e-3)  # a rank
     basis = [p for part in (encoder.basis_a, encoder.basis_b) for p in part.values()]
     assert sum(p.numel() for p in basis) == 16 * 4 * numbers  # 71.6 M
+
+
+def test_features_of_the_unet_are_standardised_by_their_noise_level(dictionary):
+    sizes = ConceptSizes({"a.attn1.to_q": (4, 4)}, 5, 3, 8, 6, 8, 1, 2)
+    encoder = ConceptEncoder(sizes).reset(dictionary)
+    t = torch.arange(0, 1000, 10)
+    level = (t * concept.NOISE_BINS // 1000).float()
+    features = 100 * level[:, None] + (1 + level[:, None]) * rand(100, 3, seed=9)
+    encoder.measure(features, t)
+    found = encoder.standardised(features, t).unflatten(0, (concept.NOISE_BINS, 10))
+    assert found.mean(1).abs().max() < 1e-3 and (found.std(1) - 1).abs().max() < 1e-2
+    again = ConceptEncoder(sizes)
+    again.load_state_dict(encoder.state_dict())
+    assert torch.equal(again.standardised(features, t), encoder.standardised(features, t))

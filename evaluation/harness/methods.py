@@ -1,0 +1,244 @@
+"""What is compared: a class a kind of method, each of which says how a back end draws it.
+
+A new kind is a subclass of `Method` in a module of its own and its name in METHODS. It puts itself into the host's
+graph (`on_host`) or into the diffusers pipeline (`in_diffusers`); a back end that it leaves out does not draw it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+
+from PIL import Image
+from pydantic import Field
+
+from ...lookahead.files import encoder_file
+from ...trainer.config import Count, Section
+from .library import EvaluationError, Library, digest_of
+from .scenes import DIFFUSERS, HOST, Desk, DiffusersScene, Drawn, HostScene, PictureJob
+
+ITERATIONS = 20  # of the guidance node, where none are given
+Weight = Annotated[float, Field(ge=-1, le=5)]
+
+
+class PictureWork(NamedTuple):
+    """The work of a picture: forward passes of the UNet, a row each, and of the decoder; backward counts as two."""
+
+    unet: float
+    decoder: float
+
+
+class GuidanceOption(Section):
+    """Lookahead guidance (or by plain x0) towards the person of the reference, on top of a method."""
+
+    kind: Literal["lookahead", "x0"] = "lookahead"
+    start: Annotated[float, Field(ge=0, le=1)] = 0.12
+    iterations: Count | None = Field(None, description="by default the node's")
+    step_size: Annotated[float, Field(gt=0)] | None = Field(None, description="by default the node's")
+
+    def settings(self) -> dict[str, float]:
+        """The inputs of the sampler node that are not its defaults."""
+        chosen = {"start": self.start, "iterations": self.iterations, "step_size": self.step_size}
+        return {name: value for name, value in chosen.items() if value is not None}
+
+
+class Method(Section):
+    """One entry of `methods`; each of its weights is an arm."""
+
+    kind: ClassVar[str]
+    LATE: ClassVar[bool] = False  # drawn after the others, whose pictures or times it needs
+    PERSONAL: ClassVar[bool] = True  # whether it sees the reference without guidance
+    title: str | None = Field(None, description="its name in tables, by default its key")
+    weights: tuple[Weight, ...] = Field((1.0,), min_length=1, description="each is an arm, all are one curve")
+    guidance: GuidanceOption | None = None
+
+    def files(self, library: Library) -> dict[str, Path]:
+        """The files of its own, by the host's folder of models that each belongs into."""
+        return {}
+
+    def digest(self, library: Library) -> str:
+        """Tells what its pictures depend on: its settings and the contents of its files, not their names."""
+        settings = self.model_dump(mode="json", exclude={"title", "weights", "file"})
+        return repr((self.kind, settings, {k: digest_of(p) for k, p in sorted(self.files(library).items())}))
+
+    def sees_reference(self) -> bool:
+        """Says whether its pictures depend on the reference."""
+        return self.PERSONAL or self.guidance is not None
+
+    def related(self) -> tuple[str, ...]:
+        """Names the other methods that it needs."""
+        return ()
+
+    def drawn_by(self) -> tuple[str, ...]:
+        """The back ends that draw it."""
+        return (HOST,) if self.guidance else (HOST, DIFFUSERS)
+
+    def loss_recognisers(self, library: Library, pack: Path | None) -> list[str]:
+        """Names and hashes of recognisers that it was trained or is steered by, which cannot judge it."""
+        return [digest_of(p) for p in sorted(pack.glob("*.onnx"))] if pack and self.guidance else []
+
+    def make(self, desk: Desk, job: PictureJob, weight: float) -> Drawn:
+        """Draws a picture, by the desk's back end."""
+        return desk.drawn(self, job, weight)
+
+    def on_host(self, scene: HostScene, weight: float) -> str:
+        """Put nodes into the host's graph; returns the id of the node whose picture counts."""
+        self.condition(scene, weight)
+        if self.guidance:
+            scene.guide(self.guidance.kind == "x0", self.guidance.settings())
+        return scene.finish()
+
+    def condition(self, scene: HostScene, weight: float) -> None:
+        """Put in what conditions the picture on the reference."""
+
+    def in_diffusers(self, scene: DiffusersScene, weight: float) -> Image.Image:
+        """Draws a picture with the diffusers pipeline."""
+        return scene.draw(None)
+
+    def work(self, steps: int, others: Mapping[str, PictureWork]) -> PictureWork:
+        """Counts the work of a picture; where files are not there, at most. others: that of related methods."""
+        guided = 3.0 * (self.guidance.iterations or ITERATIONS) if self.guidance else 0.0
+        return PictureWork(2.0 * steps + guided, 1 + guided)
+
+
+class Nothing(Method):
+    """The base model under the prompt alone."""
+
+    kind = "none"
+    PERSONAL = False
+
+
+class KVScales(Section):
+    """The scales of the guidance with KV injection, which share the protocol's: by default 3, 2, 2 of 5."""
+
+    text: float = 0.6
+    full: float = 0.4
+    kv: float = 0.4
+
+    def of(self, guidance: float) -> tuple[float, float, float]:
+        """The scales where the plain guidance is this."""
+        text, full, kv = (round(share * guidance, 6) for share in (self.text, self.full, self.kv))
+        return text, full, kv
+
+
+class EncoderMethod(Method):
+    """An encoder file, or a stock IP-Adapter Plus; the weights are those of its image prompt."""
+
+    kind = "encoder"
+    file: str
+    kv: bool | None = Field(None, description="KV injection; by default where the file has a KV encoder")
+    kv_weight: Annotated[float, Field(ge=0, le=1)] = 1.0
+    scales: KVScales = Field(KVScales(), description="text, full and kv as shares of drawing.guidance, with KV alone")
+
+    def files(self, library: Library) -> dict[str, Path]:
+        return {"lookahead": library.find("file", self.file)}
+
+    def loss_recognisers(self, library: Library, pack: Path | None) -> list[str]:
+        names = encoder_file.read(self.files(library)["lookahead"]).metadata.get("recogniser")
+        return super().loss_recognisers(library, pack) + ([names] if names else [])
+
+    def with_kv(self, library: Library) -> bool:
+        """Says whether KV injection acts."""
+        return _has_kv(self.files(library)["lookahead"]) if self.kv is None else self.kv
+
+    def condition(self, scene: HostScene, weight: float) -> None:
+        kv = self.with_kv(scene.library)
+        scene.read_reference(self.files(scene.library)["lookahead"], kv)
+        scene.image_prompt(weight)
+        if kv:
+            scene.inject(self.kv_weight, self.scales.of(scene.drawing.guidance))
+
+    def in_diffusers(self, scene: DiffusersScene, weight: float) -> Image.Image:
+        scene.load(self.files(scene.library)["lookahead"])
+        if self.with_kv(scene.library):
+            return scene.draw(self.scales.of(scene.drawing.guidance), weight, use_kv=True)
+        return scene.draw(None, weight, reference=True)
+
+    def drawn_by(self) -> tuple[str, ...]:
+        return super().drawn_by() if self.kv_weight == 1 else (HOST,)  # the pipeline has no weight of KV
+
+    def work(self, steps: int, others: Mapping[str, PictureWork]) -> PictureWork:
+        rows, decodes = super().work(steps, others)
+        return PictureWork(rows + (0 if self.kv is False else 4.0 * steps), decodes)
+
+
+@functools.lru_cache(maxsize=64)
+def _has_kv(path: Path) -> bool:
+    return bool(encoder_file.read(path).kv)
+
+
+class WorkflowMethod(Method):
+    """Any workflow file, in which one LoadImage, one prompt and one seed are named, or are the only ones.
+
+    Each is named by a node's title, class or id, with ".input" after it where the input has another name than usual.
+    """
+
+    kind = "workflow"
+    file: str
+    reference: str = Field("LoadImage", description="node that loads the reference")
+    prompt: str | None = Field(None, description="node with the text; by default that of the title Prompt or Positive")
+    seed: str | None = Field(None, description="node with the seed; by default the only one that has one")
+    weight: str | None = Field(None, description="node.input that the weights are written to")
+    picture: str | None = Field(None, description="node that saves the picture; by default the only SaveImage")
+    set: dict[str, Any] = Field({}, description="further values, by node.input")
+
+    def files(self, library: Library) -> dict[str, Path]:
+        return {"": library.find("file", self.file)}
+
+    def drawn_by(self) -> tuple[str, ...]:
+        return (HOST,)
+
+    def on_host(self, scene: HostScene, weight: float) -> str:
+        if self.weight is None and len(self.weights) > 1:
+            raise EvaluationError(
+                f"The workflow {self.file} has several weights, and nothing says where they go: set `weight` to "
+                "node.input."
+            )
+        values = dict(self.set) | ({self.weight: weight} if self.weight else {})
+        return scene.workflow(
+            self.files(scene.library)[""], self.reference, self.prompt, self.seed, self.picture, values
+        )
+
+
+class BestOf(Method):
+    """The best of several pictures of another method, chosen by a recogniser that is not the judge.
+
+    As many as fit into the time of one picture of `same_time_as`, or as many as `pictures` says.
+    """
+
+    kind = "best of"
+    LATE = True
+    of: str
+    pictures: Count | None = None
+    same_time_as: str | None = None
+    by: dict[str, Any] = Field(description="a measure, as in `measures`")
+
+    def loss_recognisers(self, library: Library, pack: Path | None) -> list[str]:
+        name = self.by.get("recogniser")
+        if name is None or name in library.embedders:
+            return [] if name is None else [library.embedder(name, None).digest]
+        return [digest_of(library.find("by.recogniser", name))]
+
+    def related(self) -> tuple[str, ...]:
+        return (self.of, *([self.same_time_as] if self.same_time_as else []))
+
+    def make(self, desk: Desk, job: PictureJob, weight: float) -> Drawn:
+        if (self.pictures is None) == (self.same_time_as is None):
+            raise EvaluationError("A method of kind `best of` takes one of pictures and same_time_as: give one.")
+        count = self.pictures or desk.count_in_the_time_of(self.of, self.same_time_as or "", weight)
+        drawn = [desk.picture(self.of, job.again(n), weight) for n in range(count)]
+        scores = [desk.score(self.by, one, job) for one in drawn]
+        best = max(range(count), key=lambda n: scores[n])
+        with Image.open(drawn[best].path) as image:
+            return Drawn(image.convert("RGB"), sum(one.seconds for one in drawn))
+
+    def work(self, steps: int, others: Mapping[str, PictureWork]) -> PictureWork:
+        if self.same_time_as:
+            return others[self.same_time_as]
+        rows, decodes = others[self.of]
+        return PictureWork(rows * (self.pictures or 1), decodes * (self.pictures or 1))
+
+
+METHODS: Mapping[str, type[Method]] = {k.kind: k for k in (Nothing, EncoderMethod, WorkflowMethod, BestOf)}

@@ -1,0 +1,117 @@
+"""Who is drawn: a folder of pictures or of shards, or a world of its own; each person with one reference picture."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from ...lookahead.files.atomic import atomic
+from ...sdxl.images import PictureError, read
+from ...trainer.data.shards import Shards
+from ...trainer.data.store import Store
+from .library import EvaluationError
+from .sections import People, Prompt
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+@dataclass(frozen=True)
+class ReferencePerson:
+    """A person: a name, and the file of the reference. target: prompt -> file, where it is known."""
+
+    name: str
+    reference: Path
+    digest: str
+    target: Callable[[Prompt], Path | None] = lambda prompt: None
+
+    def noise_seed(self, seed: int) -> int:
+        """The seed of the noise: every person has noise of their own, the same for all methods."""
+        return (seed * 1_000_003 + zlib.crc32(self.name.encode())) % 2**31
+
+
+#: section, prompts, folder for pictures -> people
+Source = Callable[[People, Sequence[Prompt], Path], list[ReferencePerson]]
+
+
+def read_people(
+    people: People, prompts: Sequence[Prompt], out: Path, worlds: Mapping[str, Source] | None = None
+) -> list[ReferencePerson]:
+    """The people of a protocol; their references are written as PNG into `out`.
+
+    worlds: sources that are known by a name. Raises EvaluationError, one sentence, for a source that is none.
+    """
+    world = (worlds or {}).get(people.source)
+    found = world(people, prompts, out) if world else _of_folder(people, out)
+    if not found:
+        raise EvaluationError(
+            f"people.source is {people.source}, and no picture is left of it (first {people.first}, count "
+            f"{people.count}): give a folder with a picture a person."
+        )
+    return found
+
+
+def _of_folder(people: People, out: Path) -> list[ReferencePerson]:
+    folder = Path(people.source).expanduser()
+    if not folder.is_dir():
+        raise EvaluationError(f"people.source is {people.source}, which is no folder: give one with a face a picture.")
+    if any(folder.glob("shard-*.tar")):
+        files = _of_shards(folder)
+    else:
+        paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES)
+        files = [(p.stem, p.read_bytes) for p in paths]  # read when their turn comes
+    targets = Path(people.targets).expanduser() if people.targets else None
+    last = None if people.count is None else people.first + people.count
+    return [one(name, load(), out, targets) for name, load in files[people.first : last]]
+
+
+def _of_shards(folder: Path) -> list[tuple[str, Callable[[], bytes]]]:
+    shards = Shards(Store(folder))
+    chosen: list[tuple[str, Callable[[], bytes]]] = []
+    for sample, key in enumerate(shards.keys):
+        first, last = int(shards.first[sample]), int(shards.first[sample + 1])
+        fit = [n for n in range(first, last) if shards.reference[n]]
+        if fit:
+            chosen.append((f"{int(key):08}", functools.partial(shards.picture, fit[0])))
+    return chosen
+
+
+def one(name: str, file: bytes, out: Path, targets: Path | None = None) -> ReferencePerson:
+    """A person of a picture file, whose reference is written as PNG, upright, into `out`.
+
+    targets: folder with NAME/PROMPT.png. Raises EvaluationError, naming the person, for what is no picture.
+    """
+    try:
+        with Image.open(io.BytesIO(file)) as image:
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:  # Pillow has an exception a format and kind of damage
+        raise EvaluationError(f"The reference {name} cannot be read as a picture ({error}): take it out.") from None
+    path = out / f"{name}.png"
+    out.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256(upright.tobytes() + repr(upright.size).encode()).hexdigest()
+    if not _is(path, digest):
+        with atomic(path) as part:
+            upright.save(part, "PNG")
+
+    def target(prompt: Prompt) -> Path | None:
+        found = None if targets is None else targets / name / f"{prompt.number}.png"
+        return found if found is not None and found.is_file() else None
+
+    return ReferencePerson(name, path, digest, target)
+
+
+def _is(path: Path, digest: str) -> bool:
+    """Whether a file is there and holds these pixels."""
+    try:
+        read(path)
+        with Image.open(path) as image:
+            rgb = image.convert("RGB")
+            return hashlib.sha256(rgb.tobytes() + repr(rgb.size).encode()).hexdigest() == digest
+    except (OSError, PictureError):
+        return False

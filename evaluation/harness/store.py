@@ -1,0 +1,99 @@
+"""What is kept of an evaluation: pictures by what they depend on, and raw scores as lines, one file a worker.
+
+    references/NAME.png      who
+    pictures/KEY.png         what was drawn; KEY is a hash of all that it depends on
+    drawn-0.jsonl            a line a picture: key, arm, person, prompt, seed, seconds, back end
+    scores-0.jsonl           a line a score: key, measure, value, judge
+    counts.json              how many pictures fit into another method's time, as it was found first
+
+A line is written when its picture is there. A run that is killed loses the picture that it was at; a line that was cut
+short is not read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ...lookahead.files.atomic import atomic
+
+FORMAT = 1  # another number has everything drawn and scored anew
+
+
+def digest(*parts: object) -> str:
+    """Hash of what something depends on, as it prints."""
+    return hashlib.sha256(repr((FORMAT, *parts)).encode()).hexdigest()[:32]
+
+
+class EvaluationStore:
+    """The folder of an evaluation, as one worker sees it. Others' lines are read when it is opened."""
+
+    def __init__(self, folder: Path, worker: int = 0):
+        self.folder, self.worker = folder, worker
+        (folder / "pictures").mkdir(parents=True, exist_ok=True)
+        self.drawn: dict[str, dict[str, Any]] = {line["key"]: line for line in _lines(folder, "drawn")}
+        self.scores: dict[str, float | None] = {line["key"]: line["value"] for line in _lines(folder, "scores")}
+
+    def picture(self, key: str) -> Path:
+        """The file of a picture, whether it is there or not."""
+        return self.folder / "pictures" / f"{key}.png"
+
+    def has(self, key: str) -> bool:
+        """Tells whether a picture and its line are there."""
+        return key in self.drawn and self.picture(key).is_file()
+
+    def keep(self, key: str, image: Image.Image, about: dict[str, Any]) -> None:
+        """Keep a picture, then its line."""
+        with atomic(self.picture(key)) as part:
+            image.save(part, "PNG")
+        self.drawn[key] = {"key": key, **about}
+        self._append("drawn", self.drawn[key])
+
+    def keep_score(self, key: str, value: float | None, about: dict[str, Any]) -> None:
+        """Keep a score."""
+        self.scores[key] = value
+        self._append("scores", {"key": key, "value": value, **about})
+
+    def count(self, name: str, found: int) -> int:
+        """The number that was found first under this name, by whichever worker."""
+        path = self.folder / "counts.json"
+        known: dict[str, int] = json.loads(path.read_text()) if path.exists() else {}
+        if name not in known:
+            known[name] = found
+            with atomic(path) as part:
+                part.write_text(json.dumps(known, indent=1) + "\n")
+        return known[name]
+
+    def _append(self, kind: str, line: dict[str, Any]) -> None:
+        path = self.folder / f"{kind}-{self.worker}.jsonl"
+        text = json.dumps(line, ensure_ascii=False) + "\n"
+        with path.open("ab") as file:
+            if file.tell() and not _ends_a_line(path):
+                text = "\n" + text
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _ends_a_line(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
+
+
+def _lines(folder: Path, kind: str) -> Iterator[dict[str, Any]]:
+    """The whole lines of all workers' files; one that was cut short by a kill is left out."""
+    for path in sorted(folder.glob(f"{kind}-*.jsonl")):
+        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue
+            if isinstance(line, dict) and "key" in line:
+                yield line

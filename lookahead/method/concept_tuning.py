@@ -1,0 +1,138 @@
+"""At most a dozen steps that bring a predicted concept nearer to its one picture: the same in trainer, pipeline, node.
+
+What is tuned are the concept's own numbers, its two soft words and its low-rank offsets; nothing else has gradients.
+After arXiv 2307.06925 (at most 12 steps, token and offsets both tuned), whose rates were not to be had: ours.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .concept import Concept, Dictionary, Offsets, norm_penalty, word_contrast
+from .concept_input import ConceptError, check_blend
+from .schedule import TIMESTEPS, add_noise
+
+MOST_STEPS = 100
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """A tuning has these settings. All values are this project's own.
+
+    steps: 0 to MOST_STEPS; batch: noise levels a step; offset_rate: AdamW's rate of A and B; word_rate: of the soft
+    words, as a share of a component's usual size; blend: of the two attention paths, in tuning as in drawing;
+    word_weight: of the pull to the concept's real word, which is not chosen anew; norm_weight: of the pull of the
+    word's norm to that word's.
+    """
+
+    steps: int = 12
+    batch: int = 8
+    offset_rate: float = 1e-3
+    word_rate: float = 0.01
+    blend: float = 0.25
+    word_weight: float = 0.05
+    norm_weight: float = 0.05
+    temperature: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises ConceptError, one sentence, for a value out of its range."""
+        check_blend(self.blend)
+        if not 0 <= self.steps <= MOST_STEPS:
+            raise ConceptError(f"The number of tuning steps is {self.steps}: give 0 to {MOST_STEPS}; 12 are usual.")
+        if self.batch < 1:
+            raise ConceptError(f"The batch of the tuning is {self.batch}: give at least 1.")
+
+    @classmethod
+    def of(cls, concept: Concept, **given: Any) -> Tuning:
+        """The tuning that a concept's encoder was made for, with what is given (and is not None) in its place."""
+        names = {f.name for f in fields(cls)}
+        stored = {k: v for k, v in json.loads(concept.about.get("tuning", "{}")).items() if k in names}
+        values = {"blend": concept.blend, **stored, **{k: v for k, v in given.items() if v is not None}}
+        return cls(**values)
+
+
+#: (concept, noised latent [1, 4, h, w], time step int64 [1], number of the sample) -> predicted noise [1, 4, h, w]
+PredictWith = Callable[[Concept, Tensor, Tensor, int], Tensor]
+
+
+def tune(
+    concept: Concept,
+    views: Tensor,
+    alpha_bar: Tensor,
+    predict: PredictWith,
+    tuning: Tuning,
+    real_word: Dictionary | None = None,
+    backward: Callable[[Tensor], None] = Tensor.backward,
+    progress: Callable[[int, float], None] | None = None,
+) -> tuple[Concept, list[float]]:
+    """A tuned copy of a concept, and the diffusion loss of each step before it was taken.
+
+    views: latents [n, 4, h, w] of the one picture (itself, mirrored); alpha_bar: of all time steps; predict: with
+    gradients to the concept's tensors; real_word: a dictionary of the concept's hard word alone, None for no pull
+    to it; progress: told of every step, with its loss. One sample is computed at a time, so that memory does not depend
+    on the batch. Random numbers are a function of the seed and the sample's number. The concept given is never changed:
+    where predict or progress raises, nothing has happened.
+    """
+    device = views.device
+    word_l, word_g = (_leaf(word, device) for word in (concept.word_l, concept.word_g))
+    offsets: Offsets = {name: (_leaf(a, device), _leaf(b, device)) for name, (a, b) in concept.offsets.items()}
+    tuned = replace(concept, word_l=word_l, word_g=word_g, offsets=offsets, blend=tuning.blend)
+    groups = [{"params": [m for pair in offsets.values() for m in pair], "lr": tuning.offset_rate}]
+    for word in (word_l, word_g):
+        groups.append({"params": [word], "lr": tuning.word_rate * float(word.detach().norm()) / len(word) ** 0.5})
+    # (an empty group is an error)
+    optimiser = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
+    losses = []
+    for step in range(tuning.steps):
+        optimiser.zero_grad(set_to_none=True)
+        total = 0.0
+        for n in range(tuning.batch):
+            number = step * tuning.batch + n
+            t, x, noise = _noised(views, alpha_bar, tuning, number)
+            loss = (predict(tuned, x, t, number).float() - noise).square().mean() / tuning.batch
+            backward(loss)
+            total += float(loss.detach())
+        if real_word is not None:
+            backward(_pull(word_l, word_g, real_word, tuning))
+        if not total < float("inf"):
+            raise ConceptError(
+                f"The loss of tuning step {step + 1} is not finite: lower the rates, or tune in a higher precision."
+            )
+        optimiser.step()
+        losses.append(total)
+        if progress is not None:
+            progress(step + 1, total)
+    done = {name: (a.detach().cpu(), b.detach().cpu()) for name, (a, b) in offsets.items()}
+    before = int(concept.about.get("steps", 0))
+    about = {**concept.about, "steps": str(before + tuning.steps)}
+    word_l, word_g = word_l.detach().cpu(), word_g.detach().cpu()
+    return replace(tuned, word_l=word_l, word_g=word_g, offsets=done, about=about), losses
+
+
+def _leaf(tensor: Tensor, device: torch.device) -> Tensor:
+    # cloned: a tensor that was made in inference mode cannot become a leaf
+    return tensor.detach().to(device, torch.float32, copy=True).clone().requires_grad_()
+
+
+def _noised(views: Tensor, alpha_bar: Tensor, tuning: Tuning, number: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Time step, noised view and noise of one sample. The time steps of a batch are spread over the schedule."""
+    numbers = torch.Generator().manual_seed((tuning.seed * 1_000_003 + number) % 2**63)
+    place = (number % tuning.batch + float(torch.rand((), generator=numbers))) / tuning.batch
+    view = int(torch.randint(len(views), (), generator=numbers))
+    noise = torch.randn(views[:1].shape, generator=numbers).to(views.device)
+    t = torch.tensor([min(TIMESTEPS - 1, int(place * TIMESTEPS))], device=views.device)
+    return t, add_noise(views[view : view + 1].float(), noise, alpha_bar[t]), noise
+
+
+def _pull(word_l: Tensor, word_g: Tensor, real_word: Dictionary, tuning: Tuning) -> Tensor:
+    real = real_word._replace(rows_l=real_word.rows_l.to(word_l), rows_g=real_word.rows_g.to(word_g))
+    words = word_l[None], word_g[None]
+    contrast = word_contrast(*words, real, temperature=tuning.temperature, negatives=False)
+    return (tuning.word_weight * contrast + tuning.norm_weight * norm_penalty(*words, real)).sum()

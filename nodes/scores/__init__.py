@@ -1,0 +1,1 @@
+"""Scores of pictures that are drawn already: the person, the prompt, and which is best."""

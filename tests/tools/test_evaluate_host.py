@@ -1,0 +1,131 @@
+"""`lookahead evaluate` in a real ComfyUI: the same pictures as from diffusers, any workflow file, guidance."""
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+from lcm_lookahead.cli.world import world_of
+from lcm_lookahead.evaluation.harness import protocol, run
+from lcm_lookahead.evaluation.harness.backends import Setting
+from lcm_lookahead.evaluation.harness.library import EvaluationError
+from lcm_lookahead.evaluation.harness.opening import opened
+from lcm_lookahead.tools.common import ROOT
+from PIL import Image
+
+SMALL = {"EmptyLatentImage.width": 128, "EmptyLatentImage.height": 128, "KSampler.steps": 4, "KSampler.cfg": 3.0}
+ADAPTER = "mini_ip_adapter_plus_face.safetensors"
+METHODS = {
+    "nothing": {"kind": "none"},
+    "adapter": {"kind": "encoder", "file": ADAPTER, "weights": [1.0]},
+    "with KV": {"kind": "encoder", "file": "mini_encoder.safetensors"},
+    "guided": {"kind": "none", "guidance": {"iterations": 2, "start": 0.3}},
+    "workflow": {
+        "kind": "workflow",
+        "file": str(ROOT / "workflows/image_prompt.json"),
+        "weight": "LookaheadApplyImagePrompt.weight",
+        "weights": [1.0, 0.0],
+        "set": SMALL,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def evaluation(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluated")
+    values = {
+        "out": str(folder / "out"),
+        "models": {
+            "base": "mini",
+            "image_encoder": "mini_clip_vision.safetensors",
+            "few_step": "mini_lcm_lora.safetensors",
+            "pack": "mini",
+        },
+        "people": {"source": "drawn", "count": 1},
+        "prompts": {"photo": ["a photo of a face"]},
+        "drawing": {"size": 128, "steps": 4, "guidance": 3.0},
+        "backends": ["host", "diffusers"],
+        "methods": METHODS,
+        "measures": {"identity": {"kind": "identity", "recogniser": "mini"}},
+    }
+    (folder / "protocol.yaml").write_text(yaml.safe_dump(values))
+    settings = protocol.load(folder / "protocol.yaml")
+    return run.EvaluationRun(settings, world_of(settings))
+
+
+@pytest.fixture(scope="module")
+def done(evaluation):
+    evaluation.draw()
+    evaluation.score()
+    return evaluation
+
+
+def pixels(done, method, backend, weight=1.0):
+    (job,) = done.jobs()
+    with Image.open(done.store.picture(done.key(method, job, weight, backend))) as image:
+        return np.asarray(image.convert("RGB")).astype(float)
+
+
+def test_both_back_ends_draw_the_same_from_the_same_noise(done):
+    assert not done.missing()
+    apart = np.abs(pixels(done, "nothing", "host") - pixels(done, "adapter", "host")).mean()
+    for method in ("nothing", "adapter", "with KV"):
+        difference = np.abs(pixels(done, method, "host") - pixels(done, method, "diffusers")).mean()
+        assert difference < min(3.0, 0.25 * apart), method  # of 255
+
+
+def test_guidance_and_workflows_are_the_host_s_alone_and_change_the_picture(done):
+    assert {a.method for a in done.all_arms() if a.backend == "diffusers"} == {"nothing", "adapter", "with KV"}
+    assert np.abs(pixels(done, "guided", "host") - pixels(done, "nothing", "host")).mean() > 0.5
+
+
+def test_a_workflow_file_is_drawn_with_this_picture_prompt_seed_and_weight(done):
+    drawn = [pixels(done, "workflow", "host", weight) for weight in (1.0, 0.0)]
+    assert drawn[0].shape == (128, 128, 3) and np.abs(drawn[0] - drawn[1]).mean() > 1
+    (job,) = done.jobs()
+    line = done.store.drawn[done.key("workflow", job, 1.0, "host")]
+    assert line["backend"].startswith("host, ComfyUI 0.") and line["seconds"] > 0
+
+
+def test_a_workflow_whose_nodes_are_missing_or_unclear_is_refused_before_anything_is_drawn(done, tmp_path, monkeypatch):
+    """By the answers of the host that has just drawn, which need not run for that."""
+    from lcm_lookahead.evaluation.harness import host
+
+    foreign, two = tmp_path / "photomaker.json", tmp_path / "two.json"
+    graph = {
+        "1": {"class_type": "LoadImage", "inputs": {"image": "a.png"}},
+        "2": {"class_type": "PhotoMakerOfNobody", "inputs": {"text": "a", "seed": 1, "image": ["1", 0]}},
+        "3": {"class_type": "SaveImage", "inputs": {"images": ["2", 0], "filename_prefix": "a"}},
+    }
+    foreign.write_text(json.dumps(graph))
+    two.write_text(json.dumps({**graph, "2": graph["1"]}))
+    info = {"LoadImage": {}, "SaveImage": {}}
+    known = {name: {"input": {}} for name in info}
+
+    class Answers:
+        def object_info(self):
+            return known
+
+        def call(self, path):
+            return {"system": {"comfyui_version": "0"}}
+
+    (job,) = done.jobs()
+    setting = Setting(done.world.files, done.protocol.drawing, done.world.library, done.methods, done.world.open_host)
+    backend = host.HostBackend(Answers(), setting, None)
+    for path, says in (
+        (foreign, "the host does not know the node PhotoMakerOfNobody: is the pack it belongs to installed?"),
+        (two, "has 2 nodes with the title, class or id 'LoadImage', and one is needed"),
+    ):
+        method = run.METHODS["workflow"].model_validate({"file": str(path)})
+        with pytest.raises(EvaluationError) as error:
+            backend.check("theirs", method, job)
+        assert says in str(error.value) and str(error.value).startswith("methods.theirs: ")
+
+
+def test_a_folder_of_diffusers_is_refused_by_the_host(done):
+    from dataclasses import replace
+
+    files = replace(done.world.files, checkpoint=None)
+    setting = Setting(files, done.protocol.drawing, done.world.library, done.methods, done.world.open_host)
+    with pytest.raises(EvaluationError, match="ComfyUI reads SDXL from one file"), opened("host", setting):
+        pass

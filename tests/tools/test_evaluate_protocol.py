@@ -1,0 +1,244 @@
+"""`lookahead evaluate PROTOCOL.yaml` in diffusers on the mini world: what it writes, resumes and refuses."""
+
+import json
+import re
+
+import pytest
+import yaml
+from lcm_lookahead.cli import evaluate as command
+from lcm_lookahead.cli import main
+from lcm_lookahead.cli.world import library_of, world_of
+from lcm_lookahead.evaluation.harness import cost, opening, protocol, report, run
+from lcm_lookahead.evaluation.harness.library import EvaluationError
+from lcm_lookahead.evaluation.harness.store import EvaluationStore
+from lcm_lookahead.trainer.config import ConfigError
+from PIL import Image
+
+VALUES = {
+    "title": "A small one",
+    "models": {"base": "mini", "image_encoder": "mini_clip_vision.safetensors", "pack": "mini"},
+    "people": {"source": "drawn", "count": 3},
+    "prompts": {"photo": ["a photo of a face"]},
+    "seeds": [0],
+    "drawing": {"size": 128, "steps": 2, "guidance": 3.0},
+    "backends": ["diffusers"],
+    "baseline": "adapter",
+    "methods": {
+        "adapter": {"kind": "encoder", "file": "mini_ip_adapter_plus_face.safetensors", "weights": [1.0, 0.5]},
+        "nothing": {"kind": "none"},
+        "best": {"kind": "best of", "of": "nothing", "pictures": 2, "by": {"kind": "prompt", "clip": "mini"}},
+    },
+    "measures": {
+        "identity": {"kind": "identity", "recogniser": "mini"},
+        "prompt": {"kind": "prompt", "clip": "mini"},
+        "change": {"kind": "change", "clip": "mini_clip/model.safetensors"},
+    },
+    "full": {"people": {"count": 5}, "methods": {"adapter": {"weights": [0.25]}}},
+}
+
+
+def written(folder, **changed):
+    path = folder / "protocol.yaml"
+    path.write_text(yaml.safe_dump({**VALUES, "out": str(folder / "out"), **changed}), encoding="utf-8")
+    return path
+
+
+def evaluation(path, overrides=(), **options):
+    settings = protocol.load(path, overrides)
+    return run.EvaluationRun(settings, world_of(settings), **options)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A finished evaluation, drawn by two workers, one after the other."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    path = written(folder)
+    for number in range(2):
+        one = evaluation(path, worker=number, workers=2)
+        one.draw()
+        one.score()
+        assert (one.missing() > 0) == (number == 0)
+    whole = evaluation(path)
+    report.write(whole)
+    return path, whole
+
+
+def test_two_workers_draw_and_judge_all_of_it_once(done):
+    _, whole = done
+    lines = [
+        json.loads(line) for p in sorted(whole.folder.glob("drawn-*.jsonl")) for line in p.read_text().splitlines()
+    ]
+    assert len(list(whole.folder.glob("drawn-*.jsonl"))) == 2
+    kept = [line["key"] for line in lines]
+    # two weights, none, the best, and the other candidate, of three people; candidates are pictures of `nothing`
+    assert len(kept) == len(set(kept)) == 3 * 5
+    assert all(whole.store.picture(key).is_file() for key in kept)
+    assert {line["backend"].split()[0] for line in lines} == {"diffusers,"} and all(li["seconds"] > 0 for li in lines)
+
+
+def test_what_is_there_is_neither_drawn_nor_judged_again_and_a_cut_line_is_made_good(done, monkeypatch):
+    path, whole = done
+    calls = []
+    monkeypatch.setattr(run, "opened", lambda *a: calls.append(a) or pytest.fail("a back end was opened"))
+    again = evaluation(path)
+    again.draw()
+    before = len(again.store.scores)
+    again.score()
+    assert not calls and len(again.store.scores) == before
+    other_title = evaluation(path, ["title=Another", "baseline=nothing"])
+    assert not other_title.missing()  # pictures depend on neither
+    assert evaluation(path, ["drawing.steps=3"]).missing() == 12
+    # a kill in the middle of a line
+    lines = whole.folder / "scores-1.jsonl"
+    text = lines.read_text()
+    try:
+        lines.write_text(text[: -len(text.splitlines()[-1]) // 2])
+        hurt = evaluation(path)
+        lost = before - len(hurt.store.scores)
+        assert lost == 1
+        hurt.score()
+        assert len(evaluation(path).store.scores) == before
+    finally:
+        lines.write_text(text)
+
+
+def test_the_page_needs_no_other_file_and_the_protocol_beside_it_is_the_same_evaluation(done):
+    _, whole = done
+    page = (whole.folder / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"(src|href)=\"(?!data:)", page) and "A small one" in page and "<svg" in page
+    again = evaluation(whole.folder / "protocol.yaml")
+    assert not again.missing()
+    table = (whole.folder / "table.md").read_text(encoding="utf-8")
+    assert "adapter, 0.5" in table and "Gains over adapter, 1" in table and "style, mini scorer" in table
+    csv = (whole.folder / "table.csv").read_text().splitlines()
+    assert len(csv) == 1 + 4 * 3  # arms, measures
+    tex = (whole.folder / "table.tex").read_text()
+    assert tex.count(r"\\") == 5 and r"\pm" in tex
+    with Image.open(whole.folder / "grid.jpg") as grid:
+        assert grid.height > 12 * 144
+
+
+def test_the_figures_are_of_the_scores_and_paired(done):
+    _, whole = done
+    figures = json.loads((whole.folder / "figures.json").read_text())
+    arms = {arm["title"]: arm for arm in figures["arms"]}
+    assert arms["adapter, 1"]["means"]["identity"][0] > arms["nothing"]["means"]["identity"][0]
+    gain = arms["nothing"]["means"]["identity"][0] - arms["adapter, 1"]["means"]["identity"][0]
+    assert arms["nothing"]["gains"]["identity"][0] == pytest.approx(gain, abs=1e-5)
+    assert arms["adapter, 1"]["gains"] == {} and arms["nothing"]["means"]["change"] == [None] * 3
+    # two candidates take about twice the time, and the best follows the prompt no worse than the first
+    assert arms["best"]["seconds"] > arms["nothing"]["seconds"]
+    assert arms["best"]["means"]["prompt"][0] >= arms["nothing"]["means"]["prompt"][0]
+
+
+def test_people_have_noise_of_their_own_the_same_for_all_methods(done):
+    _, whole = done
+    one, other = (whole.jobs([person])[0] for person in whole.people[:2])
+    assert one.noise_seed != other.noise_seed and one.again(0) == one and one.again(1).noise_seed != one.noise_seed
+
+
+# --- what is refused, in a sentence
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"methods": {"a": {"kind": "ipadapter"}}}, "methods.a.kind is 'ipadapter': use one of none, encoder"),
+        ({"methods": {"a": {"kind": "encoder", "fil": "x"}}}, "methods.a: fil is no key"),
+        ({"methods": {"a": {"kind": "encoder", "file": "no.safetensors"}}}, "file names no.safetensors, which is not"),
+        ({"backends": ["comfy"]}, "backends names 'comfy': use host and diffusers"),
+        ({"baseline": "other"}, "baseline is 'other'"),
+        ({"kinds": ["material"]}, "kinds names 'material', and the prompts have photo"),
+        ({"people": {"source": "nowhere"}}, "people.source is nowhere, which is no folder"),
+        ({"measures": {"a": {"kind": "beauty"}}}, "measures.a.kind is 'beauty'"),
+        (
+            {"methods": {"b": {"kind": "best of", "of": "x", "pictures": 2, "by": {}}}},
+            "methods.b names 'x', which is no method",
+        ),
+    ],
+)
+def test_a_protocol_that_cannot_be_run_is_refused_before_anything_is_drawn(tmp_path, changed, says):
+    with pytest.raises((EvaluationError, ConfigError)) as error:
+        evaluation(written(tmp_path, **changed))
+    assert says in str(error.value) and not (tmp_path / "out" / "pictures").exists() or "people" in changed
+
+
+def test_a_prompt_list_in_another_encoding_says_where_and_what_to_do(tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_bytes("a photo of a face in a café\n".encode("latin-1"))
+    with pytest.raises(EvaluationError, match=r"is not in UTF-8 \(byte 0xe9 at place 26\): save it again as UTF-8"):
+        evaluation(written(tmp_path, prompts=str(prompts)))
+    prompts.write_text("\ufeffa photo of a face in a café\n\n  a comic\n", encoding="utf-8")
+    listed = protocol.read_prompts(str(prompts))
+    assert listed == {"prompt": ["a photo of a face in a café", "a comic"]}
+
+
+def test_a_reference_without_a_face_is_named(tmp_path):
+    faces = tmp_path / "faces"
+    faces.mkdir()
+    Image.new("RGB", (96, 96), (120, 120, 120)).save(faces / "wall.png")
+    measures = {"identity": {"kind": "identity", "recogniser": "mini_face_recogniser.safetensors"}}
+    changed = {"people": {"source": str(faces)}, "measures": measures}
+    with pytest.raises(EvaluationError, match=r"No face was found in the reference wall \(measure identity\)"):
+        evaluation(written(tmp_path, **changed))
+    (faces / "notes.png").write_text("no picture")
+    with pytest.raises(EvaluationError, match="The reference notes cannot be read as a picture"):
+        evaluation(written(tmp_path, **changed))
+
+
+def test_a_recogniser_that_is_the_loss_s_own_is_warned_of(tmp_path):
+    methods = {"trained": {"kind": "encoder", "file": "mini_encoder.safetensors"}}
+    judge = {"identity": {"kind": "identity", "recogniser": "mini_face_recogniser.safetensors"}}
+    flattered = evaluation(written(tmp_path, methods=methods, measures=judge, baseline=None))
+    (warning,) = flattered.warnings
+    assert "measures.identity judges by mini_face_recogniser.safetensors" in warning and "methods.trained" in warning
+    fair = {"identity": {"kind": "identity", "recogniser": "mini"}}
+    assert not evaluation(written(tmp_path, methods=methods, measures=fair, baseline=None)).warnings
+
+
+def test_full_adds_to_the_file_and_needs_a_section(tmp_path):
+    path = written(tmp_path)
+    whole = protocol.load(path, full=True)
+    assert whole.people.count == 5 and whole.people.source == "drawn"
+    assert whole.methods["adapter"]["weights"] == [0.25] and "nothing" in whole.methods
+    path.write_text(yaml.safe_dump({k: v for k, v in VALUES.items() if k != "full"}))
+    with pytest.raises(ConfigError, match="has no section `full`"):
+        protocol.load(path, full=True)
+
+
+def test_a_count_is_the_one_that_was_found_first(tmp_path):
+    assert EvaluationStore(tmp_path, 0).count("a", 7) == 7
+    assert EvaluationStore(tmp_path, 1).count("a", 9) == 7 and EvaluationStore(tmp_path, 1).count("b", 2) == 2
+
+
+# --- the shipped protocols
+
+
+@pytest.mark.parametrize("path", sorted(p for p in protocol.PROTOCOLS.glob("*.yaml") if p.name != "prompts.yaml"))
+@pytest.mark.parametrize("full", [False, True])
+def test_every_shipped_protocol_is_understood(path, full):
+    if full and protocol.FULL not in yaml.safe_load(path.read_text(encoding="utf-8")):
+        return
+    settings = protocol.load(path, full=full)
+    kinds = {**run.MEASURES, **__import__("lcm_lookahead.mini.judges", fromlist=["MEASURES"]).MEASURES}
+    assert settings.parsed_methods() and settings.parsed_measures(kinds) and settings.prompt_list()
+    assert settings.baseline is None or settings.baseline in settings.methods
+    assert {settings.plot.x, settings.plot.y} <= settings.measures.keys()
+
+
+def test_the_dry_run_counts_what_real_sdxl_costs_without_its_files(capsys):
+    main.main(["evaluate", "sdxl_table1.yaml", "--dry-run", "--card", "h100"])
+    said = capsys.readouterr().out
+    assert said.count("MISSING") >= 4 and "h100" in said and "--worker 0/4" in said
+    unet, decoder = cost.work_of_a_pass(1024)
+    # SDXL's UNet takes 5.98 TFLOP a row at 1024 pixels (2.99 T multiply-adds)
+    assert unet == pytest.approx(5.98e12, rel=0.03) and decoder > 1e12
+    assert cost.work_of_a_pass(512)[0] < unet / 3.5
+    with pytest.raises(EvaluationError, match="--card is gtx: *|known are"):
+        settings = protocol.load(protocol.PROTOCOLS / "sdxl_table1.yaml")
+        cost.text(settings, cost.cost(settings, library_of(settings), 3), "", "gtx")
+
+
+def test_a_shipped_protocol_is_found_by_its_name(tmp_path):
+    assert command._found("mini.yaml").is_file() and command._found("/no/mini.yaml").parent.name == "no"
+    assert opening.NAMES == ("host", "diffusers")

@@ -1,0 +1,186 @@
+"""The workflows that look ahead; `template_workflows` has the others."""
+
+from __future__ import annotations
+
+from .template_graph import Node, Template
+from .template_specs import (
+    ADAPTER,
+    AHEAD,
+    AHEAD_PART,
+    BASE,
+    CLIP,
+    FACE,
+    FACE_PART,
+    FACES,
+    GUIDED,
+    LORA,
+    PHOTO,
+    PLAIN,
+    RECOGNISER,
+    TAESD,
+    VGG,
+    ahead_nodes,
+    custom_sampler,
+    face_nodes,
+    note,
+    picture,
+    prompt,
+    save,
+)
+
+
+def guided(
+    name: str, loss: dict[str, Node], source: str, more: dict[str, Node], text: str, how: Node
+) -> dict[str, Node]:
+    """What the guided workflows share: the graph around the loss (the node `loss`), drawn by the model of `source`."""
+    return {
+        **PLAIN,
+        **more,
+        **loss,
+        **ahead_nodes("checkpoint", "loss"),
+        "prompt": prompt(text),
+        "guider": Node(
+            "CFGGuider", values={"cfg": 5}, links={"model": source, "positive": "prompt", "negative": "negative"}
+        ),
+        **custom_sampler("guider", source, "ahead.sampler"),
+        "save": save(name, height=300),
+        "report": Node("LookaheadGuidanceReport", links={"latent": "sampler", "report": "ahead.report"}, height=200),
+        "curve": Node("PreviewImage", "Loss over the iterations", links={"images": "report"}, height=220),
+        "previews": Node("PreviewImage", "Previews before and after", links={"images": "report.previews"}, height=220),
+        "note": how,
+    }
+
+
+def guided_columns(left: list[str], middle: list[str]) -> list[tuple[float, list[str]]]:
+    """Five columns: what is drawn, what is wanted, how, the run, what came of it."""
+    return [
+        (320, left),
+        (320, middle),
+        (320, [AHEAD, "guider", "sigmas", "noise", "latent"]),
+        (320, ["decode", "report", "sampler"]),
+        (400, ["save", "curve", "previews"]),
+    ]
+
+
+GUIDED_WORKFLOWS: dict[str, Template] = {
+    "08 Look ahead for likeness (identity)": Template(
+        guided(
+            "ahead_identity",
+            {
+                "faces": Node("LookaheadLoadFaceAnalysis", values={"pack_name": FACES, "device": "cpu"}, height=180),
+                "loss": Node("LookaheadIdentityLoss", links={"face_analysis": "faces", "image": "picture"}),
+            },
+            "face",
+            {**face_nodes("picture", weight=0.6), "picture": picture("face_1.jpg", "Reference face", 330)},
+            PHOTO,
+            note(
+                "The image prompt says roughly who it is. At an early step the sampler looks ahead, finds the face, "
+                "and moves the noise until a face recogniser knows the person of **Reference face**.",
+                (*ADAPTER, LORA, TAESD, FACES),
+                GUIDED,
+                RECOGNISER,
+                height=540,
+            ),
+        ),
+        guided_columns(
+            ["checkpoint", "picture", "note"],
+            [FACE, "prompt", "negative", "faces", "loss"],
+        ),
+        (FACE_PART, AHEAD_PART),
+        [("picture", "image"), ("prompt", "text"), (FACE, "weight"), (AHEAD, "iterations"), ("noise", "noise_seed")],
+        ["save"],
+    ),
+    "09 Look ahead for a look (CLIP)": Template(
+        guided(
+            "ahead_look",
+            {"loss": Node("LookaheadCLIPLoss", values={"clip_name": CLIP}, links={"image": "picture"}, height=300)},
+            "checkpoint",
+            {"picture": picture("look.jpg", "Reference look", 330)},
+            "a lighthouse on a cliff, evening",
+            note(
+                "At an early step the sampler looks ahead, and moves the noise until CLIP sees the look of **Reference "
+                "look** in what is to come. The prompt stays what it is.",
+                (BASE, LORA, TAESD, CLIP),
+                "By words: write them into **text** of the CLIP loss (*an oil painting*), and unlink the picture or "
+                "keep both",
+                GUIDED,
+                height=480,
+            ),
+        ),
+        guided_columns(["checkpoint", "picture", "note"], ["prompt", "negative", "loss"]),
+        (AHEAD_PART,),
+        [("picture", "image"), ("prompt", "text"), (AHEAD, "iterations"), ("noise", "noise_seed")],
+        ["save"],
+    ),
+    "10 Look ahead for a layout (LPIPS and L1)": Template(
+        guided(
+            "ahead_layout",
+            {
+                "shapes": Node("LookaheadLPIPSLoss", links={"image": "picture"}),
+                "colours": Node("LookaheadL1Loss", links={"image": "picture"}),
+                "loss": Node(
+                    "LookaheadCombineLosses",
+                    values={"weight_a": 1, "weight_b": 0.5},
+                    links={"loss_a": "shapes", "loss_b": "colours"},
+                ),
+            },
+            "checkpoint",
+            {"picture": picture("face_2.jpg", "Reference layout", 330)},
+            "watercolour, portrait of a robot in a garden",
+            note(
+                "At an early step the sampler looks ahead, and moves the noise until shapes (LPIPS) and rough colours "
+                "(L1) lie where they lie in **Reference layout**. Style and content are the prompt's.",
+                (BASE, LORA, TAESD, VGG),
+                "Colours alone need no further file: give *L1* to the blue node without *Combine*",
+                GUIDED,
+                height=480,
+            ),
+        ),
+        guided_columns(["checkpoint", "picture", "note"], ["prompt", "negative", "shapes", "colours", "loss"]),
+        (AHEAD_PART,),
+        [("picture", "image"), ("prompt", "text"), (AHEAD, "iterations"), ("noise", "noise_seed")],
+        ["save"],
+    ),
+    "11 How well one step foretells (preview grid)": Template(
+        {
+            **{name: PLAIN[name] for name in ("checkpoint", "negative", "latent")},
+            **{name: node for name, node in ahead_nodes("checkpoint").items() if name not in ("ahead", "chosen")},
+            "prompt": prompt(PHOTO),
+            "grid": Node(
+                "LookaheadPreviewGrid",
+                values={
+                    "seed": 1,
+                    "control_after_generate": "fixed",
+                    "steps": 30,
+                    "cfg": 5,
+                    "sampler_name": "dpmpp_2m",
+                    "scheduler": "karras",
+                },
+                links={
+                    "model": "checkpoint",
+                    "shortcut": "shortcut",
+                    "positive": "prompt",
+                    "negative": "negative",
+                    "latent_image": "latent",
+                },
+            ),
+            "save": save("preview_grid", "grid", 340),
+            "numbers": Node("PreviewAny", "Numbers", links={"source": "grid.text"}, height=240),
+            "note": note(
+                "Upper row: what the few-step LoRA foretells in one step; lower row: what the model itself foretells, "
+                "at the parts of the run in **fractions**; at the right the finished picture. The more alike the upper "
+                "row is to it, the better it can be steered by.",
+                (BASE, LORA, TAESD),
+                "Connect a **loss** as well, and it is measured on every preview",
+            ),
+        },
+        [
+            (320, ["checkpoint", "lora", "preview vae", "latent"]),
+            (360, ["prompt", "negative", "shortcut", "note"]),
+            (320, ["grid"]),
+            (740, ["save", "numbers"]),
+        ],
+        asks=[("prompt", "text"), ("grid", "seed")],
+        shows=["save", "numbers"],
+    ),
+}

@@ -1,0 +1,98 @@
+// What ComfyUI's page does for this pack's nodes: sentences as toasts, texts on nodes, where a node comes from.
+
+import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
+
+const REGISTRY = { cnr_id: "lcm-lookahead", ver: "0.1.0" }; // name and version of pyproject.toml
+const FOLDER = decodeURIComponent(new URL(import.meta.url).pathname.split("/").at(-2)); // this pack's in custom_nodes
+const COLOURS = {
+  LOOKAHEAD_ENCODER: "#e0a458",
+  LOOKAHEAD_REFERENCE: "#5aa9e6",
+  LOOKAHEAD_FACE_ANALYSIS: "#7fc8a9",
+  LOOKAHEAD_LOSS: "#d1495b",
+  LOOKAHEAD_SHORTCUT: "#b58be8",
+  LOOKAHEAD_GUIDANCE_REPORT: "#c9c26d",
+};
+const LONG = 20000; // milliseconds that a sentence stays
+
+const isOurs = (type) => typeof type === "string" && type.startsWith("Lookahead");
+
+// A host's node fails in our code too: a sampler in the guidance, a guider in the KV injection.
+const isOurFault = (error) =>
+  isOurs(error.node_type) ||
+  [error.traceback].flat().some((line) => String(line).replaceAll("\\", "/").includes(`/${FOLDER}/nodes/`));
+
+const nameOf = (type) => globalThis.LiteGraph?.registered_node_types?.[type]?.title ?? type;
+
+function toast(severity, summary, detail) {
+  app.extensionManager?.toast?.add({ severity, summary, detail, life: LONG });
+}
+
+// "8:3" is node 3 of the subgraph that node 8 of the graph is.
+function findNode(id) {
+  let graph = app.rootGraph ?? app.graph;
+  let node;
+  for (const part of String(id).split(":")) {
+    node = graph?.getNodeById(Number(part));
+    graph = node?.subgraph;
+  }
+  return node;
+}
+
+function showError({ detail }) {
+  if (isOurFault(detail)) toast("error", nameOf(detail.node_type), detail.exception_message?.trim());
+}
+
+// A prompt that the host refuses never starts, so no event tells of it.
+function showRefusals() {
+  const queue = api.queuePrompt;
+  api.queuePrompt = async function (...input) {
+    try {
+      return await queue.apply(this, input);
+    } catch (error) {
+      for (const node of Object.values(error?.response?.node_errors ?? {}))
+        if (isOurs(node.class_type))
+          for (const one of node.errors ?? []) toast("error", nameOf(node.class_type), one.details || one.message);
+      throw error;
+    }
+  };
+}
+
+// The page itself shows the text of one node of its own only.
+function showText({ detail }) {
+  const id = detail.display_node ?? detail.node;
+  const text = [detail.output?.text ?? []].flat().join("\n");
+  if (text && isOurs(findNode(id)?.type)) api.dispatchCustomEvent("progress_text", { nodeId: String(id), text });
+}
+
+// The host lists a pack's workflows in the order of the file system.
+function sortTemplates() {
+  const list = api.getWorkflowTemplates;
+  api.getWorkflowTemplates = async function (...input) {
+    const templates = await list.apply(this, input);
+    templates?.[FOLDER]?.sort();
+    return templates;
+  };
+}
+
+app.registerExtension({
+  name: "lcm-lookahead",
+  init() {
+    sortTemplates();
+  },
+  setup() {
+    api.addEventListener("execution_error", showError);
+    api.addEventListener("executed", showText);
+    api.addEventListener("lookahead_notice", ({ detail }) => toast("warn", "LCM-Lookahead", detail.text));
+    showRefusals();
+  },
+  // After every palette: the page gives a type that it does not know an empty colour; a palette's own stays.
+  afterConfigureGraph() {
+    for (const colours of [app.canvas?.default_connection_color_byType, globalThis.LGraphCanvas?.link_type_colors])
+      if (colours) for (const [type, colour] of Object.entries(COLOURS)) colours[type] ||= colour;
+  },
+  // So that a page without the pack can name it, with or without a Manager.
+  nodeCreated(node) {
+    if (isOurs(node.comfyClass)) node.properties = { ...REGISTRY, ...node.properties };
+  },
+});
