@@ -13,6 +13,7 @@ COMMANDS = {
     "train": ["config", "section.key=value", "--dry-run"],
     "estimate": ["config", "section.key=value", "--card", "--processes"],
     "curves": ["OUT", "--to"],
+    "prepare": ["config", "section.key=value", "--worker", "--dry-run"],
     "doctor": ["data", "key=value", "--detector"],
     "convert": ["source", "target", "--to", "--base", "--precision"],
     "evaluate": [
