@@ -3,6 +3,7 @@
 import os
 import pickle
 import subprocess
+from importlib.util import find_spec
 
 import pytest
 from lcm_lookahead.cli import launch as launching
@@ -15,7 +16,7 @@ from lcm_lookahead.trainer.config import CONFIGS, ConfigError
 from lcm_lookahead.trainer.data.generate.config import load
 from lcm_lookahead.trainer.data.tars import ShardError
 
-datatrove = pytest.importorskip("datatrove", reason="the extra `cluster` is not installed")
+with_an_engine = pytest.mark.skipif(find_spec("datatrove") is None, reason="the extra `cluster` is not installed")
 
 
 def settings(out, *more):
@@ -35,6 +36,7 @@ def alone(tmp_path_factory):
     return out
 
 
+@with_an_engine
 def test_tasks_of_an_engine_make_the_bytes_of_one_process_and_leave_what_is_finished(alone, tmp_path, capsys):
     config = settings(tmp_path / "people", "launch.engine=local", "launch.workers=1")
     launch_shards(config)
@@ -44,6 +46,7 @@ def test_tasks_of_an_engine_make_the_bytes_of_one_process_and_leave_what_is_fini
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
+@with_an_engine
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["local", "ray"])
 def test_two_workers_of_an_engine_make_the_bytes_of_one_process(alone, tmp_path, engine):
@@ -54,6 +57,7 @@ def test_two_workers_of_an_engine_make_the_bytes_of_one_process(alone, tmp_path,
     assert bytes_in(tmp_path / "people") == bytes_in(alone)
 
 
+@with_an_engine
 def test_slurm_gets_a_script_whose_tasks_make_the_shards(alone, tmp_path, monkeypatch):
     more = ["launch.engine=slurm", "launch.partition=gpu", "launch.time=02:00:00", "launch.workers=1", "launch.gpus=1"]
     config = settings(tmp_path / "people", *more, "launch.cpus=8", "launch.sbatch={account: faces}")
@@ -79,6 +83,7 @@ def test_slurm_gets_a_script_whose_tasks_make_the_shards(alone, tmp_path, monkey
     assert bytes_in(tmp_path / "people") == bytes_in(alone)
 
 
+@with_an_engine
 def test_what_fails_or_is_missing_is_said(alone, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="engine 'slurm' needs a partition"):
         settings(tmp_path, "launch.engine=slurm")
