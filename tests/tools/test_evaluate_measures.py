@@ -16,7 +16,8 @@ PROMPTS = [
     Prompt(number=n, kind="style", text=text)
     for n, text in enumerate(["a photo of a face on a beach", "a comic of a face", "a wanted poster of a face"])
 ]
-RECOGNISERS = {"mini": 0.95, "mini_face_recogniser.safetensors": 0.8}
+# The judge sees every style; the loss's recogniser sees photos, in which its detector finds faces.
+RECOGNISERS = {"mini": (2, 0.95), "mini_face_recogniser.safetensors": (1, 0.8)}
 
 
 @pytest.fixture(scope="module")
@@ -41,21 +42,23 @@ def case(picture, person, prompt, **more):
 @pytest.mark.parametrize("recogniser", RECOGNISERS)
 def test_identity_tells_a_person_from_others_and_shuffled_pairs_are_no_better_than_chance(library, people, recogniser):
     measure = opened("identity", library, recogniser=recogniser)
+    prompts, least = RECOGNISERS[recogniser]
 
     def scores(shift):
         pairs = zip(people, people[shift:] + people[:shift], strict=True)
-        found = [measure.score(case(one.target(p), other, p)) for one, other in pairs for p in PROMPTS[:2]]
+        found = [measure.score(case(one.target(p), other, p)) for one, other in pairs for p in PROMPTS[:prompts]]
         return torch.tensor([0.0 if v is None else v for v in found])  # as a table counts them
 
     same, different = scores(0), torch.cat([scores(shift) for shift in (1, 3, 5)])
-    assert auc(same, different) > RECOGNISERS[recogniser]
+    assert auc(same, different) > least
     assert measure.score(case(people[0].reference, people[0], PROMPTS[0])) == pytest.approx(1, abs=1e-5)
-    mixed = torch.cat([same, different])[torch.randperm(4 * len(same), generator=torch.Generator().manual_seed(3))]
-    assert abs(auc(mixed[: len(same)], mixed[len(same) :]) - 0.5) < 0.2
+    everything, numbers = torch.cat([same, different]), torch.Generator().manual_seed(3)
+    shuffled = (everything[torch.randperm(len(everything), generator=numbers)] for _ in range(50))
+    assert abs(np.mean([auc(mixed[: len(same)], mixed[len(same) :]) for mixed in shuffled]) - 0.5) < 0.06
 
 
-@pytest.mark.parametrize("scorer", ["mini", "mini_clip/model.safetensors"])
-def test_a_picture_scores_higher_under_its_own_prompt_than_under_another(library, people, scorer):
+@pytest.mark.parametrize(("scorer", "least"), [("mini", 0.9), ("mini_clip/model.safetensors", 0.8)])
+def test_a_picture_scores_higher_under_its_own_prompt_than_under_another(library, people, scorer, least):
     measure = opened("prompt", library, clip=scorer)
     own, other = [], []
     for person in people[:4]:
@@ -64,7 +67,7 @@ def test_a_picture_scores_higher_under_its_own_prompt_than_under_another(library
                 score = measure.score(case(person.target(prompt), person, asked))
                 (own if asked == prompt else other).append(score)
     assert np.mean(own) > np.mean(other)
-    assert auc(torch.tensor(own), torch.tensor(other)) > 0.9
+    assert auc(torch.tensor(own), torch.tensor(other)) > least
 
 
 def test_the_target_is_most_like_itself_and_the_reference_is_a_copy(library, people):
