@@ -1,8 +1,8 @@
 """`make page`: ComfyUI with this pack and the mini world, in your own browser.
 
-Model files stand under the names that the shared workflows have, faces under those of their pictures, and each workflow
-is there a second time at the mini world's size (Workflows, w on the keyboard, folder `mini world`), with a note that
-says so. What you draw stays in `output/page`.
+Model files stand under the names that the shared workflows have, and each workflow is there a second time at the mini
+world's size (Workflows, w on the keyboard, folder `mini world`), with a note that says so. What you draw stays in
+`output/page`.
 """
 
 from __future__ import annotations
@@ -18,17 +18,19 @@ from pathlib import Path
 from typing import Any
 
 from ..host.page import page_host
-from ..host.workflow import load, pictures_named
+from ..host.workflow import load
 from ..tools.common import ROOT, run_main, say
-from .demo import CFG, SCALES, SIZE, STEPS, draw_references
+from .demo import CFG, SCALES, SIZE, STEPS, STOCK
 from .files.host_models import MINI_EXTENSIONS, TRAINED, link_models, write_taesd
 
 WORKFLOWS = ROOT / "workflows"
 FOLDER = Path("user", "default", "workflows", "mini world")
 # What each node gets there: the encoder that was trained for it, 128 pixels, and the guidance that it looks best at.
 VALUES: dict[str, dict[str, Any]] = {
+    "CLIPTextEncode": {"text": "a photo of a face on a beach"},  # that with the title Prompt
     "LookaheadLoadEncoder": {"encoder_name": Path(TRAINED).name},
     "EmptyLatentImage": {"width": SIZE, "height": SIZE},
+    "ImageScale": {"width": SIZE, "height": SIZE},
     "LookaheadEncodeReference": {"size": SIZE},
     "LookaheadLPIPSLoss": {"weights": "random", "backbone": "squeeze"},  # vgg's weights are not part of it
     "BasicScheduler": {"steps": STEPS},
@@ -50,14 +52,18 @@ def at_mini_size(saved: dict[str, Any]) -> dict[str, Any]:
     """A workflow in the save format with the mini world's VALUES, also in its subgraphs, and a NOTE above its nodes."""
     workflow = copy.deepcopy(saved)
     graphs = [workflow, *workflow.get("definitions", {}).get("subgraphs", [])]
-    steps = [
-        node["widgets_values"][k] for g in graphs for node in g["nodes"] for k, n in _widgets(node) if n == "steps"
-    ]
+    nodes = [node for graph in graphs for node in graph["nodes"] if node["type"] in VALUES]
+    steps = [node["widgets_values"][place] for node in nodes for place, name in _widgets(node) if name == "steps"]
     few = bool(steps) and max(steps) <= FEW_STEPS
-    for node in (node for graph in graphs for node in graph["nodes"]):
+    for node in nodes:
         for place, name in _widgets(node):
-            value = VALUES[node["type"]].get(name) if node["type"] in VALUES else None
-            if value is not None and not (few and name in ("steps", "cfg", *SCALES)):
+            value = VALUES[node["type"]].get(name)
+            if node["type"] == "CLIPTextEncode":
+                fixed = node.get("title") != "Prompt"
+            else:
+                fixed = few and name in ("steps", "cfg", *SCALES)
+            other = name == "encoder_name" and node["widgets_values"][place] != STOCK  # a file of another kind
+            if value is not None and not fixed and not other:
                 node["widgets_values"][place] = value
     workflow["last_node_id"] = number = max(workflow["last_node_id"], *(node["id"] for node in workflow["nodes"])) + 1
     corners = [node["pos"] for node in workflow["nodes"]]
@@ -96,16 +102,12 @@ def _widgets(node: dict[str, Any]) -> Iterator[tuple[int, str]]:
 
 
 def prepare(base: Path) -> None:
-    """Put the mini world's models, faces and workflows into a host's base directory."""
+    """Put the mini world's models and workflows into a host's base directory. (The pack itself brings the faces.)"""
     link_models(base)
     write_taesd(base)
     paths = sorted(WORKFLOWS.glob("*.json"))
     saved = {path: load(path) for path in paths}
     saved = {path: workflow for path, workflow in saved.items() if "nodes" in workflow}
-    names = pictures_named(list(saved))
-    for name, picture in zip(names, draw_references(len(names)), strict=True):
-        if not (base / "input" / name).exists():
-            picture.save(base / "input" / name)
     (base / FOLDER).mkdir(parents=True, exist_ok=True)
     for path, workflow in saved.items():
         target = base / FOLDER / path.name
