@@ -205,7 +205,7 @@ class Locales:
             if called != text and (name := self.translation(code, called)) not in translation:
                 yield f"no {name!r}, as {called!r} is called"
         for word, forms in self.glossary["words"].items():
-            if re.search(rf"\b{word}(?:s|es)?\b", text, re.IGNORECASE):
+            if re.search(rf"\b{word}(?:s|es)?\b", CODE.sub("", text), re.IGNORECASE):
                 wanted = forms[code].split("|")
                 if not any(form.casefold() in translation.casefold() for form in wanted):
                     yield f"none of {wanted}, as the glossary has {word!r}"
