@@ -6,6 +6,7 @@ number of workers or on who was faster; and nothing has to be saved, since a run
 
 from __future__ import annotations
 
+import atexit
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -28,9 +29,9 @@ class Ahead(Generic[Job, Made]):
 
     def __init__(self, make: Callable[[Job], Made], jobs: Iterable[Job], workers: int, pinned: bool = False):
         self.waited = 0.0
-        self._loader: DataLoader[Any] | None = None
+        self._end: Callable[[], None] | None = None
         if workers:
-            self._loader = DataLoader(
+            loader: DataLoader[Any] = DataLoader(
                 _Jobs(make),
                 batch_size=None,
                 sampler=_Order(jobs),
@@ -39,7 +40,11 @@ class Ahead(Generic[Job, Made]):
                 worker_init_fn=_begin,
                 pin_memory=pinned,
             )
-            self._made: Iterator[Any] = iter(self._loader)
+            made: Any = iter(loader)
+            self._made: Iterator[Any] = made
+            self._end = made._shutdown_workers
+            # Python itself would end them by a signal that they ignore, and wait for ever.
+            atexit.register(made._shutdown_workers)
         else:
             self._made = map(_Jobs(make).__getitem__, jobs)
 
@@ -57,7 +62,10 @@ class Ahead(Generic[Job, Made]):
 
     def close(self) -> None:
         """End the workers."""
-        self._made, self._loader = iter(()), None  # the loader's iterator ends them when nobody holds it
+        if self._end is not None:
+            self._end()
+            atexit.unregister(self._end)
+        self._made, self._end = iter(()), None
 
 
 class _Order:

@@ -3,6 +3,8 @@ batches that workers read ahead are those that are computed."""
 
 import pickle
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -195,3 +197,12 @@ def test_the_command_says_what_is_missing_makes_it_and_says_that_it_is_there(dra
     assert "pictures and" in said.err and "GB are free" in said.err and "Written: " in said.out
     main.main([*command, "--dry-run"])
     assert "Everything that the run will read is in" in capsys.readouterr().out
+
+
+def test_a_process_that_ends_in_the_middle_ends_its_workers_though_they_ignore_signals():
+    code = (
+        "from lcm_lookahead.trainer.ahead import Ahead\n"
+        "kept = Ahead(abs, iter(range(9)), 1)\nassert next(kept) == 0\nraise SystemExit(3)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], timeout=300, check=False)
+    assert done.returncode == 3
