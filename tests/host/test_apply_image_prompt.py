@@ -32,6 +32,16 @@ IDS = {
     "LookaheadWeights",
     "LookaheadEncodeFace",
     "LookaheadPlaceMasks",
+    "LookaheadLoadConceptEncoder",
+    "LookaheadPredictConcept",
+    "LookaheadTuneConcept",
+    "LookaheadEncodeConceptPrompt",
+    "LookaheadApplyConcept",
+    "LookaheadSaveConcept",
+    "LookaheadLoadConcept",
+    "LookaheadIdentityScore",
+    "LookaheadPromptScore",
+    "LookaheadRank",
 }
 
 

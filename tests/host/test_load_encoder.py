@@ -52,6 +52,7 @@ def test_folders_that_a_user_configured_stay_and_are_searched(pack, tmp_path, mi
         assert "far.safetensors" in load.encoder_names() and load.encoder_path("far.safetensors").startswith(str(own))
     finally:
         folder_paths.folder_names_and_paths["ipadapter"][0].remove(str(own))
+        folder_paths.filename_list_cache.pop("ipadapter", None)  # the host notices new folders, not lost ones
 
 
 def test_a_missing_file_names_the_folders_that_were_searched(pack, tools):
