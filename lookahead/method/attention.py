@@ -6,7 +6,7 @@ on. `attention` is any function (q, k, v, heads) -> [batch, tokens, channels]; t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -100,15 +100,34 @@ def extended_self_attention(
     return attention(q, torch.cat([k, k_ext], dim=1), torch.cat([v, v_ext], dim=1), heads)
 
 
-def adain(x: Tensor, like: Tensor) -> Tensor:
-    """Tokens x [..., N, C] take over the mean and the deviation of each channel of the tokens `like` [..., M, C].
+def statistics(x: Tensor) -> Tensor:
+    """The mean and the deviation of each channel of tokens x [..., N, C]: [..., 2, C]."""
+    deviation, mean = torch.std_mean(x, dim=-2, correction=0)
+    return torch.stack([mean, deviation], dim=-2)
+
+
+def with_statistics(x: Tensor, wanted: Tensor) -> Tensor:
+    """Tokens x [..., N, C] with the mean and the deviation of each channel that are wanted [..., 2, C].
 
     AdaIN (arXiv 1703.06868), as StyleAligned (arXiv 2312.02133) shares attention with. Channels without any deviation
     in x get the mean alone.
     """
-    deviation, mean = torch.std_mean(x, dim=-2, keepdim=True, correction=0)
-    other_deviation, other_mean = torch.std_mean(like, dim=-2, keepdim=True, correction=0)
+    (mean, deviation), (other_mean, other_deviation) = (s.split(1, dim=-2) for s in (statistics(x), wanted))
     return (x - mean) / (deviation + 1e-5) * other_deviation + other_mean
+
+
+def adain(x: Tensor, like: Tensor) -> Tensor:
+    """Tokens x [..., N, C] take over the mean and the deviation of each channel of the tokens `like` [..., M, C]."""
+    return with_statistics(x, statistics(like))
+
+
+def pooled_statistics(parts: Sequence[Tensor]) -> Tensor:
+    """The statistics of several sets of as many tokens, taken together: [2, C] of each -> [2, C]."""
+    if len(parts) == 1:
+        return parts[0]
+    means, deviations = torch.stack(list(parts), dim=-1).unbind(0)
+    variance = (deviations**2 + means**2).mean(-1) - means.mean(-1) ** 2
+    return torch.stack([means.mean(-1), variance.clamp_min(0).sqrt()])
 
 
 def mask_on_tokens(mask: Tensor, height: int, width: int) -> Tensor:

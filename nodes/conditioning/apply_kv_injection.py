@@ -13,7 +13,7 @@ from ..sockets import REFERENCE, WEIGHTS
 from .kv_injection import KVInjection
 from .reference_pass import FIXED, SHARED, KVSource
 from .rows import When
-from .self_attention import ADAIN, NO_ADAIN
+from .self_attention import ADAIN, NO_ADAIN, PICTURE
 from .unet_blocks import KVBlock, self_attentions
 from .weights import WeightFactors
 from .wrappers import add_effect
@@ -119,7 +119,7 @@ class LookaheadApplyKVInjection(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip="What takes over the statistics (mean and deviation of each channel) of what, before both "
-                    "are read together. own keys to the reference: as StyleAligned, more of its look. reference to the "
+                    "are read together. picture to the reference: as StyleAligned, more of its look. reference to the "
                     "picture: its keys and values become the picture's in colour and contrast, against a copied look.",
                 ),
             ],
@@ -167,6 +167,7 @@ class LookaheadApplyKVInjection(io.ComfyNode):
                     noise_seed=noise_seed,
                     cache_bytes=int(cache_gb * 2**30),
                     kv_patcher=None if subject.encoder is None else subject.encoder.kv_patcher,
+                    queries=adain == PICTURE,
                 )
                 injection = KVInjection(
                     source=source,

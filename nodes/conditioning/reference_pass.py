@@ -21,7 +21,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ...lookahead.method.attention import mask_on_tokens
+from ...lookahead.method.attention import mask_on_tokens, statistics
 from ..reference.kv_cache import KVByBlock, KVByRole
 from .unet_blocks import BlockKey, KVBlock, host_attention
 
@@ -54,7 +54,8 @@ class KVSource:
     subject: its latents are noised, and its own prompt is the text; blocks: the self-attentions that export, out of
     all_blocks, both in the order in which the host runs them; noise, noise_seed: SHARED for the picture's own noise,
     FIXED for one that is drawn from the seed; cache_bytes: the most that may be kept of the passes; kv_patcher: the
-    host's patcher of the KV encoder, or None (without training).
+    host's patcher of the KV encoder, or None (without training); queries: the statistics of the queries are exported
+    too.
     """
 
     subject: Subject
@@ -64,6 +65,7 @@ class KVSource:
     noise_seed: int = 0
     cache_bytes: int = 2 << 30
     kv_patcher: ModelPatcher | None = None
+    queries: bool = False
 
     @property
     def kv_encoder(self) -> KVEncoder | None:
@@ -143,7 +145,7 @@ class ReferencePass:
             digest = hashlib.sha256(self._noise.numpy().tobytes())
             digest.update(sampling.sigmas.float().cpu().numpy().tobytes())
             injected = [x for group in getattr(self._patcher, "injections", {}).values() for x in group]
-            blocks = tuple(block.key for block in self.source.blocks)
+            blocks = tuple(block.key for block in self.source.blocks), self.source.queries
             settings = {k: v for k, v in vars(sampling).items() if isinstance(v, int | float | str | None)}
             digest.update(repr(sorted(settings.items())).encode())  # such as a flow model's multiplier and noise scale
             precision = model.get_dtype_inference(), str(self._patcher.load_device), type(sampling).__mro__
@@ -253,7 +255,7 @@ class _Export:
                 v_out = self._kv_encoder.exported(block.path, "attn1.to_v", v, x)
                 q, k, v = self._tuned(q, k, v, block.path, "attn1", extra)
             if block.key in self._exported:
-                self._export(block.key, k_out, v_out, extra)
+                self._export(block.key, (k_out, v_out, q) if self._source.queries else (k_out, v_out), extra)
             return self._attend(q, k, v, extra)
 
         return replacement
@@ -293,17 +295,17 @@ class _Export:
 
         return patch
 
-    def _export(self, key: BlockKey, k: Tensor, v: Tensor, extra: dict[str, Any]) -> None:
+    def _export(self, key: BlockKey, exported: tuple[Tensor, ...], extra: dict[str, Any]) -> None:
         chunks = extra.get("cond_or_uncond") or [0]
         kept = self._under_masks[tuple(extra["activations_shape"][-2:])] if self._under_masks else []
-        for index, k_part, v_part in zip(chunks, k.chunk(len(chunks)), v.chunk(len(chunks)), strict=True):
-            pairs = list(zip(k_part, v_part, strict=True))
+        for index, *parts in zip(chunks, *(part.chunk(len(chunks)) for part in exported), strict=True):
+            rows = list(zip(*parts, strict=True))
             if kept:
-                pairs = [(k[kept[n % len(kept)]], v[kept[n % len(kept)]]) for n, (k, v) in enumerate(pairs)]
+                rows = [tuple(part[kept[n % len(kept)]] for part in row) for n, row in enumerate(rows)]
             if (size := self._pictures_per_image) > 1:
-                groups = [pairs[at : at + size] for at in range(0, len(pairs), size)]
-                pairs = [tuple(torch.cat(parts) for parts in zip(*group, strict=True)) for group in groups]
-            self.rows.setdefault(index, {})[key] = pairs
+                groups = [rows[at : at + size] for at in range(0, len(rows), size)]
+                rows = [tuple(torch.cat(parts) for parts in zip(*group, strict=True)) for group in groups]
+            self.rows.setdefault(index, {})[key] = [(k, v, *map(statistics, q)) for k, v, *q in rows]
         if key == self._last:
             raise _LastExport
 

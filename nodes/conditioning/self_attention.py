@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ...lookahead.method.attention import adain, extended_self_attention, mask_on_tokens
+from ...lookahead.method.attention import (
+    adain,
+    extended_self_attention,
+    mask_on_tokens,
+    pooled_statistics,
+    with_statistics,
+)
 from .effect import Replacements
 from .rows import RowLayout
 from .unet_blocks import BlockKey, KVBlock, host_attention
@@ -16,8 +22,8 @@ from .unet_blocks import BlockKey, KVBlock, host_attention
 if TYPE_CHECKING:
     from ..reference.kv_cache import KVByRole
 
-NO_ADAIN, KEYS, REFERENCE = "off", "own keys to the reference", "reference to the picture"
-ADAIN = (NO_ADAIN, KEYS, REFERENCE)  # what takes over whose statistics before both are read under one softmax
+NO_ADAIN, PICTURE, REFERENCE = "off", "picture to the reference", "reference to the picture"
+ADAIN = (NO_ADAIN, PICTURE, REFERENCE)  # what takes over whose statistics before both are read under one softmax
 
 
 class KVRows:
@@ -53,9 +59,14 @@ class KVRows:
         out = []
         for image, conditional in self._layout:
             stack = self._kv[conditional][key]
-            k, v = stack[image % len(stack)]
+            k, v = stack[image % len(stack)][:2]
             out.append((k.to(like, non_blocking=True), v.to(like, non_blocking=True)))
         return out
+
+    def query_statistics(self, key: BlockKey, like: Tensor) -> list[Tensor]:
+        """For each row the statistics of its reference's queries, [2, channels]."""
+        stacks = ((image, self._kv[conditional][key]) for image, conditional in self._layout)
+        return [stack[image % len(stack)][2].to(like, non_blocking=True) for image, stack in stacks]
 
     def coefficient(self, key: BlockKey, grid: tuple[int, int], like: Tensor) -> Tensor | float:
         """weight * mask for every token: a number, or [rows, tokens, 1]."""
@@ -126,21 +137,23 @@ def self_attention(key: BlockKey, references: list[KVRows], once: Callable[[str]
             read = [reference.tokens(key, k) for reference in group]
             k_ext = [torch.cat([tokens[row][0] for tokens in read]) for row in range(rows)]
             v_ext = [torch.cat([tokens[row][1] for tokens in read]) for row in range(rows)]
-            own = k
+            asking, own = q, k
             if group[0].adain == REFERENCE:
                 k_ext, v_ext = _take_over(k, k_ext), _take_over(v, v_ext)
-            elif group[0].adain == KEYS:
+            elif group[0].adain == PICTURE:
                 own = torch.cat([adain(tokens, e) for tokens, e in zip(k.chunk(rows), k_ext, strict=True)])
+                wanted = map(pooled_statistics, zip(*(r.query_statistics(key, q) for r in group), strict=True))
+                asking = torch.cat([with_statistics(*row) for row in zip(q.chunk(rows), wanted, strict=True)])
             lengths = [len(row) for row in k_ext]
             if len(set(lengths)) == 1:
                 # Each row was cut into tiles (as HyperTile does): all tiles of a row read the whole reference.
                 k_all, v_all = (torch.stack(rows).repeat_interleave(tiles, dim=0) for rows in (k_ext, v_ext))
-                return extended_self_attention(q, own, v, k_all, v_all, heads, attention=attention)
+                return extended_self_attention(asking, own, v, k_all, v_all, heads, attention=attention)
             parts = []  # masks of different sizes: every row by itself
             for row in range(rows):
                 at = slice(row * tiles, (row + 1) * tiles)
                 one = (t[row].expand(tiles, -1, -1) for t in (k_ext, v_ext))
-                parts.append(extended_self_attention(q[at], own[at], v[at], *one, heads, attention=attention))
+                parts.append(extended_self_attention(asking[at], own[at], v[at], *one, heads, attention=attention))
             return torch.cat(parts)
 
         if len(groups) == 1 and groups[0][0].mask is None and groups[0][0].weight(key) == 1:

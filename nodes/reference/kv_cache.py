@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 # By self-attention, one pair (keys, values) [tokens, channels] a row; image i of a batch reads row i (modulo the rows).
-KVByBlock = dict[tuple[str, int, int], list[tuple[Tensor, Tensor]]]
+# Where AdaIN asks for them the statistics of the queries [2, channels] come third.
+KVByBlock = dict[tuple[str, int, int], list[tuple[Tensor, ...]]]
 KVByRole = dict[bool, KVByBlock]  # by role: conditional or not
 
 
@@ -53,7 +54,9 @@ class KVCache:
             del self.runs[earlier]
         entries = self.runs.setdefault(run, {})
         for role, rows in kv.items():
-            entries[sigma, role] = {key: [(k.cpu(), v.cpu()) for k, v in pairs] for key, pairs in rows.items()}
+            entries[sigma, role] = {
+                key: [tuple(part.cpu() for part in row) for row in of_block] for key, of_block in rows.items()
+            }
         self.runs.move_to_end(run)
         return True
 

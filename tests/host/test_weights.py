@@ -207,7 +207,7 @@ def test_pictures_act_in_the_shares_of_their_weights(mini, tools, draw):
 # -- AdaIN
 
 
-@pytest.mark.parametrize("adain", ["own keys to the reference", "reference to the picture"])
+@pytest.mark.parametrize("adain", ["picture to the reference", "reference to the picture"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_adain_gives_one_the_statistics_of_the_other(mini, tools, pack, draw, monkeypatch, adain, masked):
     patch = pack.module("nodes.conditioning.self_attention")
@@ -223,13 +223,15 @@ def test_adain_gives_one_the_statistics_of_the_other(mini, tools, pack, draw, mo
         def compare(q, k, v, extra):
             out = replacement(q, k, v, extra)
             for row, (k_ext, v_ext) in enumerate(references[0].tokens(key, k)):
-                own = k[row]
+                asked, own = q[row], k[row]
                 if adain == "reference to the picture":
                     k_ext, v_ext = like(k_ext, k[row]), like(v_ext, v[row])
                 else:
+                    mean, deviation = references[0].query_statistics(key, k)[row]
+                    asked = (asked - asked.mean(0)) / (asked.std(0, correction=0) + 1e-5) * deviation + mean
                     own = like(own, k_ext)
                 keys, values = torch.cat([own, k_ext])[None], torch.cat([v[row], v_ext])[None]
-                assert close(out[row], patch.host_attention(extra)(q[row : row + 1], keys, values, extra["n_heads"])[0])
+                assert close(out[row], patch.host_attention(extra)(asked[None], keys, values, extra["n_heads"])[0])
             seen.append(key)
             return out
 
@@ -244,3 +246,35 @@ def test_adain_gives_one_the_statistics_of_the_other(mini, tools, pack, draw, mo
     monkeypatch.setattr(patch, "self_attention", made)
     assert len(seen) == 17 and not close(found, draw(tools.inject(mini.model, reference)), 1e-3)
     assert torch.equal(draw(tools.inject(mini.model, reference, weight=0.0, adain=adain)), draw(mini.model))
+
+
+def test_the_statistics_are_those_of_the_queries_of_the_reference_pass(mini, tools, pack, draw, monkeypatch):
+    """Of all pictures of the reference together, by role; and those of two references are pooled."""
+    patch = pack.module("nodes.conditioning.self_attention")
+    to_q, asked, found = mini.model.model.diffusion_model.middle_block[1].transformer_blocks[0].attn1.to_q, [], []
+    made = patch.self_attention
+
+    def watched(key, references, once):
+        replacement = made(key, references, once)
+
+        def note(q, k, v, extra):
+            if key == ("middle", 0, 0):
+                found.append([reference.query_statistics(key, k) for reference in references])
+            return replacement(q, k, v, extra)
+
+        return note
+
+    hook = to_q.register_forward_hook(lambda module, args, out: asked.append(out))
+    monkeypatch.setattr(patch, "self_attention", watched)
+    try:
+        reference = tools.kv_reference(mini, tools.picture(1, n=2))
+        draw(tools.inject(mini.model, reference, adain="picture to the reference"))
+    finally:
+        hook.remove()
+    (of_rows,) = found[0]
+    by_role = asked[0].chunk(2)  # two roles of two pictures
+    stats = [torch.stack([part.flatten(0, 1).mean(0), part.flatten(0, 1).std(0, correction=0)]) for part in by_role]
+    assert asked[0].shape[0] == 4 and len(of_rows) == 2 and not close(*stats, 1e-2)
+    for row in of_rows:
+        assert any(close(row, expected) for expected in stats)
+    assert not close(*of_rows, 1e-2)

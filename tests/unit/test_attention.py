@@ -2,7 +2,13 @@
 
 import pytest
 import torch
-from lcm_lookahead.lookahead.method.attention import adain, extended_self_attention, softmax_attention
+from lcm_lookahead.lookahead.method.attention import (
+    adain,
+    extended_self_attention,
+    pooled_statistics,
+    softmax_attention,
+    statistics,
+)
 from lcm_lookahead.lookahead.method.kv_encoder import LowRank
 
 HEADS, WIDTH = 2, 8
@@ -108,3 +114,9 @@ def test_adain_takes_over_mean_and_deviation_of_each_channel():
     assert torch.allclose(adain(x, x), x, atol=1e-3)
     flat = adain(torch.ones(1, 5, 2), like[:1, :, :2])
     assert torch.allclose(flat, like[:1, :, :2].mean(1, keepdim=True).expand(-1, 5, -1))
+
+
+def test_statistics_of_parts_are_pooled_into_those_of_the_whole():
+    x = torch.randn(3, 20, 4, generator=torch.Generator().manual_seed(4)) * torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1)
+    assert torch.allclose(pooled_statistics([statistics(part) for part in x]), statistics(x.flatten(0, 1)), atol=1e-5)
+    assert torch.equal(pooled_statistics([statistics(x[0])]), statistics(x[0]))
