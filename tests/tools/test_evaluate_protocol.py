@@ -231,8 +231,8 @@ def test_the_dry_run_counts_what_real_sdxl_costs_without_its_files(capsys):
     said = capsys.readouterr().out
     assert said.count("MISSING") >= 4 and "h100" in said and "--worker 0/4" in said
     unet, decoder = cost.work_of_a_pass(1024)
-    # As published, SDXL's UNet takes 2.99 T multiply-adds a row at 1024 pixels, without the products of attention: twice
-    # 2 N^2 C in ten blocks of 640 channels on 64^2 places and sixty of 1280 on 32^2.
+    # As published, SDXL's UNet takes 2.99 T multiply-adds a row at 1024 pixels, without those of attention itself:
+    # twice 2 N^2 C in ten blocks of 640 channels on 64^2 places and sixty of 1280 on 32^2.
     attention = 4 * (10 * 640 * 4096**2 + 60 * 1280 * 1024**2)
     assert unet == pytest.approx(2 * 2.99e12 + attention, rel=0.01) and decoder > 1e12
     assert cost.work_of_a_pass(512)[0] < unet / 3.5
