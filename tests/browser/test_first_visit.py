@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 
 import pytest
 from lcm_lookahead.host.workflow import load
@@ -63,7 +64,8 @@ def test_three_clicks_lead_from_the_templates_to_a_picture(page, host, keep, nam
     page.wait_for("document.querySelector('[data-testid^=template-workflow-]')")
     keep(page, "templates")
     page.click(f"document.querySelector('[data-testid={json.dumps(f'template-workflow-{name}')}]')")  # two
-    page.wait_for(SAVED)
+    page.wait_for("app.graph.nodes.some(n => n.title === 'Reference face')")
+    time.sleep(1)  # the page looks for missing files after that
     assert page.complaints() == []
     page.evaluate(SMALL)
     page.click(RUN)  # three
