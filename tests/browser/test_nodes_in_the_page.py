@@ -14,7 +14,7 @@ def page(browser):
 
 def test_a_missing_node_and_a_missing_file_are_seen(page):
     """What the tests of the workflows rely on."""
-    broken = load(ROOT / "workflows" / "image_prompt.json")
+    broken = load(ROOT / "workflows" / "01 Face under a new prompt.json")
     encoder = next(node for node in broken["nodes"] if node["type"] == "LookaheadLoadEncoder")
     encoder["type"] = "NobodyHasThisNode"
     checkpoint = next(node for node in broken["nodes"] if node["type"] == "CheckpointLoaderSimple")

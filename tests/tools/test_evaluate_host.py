@@ -22,7 +22,7 @@ METHODS = {
     "guided": {"kind": "none", "guidance": {"iterations": 2, "start": 0.3}},
     "workflow": {
         "kind": "workflow",
-        "file": str(ROOT / "workflows/image_prompt.json"),
+        "file": str(ROOT / "workflows/01 Face under a new prompt.json"),
         "weight": "LookaheadApplyImagePrompt.weight",
         "weights": [1.0, 0.0],
         "set": SMALL,
