@@ -15,7 +15,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from lcm_lookahead.cli import engine as command
-from lcm_lookahead.cli import main
+from lcm_lookahead.cli import generate, main
 from lcm_lookahead.mini import drawn_people
 from lcm_lookahead.mini.generator import DrawnWorld
 from lcm_lookahead.mini.plan import WEIGHTS
@@ -375,7 +375,7 @@ def test_the_pilot_s_thresholds_keep_what_they_say(inspector):
 
 def test_names_warn(tmp_path, capsys, monkeypatch):
     (tmp_path / "names.txt").write_text("Ada Example\nBen Example\n")
-    monkeypatch.setattr(command, "verify_shards", lambda config: 0)
+    monkeypatch.setattr(generate, "verify_shards", lambda config: 0)
     more = [f"names={tmp_path / 'names.txt'}", "people=null", "--verify"]
     run(arguments(tmp_path / "out", *more, name="mini"))
     assert "makes pictures of real people" in capsys.readouterr().err
@@ -406,11 +406,11 @@ def test_a_disk_that_is_full_in_the_middle_keeps_what_is_finished(drawn, tmp_pat
     out, sync = tmp_path / "full", os.fsync
 
     def full(file):
-        if (out / "shard-000000.index.json").exists():
+        if (out / "shard-000000.times.json").exists():
             raise OSError(28, "No space left on device")
         sync(file)
 
-    monkeypatch.setattr("lcm_lookahead.trainer.data.shards.os.fsync", full)
+    monkeypatch.setattr("lcm_lookahead.trainer.data.store.os.fsync", full)
     with pytest.raises(SystemExit, match="shard-000001.tar cannot be written .No space left on device"):
         run(arguments(out))
     assert sorted(p.name for p in out.iterdir()) == [

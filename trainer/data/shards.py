@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,25 @@ def times_name(shard: str) -> str:
     return shard.removesuffix(".tar") + ".times.json"
 
 
+@contextmanager
+def said(store: Store, name: str) -> Iterator[None]:
+    """The block writes a file of a shard; raises ShardError, one sentence, where it cannot."""
+    try:
+        yield
+    except OSError as error:
+        raise ShardError(
+            f"{store.at(name)} cannot be written ({error.strerror}): free some space or name another folder; then "
+            f"{PEOPLE.again}."
+        ) from error
+
+
+def write_times(store: Store, shard: str, times: Mapping[str, Any]) -> None:
+    """Write how long a shard took, beside it. Raises ShardError or StoreError where that cannot be written."""
+    name = times_name(shard)
+    with said(store, name), store.writing(name) as path:
+        path.write_text(json.dumps(times))
+
+
 def write_shard(store: Store, shard: str, samples: Iterable[Sample], side: Mapping[str, Any], content: str) -> None:
     """Write tar, side file and index, each whole or not at all. content: digest of the configuration.
 
@@ -62,7 +82,7 @@ def write_shard(store: Store, shard: str, samples: Iterable[Sample], side: Mappi
             about = json.dumps(sample.about, ensure_ascii=False).encode()
             yield {"__key__": sample.key, **sample.pictures, "json": about}
 
-    try:
+    with said(store, shard):
         store.remove(index_name(shard))  # of another tar, until the new one is there
         with store.writing(shard) as path:
             write_tar(path, files())
@@ -70,11 +90,6 @@ def write_shard(store: Store, shard: str, samples: Iterable[Sample], side: Mappi
         with store.writing(side_name(shard)) as path:
             path.write_text(json.dumps(side, ensure_ascii=False, indent=1))
         write_index(store, shard, index)
-    except OSError as error:
-        raise ShardError(
-            f"{store.at(shard)} cannot be written ({error.strerror}): free some space or name another folder; then "
-            f"{PEOPLE.again}."
-        ) from error
 
 
 def shard_index(path: Path, shard: str, content: str) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import os
 import time
 from collections import Counter, defaultdict, deque
@@ -22,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..shards import Sample, finished, shard_name, times_name, write_shard
+from ..shards import Sample, finished, shard_name, write_shard, write_times
 from ..store import Store
 from .checks import DUPLICATE, Inspector, Measurements, mean_embedding, select
 from .config import Files, GenerateConfig, digest
@@ -101,8 +100,7 @@ class Engine:
         self.seconds["all"] = time.perf_counter() - started
         # How long it took is no part of the shard: it differs from run to run.
         times = {"pictures": side["pictures"]["generated"], "seconds": dict(self.seconds)}
-        with self.store.writing(times_name(shard)) as path:
-            path.write_text(json.dumps(times | {"threads": torch.get_num_threads()}))
+        write_times(self.store, shard, times | {"threads": torch.get_num_threads()})
         return side
 
     def generate(self, numbers: Sequence[int], progress: Progress = silent) -> list[GeneratedPerson]:
