@@ -303,6 +303,17 @@ def tools(pack):
     )
 
 
+@pytest.fixture
+def flow(mini, tools):
+    """The mini model switched to flow matching by the host's node."""
+    import comfy.model_management
+
+    yield tools.host_node("nodes_model_advanced", "ModelSamplingSD3", mini.model, 3.0)
+    # Other models of these weights would run with its sampling: the host undoes that only when it unloads them.
+    comfy.model_management.unload_all_models()
+
+
+
 def one_sentence(error) -> str:
     text = str(error.value)
     assert text[0].isupper() or text.split()[0].strip(":").endswith((".safetensors", ".bin"))

@@ -115,9 +115,8 @@ def test_the_reference_is_noised_to_the_level_of_the_picture(mini, tools, refere
         assert {row[2] for row in watch.rows} == {FACE, ZEROS} and len(watch.rows) == 6
 
 
-def test_the_reference_is_noised_by_the_rule_of_the_model(mini, tools, reference, watch, draw):
+def test_the_reference_is_noised_by_the_rule_of_the_model(mini, tools, reference, watch, draw, flow):
     """Of a model that was switched to flow matching: (1 - sigma) z + sigma e, which the UNet reads as it is."""
-    flow = tools.host_node("nodes_model_advanced", "ModelSamplingSD3", mini.model, 3.0)
     x, sigma = randn(2, *LATENT[1:]), 0.6
     draw(watch.model(tools.inject(flow, reference)), x=x, sigma=sigma)
     scaled = mini.model.model.latent_format.scale_factor * reference.subjects[0].latents

@@ -350,8 +350,7 @@ def test_windows_over_a_batch_have_the_lora_scales_of_their_own_pictures(guide, 
     assert relative(drawn[1], drawn[0]) < 1e-3
 
 
-def test_a_model_of_flow_matching_is_guided_and_travels_in_time(guide, tools, mini, texts, shortcut):
-    flow = tools.host_node("nodes_model_advanced", "ModelSamplingSD3", mini.model, 3.0)
+def test_a_model_of_flow_matching_is_guided_and_travels_in_time(guide, tools, mini, texts, shortcut, flow):
     sampler, report = guide(of=shortcut(tools.with_lora(flow)), iterations=3, jitter=0.0, time_travel=1)
     sigmas = torch.tensor([0.9, 0.5, 0.0])
     out = tools.sample(flow, *texts, torch.zeros(LATENT), sampler=sampler, sigmas=sigmas)
