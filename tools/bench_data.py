@@ -102,16 +102,17 @@ def _waiting(config: Any) -> dict[str, float]:
     from ..cli.assemble import assemble
     from ..trainer.feed import Feed
     from ..trainer.gradients import gradients
+    from ..trainer.precision import MIXED
 
     recipe, source = assemble(config)
-    accelerator = Accelerator()
-    recipe.losses.to(accelerator.device)
+    accelerator = Accelerator(mixed_precision=MIXED[config.precision])
+    losses = accelerator.prepare(recipe.losses)
     feed = Feed(accelerator, config, source, 0)
     trained = list(recipe.trained.parameters())
 
     def step() -> None:
         samples = [(batch, recipe.draw(numbers, batch)) for numbers, batch in feed.step()]
-        gradients(recipe.losses, recipe.parts, samples, trained)
+        gradients(losses, recipe.parts, samples, trained)
 
     step()
     feed.waiting()
