@@ -130,14 +130,22 @@ def test_what_is_kept_is_read_again_and_a_new_picture_adds_to_it(source, drawn, 
     def batch(source):
         return source.batch(order(len(source), 0, numbers), numbers, CPU)
 
-    kept = opened()
+    class Nothing:
+        def __getattr__(self, name):
+            raise AssertionError(f"{name} is computed again")
+
+    kept = opened("data.read_batch=1")  # as alone; several at a time differ in the last bits
     kept.prepare(CPU)
+    models, kept.models = kept.models, Nothing()
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "people.cache").rglob("features-*.tar")}
     made, again = batch(opened("data.keep=false")), batch(kept)
+    kept.models = models
     assert before
     for name in ("target", "reference", "features"):
-        torch.testing.assert_close(getattr(again, name), getattr(made, name), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(again.loss.references.embeddings, made.loss.references.embeddings, atol=1e-4, rtol=1e-4)
+        assert torch.equal(getattr(again, name), getattr(made, name)), name
+    assert torch.equal(again.text.context, made.text.context)
+    assert torch.equal(again.text.pooled, made.text.pooled)
+    assert torch.equal(again.loss.references.embeddings, made.loss.references.embeddings)
     assert torch.equal(again.loss.references.points, made.loss.references.points)
 
     shutil.copy(drawn / "person 0/3.png", data / "person 1/9.png")
