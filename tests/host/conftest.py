@@ -258,7 +258,20 @@ def worlds(pack, tmp_path_factory):
                 built[key] = make_world(kind, tmp_path_factory.mktemp(kind), **options)
         return built[key]
 
+    world.built = built
     return world
+
+
+@pytest.fixture(autouse=True)
+def _worlds_as_built(worlds):
+    """No test sees what another patched: the host leaves patches in the shared weights until it needs them otherwise."""
+    import comfy.model_management
+
+    yield
+    comfy.model_management.unload_all_models()
+    for world in worlds.built.values():
+        if world.model.backup or world.model.object_patches_backup:
+            world.model.unpatch_model()  # left by models that were collected before the host could unload them
 
 
 @pytest.fixture(scope="session")
@@ -306,12 +319,7 @@ def tools(pack):
 @pytest.fixture
 def flow(mini, tools):
     """The mini model switched to flow matching by the host's node."""
-    import comfy.model_management
-
-    yield tools.host_node("nodes_model_advanced", "ModelSamplingSD3", mini.model, 3.0)
-    # Other models of these weights would run with its sampling: the host undoes that only when it unloads them.
-    comfy.model_management.unload_all_models()
-
+    return tools.host_node("nodes_model_advanced", "ModelSamplingSD3", mini.model, 3.0)
 
 
 def one_sentence(error) -> str:
