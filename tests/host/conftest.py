@@ -264,7 +264,7 @@ def worlds(pack, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _worlds_as_built(worlds):
-    """No test sees what another patched: the host leaves patches in the shared weights until it needs them otherwise."""
+    """No test sees what another patched: the host leaves patches in shared weights until it needs them otherwise."""
     import comfy.model_management
 
     yield
