@@ -4,6 +4,9 @@
 PYTHON ?= python3
 RUN := .venv/bin/python -m lcm_lookahead
 export HOST_VERSION COMFYUI_DIR PORT
+# Many short processes import torch: without byte code each would compile it again, for ten seconds. It lies in this
+# folder, beside its source.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup host demo page test portable matrix browser evaluate bench lint clean
 .DEFAULT_GOAL := help
