@@ -272,6 +272,8 @@ def _worlds_as_built(worlds):
     for world in worlds.built.values():
         if world.model.backup or world.model.object_patches_backup:
             world.model.unpatch_model()  # left by models that were collected before the host could unload them
+    # For each of those the host would collect garbage at every later load, which takes seconds in a long process.
+    comfy.model_management.current_loaded_models.clear()
 
 
 @pytest.fixture(scope="session")
