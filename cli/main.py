@@ -11,7 +11,21 @@ import sys
 
 import typer
 
-from . import concept, convert, curves, doctor, estimate, evaluate, generate, mini, prepare, schema, study, train
+from . import (
+    claims,
+    concept,
+    convert,
+    curves,
+    doctor,
+    estimate,
+    evaluate,
+    generate,
+    mini,
+    prepare,
+    schema,
+    study,
+    train,
+)
 
 HELP = """Teach SDXL to draw a person from one picture, and measure how well it does.
 
@@ -58,6 +72,7 @@ for command in (
     schema.schema,
     convert.convert,
     evaluate.evaluate,
+    claims.claims,
 ):
     app.command()(command)
 app.add_typer(mini.app)
@@ -68,6 +83,7 @@ app.add_typer(study.app)
 STOPPED = 130  # the exit status of what Ctrl+C ended
 # What a user can mend, by module; the text of each is a sentence for them.
 USER_ERRORS = (
+    ("evaluation.claims", "ClaimError"),
     ("evaluation.harness.library", "EvaluationError"),
     ("evaluation.preference", "StudyError"),
     ("lookahead.files.tensors", "EncoderFileError"),

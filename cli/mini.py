@@ -84,6 +84,22 @@ def report(
 
 
 @app.command()
+def previews(
+    prompts: Annotated[int, typer.Option(min=2, help="Captions to draw, at least 2.")] = 128,
+    out: Annotated[Path, typer.Option(help="Folder of the page, its figures and pictures.")] = Path("docs"),
+) -> None:
+    """Measure what one-step previews foresee (figure 2 of the paper), with the shipped files."""
+    from ..lookahead.files.atomic import check_writable
+
+    check_writable(out, folder=True)
+    from ..mini.build import keep_memory
+    from ..mini.report.previews import write
+
+    keep_memory()
+    print(f"Written: {write(out, prompts)}")
+
+
+@app.command()
 def example(
     folder: Annotated[Path, typer.Argument(help="New folder that the files are written to.", show_default=False)],
 ) -> None:

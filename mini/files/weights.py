@@ -24,6 +24,11 @@ IMAGE_PROMPT = "mini_ip_adapter_plus_face.safetensors"
 RECOGNISER = "mini_evaluation_recogniser.safetensors"
 STYLE_SCORER = "mini_evaluation_style_scorer.safetensors"
 FACE_RECOGNISER = "mini_face_recogniser.safetensors"
+LORAS = {  # by the stage that trains it
+    "lcm_lora": "mini_lcm_lora.safetensors",
+    "collapsed": "mini_collapsed_lora.safetensors",
+    "style_lora": "mini_style_lora.safetensors",
+}
 
 
 def export(folder: Path, to: Path) -> list[str]:

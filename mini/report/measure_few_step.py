@@ -19,8 +19,11 @@ from ...evaluation.stats import Interval, share
 from ...lookahead.method.sampling import ddim_timesteps, sample_ddim
 from ...lookahead.method.schedule import preview_latent
 from ...sdxl import lora
-from ..plan import IMAGE_SIZE, LATENT_SIZE, Plan
-from ..stages import base, evaluators, lcm, style_lora, vae
+from ..files import models
+from ..files.weights import LORAS
+from ..files.weights import evaluators as shipped_evaluators
+from ..plan import FULL, IMAGE_SIZE, LATENT_SIZE, WEIGHTS, Plan
+from ..stages import base, evaluators, lcm, stage, style_lora, vae
 from ..stages.networks import EvaluationRecogniser, StyleScorer
 from ..stages.text import TextEncoders, tokenize, tokenizer
 from ..world import data
@@ -68,6 +71,17 @@ def open_world(folder: Path, plan: Plan) -> World:
             loras[name].scale = 0.0
     held_out = data.pictures(folder, "held_out", plan.held_out_people, plan.styles, IMAGE_SIZE)
     return World(unet, text, vae.load(folder), loras, *evaluators.load(folder), held_out)
+
+
+def shipped_world(weights: Path = WEIGHTS) -> World:
+    """The same from the shipped files; the held-out people are there by their captions alone, not drawn."""
+    made = models.load(weights)
+    loras = {}
+    for name, file in LORAS.items():
+        loras[name] = lora.load(stage.read_tensors(weights / file), made.unet, file).attach(made.unet)
+        loras[name].scale = 0.0
+    described = data.described("held_out", FULL.held_out_people, FULL.styles)
+    return World(made.unet, made.text, made.vae, loras, *shipped_evaluators(weights), described)
 
 
 def _interval(values: Tensor) -> Interval:

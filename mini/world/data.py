@@ -56,14 +56,20 @@ def pictures(folder: Path, group: str, people: int, styles: tuple[str, ...], siz
     path = folder / f"{group}-{people}x{len(styles) + 1}-{size}.npy"
     if not path.exists():
         _draw(path, lambda rows, seed: render(faces.rows(rows), size, seed=seed), len(faces), size, SEEDS[group])
+    return described(group, people, styles)._replace(pixels=np.load(path, mmap_mode="r"))
+
+
+def described(group: str, people: int, styles: tuple[str, ...]) -> Pictures:
+    """A group's captions and labels without its pixels, which are [n, 3, 0, 0]."""
+    faces = group_of_people(group, people, styles)
     labels = {k: faces.nuisance[k] for k in ("style", "place")} | {k: faces.identity[k] for k in ATTRIBUTES}
     labels |= {
         "smile": (faces.nuisance["smile"] > 0.5).long(),
         "skin": skin_class(faces.identity),
         "identity": identity_vector(faces.identity),
     }
-    pixels = np.load(path, mmap_mode="r")
-    return Pictures(pixels, captions(faces, True), captions(faces, False), labels, len(styles) + 1)
+    none = np.empty((len(faces), 3, 0, 0), np.uint8)
+    return Pictures(none, captions(faces, True), captions(faces, False), labels, len(styles) + 1)
 
 
 def group_of_things(group: str, count: int, kinds: int = len(things.CLASSES)) -> things.Things:

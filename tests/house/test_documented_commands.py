@@ -49,6 +49,9 @@ TESTED = {
     "lookahead mini sizes": "trainer/test_shipped.py",
     "lookahead mini example": "tools/test_wheel.py",
     "lookahead schema": "trainer/test_schema.py",
+    "lookahead mini previews": "trainer/test_shipped_weights.py",
+    "lookahead claims": "unit/test_claims.py",
+    "lookahead claims --run": "unit/test_claims.py",
     "lookahead study make --out": "tools/test_cli.py",
     "lookahead study count": "tools/test_cli.py",
 }

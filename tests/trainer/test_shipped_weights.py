@@ -10,6 +10,7 @@ from lcm_lookahead.evaluation.stats import auc
 from lcm_lookahead.lookahead.files import encoder_file
 from lcm_lookahead.mini.files import models, shipped, weights
 from lcm_lookahead.mini.plan import QUICK, SIZES, WEIGHTS
+from lcm_lookahead.mini.report import measure_few_step, previews
 from lcm_lookahead.mini.stages import base, controlnet, stage
 from lcm_lookahead.mini.world import data
 from lcm_lookahead.mini.world.edges import edges
@@ -129,3 +130,22 @@ def test_the_trained_encoder_is_that_of_the_shipped_configuration_and_base():
     base = next(entry for entry in shipped.manifest() if entry["file"] == weights.CHECKPOINT)
     assert file.metadata["base_model_hash"] == base["sha256"]
     assert file.metadata["recogniser_licence"].startswith("Apache-2.0")
+
+
+@pytest.mark.slow
+def test_lookahead_mini_previews_writes_what_previews_foresee_of_the_shipped_base(tmp_path, monkeypatch):
+    """`lookahead mini previews`, of two prompts and four steps, at two of them."""
+    monkeypatch.setattr(measure_few_step, "DDIM_STEPS", 4)
+    for module in (measure_few_step, previews):
+        monkeypatch.setattr(module, "SHARES", (0.0, 0.5))
+    monkeypatch.setattr(previews, "PROMPTS", previews.PROMPTS[:1])
+    page = previews.write(tmp_path / "docs", 2)
+    figures = json.loads(page.with_suffix(".json").read_text())
+    assert figures.keys() == {"base", "with a personal LoRA"}
+    for arm in figures.values():
+        assert len(arm) == 2 * 10
+        lcm, x0, gain = (arm[f"0%, {who}: identity cosine"] for who in ("LCM-LoRA", "x0", "LCM-LoRA minus x0"))
+        assert gain[0] == pytest.approx(lcm[0] - x0[0], abs=1e-5)
+    pictures = {path.name for path in page.parent.glob("*.jpg")}
+    assert pictures == {"previews_base.jpg", "previews_lora.jpg"} and not list(page.parent.glob("*.png"))
+    assert all(name in page.read_text() for name in pictures)

@@ -1,0 +1,224 @@
+"""The claims of the papers, each with the commands that measure it and the figures that it stands or falls by.
+
+`claims.yaml` lists them. A check reads one interval out of a JSON file that a command wrote (a study's in `docs`, or
+`figures.json` of `lookahead evaluate`); nothing is measured here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jinja2
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .stats import Interval
+
+CLAIMS = Path(__file__).with_name("claims.yaml")
+Verdict = Literal["shown", "in part", "not shown", "contrary", "not measured"]
+WORDS: Mapping[Verdict, str] = {
+    "shown": "the whole interval is on the claim's side",
+    "in part": "some of a claim's checks are shown",
+    "not shown": "the interval reaches over to the other side",
+    "contrary": "the whole interval is on the other side",
+    "not measured": "there are no figures yet",
+}
+
+
+class ClaimError(ValueError):
+    """Says what is wrong with a list of claims or their figures, in one sentence."""
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ClaimStep(_Entry):
+    """A command of `lookahead`, and the file that is there when it has ended."""
+
+    run: str
+    makes: str
+
+    def command(self) -> list[str]:
+        """The arguments of `lookahead`."""
+        return shlex.split(self.run)
+
+
+class ClaimCheck(_Entry):
+    """A figure and the side of a bound that the claim puts it on.
+
+    figure: a JSON file, then the keys that lead to an interval (a list of value, low, high). above, below: one of them,
+    the bound; for gains and differences 0, or the loss that is still taken for level.
+    """
+
+    says: str
+    figure: tuple[str, ...] = Field(min_length=2)
+    above: float | None = None
+    below: float | None = None
+
+    @model_validator(mode="after")
+    def _one_bound(self) -> ClaimCheck:
+        if (self.above is None) == (self.below is None):
+            raise ValueError("give one of above and below")
+        return self
+
+    @property
+    def bound(self) -> str:
+        """The side and the bound in words."""
+        return f"below {self.below:g}" if self.below is not None else f"above {self.above:g}"
+
+    def judged(self, root: Path) -> ClaimFigure:
+        """Reads the figure and judges it. Raises ClaimError where the file has no such figure."""
+        found = _figure(root, self.figure)
+        if found is None:
+            return ClaimFigure(self, None, "not measured")
+        if self.below is not None:
+            return ClaimFigure(self, found, _side(-found.high, -found.low, -self.below))
+        return ClaimFigure(self, found, _side(found.low, found.high, self.above or 0.0))
+
+
+def _side(low: float, high: float, bound: float) -> Verdict:
+    """Where an interval lies to a bound that it should exceed."""
+    if low > bound:
+        return "shown"
+    return "contrary" if high < bound else "not shown"
+
+
+@dataclass(frozen=True)
+class ClaimFigure:
+    """A check with its figure; `found` is None where nothing was measured."""
+
+    check: ClaimCheck
+    found: Interval | None
+    verdict: Verdict
+
+    @property
+    def figure(self) -> str:
+        """The figure in words."""
+        return "" if self.found is None else str(self.found)
+
+
+class PaperClaim(_Entry):
+    """A claim of a paper. published: what the paper reports; note: what is to be known beside the figures."""
+
+    title: str
+    paper: str
+    says: str
+    published: str
+    steps: tuple[ClaimStep, ...]
+    checks: tuple[ClaimCheck, ...] = Field(min_length=1)
+    pages: tuple[str, ...] = ()
+    pictures: tuple[str, ...] = ()
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class JudgedClaim:
+    """A claim with the results of its checks."""
+
+    name: str
+    claim: PaperClaim
+    results: tuple[ClaimFigure, ...]
+
+    @property
+    def verdict(self) -> Verdict:
+        """All of its checks together."""
+        verdicts = [result.verdict for result in self.results]
+        if "shown" in verdicts:
+            return "shown" if set(verdicts) == {"shown"} else "in part"
+        return max(verdicts, key=("not measured", "not shown", "contrary").index)
+
+    @property
+    def count(self) -> str:
+        """Tells how many of its checks are shown, as "2 of 3"."""
+        return f"{sum(result.verdict == 'shown' for result in self.results)} of {len(self.results)}"
+
+
+def read(path: Path = CLAIMS) -> dict[str, PaperClaim]:
+    """The claims of a file, by name. Raises ClaimError, one sentence."""
+    try:
+        listed = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ClaimError(f"{path} cannot be read as a list of claims ({str(error).splitlines()[0]}).") from None
+    if not isinstance(listed, dict):
+        raise ClaimError(f"{path} is no list of claims: write them by name, as {CLAIMS.name} has them.")
+    out = {}
+    for name, values in listed.items():
+        try:
+            out[str(name)] = PaperClaim.model_validate(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in (name, *first["loc"]))
+            raise ClaimError(f"{path}: {where}: {first['msg']}.") from None
+    return out
+
+
+def chosen(claims: Mapping[str, PaperClaim], names: Sequence[str]) -> dict[str, PaperClaim]:
+    """The claims of these names, all where none is named. Raises ClaimError for a name that is not there."""
+    if unknown := [name for name in names if name not in claims]:
+        raise ClaimError(f"{unknown[0]!r} is no claim: name some of {', '.join(claims)}.")
+    return {name: claims[name] for name in names} if names else dict(claims)
+
+
+def judged(claims: Mapping[str, PaperClaim], root: Path) -> list[JudgedClaim]:
+    """Judges claims by the figures under `root`. Raises ClaimError where a file lacks a figure that a check names."""
+    return [JudgedClaim(n, claim, tuple(c.judged(root) for c in claim.checks)) for n, claim in claims.items()]
+
+
+def run_missing(claims: Mapping[str, PaperClaim], root: Path, run: Callable[[list[str]], None]) -> int:
+    """Runs the commands whose files are not there, in their order; returns how many. A shared command runs once.
+
+    run: gets the arguments of `lookahead`; what it raises ends the run, and the next call goes on there.
+    """
+    count = 0
+    for claim in claims.values():
+        for step in claim.steps:
+            if not (root / step.makes).exists():
+                run(step.command())
+                if not (root / step.makes).exists():
+                    raise ClaimError(
+                        f"lookahead {step.run} has ended without writing {step.makes}, as claims.yaml says."
+                    )
+                count += 1
+    return count
+
+
+def page(results: Sequence[JudgedClaim], root: Path, beside: Path) -> str:
+    """Markdown of judged claims; `beside` is the folder that its links start from."""
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+
+    def link(path: str) -> str:
+        return Path(os.path.relpath(root / path, beside)).as_posix()
+
+    there = {path: (root / path).exists() for one in results for path in (*one.claim.pages, *one.claim.pictures)}
+    return templates.get_template("claims.md.jinja").render(results=results, words=WORDS, link=link, there=there)
+
+
+def _figure(root: Path, keys: Sequence[str]) -> Interval | None:
+    """An interval out of a JSON file; None where the file is not there yet."""
+    path = root / keys[0]
+    if not path.is_file():
+        return None
+    value: Any = json.loads(path.read_text(encoding="utf-8"))
+    for number, key in enumerate(keys[1:], 1):
+        if not isinstance(value, dict) or key not in value:
+            raise ClaimError(f"{path} has no figure {' / '.join(keys[1 : number + 1])}: run its command again.")
+        value = value[key]
+    if isinstance(value, dict):
+        value = [value.get(part) for part in Interval._fields]
+    try:
+        return Interval(*(float(part) for part in value))
+    except (TypeError, ValueError):
+        raise ClaimError(f"{path}: {' / '.join(keys[1:])} is {value!r}, and no interval of three numbers.") from None

@@ -1,0 +1,55 @@
+"""Figure 2 of the paper on the mini world, from the shipped files: what a one-step preview foresees, and when."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jinja2
+from PIL import Image
+
+from ...evaluation.stats import Interval
+from . import measure_few_step
+from .measure_few_step import DDIM_STEPS, METHODS, SHARES
+
+PROMPTS = ["a photo of a face in a forest", "a pencil drawing of a face", "a comic of a face at night"]
+NAME = "previews"  # of the page and its files
+
+
+def write(out: Path, count: int) -> Path:
+    """Measure and write previews.md, .json and two pictures into `out`; returns the page's path.
+
+    count: prompts, each a held-out person's caption with noise of its own; of base and LCM-LoRA alone, and of both with
+    the LoRA of one person.
+    """
+    world = measure_few_step.shipped_world()
+    out.mkdir(parents=True, exist_ok=True)
+    figures: dict[str, dict[str, Interval]] = {}
+    for name, personal in {"base": False, "with a personal LoRA": True}.items():
+        found = measure_few_step.previews(world, count, personal=personal)
+        figures[name] = {_without_time(key): value for key, value in found.items()}
+        prompts = [measure_few_step.style_lora.named(p) for p in PROMPTS] if personal else PROMPTS
+        drawn = out / f"{NAME}_{name.split()[-1].lower()}.png"
+        measure_few_step.draw_previews(world, prompts, drawn, personal=personal)
+        with Image.open(drawn) as image:
+            image.convert("RGB").save(drawn.with_suffix(".jpg"), quality=88)
+        drawn.unlink()
+    (out / f"{NAME}.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    page = templates.get_template("previews.md.jinja").render(
+        figures=figures, shares=[f"{share:.0%}" for share in SHARES], methods=METHODS, count=count, steps=DDIM_STEPS
+    )
+    (out / f"{NAME}.md").write_text(page, encoding="utf-8")
+    return out / f"{NAME}.md"
+
+
+def _without_time(key: str) -> str:
+    """ "10% (t=881), x0: latent MSE" -> "10%, x0: latent MSE"."""
+    share, rest = key.split(" (", 1)
+    return f"{share},{rest.split('),', 1)[1]}"

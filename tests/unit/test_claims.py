@@ -1,0 +1,126 @@
+"""Claims judged by figures: which side of a bound an interval is on, and what is missing."""
+
+import json
+
+import pytest
+from lcm_lookahead.cli.main import main
+from lcm_lookahead.evaluation import claims
+
+LIST = """
+guided:
+  title: Guided
+  paper: figure 5
+  says: It rises.
+  published: a tenth
+  steps: [{run: mini sizes, makes: sizes.txt}]
+  checks:
+    - {says: above, figure: [figures.json, arm, gain], above: 0}
+    - {says: below, figure: [figures.json, arm, loss], below: -0.05}
+  pages: [page.md]
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "claims.yaml").write_text(LIST)
+    (tmp_path / "page.md").write_text("# Page\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def figures(folder, **arm):
+    (folder / "figures.json").write_text(json.dumps({"arm": arm}))
+
+
+def verdicts(folder):
+    (one,) = claims.judged(claims.read(folder / "claims.yaml"), folder)
+    return [result.verdict for result in one.results], one.verdict
+
+
+@pytest.mark.parametrize(
+    ("gain", "loss", "expected", "together"),
+    [
+        ([0.2, 0.1, 0.3], [-0.1, -0.2, -0.06], ["shown", "shown"], "shown"),
+        ([0.2, 0.1, 0.3], [-0.1, -0.2, -0.04], ["shown", "not shown"], "in part"),
+        ([0.2, 0.0, 0.3], [-0.01, -0.02, 0.01], ["not shown", "contrary"], "contrary"),
+        ([-0.2, -0.3, -0.1], {"value": -0.1, "low": -0.2, "high": 0.0}, ["contrary", "not shown"], "contrary"),
+    ],
+)
+def test_a_check_is_shown_where_its_whole_interval_is_beyond_the_bound(folder, gain, loss, expected, together):
+    figures(folder, gain=gain, loss=loss)
+    assert verdicts(folder) == (expected, together)
+
+
+def test_without_figures_nothing_is_judged(folder):
+    assert verdicts(folder) == (["not measured"] * 2, "not measured")
+
+
+@pytest.mark.parametrize(
+    ("arm", "says"),
+    [({"gain": [1, 2, 3]}, "arm / loss"), ({"gain": [1, 2, 3], "loss": [1, 2]}, "no interval"), ({}, "arm / gain")],
+)
+def test_a_figure_that_is_not_there_is_named(folder, arm, says):
+    figures(folder, **arm)
+    with pytest.raises(claims.ClaimError, match=says):
+        verdicts(folder)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "says"),
+    [
+        ("above: 0}", "above: 0, below: 0}", "one of above and below"),
+        ("figures.json, arm, gain", "figures.json", "figure"),
+        ("title: Guided", "titel: Guided", "titel|title"),
+        ("guided:", "[guided", "cannot be read"),
+    ],
+)
+def test_a_list_that_says_something_else_is_refused(folder, before, after, says):
+    (folder / "claims.yaml").write_text(LIST.replace(before, after))
+    with pytest.raises(claims.ClaimError, match=says):
+        claims.read(folder / "claims.yaml")
+
+
+def test_only_what_is_missing_is_run_and_a_shared_command_once(folder):
+    listed = claims.read(folder / "claims.yaml")
+    twice = {"one": listed["guided"], "two": listed["guided"]}
+    asked = []
+
+    def run(arguments):
+        asked.append(arguments)
+        (folder / "sizes.txt").write_text("made")
+
+    assert claims.run_missing(twice, folder, run) == 1 and asked == [["mini", "sizes"]]
+    assert claims.run_missing(twice, folder, run) == 0 and len(asked) == 1
+    (folder / "sizes.txt").unlink()
+    with pytest.raises(claims.ClaimError, match=r"without writing sizes\.txt"):
+        claims.run_missing(twice, folder, lambda arguments: None)
+
+
+def test_the_command_judges_runs_and_writes_a_page(folder, capfd):
+    figures(folder, gain=[0.2, 0.1, 0.3], loss=[-0.1, -0.2, -0.06])
+
+    def command(*arguments):
+        code = 0
+        try:
+            main(["claims", *arguments, "--file", "claims.yaml"])
+        except SystemExit as end:
+            code = end.code
+        return code, capfd.readouterr().out
+
+    assert command("guided")[1].split()[:3] == ["guided", "shown", "2"]
+    assert "no claim" in command("other")[0]
+    code, printed = command("--run", "--out", "evidence.md")
+    assert "mini_sdxl.safetensors" in printed and "without writing sizes.txt" in code
+    assert not (folder / "evidence.md").exists()
+    (folder / "sizes.txt").write_text("made")
+    assert "Written" in command("--run", "--out", "evidence.md")[1]
+    page = (folder / "evidence.md").read_text()
+    assert "| above | above 0 | 0.200 [0.100, 0.300] | shown |" in page and "(page.md)" in page
+    assert "    lookahead mini sizes\n" in page
+
+
+def test_the_papers_claims_read_figures_that_are_there(request):
+    root = request.config.rootpath
+    results = claims.judged(claims.read(), root)
+    assert {one.name for one in results} >= {"previews", "guidance", "table1", "table2", "alignment"}
+    assert all(result.verdict != "not measured" for one in results if one.name == "guidance" for result in one.results)
