@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -63,6 +64,14 @@ class Condition:
         return replace(self, context=self.context * keep.view(-1, 1, 1), pooled=self.pooled * keep.view(-1, 1))
 
 
+class TextRead(NamedTuple):
+    """A cross-attention asks by queries [B, positions, width] for the text's keys [B, 77, width]."""
+
+    queries: Tensor
+    keys: Tensor
+    heads: int
+
+
 @dataclass(frozen=True, eq=False)
 class Pass:
     """A pass says what the UNet does, the same in forward and in the recomputation of backward.
@@ -70,7 +79,8 @@ class Pass:
     exported: where the KV encoder puts keys and values; None: the pass predicts noise. image_prompt: by path of a
     block, what its cross-attention reads beside the text, with `image_prompt_scale`; kv: the reference's keys and
     values, by path; absent: bool [B], samples that do without these; shortcut: scale of the few-step LoRA, a number or
-    one for each sample; concept: of a concept (arXiv 2307.06925), which lives beside all of these.
+    one for each sample; concept: of a concept (arXiv 2307.06925), which lives beside all of these. reads: where the
+    cross-attentions put what they ask the text, by path.
     """
 
     exported: KeysValues | None = None
@@ -80,6 +90,7 @@ class Pass:
     absent: Tensor | None = None
     shortcut: float | Tensor = 0.0
     concept: ConceptRows | None = None
+    reads: dict[str, TextRead] | None = None
 
 
 PLAIN = Pass()
@@ -162,10 +173,11 @@ class SharedUNet:
         shortcut: float | Tensor = 0.0,
         image_prompt_scale: float = 1.0,
         concept: ConceptRows | None = None,
+        reads: dict[str, TextRead] | None = None,
     ) -> Tensor:
         """Denoiser, and shortcut model where `shortcut` (a number, or [B]) is above 0: the predicted noise
         [B, 4, h, w]. The other arguments are those of `Pass`."""
-        now = Pass(None, image_prompt, image_prompt_scale, kv, absent, shortcut, concept)
+        now = Pass(None, image_prompt, image_prompt_scale, kv, absent, shortcut, concept, reads)
         return self._run(now, x, t, condition)
 
     @contextmanager
@@ -194,6 +206,8 @@ class SharedUNet:
         again = self.now
         if again.exported is not None:
             again = replace(again, exported={})  # what was handed on must not be replaced by its recomputed double
+        if again.reads is not None:
+            again = replace(again, reads={})
         return checkpoint(
             module.__call__,
             *inputs,
@@ -305,6 +319,8 @@ class _CrossAttention(_Processor):
         if now.exported is not None:
             return self._tuned(attn, "attn2", hidden_states, encoder_hidden_states)
         q, k, v = attn.to_q(hidden_states), attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
+        if now.reads is not None:
+            now.reads[self.path] = TextRead(q, k, attn.heads)
         if now.concept is not None:
             out = self._with_concept(now.concept, attn, hidden_states, encoder_hidden_states, (q, k, v))
             if now.image_prompt is not None:

@@ -129,10 +129,11 @@ def test_the_diffusion_loss_is_the_squared_error_of_the_noise(make_step, batch, 
     assert torch.allclose(outcome.loss, torch.nn.functional.mse_loss(predicted, draws.noise))
 
 
-def test_checkpointing_changes_no_bit_of_the_gradients(make_step, batch, draws):
+@pytest.mark.parametrize("lookahead", [{}, {"semantic_alignment": 3.0, "layout_alignment": 2.0}])
+def test_checkpointing_changes_no_bit_of_the_gradients(make_step, batch, draws, lookahead):
     found = []
     for mode in ("none", "all"):
-        step = make_step(checkpointing=mode)
+        step = make_step(checkpointing=mode, lookahead=lookahead)
         outcomes, _ = run(step, batch, draws)
         found.append([outcomes["lookahead"].loss, *(p.grad for p in step.encoder.parameters())])
         step.roles.eject()
@@ -286,3 +287,88 @@ def test_draws_and_order_belong_to_the_sample_not_to_the_batch():
     assert [sorted(everyone[i : i + 7]) for i in (0, 7, 14)] == [list(range(7))] * 3
     assert everyone[:7] != everyone[7:14] and order(7, 0, [9, 3]) == [everyone[9], everyone[3]]
     assert order(7, 1, range(7)) != everyone[:7]
+
+
+# -- PuLID's alignment of passes with and without the person
+
+ALIGNED = {"semantic_alignment": 3.0, "layout_alignment": 2.0}
+
+
+def asked_of_the_text(unet, predict):
+    """Queries and keys of all cross-attentions during a pass, by hooks on the layers."""
+    found, hooks = {}, []
+
+    def keep(path, layer):
+        def note(_, __, out):
+            found.setdefault(path, {})[layer] = out.double()
+
+        return note
+
+    for path, module in unet.named_modules():
+        attention, _, layer = path.rpartition(".")
+        if attention.endswith("attn2") and layer in ("to_q", "to_k"):
+            hooks.append(module.register_forward_hook(keep(attention, layer)))
+    with torch.no_grad():
+        predict()
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def test_the_person_is_aligned_to_what_the_frozen_models_ask_the_text(make_step, batch, draws):
+    """Against the formula written out word by word, over diffusers' own attention for the pass without the person."""
+    plain = make_step()
+    before = plain("lookahead", batch, draws)
+    assert before.terms == {}
+    plain.roles.eject()
+    step = make_step(lookahead=ALIGNED)
+    z_t = step.noised(batch.target, draws.noise, draws.t_lookahead)
+    uncond = torch.tensor([False, True, False])
+    draws = replace(draws, no_image_prompt=uncond, no_kv=uncond)
+    own = asked_of_the_text(step.unet, lambda: step._predict(batch, draws, draws.t_lookahead, draws.strength))
+    outcome = step("lookahead", batch, draws)
+    step.roles.eject()
+    step.shortcut.attach(step.unet)
+
+    def without():
+        with step.shortcut.at(draws.strength):
+            step.unet(z_t, draws.t_lookahead, batch.text.context, added_cond_kwargs=batch.text.added)
+
+    others = asked_of_the_text(step.unet, without)
+    step.shortcut.detach()
+    assert own.keys() == others.keys() and len(own) == 17
+    semantic, layout = torch.zeros(2, N, dtype=torch.float64)
+    for path, asked in own.items():
+        heads = step.unet.get_submodule(path).heads
+        for row in range(N):
+            layout[row] += (asked["to_q"][row] - others[path]["to_q"][row]).square().mean() / len(own)
+            squares = []
+            for head in range(heads):
+                means = []
+                for read in (asked, others[path]):
+                    q, k = (read[name][row].chunk(heads, -1)[head] for name in ("to_q", "to_k"))
+                    means.append(torch.stack([(q @ word / len(word) ** 0.5).softmax(0) @ q for word in k]))
+                squares.append((means[0] - means[1]).square().mean())
+            semantic[row] += torch.stack(squares).mean() / len(own)
+    assert (semantic[~uncond] > 1e-6).all() and (layout[~uncond] > 1e-6).all()
+    for name, expected in {"semantic": semantic, "layout": layout}.items():
+        expected = torch.where(uncond, 0.0, expected)  # a sample without a person has nothing to keep
+        assert torch.allclose(outcome.terms[name].double(), expected, rtol=1e-3, atol=1e-9), name
+    step.roles.inject(), plain.roles.inject()
+
+
+def test_the_alignment_adds_to_the_loss_by_its_weights_and_reaches_everything_trained(make_step, batch, draws):
+    plain = make_step()
+    before = plain("lookahead", batch, draws).loss
+    plain.roles.eject()
+    step = make_step(lookahead=ALIGNED)
+    outcome = step("lookahead", batch, draws)
+    added = 3 * outcome.terms["semantic"].mean() + 2 * outcome.terms["layout"].mean()
+    assert torch.allclose(outcome.loss, before + added, rtol=1e-5)
+    step.decode_preview = lambda z: torch.zeros(N, 3, 128, 128)  # no face: the alignment is alone
+    step.encoder.zero_grad(set_to_none=True)
+    step("lookahead", batch, draws).loss.backward()
+    silent = [n for n, p in step.encoder.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert len(silent) == 2, silent  # what the last block's image prompt adds comes after the last question to the text
+    assert all(p.grad is None for m in (step.unet, step.shortcut) for p in m.parameters())
+    plain.roles.inject()

@@ -1,4 +1,5 @@
-"""What keeps previews of the shortcut model close to the base model's pictures, other than a strength drawn at random.
+"""What keeps previews of the shortcut model close to the base model's pictures, other than a strength drawn at random;
+and what keeps the person from changing more than the person.
 
 The paper (arXiv 2404.03620, supplement) compares drawing the LoRA's strength, which it keeps, with score distillation
 on the preview and with a consistency loss. Its formulas for these two are not published: what is here is OUR
@@ -7,13 +8,14 @@ RECONSTRUCTION, from the publications of each loss. Previews are then by the sho
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ...lookahead.method.schedule import add_noise, ddim_step, preview_latent
+from ...sdxl.shared_unet import TextRead
 from .draws import Draws
 
 STRIDE, HUBER = 20, 1e-3  # of latent consistency models (arXiv 2310.04378)
@@ -52,3 +54,28 @@ def consistency(predict: Predict, alpha_bar: Tensor, latent: Tensor, z_t: Tensor
         z_s = ddim_step(z_t, e, alpha_bar[t], alpha_bar[s])
         wanted = preview_latent(z_s, predict(z_s, draws, s, 1.0), s, alpha_bar[s])
     return ((latent - wanted).square() + HUBER**2).sqrt().sub(HUBER).mean((1, 2, 3))
+
+
+def person_alignment(own: Mapping[str, TextRead], plain: Mapping[str, TextRead]) -> tuple[Tensor, Tensor]:
+    """PuLID's alignment loss (arXiv 2404.16022, eq. 4 to 6) between two passes over one noisy latent and one text.
+
+    own: what the cross-attentions ask the text with the person in the model; plain: without. Returns values [B]:
+
+    - semantic: the squared difference of Softmax(K Q^T / sqrt(d)) Q, which is for each word the mean query of the
+      places that it goes to;
+    - layout: the squared difference of the queries themselves.
+
+    Both are means over all cross-attentions. There is no released code of this loss; how it is averaged is ours.
+    """
+    semantic, layout = [], []
+    for path, read in own.items():
+        theirs = plain[path]
+        semantic.append((_response(read) - _response(theirs)).square().mean((1, 2, 3)))
+        layout.append((read.queries.float() - theirs.queries.float()).square().mean((1, 2)))
+    return torch.stack(semantic).mean(0), torch.stack(layout).mean(0)
+
+
+def _response(read: TextRead) -> Tensor:
+    """For each word the mean query of the places that it goes to: [B, heads, 77, width / heads], in 32 bit."""
+    q, k = (t.float().unflatten(-1, (read.heads, -1)).transpose(1, 2) for t in (read.queries, read.keys))
+    return torch.softmax(k @ q.transpose(-1, -2) * q.shape[-1] ** -0.5, -1) @ q

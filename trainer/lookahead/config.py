@@ -94,9 +94,20 @@ class Lookahead(Section):
         "consistency loss",
     )
     align_weight: Annotated[float, Field(ge=0)] = Field(0.1, description="weight of that loss (sds, consistency)")
+    semantic_alignment: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="weight of PuLID's semantic alignment, which keeps the person from changing the rest; 0: none"
+    )
+    layout_alignment: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="weight of PuLID's layout alignment; PuLID has 0.6 for the one and 0.1 for this"
+    )
     weigh_by_strength: bool = Field(
         False, description="multiply a sample's loss by its LoRA scale (as the paper's code does)"
     )
+
+    @property
+    def aligns_person(self) -> bool:
+        """Says whether previews are compared with those without the person."""
+        return self.semantic_alignment > 0 or self.layout_alignment > 0
 
 
 class Optimiser(BaseOptimiser):
@@ -177,6 +188,11 @@ class Config(RunConfig):
             raise ValueError(f"lookahead.arm {arm!r} needs {' and '.join(missing)}: name the files, or choose 'none'")
         if self.lookahead.align != "strength" and arm != "shortcut":
             raise ValueError(f"lookahead.align {self.lookahead.align!r} is for lookahead.arm 'shortcut', not {arm!r}")
+        if self.lookahead.aligns_person and arm == "none":
+            raise ValueError(
+                "lookahead.semantic_alignment and layout_alignment compare previews, and lookahead.arm is 'none': "
+                "choose 'x0' or 'shortcut'"
+            )
         return self
 
 

@@ -140,6 +140,7 @@ class _Key(NamedTuple):
     checkpointing: str
     arm: str
     align: str
+    aligns_person: bool
     ranks: tuple[int, int]
 
 
@@ -156,7 +157,7 @@ class _Sample(NamedTuple):
 
 def _key(config: Config, shapes: Shapes) -> _Key:
     ranks = (config.model.kv_rank, config.model.export_rank) if config.model.kv else (0, 0)
-    ahead = config.lookahead.arm, config.lookahead.align
+    ahead = config.lookahead.arm, config.lookahead.align, config.lookahead.aligns_person
     size = shapes.size or config.data.size
     return _Key(replace(shapes, size=None, images=None), size, config.precision, config.checkpointing, *ahead, ranks)
 
@@ -176,7 +177,8 @@ def _one_sample(key: _Key) -> _Sample:
         if ahead:
             models |= {"vae": "?", "recogniser": "?", "shortcut": "?"}
         values = {"model": models, "data": {"source": "?"}, "checkpointing": key.checkpointing}
-        values |= {"lookahead": {"arm": key.arm, "align": key.align}}
+        person = {"semantic_alignment": 1.0, "layout_alignment": 1.0} if key.aligns_person else {}
+        values |= {"lookahead": {"arm": key.arm, "align": key.align} | person}
         step = Step(from_values(values), unet, encoder, torch.empty(1, patches, sizes.image_width), shortcut, preview)
     latent = (1, 4, key.size // 8, key.size // 8)
     peak, work = _run(step, _batch(step, latent, sizes, patches, key.size), _draws(latent), low)

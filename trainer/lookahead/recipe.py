@@ -25,6 +25,8 @@ PANELS = {
     "distance": "distance of previews",
     "counted": "share that counts",
     "alignment": "alignment loss",
+    "semantic": "semantic alignment",
+    "layout": "layout alignment",
     "norm": "gradient of both, before it is clipped",
     "norm_diffusion": "gradient of the diffusion loss",
     "norm_lookahead": "gradient of the lookahead loss",

@@ -19,9 +19,9 @@ from ...lookahead.method.attention import Attention, softmax_attention
 from ...lookahead.method.schedule import add_noise, alphas_cumprod, pred_original_sample, preview_latent
 from ...sdxl.encoder import Encoder
 from ...sdxl.lora import LoRA
-from ...sdxl.shared_unet import Condition, SharedUNet
+from ...sdxl.shared_unet import Condition, SharedUNet, TextRead
 from ..recipe import Outcome
-from .alignment import consistency, score_distillation
+from .alignment import consistency, person_alignment, score_distillation
 from .config import Config
 from .draws import Draws
 
@@ -101,7 +101,8 @@ class Step(nn.Module):
         """
         ahead, t = self.config.lookahead, draws.t_lookahead
         shortcut = draws.strength if ahead.arm == "shortcut" else 0.0
-        predicted, z_t = self._predict(batch, draws, t, shortcut)
+        reads: dict[str, TextRead] | None = {} if ahead.aligns_person else None
+        predicted, z_t = self._predict(batch, draws, t, shortcut, reads=reads)
         predicted, alpha_bar = predicted.float(), self.alpha_bar[t]
         if ahead.arm == "shortcut":
             latent = preview_latent(z_t, predicted, t, alpha_bar)
@@ -126,10 +127,32 @@ class Step(nn.Module):
                 alignment = consistency(predict, self.alpha_bar, latent, z_t, t, draws)
             loss = loss + ahead.align_weight * alignment.mean()
             terms["alignment"] = alignment.detach()
+        if reads is not None:
+            aligned = person_alignment(reads, self._without_person(batch, draws, z_t, t, shortcut))
+            weights = {"semantic": ahead.semantic_alignment, "layout": ahead.layout_alignment}
+            for (name, weight), difference in zip(weights.items(), aligned, strict=True):
+                difference = torch.where(uncond, 0.0, difference)
+                loss = loss + weight * difference.mean()
+                terms[name] = difference.detach()
         return Outcome(loss, values.detach(), valid, terms)
 
+    @torch.no_grad()
+    def _without_person(
+        self, batch: Batch, draws: Draws, z_t: Tensor, t: Tensor, shortcut: float | Tensor
+    ) -> dict[str, TextRead]:
+        """What the same pass asks the text without image prompt and KV: that of the frozen models."""
+        reads: dict[str, TextRead] = {}
+        self.roles.predict(z_t, t, batch.text.where(~draws.no_text), shortcut=shortcut, reads=reads)
+        return reads
+
     def _predict(
-        self, batch: Batch, draws: Draws, t: Tensor, shortcut: float | Tensor = 0.0, z_t: Tensor | None = None
+        self,
+        batch: Batch,
+        draws: Draws,
+        t: Tensor,
+        shortcut: float | Tensor = 0.0,
+        z_t: Tensor | None = None,
+        reads: dict[str, TextRead] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Predict the noise [B, 4, h, w] under the encoder's conditions; returns it and z_t, else the noised target."""
         has_text, kv = ~draws.no_text, None
@@ -140,7 +163,8 @@ class Step(nn.Module):
             kv = self.roles.export(z_c, t, batch.reference_text.where(has_text))
         features = torch.where(draws.no_image_prompt.view(-1, 1, 1), self.null_features, batch.features)
         prompt = self.encoder.image_prompt(self.encoder.image_proj(features))
-        return self.roles.predict(z_t, t, batch.text.where(has_text), prompt, kv, draws.no_kv, shortcut), z_t
+        text = batch.text.where(has_text)
+        return self.roles.predict(z_t, t, text, prompt, kv, draws.no_kv, shortcut, reads=reads), z_t
 
     def noised(self, latent: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Noise latents [B, 4, h, w] to the time steps t [B]."""
