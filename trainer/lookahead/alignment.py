@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ...lookahead.method.schedule import add_noise, ddim_step, preview_latent
 from ...sdxl.shared_unet import TextRead
@@ -67,12 +68,19 @@ def person_alignment(own: Mapping[str, TextRead], plain: Mapping[str, TextRead])
 
     Both are means over all cross-attentions. There is no released code of this loss; how it is averaged is ours.
     """
-    semantic, layout = [], []
-    for path, read in own.items():
-        theirs = plain[path]
-        semantic.append((_response(read) - _response(theirs)).square().mean((1, 2, 3)))
-        layout.append((read.queries.float() - theirs.queries.float()).square().mean((1, 2)))
-    return torch.stack(semantic).mean(0), torch.stack(layout).mean(0)
+    # Computed again in backward: its intermediates, of 70 attentions in 32 bit, would be a quarter of SDXL's memory.
+    both = [
+        checkpoint(_differences, read, plain[path], use_reentrant=False, preserve_rng_state=False)
+        for path, read in own.items()
+    ]
+    semantic, layout = (torch.stack(values).mean(0) for values in zip(*both, strict=True))
+    return semantic, layout
+
+
+def _differences(own: TextRead, plain: TextRead) -> tuple[Tensor, Tensor]:
+    """Both values [B] of one cross-attention."""
+    semantic = (_response(own) - _response(plain)).square().mean((1, 2, 3))
+    return semantic, (own.queries.float() - plain.queries.float()).square().mean((1, 2))
 
 
 def _response(read: TextRead) -> Tensor:
