@@ -85,7 +85,7 @@ def report(
 
 @app.command()
 def previews(
-    prompts: Annotated[int, typer.Option(min=2, help="Captions to draw, at least 2.")] = 128,
+    prompts: Annotated[int, typer.Option(min=2, help="Captions to draw, at least 2.")] = 64,
     out: Annotated[Path, typer.Option(help="Folder of the page, its figures and pictures.")] = Path("docs"),
 ) -> None:
     """Measure what one-step previews foresee (figure 2 of the paper), with the shipped files."""

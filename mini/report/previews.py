@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import jinja2
@@ -35,6 +36,12 @@ def write(out: Path, count: int) -> Path:
             image.convert("RGB").save(drawn.with_suffix(".jpg"), quality=88)
         drawn.unlink()
     (out / f"{NAME}.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    (out / f"{NAME}.md").write_text(page(figures, count), encoding="utf-8")
+    return out / f"{NAME}.md"
+
+
+def page(figures: Mapping[str, Mapping[str, Interval]], count: int) -> str:
+    """previews.md."""
     templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         undefined=jinja2.StrictUndefined,
@@ -42,11 +49,9 @@ def write(out: Path, count: int) -> Path:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    page = templates.get_template("previews.md.jinja").render(
+    return templates.get_template("previews.md.jinja").render(
         figures=figures, shares=[f"{share:.0%}" for share in SHARES], methods=METHODS, count=count, steps=DDIM_STEPS
     )
-    (out / f"{NAME}.md").write_text(page, encoding="utf-8")
-    return out / f"{NAME}.md"
 
 
 def _without_time(key: str) -> str:
