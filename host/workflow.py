@@ -25,7 +25,9 @@ def load(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise Problem(f"the workflow {path} cannot be read: {error.strerror}.") from None
     except (ValueError, RecursionError) as error:
-        raise Problem(f"the workflow {path} is not JSON ({_first_line(error)}): export it again from ComfyUI.") from None
+        raise Problem(
+            f"the workflow {path} is not JSON ({_first_line(error)}): export it again from ComfyUI."
+        ) from None
     if not isinstance(workflow, dict) or not (isinstance(workflow.get("nodes"), list) or is_api(workflow)):
         raise Problem(f"{path} is no ComfyUI workflow: it has neither a list of nodes nor nodes by id.")
     for node_id, node in workflow.items() if is_api(workflow) else ():
