@@ -16,7 +16,7 @@ from PIL import Image
 
 PROMPTS, EARLY = 200, 50
 # Megabytes that a process may have more after 200 prompts than after 50: what is freed goes back to the system in part
-# alone. A prompt that left its model behind would be seen: the mini checkpoint has 40 MB, and 150 prompts follow.
+# alone. A prompt that left its model behind would be seen: the mini checkpoint has 36 MB, and 150 prompts follow.
 MARGIN = 150
 WIDTH, STEPS = 64, 2
 KINDS = ("image prompt", "kv", "three scales", "mask", "guided", "concept", "several", "plain", "batch", "interrupted")
