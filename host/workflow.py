@@ -24,10 +24,20 @@ def load(path: Path) -> dict[str, Any]:
         workflow = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise Problem(f"the workflow {path} cannot be read: {error.strerror}.") from None
-    except ValueError as error:
-        raise Problem(f"the workflow {path} is not JSON ({error}): export it again from ComfyUI.") from None
+    except (ValueError, RecursionError) as error:
+        raise Problem(
+            f"the workflow {path} is not JSON ({_first_line(error)}): export it again from ComfyUI."
+        ) from None
     if not isinstance(workflow, dict) or not (isinstance(workflow.get("nodes"), list) or is_api(workflow)):
         raise Problem(f"{path} is no ComfyUI workflow: it has neither a list of nodes nor nodes by id.")
+    for node_id, node in workflow.items() if is_api(workflow) else ():
+        if not (isinstance(node["class_type"], str) and isinstance(node.get("inputs"), dict)) or not isinstance(
+            node.get("_meta") or {}, dict
+        ):
+            raise Problem(
+                f"node {ascii(node_id)[:40]} of the workflow {path} is damaged: a node has a class_type, which is a "
+                "text, and inputs by name; export it again from ComfyUI."
+            )
     return workflow
 
 
@@ -45,10 +55,22 @@ def to_api(workflow: dict[str, Any], object_info: dict[str, Any]) -> Api:
         try:
             workflow = convert_ui_to_api(workflow, object_info)
         except WorkflowConversionError as error:
-            raise Problem(f"the workflow cannot be converted: {error}") from None
+            raise Problem(
+                f"the workflow cannot be converted ({_first_line(error)}): export it again from ComfyUI."
+            ) from None
+        except (
+            Exception
+        ) as error:  # the converter believes in what a file says: a node that is null, a subgraph in itself
+            raise Problem(
+                f"the workflow cannot be converted ({type(error).__name__}: {_first_line(error)}): it is damaged; "
+                "export it again from ComfyUI."
+            ) from error
+    if any(not isinstance(node["class_type"], str) for node in workflow.values()):
+        raise Problem("a node of the workflow has no class: it is damaged; export it again from ComfyUI.")
     unknown = sorted({node["class_type"] for node in workflow.values()} - set(object_info))
     if unknown:
-        raise Problem(f"the host does not know the node {', '.join(unknown)}: is the pack it belongs to installed?")
+        names = ", ".join(name if name.isprintable() else ascii(name) for name in unknown)
+        raise Problem(f"the host does not know the node {names[:500]}: is the pack it belongs to installed?")
     return workflow
 
 
@@ -79,12 +101,22 @@ def override(api: Api, where: str, **inputs: Any) -> Api:
             present = changed[node_id]["inputs"]
             if name not in present:
                 raise Problem(f"node {node_id} ({where}) has no input {name!r}: it has {', '.join(sorted(present))}.")
-            if isinstance(present[name], list):
+            if _is_link(present[name]):
                 raise Problem(
                     f"input {name!r} of node {node_id} ({where}) comes from node {present[name][0]}: override it there."
                 )
             present[name] = value
     return changed
+
+
+def _first_line(error: Exception) -> str:
+    """What another package says in a sentence of ours."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:200]
+
+
+def _is_link(value: object) -> bool:
+    """Whether an input comes from another node: [its id, the number of its output]."""
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)
 
 
 def merge(runs: Sequence[Api]) -> tuple[Api, list[dict[str, str]]]:
@@ -96,12 +128,14 @@ def merge(runs: Sequence[Api]) -> tuple[Api, list[dict[str, str]]]:
     ids: dict[str, str] = {}  # by what a node is, with its links to nodes of the merged graph
     places: list[dict[str, str]] = []
 
-    def place(api: Api, node_id: str, placed: dict[str, str]) -> str:
+    def place(api: Api, node_id: str, placed: dict[str, str], above: tuple[str, ...] = ()) -> str:
+        if node_id in above:
+            raise Problem(f"the node {node_id} of the workflow waits for itself: connect it otherwise.")
         if node_id not in placed:
             node = copy.deepcopy(api[node_id])
             for name, value in node["inputs"].items():
-                if isinstance(value, list) and len(value) == 2 and value[0] in api:
-                    node["inputs"][name] = [place(api, value[0], placed), value[1]]
+                if _is_link(value) and value[0] in api:
+                    node["inputs"][name] = [place(api, value[0], placed, (*above, node_id)), value[1]]
             key = json.dumps([node["class_type"], node["inputs"]], sort_keys=True)
             placed[node_id] = ids.setdefault(key, str(len(ids) + 1))
             merged.setdefault(placed[node_id], node)

@@ -41,6 +41,7 @@ from .reference.load_face_analysis import LookaheadLoadFaceAnalysis, register_in
 from .reference.load_reference import LookaheadLoadReference
 from .reference.reference_files import register_reference_folder
 from .reference.save_reference import LookaheadSaveReference
+from .replacements import register_replacements
 from .scores.identity_score import LookaheadIdentityScore
 from .scores.prompt_score import LookaheadPromptScore
 from .scores.rank import LookaheadRank
@@ -56,6 +57,7 @@ class LookaheadExtension(ComfyExtension):
         register_insightface_folder()
         register_reference_folder()
         register_concept_folder()
+        await register_replacements()
         put_examples()
         tell_the_page()
         nodes = [

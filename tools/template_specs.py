@@ -7,12 +7,14 @@ alone up to 0.6. Prompts are written for SDXL.
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Sequence
 
+from .common import ROOT
 from .template_graph import Node, Subgraph, Template
 
 PACK = "lcm-lookahead"  # the name in the registry
-ADDRESS = "https://github.com/lcm-lookahead/comfyui-lcm-lookahead"
+ADDRESS: str = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
 NOTES = ("MarkdownNote", "Note")
 FOLDED = Node("", height=0)  # where a subgraph stands in a column
 SAMPLER_ROOM = 350  # units that stay free under a sampler, which grows by its live preview

@@ -3,7 +3,7 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 
-const REGISTRY = { cnr_id: "lcm-lookahead", ver: "0.1.0" }; // name and version of pyproject.toml
+const REGISTRY = { cnr_id: "lcm-lookahead", ver: "0.2.0" }; // name and version of pyproject.toml
 const FOLDER = decodeURIComponent(new URL(import.meta.url).pathname.split("/").at(-2)); // this pack's in custom_nodes
 const COLOURS = {
   LOOKAHEAD_ENCODER: "#e0a458",

@@ -6,6 +6,7 @@ embedding with the keys `clip_l` and `clip_g`. Those are the concept alone, with
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor
 
 from ..method.concept import PROJECTIONS, Concept, ConceptEncoder, ConceptSizes, Offsets
+from .atomic import first_line
+from .metadata import LARGEST_SIZE, stated
 from .tensors import LARGEST, EncoderFileError, check_numbers, read_tensors, write_tensors
 
 ENCODER_FORMAT, CONCEPT_FORMAT, VERSION = "lcm-lookahead-concept-encoder", "lcm-lookahead-concept", "1"
@@ -33,8 +36,8 @@ def _checked(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor]
         raise EncoderFileError(f"{name} is a {found}, and a {other[kind]} is needed: choose another file.")
     if metadata.get("format_version") != VERSION:
         raise EncoderFileError(
-            f"{name} has {other[kind]} format version {metadata.get('format_version')}, and this version of the pack "
-            f"reads {VERSION}: update the pack."
+            f"{name} has {other[kind]} format version {stated(metadata, 'format_version')}, and this version of the "
+            f"pack reads {VERSION}: update the pack."
         )
     check_numbers(tensors, name, LARGEST)
     return tensors, metadata, name
@@ -78,6 +81,7 @@ def read_concept(path: str | os.PathLike[str]) -> Concept:
         whole = False
     if not whole:
         raise EncoderFileError(f"{name} lacks its word or its blend: it is damaged; make or download it again.")
+    _check_settings(metadata, name)
     own = ("format", "format_version", "word", "word_id", "blend")
     about = {k: v for k, v in metadata.items() if k not in own}
     return Concept(words[0], words[1], metadata["word"], word_id, offsets, blend, about)
@@ -137,19 +141,48 @@ def read_concept_encoder(
     for.
     """
     tensors, metadata, name = _checked(path, ENCODER_FORMAT)
-    ids = tensors.pop("dictionary", torch.empty(0)).tolist()
+    ids = tensors.pop("dictionary", torch.empty(0))
     texts = metadata.pop("words", "").split("\n")
     try:
         sizes = _sizes(tensors)
         with torch.device("meta"):
             encoder = ConceptEncoder(sizes, operations)
         encoder.load_state_dict({k: v.float() for k, v in tensors.items()}, assign=True)
-    except (KeyError, IndexError, ValueError, RuntimeError) as error:
-        why = str(error).splitlines()[0]
-        raise EncoderFileError(f"{name} is not a whole concept encoder ({why}): download it again.") from error
-    if not ids or len(ids) != len(texts) or not all(texts):
-        raise EncoderFileError(f"{name} has a dictionary of {len(ids)} ids and {len(texts)} words: download it again.")
-    return encoder.eval().requires_grad_(False), dict(zip(ids, texts, strict=True)), metadata
+    except (KeyError, IndexError, ValueError, RuntimeError, TypeError) as error:  # (TypeError: the length of a number)
+        raise EncoderFileError(
+            f"{name} is not a whole concept encoder ({first_line(error)}): download it again."
+        ) from error
+    words = dict(zip(ids.flatten().tolist(), texts, strict=False))
+    if ids.is_floating_point() or len(words) != ids.numel() or len(words) != len(texts) or not all(texts):
+        raise EncoderFileError(
+            f"{name} has a dictionary of {ids.numel()} ids and {len(texts)} words, and one word for each of different "
+            "whole numbers is needed: download it again."
+        )
+    _check_settings(metadata, name)
+    return encoder.eval().requires_grad_(False), words, metadata
+
+
+def _check_settings(metadata: Mapping[str, str], name: str) -> None:
+    """Raise EncoderFileError for a side of the picture, a blend or a tuning that cannot be used as they stand."""
+    size, blend = metadata.get("size", "1024"), metadata.get("blend", "0.25")
+    try:
+        sensible = size.isdecimal() and len(size) < 9 and 8 <= int(size) <= LARGEST_SIZE and 0 <= float(blend) <= 1
+    except ValueError:
+        sensible = False
+    if not sensible:
+        raise EncoderFileError(
+            f"{name} states the size {stated(metadata, 'size')} and the blend {stated(metadata, 'blend')}, and 8 to "
+            f"{LARGEST_SIZE} pixels and 0 to 1 are possible: download it again."
+        )
+    try:
+        tuning = json.loads(metadata.get("tuning", "{}"))
+        sensible = isinstance(tuning, dict) and all(isinstance(value, int | float) for value in tuning.values())
+    except (ValueError, RecursionError):
+        sensible = False
+    if not sensible:
+        raise EncoderFileError(
+            f"{name} states the tuning {stated(metadata, 'tuning')}, and numbers by name are needed: download it again."
+        )
 
 
 def _sizes(tensors: Mapping[str, Tensor]) -> ConceptSizes:

@@ -86,8 +86,8 @@ class PublishedNames:
         wanted = [f"encoder_unet.{b}.extract_kv2.to_{which}.weight" for b in blocks for which in "kv"]
         wanted += [f"encoder_unet.{b}.extract_kv1.to_{which}.weight" for b in blocks for which in "kv"]
         missing = [name for name in wanted if name not in names and f"module.{name}" not in names]
-        if missing or not blocks:
-            what = missing[0] if missing else "encoder_unet.<block>.extract_kv2.to_k.weight"
+        if missing or not any(block.startswith("up") for block in blocks):
+            what = missing[0] if missing else "encoder_unet.up_blocks.<block>.extract_kv2.to_k.weight"
             raise EncoderFileError(
                 f"{file}: the weight {what} is missing, which a checkpoint of the paper's code has in every block: the "
                 "file is incomplete; download it again."
@@ -213,6 +213,11 @@ def _kv(tensors: Mapping[str, Tensor], names: PublishedNames, file: str, notes: 
                 "the file is incomplete; download it again."
             )
         trained, frozen = tensors[full], tensors[names.copy[base]]
+        if {trained.dtype, frozen.dtype} - set(encoder_file.DTYPES):
+            raise EncoderFileError(
+                f"{file}: {full} or what it was made of is stored as {trained.dtype} and {frozen.dtype}, and 32 or 16 "
+                "bit are needed to compare them: use the original, unquantised file."
+            )
         if trained.shape != frozen.shape:
             raise EncoderFileError(
                 f"{file}: {full} has shape {list(trained.shape)} where {list(frozen.shape)} fits the rest of the file: "

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..method.kv_encoder import EXPORTED, KV_ENCODER, KV_EXPORT, TUNED
 from ..method.resampler import ResamplerSizes
 from .block_names import ip_adapter_key
-from .metadata import check_metadata, short
+from .metadata import check_metadata, short, stated
 from .tensors import LARGEST, EncoderFileError, check_numbers, check_plain, read_tensors, write_tensors
 
 __all__ = [
@@ -121,8 +121,8 @@ def from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], nam
     is_own = metadata.get("format") == FORMAT
     if is_own and metadata.get("format_version") != FORMAT_VERSION:
         raise EncoderFileError(
-            f"{name} has encoder format version {metadata.get('format_version')}, and this version of the pack reads "
-            f"{FORMAT_VERSION}: update the pack."
+            f"{name} has encoder format version {stated(metadata, 'format_version')}, and this version of the pack "
+            f"reads {FORMAT_VERSION}: update the pack."
         )
     check_plain(tensors, name)
     other = None if is_own else _what_else(tensors)

@@ -89,7 +89,8 @@ def low_rank(tensors: Mapping[str, Tensor], layers: Mapping[str, torch.Size], na
 def rank(tensors: Mapping[str, Tensor]) -> int:
     """The greatest rank in a file, 0 where it holds no LoRA."""
     return max(
-        (len(tensor) for key, tensor in tensors.items() if _ENDINGS.get(_ending(key) or "") == "down"), default=0
+        (len(tensor) for key, tensor in tensors.items() if tensor.ndim and _ENDINGS.get(_ending(key) or "") == "down"),
+        default=0,
     )
 
 
@@ -130,13 +131,14 @@ def _joined(parts: Mapping[str, Tensor], shape: torch.Size, path: str, name: str
     if missing := [half for half in ("down", "up") if half not in parts]:
         raise EncoderFileError(f"{name} has no {missing[0]} matrix of {path}: it is incomplete; download it again.")
     down, up, mid = parts["down"].float(), parts["up"].float(), parts.get("mid")
-    alpha = float(parts["alpha"].flatten()[0]) if "alpha" in parts else float(len(down))
+    alpha = float(parts["alpha"].flatten()[0]) if "alpha" in parts else 0.0
     try:
+        alpha = alpha if "alpha" in parts else float(len(down))
         if mid is not None:  # in three: mid(down) is one convolution
             inner = down.reshape(mid.shape[1], -1)
             down = torch.einsum("oikl,ic->ockl", mid.float(), inner)
         low = LayerLoRA(down.reshape(len(down), *shape[1:]), up.reshape(shape[0], len(down)), alpha)
-    except (RuntimeError, IndexError) as error:
+    except (RuntimeError, IndexError, TypeError) as error:  # (TypeError: a number has no length)
         given = " and ".join(str(list(parts[half].shape)) for half in ("down", "up"))
         raise EncoderFileError(
             f"{name} is no LoRA for this base: its matrices of {path} have shapes {given}, and the layer "

@@ -40,3 +40,9 @@ def check_metadata(metadata: Mapping[str, str], name: str) -> None:
 def short(text: str, most: int = 40) -> str:
     """A text for a sentence: no longer than `most` characters, and three dots."""
     return text if len(text) <= most else f"{text[:most]}..."
+
+
+def stated(metadata: Mapping[str, str], key: str) -> str:
+    """Says what a file states: short, on one line whatever it holds, "none" where it states nothing."""
+    text = short(metadata.get(key, "none"))
+    return text if text.isprintable() else ascii(text)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .metadata import stated
 from .tensors import LARGEST, EncoderFileError, check_numbers, read_tensors, write_tensors
 
 FORMAT, VERSION = "lcm-lookahead-reference", "1"
@@ -134,8 +135,8 @@ def from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], nam
         )
     if metadata.get("format_version") != VERSION:
         raise ReferenceFileError(
-            f"{name} has reference format version {metadata.get('format_version')}, and this version of the pack reads "
-            f"{VERSION}: update the pack."
+            f"{name} has reference format version {stated(metadata, 'format_version')}, and this version of the pack "
+            f"reads {VERSION}: update the pack."
         )
     settings = _settings(metadata.get("subjects", ""), name)
     parts: list[dict[str, Any]] = [dict(own) for own in settings]

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 SIZES = (640, 320, 128)  # pixels a side at which the detector looks: a face that fills the picture is found at 128
 THRESHOLD = 0.5
+_LICENCE_READ = 10_000  # characters in which the first line of a licence is looked for
 _OLDEST = 1  # before it, a detector takes one size only
 _RESEARCH = "non-commercial research only (insightface's terms for its pretrained models)"
 _KNOWN = {  # by the names of the published packs, which bring no licence file
@@ -43,7 +44,7 @@ class FaceModelError(RuntimeError):
 
 def require_insightface() -> None:
     """Raise ImportError, one sentence that says what to install, where insightface cannot be used."""
-    missing = [name for name in ("insightface", "onnxruntime") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("insightface", "onnxruntime") if not _there(name)]
     if missing:
         raise ImportError(
             f"Finding faces needs insightface and onnxruntime, and ComfyUI's Python has no {' and no '.join(missing)}: "
@@ -58,6 +59,13 @@ def require_insightface() -> None:
         )
 
 
+def _there(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):  # a finder that keeps it away; a module that was put there by hand
+        return False
+
+
 def pack_folder(folder: Path) -> Path | None:
     """The folder that holds a pack's .onnx files: this one, or the only one in it (antelopev2.zip nests them)."""
     if any(folder.glob("*.onnx")):
@@ -69,7 +77,8 @@ def pack_folder(folder: Path) -> Path | None:
 def licence_of(folder: Path) -> str:
     """Says what is known of a pack's licence: the first line of a licence file in it, else what its name tells."""
     for path in sorted(p for p in folder.iterdir() if "licen" in p.name.lower() and p.is_file()):
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        with path.open(encoding="utf-8", errors="replace") as file:
+            lines = file.read(_LICENCE_READ).split("\n")
         first = next((line.strip() for line in lines if line.strip()), None)
         if first:
             return f"{first[:200]} (see {path.name})"

@@ -2,7 +2,10 @@
 
 import ast
 import importlib.metadata
+import re
+import runpy
 import tomllib
+import urllib.parse
 from pathlib import Path
 
 import pytest
@@ -29,8 +32,34 @@ def test_the_registry_finds_every_field_it_reads():
     assert PROJECT["urls"]["Repository"].startswith("https://github.com/")
     assert COMFY["PublisherId"] and COMFY["DisplayName"]
     assert {"Icon", "Banner", "includes"} <= set(COMFY)
-    assert PROJECT["dynamic"] == ["dependencies"]
+    assert PROJECT["dynamic"] == ["dependencies", "readme"]
     assert SETUPTOOLS["dynamic"]["dependencies"] == {"file": ["requirements.txt"]}
+
+
+def test_the_repository_s_address_stands_in_one_field_and_what_needs_it_begins_with_it():
+    address = PROJECT["urls"]["Repository"]
+    assert all(url.startswith(address) for url in PROJECT["urls"].values())
+    owner = re.fullmatch(r"https://github.com/([\w-]+)/[\w.-]+", address)[1]
+    assert f"repository_owner == '{owner}'" in (ROOT / ".github/workflows/publish.yml").read_text()
+    host = "/".join(address.split("/")[:4])
+    for path in sorted((ROOT / "workflows").glob("*.json")):
+        found = set(re.findall(rf"{host}/[\w.-]+", path.read_text(encoding="utf-8")))
+        assert found == {address}, path.name
+
+
+def test_on_a_package_index_every_link_and_picture_of_the_readme_is_a_whole_address():
+    build = runpy.run_path(str(ROOT / "setup.py"))
+    text, address = build["readme"](), PROJECT["urls"]["Repository"]
+    targets = re.findall(r"\]\(([^)\s]+)", text)
+    assert len(targets) > 40 and all(target.startswith(("https://", "#")) for target in targets)
+    ours = [target.removeprefix(address) for target in targets if target.startswith(address)]
+    assert "/raw/HEAD/docs/demo.jpg" in ours and "/blob/HEAD/LICENSE" in ours
+    for target in ours:
+        kind, path = re.fullmatch(r"/(raw|blob)/HEAD/([^#]+).*", target).groups()
+        assert (ROOT / urllib.parse.unquote(path)).exists() and (kind == "raw") == (
+            Path(path).suffix in (".png", ".jpg", ".gif", ".webp")
+        )
+    assert "<img" not in text and "src=" not in text
 
 
 def test_the_licence_is_the_whole_apache_2_text():

@@ -1,13 +1,19 @@
 """What is in the repository, and what of it goes into the published pack."""
 
+import ast
+import os
 import re
+import stat
 import subprocess
+import tomllib
+import zipfile
 from pathlib import Path
 
 import pathspec
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 TEXT = {".py", ".md", ".txt", ".toml", ".yaml", ".yml", ".json", ".js", ".css", ".html", ".sh", "", ".cfg", ".ini"}
 # Put together here, so that this file does not name what it looks for.
 REGISTRY = "|".join(re.escape(".".join(parts)) for parts in (("pypi", "org"), ("python" + "hosted", "org")))
@@ -91,6 +97,71 @@ def test_the_published_pack_holds_all_that_it_needs(published, tracked):
         folders = ("lookahead/", "nodes/", "web/", "workflows/", "subgraphs/")
         if name.startswith(folders) or re.fullmatch(r"locales/.+/.+", name):
             assert name in published, name
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory, tracked):
+    """The archive that the registry's own tool builds, and what it holds by name."""
+    os.environ["DO_NOT_TRACK"] = "1"
+    from comfy_cli.file_utils import zip_files
+
+    path = tmp_path_factory.mktemp("archive") / "node.zip"
+    before = os.getcwd()
+    os.chdir(ROOT)
+    try:
+        zip_files(str(path), PYPROJECT["tool"]["comfy"]["includes"])
+    finally:
+        os.chdir(before)
+    with zipfile.ZipFile(path) as file:
+        return path, {entry.filename: (entry, file.read(entry)) for entry in file.infolist()}
+
+
+def test_the_registry_s_tool_archives_what_is_published_and_nothing_else(archive, published):
+    path, content = archive
+    assert content.keys() == published
+    assert 5e5 < path.stat().st_size < 5e6
+    for name, (entry, _) in content.items():
+        kind = stat.S_IFMT(entry.external_attr >> 16)
+        assert kind in (0, stat.S_IFREG), f"{name} is no plain file (a link?)"
+        assert not name.startswith(("/", "..")) and not re.search(
+            r"\.py[cod]$|__pycache__|\.(exe|dll|so|sh|bat|zip)$", name
+        )
+
+
+def test_no_module_of_the_archive_runs_text_starts_a_process_or_installs_a_package(archive):
+    _, content = archive
+    sources = {name: data.decode() for name, (_, data) in content.items() if name.endswith(".py")}
+    assert len(sources) > 80 and {name: found for name, text in sources.items() if (found := suspicious(text))} == {}
+
+
+def test_such_modules_are_known():
+    for text in ("eval('1')", "exec('1')", "import subprocess", "from os import system", "os.popen('x')", "import pip",
+                 "__import__('x')", "import ctypes", "pickle.loads(x)", "a = b'x'.join(marshal.loads(y))",
+                 "torch.load(x)", "urllib.request.urlopen(x)", "a = 1; b = 2"):  # fmt: skip
+        assert suspicious(text), text
+    assert not suspicious("def f(model):\n    model.eval()\n    return torch.load(f, weights_only=True)")
+
+
+def suspicious(text: str) -> list[str]:
+    """What in a module's source a scanner of the registry would stop at, or should."""
+    found = []
+    tree = ast.parse(text)
+    modules = {"subprocess", "pip", "ctypes", "marshal", "socket", "requests", "importlib.machinery", "runpy"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names if alias.name in modules]
+        elif isinstance(node, ast.ImportFrom):
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found += [n for n in names if node.module in modules or n in ("os.system", "os.popen", "pickle.loads")]
+        elif isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            calls = ("eval", "exec", "compile", "__import__", "os.system", "os.popen", "pickle.load", "pickle.loads",
+                     "marshal.loads", "urllib.request.urlopen", "urllib.request.urlretrieve")  # fmt: skip
+            found += [name] if name in calls else []
+            safe = any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords)
+            found += ["torch.load"] if name == "torch.load" and not safe else []
+    found += ["several statements on a line"] if len({node.lineno for node in tree.body}) != len(tree.body) else []
+    return found
 
 
 def test_no_published_file_is_a_large_picture(published):

@@ -90,6 +90,8 @@ def test_an_installed_package_trains_converts_and_draws_by_the_readme_s_lines(tm
         assert done.returncode == 0, done.stderr
         return done.stdout
 
+    for name in ("det_mini.onnx", "rec_mini.onnx", "LICENSE"):  # the mini world's face pack goes along
+        assert (site / "lcm_lookahead/mini/weights/insightface/models/mini" / name).is_file()
     where = python("-c", "import lcm_lookahead; print(lcm_lookahead.__file__)")
     assert where.startswith(str(site))
     command = "from lcm_lookahead.cli.main import main; import sys; main(sys.argv[1:])"

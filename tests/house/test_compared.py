@@ -1,0 +1,53 @@
+"""docs/compared.md: each row says yes with a file or test that exists, or no with a reason."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+ROW = re.compile(r"\| (?P<what>[^|]+) \| (?P<answer>[^|]+) \| (?P<why>[^|]+) \|")
+LINES = (ROOT / "docs/compared.md").read_text(encoding="utf-8").splitlines()
+ROWS = [match for line in LINES if (match := ROW.fullmatch(line)) and match["what"] != "row"]
+PLACE = re.compile(r"`(?P<path>[\w.-]+(?:/[\w.-]+)+|\.?[\w-]+\.(?:py|toml|md))`(?: `(?P<test>test_\w+)`)?")
+
+
+def wrong(row: re.Match[str]) -> str | None:
+    """What cannot be held of a row."""
+    places = list(PLACE.finditer(row["why"]))
+    for place in places:
+        path = ROOT / place["path"]
+        if not path.is_file():
+            return f"there is no {place['path']}"
+        if place["test"] and f"def {place['test']}(" not in path.read_text(encoding="utf-8"):
+            return f"{place['path']} has no {place['test']}"
+    if loose := [name for name in re.findall(r"`(test_\w+)`", row["why"]) if name not in {p["test"] for p in places}]:
+        return f"{loose[0]} stands without its file"
+    if row["answer"] == "yes":
+        return None if places else "a yes without a file"
+    if row["answer"] == "no":
+        return None if len(re.sub(r"`[^`]*`", "", row["why"])) > 10 else "a no without a reason"
+    return f"neither yes nor no: {row['answer']}"
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row["what"][:60])
+def test_a_row_is_shown_or_says_why_not(row):
+    assert wrong(row) is None
+
+
+def test_no_row_is_left_out_and_both_answers_are_given():
+    lines = [line for line in LINES if line.startswith("|") and not line.startswith(("| row |", "|---"))]
+    assert len(lines) == len(ROWS) > 150
+    answers = [row["answer"] for row in ROWS]
+    assert answers.count("yes") > 50 and answers.count("no") > 20
+
+
+def test_a_row_that_claims_too_much_is_found():
+    def said(text):
+        return wrong(ROW.fullmatch(text))
+
+    assert said("| a | yes | `tests/house/test_compared.py` `test_a_row_is_shown_or_says_why_not` |") is None
+    assert "no tests/none.py" in said("| a | yes | `tests/none.py` |")
+    assert "has no test_none" in said("| a | yes | `tests/house/test_compared.py` `test_none` |")
+    assert said("| a | yes | surely |") and said("| a | partly | `setup.py` |") and said("| a | no | `setup.py` |")
+    assert said("| a | yes | `setup.py`, and `test_elsewhere` |")
