@@ -23,6 +23,7 @@ class LookaheadEncodeConceptPrompt(io.ComfyNode):
             node_id="LookaheadEncodeConceptPrompt",
             display_name="Encode Concept Prompt",
             category="lookahead/concept",
+            has_intermediate_output=True,
             description="Encodes a prompt in which S* stands for the concept. The same prompt with the nearest real "
             "word in its place goes along, for the second attention path of Apply Lookahead Concept.",
             search_aliases=["DATE", "concept", "clip text encode", "placeholder", "S*"],

@@ -19,6 +19,7 @@ class LookaheadLoadConcept(io.ComfyNode):
             node_id="LookaheadLoadConcept",
             display_name="Load Lookahead Concept",
             category="lookahead/concept",
+            has_intermediate_output=True,
             description="Loads a concept that Save Lookahead Concept or `lookahead concept` has written: no encoder is "
             "needed any more.",
             search_aliases=["DATE", "concept", "textual inversion", "embedding", "personalization"],

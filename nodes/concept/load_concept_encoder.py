@@ -18,6 +18,7 @@ class LookaheadLoadConceptEncoder(io.ComfyNode):
             node_id="LookaheadLoadConceptEncoder",
             display_name="Load Lookahead Concept Encoder",
             category="lookahead/concept",
+            has_intermediate_output=True,
             description="Loads a concept encoder, which turns one picture of anything into a word and attention "
             "offsets of SDXL (after DATE, arXiv 2307.06925). Made with `lookahead concept train`.",
             search_aliases=["DATE", "concept", "textual inversion encoder", "e4t", "personalization", "hypernetwork"],

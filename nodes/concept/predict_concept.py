@@ -28,6 +28,7 @@ class LookaheadPredictConcept(io.ComfyNode):
             node_id="LookaheadPredictConcept",
             display_name="Predict Lookahead Concept",
             category="lookahead/concept",
+            has_intermediate_output=True,
             description="Turns one picture of anything into a concept by one pass of the encoder: a word for prompts "
             "(S*) and low-rank offsets of the model's attention. Tune it afterwards for likeness.",
             search_aliases=["DATE", "concept", "textual inversion", "e4t", "one picture", "personalization"],

@@ -28,6 +28,7 @@ class LookaheadTuneConcept(io.ComfyNode):
             node_id="LookaheadTuneConcept",
             display_name="Tune Lookahead Concept",
             category="lookahead/concept",
+            has_intermediate_output=True,
             description="Brings a predicted concept nearer to its picture in a few steps (12 usually): its word and "
             "its attention offsets are tuned, the model is not changed. Stopped on the way, it leaves nothing behind.",
             search_aliases=["DATE", "concept", "dreambooth", "finetune", "textual inversion training"],

@@ -162,6 +162,7 @@ class LookaheadGuidanceReport(io.ComfyNode):
             node_id="LookaheadGuidanceReport",
             display_name="Lookahead Guidance Report",
             category="lookahead/sampling",
+            has_intermediate_output=True,
             description="Shows what the guidance did in a run: the loss before and after, its curve over the "
             "iterations, and the previews it began and ended with.",
             search_aliases=["loss curve", "guidance", "preview", "plot"],

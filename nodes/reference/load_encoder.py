@@ -52,6 +52,7 @@ class LookaheadLoadEncoder(io.ComfyNode):
             node_id="LookaheadLoadEncoder",
             display_name="Load Lookahead Encoder",
             category="lookahead/loaders",
+            has_intermediate_output=True,
             description="Loads an encoder: an LCM-Lookahead encoder file, a stock IP-Adapter Plus (Face) or IP-Adapter "
             "FaceID Plus v2 for SDXL. What the file is follows from its contents, not from its name.",
             search_aliases=["ip-adapter loader", "ipadapter", "face encoder", "lcm lookahead", "identity"],

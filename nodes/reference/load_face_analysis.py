@@ -59,6 +59,7 @@ class LookaheadLoadFaceAnalysis(io.ComfyNode):
             node_id="LookaheadLoadFaceAnalysis",
             display_name="Load Lookahead Face Analysis",
             category="lookahead/loaders",
+            has_intermediate_output=True,
             description="Opens a pack of insightface's face models, which find faces and tell people apart. Needs the "
             "packages insightface and onnxruntime; nothing is downloaded. Shows the licence of the pack.",
             search_aliases=["insightface", "face analysis", "face detector", "buffalo_l", "antelopev2", "auraface"],

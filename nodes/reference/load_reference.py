@@ -22,6 +22,7 @@ class LookaheadLoadReference(io.ComfyNode):
             node_id="LookaheadLoadReference",
             display_name="Load Lookahead Reference",
             category="lookahead/reference",
+            has_intermediate_output=True,
             description="Loads a person (or thing) that Save Lookahead Reference has written; no picture and no image "
             "encoder are needed. Shows what the file says of itself.",
             search_aliases=["load face", "load ip-adapter embeds", "load character", "face model", "load person"],

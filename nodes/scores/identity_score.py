@@ -27,6 +27,7 @@ class LookaheadIdentityScore(io.ComfyNode):
             node_id="LookaheadIdentityScore",
             display_name="Lookahead Identity Score",
             category="lookahead/scores",
+            has_intermediate_output=True,
             description="How much each picture shows the person of the reference, by a face recogniser: 1 is the same, "
             "about 0 is somebody else. A recogniser that a picture was steered by flatters it: judge by another.",
             search_aliases=["face similarity", "arcface", "identity", "likeness", "face distance", "best of batch"],

@@ -31,6 +31,7 @@ class LookaheadPromptScore(io.ComfyNode):
             node_id="LookaheadPromptScore",
             display_name="Lookahead Prompt Score",
             category="lookahead/scores",
+            has_intermediate_output=True,
             description="How well each picture follows a text, as CLIP sees it (CLIP-T, the cosine of picture and "
             "text). Only scores of the same CLIP and the same text can be compared.",
             search_aliases=["clip score", "clip-t", "prompt adherence", "text similarity", "best of batch"],

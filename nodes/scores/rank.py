@@ -20,6 +20,7 @@ class LookaheadRank(io.ComfyNode):
             node_id="LookaheadRank",
             display_name="Lookahead Rank",
             category="lookahead/scores",
+            has_intermediate_output=True,
             description="Puts the pictures of a batch in order, the best first, and keeps as many as are asked for. A "
             "second score can be a limit: pictures below it come last, however good the first.",
             search_aliases=["best of batch", "sort images", "pick best", "rank images", "best of n", "filter batch"],

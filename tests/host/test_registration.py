@@ -1,6 +1,7 @@
 """What the host does with our nodes before it runs one: it registers and lists them, and validates what it is sent."""
 
 import asyncio
+import inspect
 import os
 import shutil
 from contextlib import contextmanager
@@ -179,3 +180,13 @@ def test_errors_carry_the_name_of_the_pack_not_the_path_of_its_folder(pack, tmp_
     for module, name in (("face_models", "FaceModelError"), ("arcface", "RecogniserError")):
         kind = getattr(pack.module(f"lookahead.vision.{module}"), name)
         assert execution.full_type_name(kind) == f"LCM-Lookahead.{name}"
+
+
+def test_what_a_node_shows_stays_when_the_page_is_loaded_again(pack):
+    """The host keeps that of nodes with this mark (and of those that end a graph), where it knows the mark."""
+    showing = {}
+    for name, node in pack.nodes.items():
+        if "ui=" in inspect.getsource(node):
+            schema = node.define_schema()
+            showing[name] = schema.is_output_node or getattr(schema, "has_intermediate_output", True)
+    assert len(showing) > 12 and all(showing.values()), showing
