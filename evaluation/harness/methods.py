@@ -20,6 +20,7 @@ from .library import EvaluationError, Library, digest_of
 from .scenes import DIFFUSERS, HOST, Desk, DiffusersScene, Drawn, HostScene, PictureJob
 
 ITERATIONS = 20  # of the guidance node, where none are given
+TUNING_BATCH = 8  # noise levels of a tuning step, of the node
 Weight = Annotated[float, Field(ge=-1, le=5)]
 
 
@@ -169,6 +170,34 @@ def _has_kv(path: Path) -> bool:
     return bool(encoder_file.read(path).kv)
 
 
+class ConceptMethod(Method):
+    """A concept (arXiv 2307.06925): one pass of a concept encoder over the reference, and some tuning steps.
+
+    The weights are the strengths of its offsets. Predicted and tuned once for a person, in the time of the first of its
+    pictures.
+    """
+
+    kind = "concept"
+    file: str = Field(description="concept encoder")
+    steps: Annotated[int, Field(ge=0, le=100)] = Field(12, description="tuning steps")
+    noun: str = Field("face", description="word of the prompts that the concept takes the place of")
+    blend: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description="by default the concept's own")
+
+    def files(self, library: Library) -> dict[str, Path]:
+        return {"lookahead": library.find("file", self.file)}
+
+    def drawn_by(self) -> tuple[str, ...]:
+        return (HOST,)
+
+    def condition(self, scene: HostScene, weight: float) -> None:
+        scene.concept(self.files(scene.library)["lookahead"], self.noun, self.steps, weight, self.blend)
+
+    def work(self, steps: int, others: Mapping[str, PictureWork]) -> PictureWork:
+        rows, decodes = super().work(steps, others)
+        tuned = 3.0 * TUNING_BATCH * self.steps  # of each picture, as if it were the only one of its person
+        return PictureWork(rows + tuned, decodes)
+
+
 class WorkflowMethod(Method):
     """Any workflow file, in which one LoadImage, one prompt and one seed are named, or are the only ones.
 
@@ -241,4 +270,6 @@ class BestOf(Method):
         return PictureWork(rows * (self.pictures or 1), decodes * (self.pictures or 1))
 
 
-METHODS: Mapping[str, type[Method]] = {k.kind: k for k in (Nothing, EncoderMethod, WorkflowMethod, BestOf)}
+METHODS: Mapping[str, type[Method]] = {
+    k.kind: k for k in (Nothing, EncoderMethod, ConceptMethod, WorkflowMethod, BestOf)
+}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from PIL import Image
 
 from ...host import workflow
 from ...host.graph import Graph, Link
+from ...lookahead.method.concept_input import PLACEHOLDER
 from ...tools.common import Problem
 from .library import EvaluationError, Library
 from .people import ReferencePerson
@@ -139,6 +141,7 @@ class HostScene:
         self.nodes = Graph()
         self.reference: Link | None = None
         self.guider: Link | None = None
+        self._positive: Link | None = None
         self._base: Link | None = None
         self._sampler: Link | None = None
 
@@ -189,6 +192,29 @@ class HostScene:
         """Apply the reference's image prompt."""
         link = {"model": self._model(), "reference": self.reference, "weight": weight}
         self.model = self.add("image prompt", "LookaheadApplyImagePrompt", **link)
+
+    def concept(self, encoder: Path, noun: str, steps: int, strength: float, blend: float | None) -> None:
+        """Make a concept of the reference, which takes the place of `noun` in the prompt, and apply it."""
+        if self.names.image_encoder is None:
+            raise EvaluationError("A concept encoder reads the picture with CLIP ViT-H/14: set models.image_encoder.")
+        text, places = re.subn(rf"\b{re.escape(noun)}\b", PLACEHOLDER, self.job.prompt.text)
+        if places != 1:
+            raise EvaluationError(
+                f"The prompt {self.job.prompt.text!r} has {noun!r} {places} times, and a concept takes the place of "
+                "one: name in `noun` a word that each prompt has once."
+            )
+        models = {"model": self.base, "clip": self.clip, "vae": self.vae, "image": self.image}
+        loaded = self.add("concept encoder", "LookaheadLoadConceptEncoder", encoder_name=self.names.files[encoder])
+        vision = self.add("vision", "CLIPVisionLoader", clip_name=self.names.image_encoder)
+        made = self.add("concept", "LookaheadPredictConcept", concept_encoder=loaded, clip_vision=vision, **models)
+        if steps:
+            made = self.add("tuned concept", "LookaheadTuneConcept", concept=made, steps=steps, seed=0, **models)
+        self._positive = self.add(
+            "concept prompt", "LookaheadEncodeConceptPrompt", clip=self.clip, concept=made, text=text
+        )
+        share = {} if blend is None else {"blend": blend}
+        link = {"model": self._model(), "concept": made, "strength": strength, **share}
+        self.model = self.add("apply concept", "LookaheadApplyConcept", **link)
 
     def inject(self, weight: float, scales: tuple[float, float, float]) -> None:
         """Inject the reference's keys and values, guided with three scales."""
@@ -244,7 +270,7 @@ class HostScene:
             "guider",
             "CFGGuider",
             model=self._model(),
-            positive=self.text("positive", self.job.prompt.text),
+            positive=self._positive or self.text("positive", self.job.prompt.text),
             negative=self.text("negative", drawing.negative),
             cfg=drawing.guidance,
         )

@@ -6,13 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from concept_files import random_concept_encoder
 from lcm_lookahead.cli import assemble_concept
-from lcm_lookahead.lookahead.files.concept_file import read_concept, read_concept_encoder, write_concept_encoder
-from lcm_lookahead.lookahead.method.concept import ConceptEncoder, ConceptSizes
+from lcm_lookahead.lookahead.files.concept_file import read_concept, read_concept_encoder
 from lcm_lookahead.lookahead.method.concept_tuning import Tuning
 from lcm_lookahead.mini.files.host_models import mini_host
 from lcm_lookahead.mini.world.references import reference_faces
-from lcm_lookahead.sdxl import concept as in_sdxl
 from lcm_lookahead.sdxl.concept_maker import predict_concept, tuner
 from lcm_lookahead.trainer.concept.config import ConceptModels
 from PIL import Image
@@ -28,21 +27,7 @@ def frozen():
 
 @pytest.fixture(scope="module")
 def encoder_file(frozen, tmp_path_factory):
-    """A concept encoder of the mini world with random weights, which also reads the UNet."""
-    with torch.inference_mode(False):
-        words = in_sdxl.read_dictionary(frozen.text, ["face", "mug", "car", "boat"])
-        dictionary = in_sdxl.dictionary_of(frozen.text, words)
-        width = in_sdxl.unet_width(frozen.unet)
-        widths = {"image_width": frozen.vision.config.hidden_size, "unet_width": width, "word_l": 32, "word_g": 32}
-        widths |= {"hidden": 16, "rank": 2, "basis": 2}
-        torch.manual_seed(3)
-        encoder = ConceptEncoder(ConceptSizes(in_sdxl.projections(frozen.unet), **widths)).reset(dictionary)
-        encoder.coefficients_b.bias.data.fill_(0.3)
-        encoder.head_l.weight.data.normal_(std=0.1)
-        encoder.measure(torch.randn(40, width), torch.arange(40) * 25)
-        path = tmp_path_factory.mktemp("encoder") / "random_concept_encoder.safetensors"
-        write_concept_encoder(path, encoder, words, {"size": "128", "blend": str(BLEND), "base_model": "mini"})
-    return path
+    return random_concept_encoder(frozen, tmp_path_factory.mktemp("encoder"), BLEND)
 
 
 @pytest.fixture(scope="module")

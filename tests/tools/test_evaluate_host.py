@@ -1,16 +1,21 @@
 """`lookahead evaluate` in a real ComfyUI: the same pictures as from diffusers, any workflow file, guidance."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import yaml
+from concept_files import random_concept_encoder
+from lcm_lookahead.cli import assemble_concept
 from lcm_lookahead.cli.world import world_of
 from lcm_lookahead.evaluation.harness import protocol, run
 from lcm_lookahead.evaluation.harness.backends import Setting
 from lcm_lookahead.evaluation.harness.library import EvaluationError
 from lcm_lookahead.evaluation.harness.opening import opened
+from lcm_lookahead.evaluation.harness.scenes import HostNames, HostScene
 from lcm_lookahead.tools.common import ROOT
+from lcm_lookahead.trainer.concept.config import ConceptModels
 from PIL import Image
 
 SMALL = {"EmptyLatentImage.width": 128, "EmptyLatentImage.height": 128, "KSampler.steps": 4, "KSampler.cfg": 3.0}
@@ -33,6 +38,8 @@ METHODS = {
 @pytest.fixture(scope="module")
 def evaluation(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluated")
+    frozen = assemble_concept.frozen_models(ConceptModels(base="mini"), "fp32")
+    concept = {"kind": "concept", "file": str(random_concept_encoder(frozen, folder)), "steps": 1, "weights": [1, 0.5]}
     values = {
         "out": str(folder / "out"),
         "models": {
@@ -45,7 +52,7 @@ def evaluation(tmp_path_factory):
         "prompts": {"photo": ["a photo of a face"]},
         "drawing": {"size": 128, "steps": 4, "guidance": 3.0},
         "backends": ["host", "diffusers"],
-        "methods": METHODS,
+        "methods": METHODS | {"concept": concept},
         "measures": {"identity": {"kind": "identity", "recogniser": "mini"}},
     }
     (folder / "protocol.yaml").write_text(yaml.safe_dump(values))
@@ -77,6 +84,23 @@ def test_both_back_ends_draw_the_same_from_the_same_noise(done):
 def test_guidance_and_workflows_are_the_host_s_alone_and_change_the_picture(done):
     assert {a.method for a in done.all_arms() if a.backend == "diffusers"} == {"nothing", "adapter", "with KV"}
     assert np.abs(pixels(done, "guided", "host") - pixels(done, "nothing", "host")).mean() > 0.5
+
+
+def test_a_concept_of_the_reference_is_made_tuned_and_drawn_in_the_place_of_the_noun(done):
+    plain, whole, half = pixels(done, "nothing", "host"), *(pixels(done, "concept", "host", w) for w in (1.0, 0.5))
+    assert np.abs(whole - plain).mean() > 1 and np.abs(half - whole).mean() > 0.5
+    assert not any(arm.method == "concept" and arm.backend == "diffusers" for arm in done.all_arms())
+
+
+def test_a_prompt_without_the_noun_of_a_concept_is_refused(done):
+    method = done.methods["concept"]
+    file = method.files(done.world.library)["lookahead"]
+    names = HostNames("base", "vision", None, None, {file: "encoder"})
+    job = done.jobs()[0]
+    job = replace(job, prompt=job.prompt.model_copy(update={"text": "a photo of a boat"}))
+    scene = HostScene(job, done.protocol.drawing, done.world.library, names, {}, "reference.png")
+    with pytest.raises(EvaluationError, match="has 'face' 0 times"):
+        method.on_host(scene, 1.0)
 
 
 def test_a_workflow_file_is_drawn_with_this_picture_prompt_seed_and_weight(done):
