@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..files.atomic import first_line
 from ..files.tensors import check_numbers, read_tensors
 from .images import CLIP_MEAN, CLIP_STD
 
@@ -76,8 +77,11 @@ def read(path: str | os.PathLike[str]) -> CLIPFile:
         try:
             settings = json.loads(beside.read_text(encoding="utf-8"))
             vision = settings.get("vision_config", settings)  # a picture half alone has no second level
-            file = CLIPFile(path.name, tensors, {"vision": vision, "text": settings.get("text_config", {})})
-        except (ValueError, AttributeError) as error:
+            text = settings.get("text_config", {})
+            if not isinstance(vision, dict) or not isinstance(text, dict):
+                raise ValueError("no settings by name")
+            file = CLIPFile(path.name, tensors, {"vision": vision, "text": text})
+        except (ValueError, AttributeError, RecursionError) as error:
             raise ValueError(f"{beside.name} beside {path.name} is not a configuration: download it again.") from error
     return file
 
@@ -139,9 +143,9 @@ class CLIPPictures(nn.Module):
         super().__init__()
         from transformers import CLIPVisionModelWithProjection
 
-        config = picture_config(file)
-        self.size: int = config.image_size
-        self.model = loaded(file, CLIPVisionModelWithProjection, config)
+        network: Any = loaded(file, CLIPVisionModelWithProjection, picture_config)
+        self.model: nn.Module = network
+        self.size: int = network.config.image_size
         self.register_buffer("mean", torch.tensor(CLIP_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(CLIP_STD).view(1, 3, 1, 1), persistent=False)
 
@@ -162,7 +166,7 @@ def embed_texts(file: CLIPFile, ids: Tensor) -> Tensor:
             f"{file.name} holds CLIP's picture half alone: use a whole CLIP (the model.safetensors of "
             "openai/clip-vit-large-patch14, say) to compare with words."
         )
-    model = loaded(file, CLIPTextModelWithProjection, text_config(file))
+    model = loaded(file, CLIPTextModelWithProjection, text_config)
     return F.normalize(model(input_ids=ids.long()).text_embeds, dim=-1)
 
 
@@ -195,10 +199,22 @@ def layers(file: CLIPFile, half: str) -> dict[str, int]:
     return {"num_hidden_layers": count, "intermediate_size": width}
 
 
-def loaded(file: CLIPFile, kind: type[nn.Module], config: Any) -> nn.Module:
-    """The package's network with the file's weights in float32, frozen. Raises ValueError where they do not fit."""
-    with torch.device("meta"):  # the file's tensors take these places: nothing is allocated or initialised twice
-        network = kind(config)
+def loaded(file: CLIPFile, kind: type[nn.Module], configured: Callable[[CLIPFile], Any]) -> nn.Module:
+    """The package's network with the file's weights in float32, frozen. Raises ValueError where they do not fit.
+
+    configured: gives the package's configuration of this half.
+    """
+    try:
+        config = configured(file)
+        with torch.device("meta"):  # the file's tensors take these places: nothing is allocated or initialised twice
+            network = kind(config)
+    except Exception as error:  # the package believes in a configuration: a TypeError, KeyError, ZeroDivisionError ...
+        if type(error) is ValueError and str(error).startswith(file.name):
+            raise
+        raise ValueError(
+            f"{file.name} or {file.configuration_name} beside it says how no CLIP can be built ({first_line(error)}): "
+            "download both again."
+        ) from error
     try:
         return fill(network, file.tensors, torch.float32)
     except ValueError as error:

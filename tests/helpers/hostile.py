@@ -42,7 +42,8 @@ class Kind:
         """Write the files with one of them harmed as the seed says, and return the path of the first."""
         rng = random.Random(f"{next(iter(self.files))} {seed}")
         harmed = rng.choice(list(self.files))
-        change = rng.choice((*self.changes, *BYTES) if harmed == next(iter(self.files)) else BYTES)
+        changes = self.changes if harmed == next(iter(self.files)) else JSON if harmed.endswith(".json") else ()
+        change = rng.choice((*changes, *BYTES))
         for name, whole in self.files.items():
             content = change(whole, rng, folder) if name == harmed else whole
             (folder / name).write_bytes(content)
