@@ -15,9 +15,9 @@ from lcm_lookahead.mini.world.references import reference_faces
 from PIL import Image
 
 PROMPTS, EARLY = 200, 50
-# Megabytes that a process may have more after 200 prompts than after 50: what is freed goes back to the system in part
-# alone. A prompt that left its model behind would be seen: the mini checkpoint has 36 MB, and 150 prompts follow.
-MARGIN = 150
+# Megabytes that a process may have more after 200 prompts than after 50 (8 were seen): what is freed goes back to the
+# system in part alone. A kind of prompt that left its model behind, of 36 MB, would go beyond it within four.
+MARGIN = 100
 WIDTH, STEPS = 64, 2
 KINDS = ("image prompt", "kv", "three scales", "mask", "guided", "concept", "several", "plain", "batch", "interrupted")
 
