@@ -1,6 +1,7 @@
 """Renamed nodes: an entry reaches the host's own manager, which rewrites a graph that has the old id."""
 
 import asyncio
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -10,12 +11,12 @@ pytestmark = pytest.mark.contract
 
 @pytest.fixture
 def manager(pack, monkeypatch):
-    """The host's manager of replacements, as its server holds it."""
-    import server
+    """The host's manager of replacements, where its server would hold it: no server runs here."""
     from app.node_replace_manager import NodeReplaceManager
 
     made = NodeReplaceManager()
-    monkeypatch.setattr(server.PromptServer, "instance", SimpleNamespace(node_replace_manager=made), raising=False)
+    holder = SimpleNamespace(instance=SimpleNamespace(node_replace_manager=made))
+    monkeypatch.setitem(sys.modules, "server", SimpleNamespace(PromptServer=holder))
     return made
 
 
