@@ -6,6 +6,7 @@ All see an aligned crop (`faces.align`), RGB, and give a vector that says who it
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ BYTES = (127.5, 127.5)  # mean and deviation, in bytes, of what ArcFace's networ
 _BLOCKS = ([2, 2, 2, 2], [3, 4, 6, 3], [3, 4, 14, 3], [3, 13, 30, 3], [3, 8, 36, 3])  # 18, 34, 50, 100, 152 layers
 _WIDTHS = (64, 128, 256, 512)
 _WRAPPERS = ("state_dict.", "model.", "module.", "backbone.", "net.")  # what trainers put before the names
+_MOST_NUMBERS = 1 << 27  # in one step of a recogniser at one crop; IR-100 at 112 pixels has 800,000
 _FURTHEST = 1e-3  # what onnx2torch may be off, as a share of the longest embedding
 
 
@@ -130,6 +132,7 @@ def from_onnx(path: Path, scale: tuple[float, float] | None = None) -> Recognise
     except Exception as error:  # protobuf's own kinds, and OSError
         raise RecogniserError(f"{name} cannot be read as ONNX ({first_line(error)}): download it again.") from error
     size = _input_size(model, name)
+    _check_memory(model, name)
     try:
         network = convert(model)
     except NotImplementedError as error:
@@ -177,6 +180,23 @@ def _input_size(model: Any, name: str) -> int:
             f"inputs {sizes} and {len(model.graph.output)} outputs."
         )
     return size
+
+
+def _check_memory(model: Any, name: str) -> None:
+    """Raise RecogniserError for a graph that makes gigabytes of a few numbers, as a small hostile file can."""
+    from onnx import shape_inference
+
+    try:
+        inferred = shape_inference.infer_shapes(model, data_prop=True).graph.value_info
+    except Exception:  # what cannot be inferred is found out, or not, when it is converted
+        return
+    for value in inferred:
+        numbers = math.prod(max(d.dim_value, 1) for d in value.type.tensor_type.shape.dim)
+        if numbers > _MOST_NUMBERS:
+            raise RecogniserError(
+                f"{name} would make {numbers} numbers of one crop (in {value.name[:40]!a}), which no recogniser does: "
+                "it is damaged or hostile, so use the published file."
+            )
 
 
 def _scale(graph: Any) -> tuple[float, float]:

@@ -231,6 +231,27 @@ def test_an_operation_that_onnx2torch_does_not_know_is_named(tmp_path):
         read(tmp_path / "odd.onnx")
 
 
+def test_a_small_file_that_asks_for_gigabytes_is_refused_before_it_runs(tmp_path):
+    import onnx
+    from onnx import helper, numpy_helper
+
+    model = onnx.load(MINI)
+    asked = numpy_helper.from_array(torch.tensor([1 << 40]).numpy())
+    last = model.graph.node[-1]
+    end, last.output[0] = last.output[0], "before"
+    for node in (
+        helper.make_node("Add", ["before", "small"], [end]),
+        helper.make_node("ReduceSum", ["large"], ["small"], keepdims=0),
+        helper.make_node("ConstantOfShape", ["shape"], ["large"]),
+        helper.make_node("Constant", [], ["shape"], value=asked),
+    ):
+        model.graph.node.insert(len(model.graph.node) if node.op_type == "Add" else 0, node)
+    onnx.save(model, tmp_path / "rec.onnx")
+    with pytest.raises(RecogniserError, match="would make 1099511627776 numbers") as error:
+        from_onnx(tmp_path / "rec.onnx")
+    assert "\n" not in str(error.value)
+
+
 def test_a_network_that_differs_from_onnxruntime_is_refused(monkeypatch):
     import onnx2torch
 

@@ -44,6 +44,13 @@ def test_what_is_written_comes_back_to_the_bit(whole, tmp_path):
     assert "Anna" in text and "weight -0.5" in text and "24x24" in text and "w600k_r50.onnx" in text
 
 
+def test_one_subject_twice_is_written_twice(whole, tmp_path):
+    """As two nodes that combine one reference with itself make it: the same tensors under two names."""
+    reference_file.write(tmp_path / "a.safetensors", [whole, replace(whole, weight=2.0)])
+    (first, second), _ = reference_file.read(tmp_path / "a.safetensors")
+    assert second.weight == 2.0 and all(torch.equal(second.tensors[k], v) for k, v in first.tensors.items())
+
+
 @pytest.mark.parametrize(
     "change",
     [
