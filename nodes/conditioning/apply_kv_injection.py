@@ -11,7 +11,7 @@ from ..reference.subject import Reference, Subject
 from ..schema import schema
 from ..sockets import REFERENCE, WEIGHTS
 from .kv_injection import KVInjection
-from .reference_pass import FIXED, SHARED, KVSource
+from .reference_pass import EIGHT_BIT, FIXED, FULL, SHARED, KVSource
 from .rows import When
 from .self_attention import ADAIN, NO_ADAIN, PICTURE
 from .unet_blocks import KVBlock, self_attentions
@@ -143,6 +143,8 @@ class LookaheadApplyKVInjection(io.ComfyNode):
         mask: Tensor | None = None,
         weights: WeightFactors | None = None,
         adain: str = NO_ADAIN,
+        renew: int = 1,
+        precision: str = FULL,
     ) -> io.NodeOutput:
         if start > end:
             raise ValueError(f"The start ({start}) is later than the end ({end}): set an end that is not before it.")
@@ -168,6 +170,8 @@ class LookaheadApplyKVInjection(io.ComfyNode):
                     cache_bytes=int(cache_gb * 2**30),
                     kv_patcher=None if subject.encoder is None else subject.encoder.kv_patcher,
                     queries=adain == PICTURE,
+                    renew=renew,
+                    precision=precision,
                 )
                 injection = KVInjection(
                     source=source,

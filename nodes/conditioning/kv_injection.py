@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import self_attention
 from .effect import ActiveEffect, CondEvaluation, Effect, EstimatedRows, Replacements, RunStart, UNetPass
-from .reference_pass import SHARED, KVSource, ReferencePass
+from .reference_pass import SHARED, KVSource, ReferencePass, renewed
 from .rows import When
 
 if TYPE_CHECKING:
@@ -67,7 +67,10 @@ class KVInjection(Effect):
 
     def begin(self, run: RunStart) -> ActiveKVInjection:
         mask = None if self.mask is None else self.mask.to(run.device)
-        return ActiveKVInjection(replace(self, mask=mask), ReferencePass(self.source, run.patcher, run.noise, run.seed))
+        sampling = run.patcher.get_model_object("model_sampling")
+        renewals = renewed(run.sigmas, self.source.renew, lambda sigma: self.when.acts(sigma, sampling))
+        reference_pass = ReferencePass(self.source, run.patcher, run.noise, run.seed, renewals)
+        return ActiveKVInjection(replace(self, mask=mask), reference_pass)
 
 
 class ActiveKVInjection(ActiveEffect[KVInjection]):
