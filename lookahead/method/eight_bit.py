@@ -1,8 +1,8 @@
 """Tokens in 8 bit: a channel's numbers between the least and the greatest that it has among the tokens.
 
-What is kept of a reference is the normed input of a self-attention, one vector a token. Its channels differ in where they
-lie and how far they reach (a layer norm ends in a weight and a bias for each), so each has a scale of its own; a token's
-length is nearly the same for all, so tokens need none.
+What is kept of a reference is the normed input of a self-attention, one vector a token. Its channels differ in where
+they lie and how far they reach (a layer norm ends in a weight and a bias for each), so each has a scale of its own; a
+token's length is nearly the same for all, so tokens need none.
 """
 
 from __future__ import annotations

@@ -103,7 +103,9 @@ class KVSource:
         """The normed input [tokens, channels] of a self-attention as it is kept."""
         return tuple(to_eight_bit(x)) if self.precision == EIGHT_BIT else (x,)
 
-    def restored(self, row: tuple[Tensor, ...], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    def restored(
+        self, row: tuple[Tensor, ...], device: torch.device, dtype: torch.dtype
+    ) -> tuple[Tensor, list[Tensor]]:
         """What was kept of a row: the input of the self-attention, and what else stands there (of the queries)."""
         parts = len(EightBit._fields) if self.precision == EIGHT_BIT else 1
         row = tuple(part.to(device, non_blocking=True) for part in row)
@@ -111,10 +113,22 @@ class KVSource:
         return x, list(row[parts:])
 
 
-def renewed(sigmas: Tensor, every: int, acts: Callable[[Tensor], bool]) -> list[tuple[float, float]]:
-    """For each step in which the reference is read, (its noise level, that of the reference it reads)."""
-    steps = [float(sigma) for sigma in sigmas[:-1] if acts(sigma)] if every > 1 else []
-    return [(sigma, steps[n - n % every]) for n, sigma in enumerate(steps)]
+def renewed(sigmas: Sequence[float], every: int, share: Callable[[float], float]) -> list[tuple[float, float]]:
+    """For each step in which the reference is read, (its noise level, that at which its pass was made).
+
+    sigmas: of these steps and of what comes after; every: one step of so many makes a pass; share: of the sampling that
+    is over at a noise level, in [0, 1]. The passes lie at equal parts of that share, since what the UNet makes of a
+    noised picture changes with its time step: a schedule of many small steps in little noise (Karras) has few there.
+    """
+    *steps, _ = sigmas
+    begin, *_, end = (share(sigma) for sigma in sigmas)
+    passes, out, last = math.ceil(len(steps) / every), [], -1
+    for sigma in steps:
+        done = (share(sigma) - begin) / (end - begin) if end > begin else 0.0
+        if (part := math.floor(passes * done + 1e-6)) > last:
+            last, at = part, sigma
+        out.append((sigma, at))
+    return out
 
 
 class ReferencePass:

@@ -190,7 +190,9 @@ def outer_sample(executor, noise, *args, **kwargs):
     context = EffectContext.of(guider.model_options)
     patcher = guider.model_patcher
     device, dtype = patcher.load_device, patcher.model.get_dtype_inference()
-    start = RunStart(patcher, device, dtype, noise, _seed_of(noise, *args, **kwargs), _sigmas_of(noise, *args, **kwargs))
+    start = RunStart(
+        patcher, device, dtype, noise, _seed_of(noise, *args, **kwargs), _sigmas_of(noise, *args, **kwargs)
+    )
     run = SamplingRun(tuple(effect.begin(start) for effect in context.effects))
     guider.model_options = replace(context, run=run).put_into(guider.model_options)
     try:

@@ -12,7 +12,7 @@ LATENT = (1, 4, 8, 8)
 STEPS = 2
 UNET = json.loads((Path(__file__).resolve().parents[2] / "mini/sizes.json").read_text())["unet"]
 _, MIDDLE, DEEP = (UNET["model_channels"] * m for m in UNET["channel_mult"])
-A_LEVEL = 4 * 2 * 2 * (5 * 16 * MIDDLE + 12 * 4 * DEEP)  # bytes: keys and values of both roles in float32
+A_LEVEL = 4 * 2 * (5 * 16 * MIDDLE + 12 * 4 * DEEP)  # bytes: normed inputs of both roles in float32
 
 
 @pytest.fixture
