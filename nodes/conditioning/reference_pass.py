@@ -125,7 +125,7 @@ def renewed(sigmas: Sequence[float], every: int, share: Callable[[float], float]
     passes, out, last = math.ceil(len(steps) / every), [], -1
     for sigma in steps:
         done = (share(sigma) - begin) / (end - begin) if end > begin else 0.0
-        if (part := math.floor(passes * done + 1e-6)) > last:
+        if (part := min(math.floor(passes * done + 1e-6), passes - 1)) > last:
             last, at = part, sigma
         out.append((sigma, at))
     return out
