@@ -8,6 +8,7 @@ picture, no ControlNet, no image prompt. The pass ends in the last block that ex
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import math
 from collections.abc import Callable, Collection, Sequence
@@ -24,7 +25,7 @@ from torch import Tensor
 from ...lookahead.method.attention import mask_on_tokens, statistics
 from ...lookahead.method.eight_bit import EightBit, from_eight_bit, to_eight_bit
 from ...lookahead.method.kv_encoder import EXPORTED
-from ..reference.kv_cache import InputsByBlock, KVByBlock, KVByRole
+from ..reference.kv_cache import InputsByBlock, InputsByRole, KVByRole
 from .unet_blocks import BlockKey, KVBlock, host_attention, key_value_layers
 
 if TYPE_CHECKING:
@@ -181,19 +182,17 @@ class ReferencePass:
         run = self.signature(model)
         cache = self.source.subject.cache
         self._levels.setdefault(sigma, True)
-        for role in roles - known.keys():
-            rows = cache.get(run, (sigma, role))
-            if rows is not None:
-                known[role] = self._projected(model, rows, timestep.device)
-        missing = sorted(roles - known.keys(), reverse=True)
+        inputs = {role: cache.get(run, (sigma, role)) for role in roles - known.keys()}
+        missing = sorted((role for role, rows in inputs.items() if rows is None), reverse=True)
         if missing:
             self.evaluations += 1
             at = timestep.new_full((1,), sigma)
             found = dict(zip(missing, self._evaluate(model, at, missing), strict=True))
-            # What was just found is read as what was kept is, so that both give one picture to the bit.
-            known.update({role: self._projected(model, rows, timestep.device) for role, rows in found.items()})
+            inputs.update(found)
             if not cache.put(run, sigma, found, self.source.cache_bytes, current):
                 self._levels[sigma] = False
+        if inputs:  # what was just found is read as what was kept is, so that both give one picture to the bit
+            known.update(self._projected(model, inputs, timestep.device))
         return {role: known[role] for role in roles}
 
     def level(self, sigma: float) -> float:
@@ -201,24 +200,29 @@ class ReferencePass:
         reached = [at for step, at in self._renewals if step >= sigma * (1 - 1e-4)]
         return reached[-1] if reached else sigma
 
-    def _projected(self, model: BaseModel, inputs: InputsByBlock, device: torch.device) -> KVByBlock:
+    def _projected(self, model: BaseModel, inputs: InputsByRole, device: torch.device) -> KVByRole:
         """Keys and values of the normed inputs, by the layers of the UNet (and the export's low-rank changes).
 
-        Rows of one length at once, as they were kept: a product may round otherwise in another shape.
+        All rows of one length at once, in an order that is always the same: in another a product may round otherwise.
         """
         model.current_patcher.apply_hooks(hooks=None)  # as for the pass: a LoRA on the picture's prompt is not in it
-        dtype, kv_encoder, out = model.get_dtype_inference(), self.source.kv_encoder, {}
+        dtype, kv_encoder = model.get_dtype_inference(), self.source.kv_encoder
+        roles = sorted(inputs, reverse=True)
+        out: KVByRole = {role: {} for role in roles}
         for block in self.source.blocks:
-            xs, further = zip(*(self.source.restored(r, device, dtype) for r in inputs[block.key]), strict=True)
+            kept = [row for role in roles for row in inputs[role][block.key]]
+            xs, further = zip(*(self.source.restored(row, device, dtype) for row in kept), strict=True)
             batches = [torch.stack(xs)] if len({len(x) for x in xs}) == 1 else [x[None] for x in xs]
             projected = []
             for name, layer in zip(EXPORTED, key_value_layers(model.diffusion_model, block.key), strict=True):
-                rows = []
+                rows: list[Tensor] = []
                 for x in batches:
                     y = layer(x)
                     rows += y if kv_encoder is None else kv_encoder.exported(block.path, name, y, x)
                 projected.append(rows)
-            out[block.key] = [(k, v, *rest) for k, v, rest in zip(*projected, further, strict=True)]
+            pairs = iter([(k, v, *rest) for k, v, rest in zip(*projected, further, strict=True)])
+            for role in roles:
+                out[role][block.key] = list(itertools.islice(pairs, len(inputs[role][block.key])))
         return out
 
     def signature(self, model: BaseModel) -> tuple:
