@@ -68,8 +68,9 @@ class KVInjection(Effect):
 
     def renewals(self, sigmas: Tensor, sampling: Any) -> list[tuple[float, float]]:
         """For each step in which it acts, (its noise level, that of the reference it reads); empty for its own."""
-        acting = [n for n, sigma in enumerate(sigmas[:-1]) if self.when.acts(sigma, sampling)]
-        if self.source.renew == 1 or not acting:
+        every = range(len(sigmas) - 1) if self.source.renew > 1 else ()
+        acting = [n for n in every if self.when.acts(sigmas[n], sampling)]
+        if not acting:
             return []
         levels = [float(sigmas[n]) for n in (*acting, acting[-1] + 1)]
         return renewed(levels, self.source.renew, lambda sigma: share_of(sigma, sampling.percent_to_sigma))

@@ -107,7 +107,7 @@ class KVSource:
     def restored(
         self, row: tuple[Tensor, ...], device: torch.device, dtype: torch.dtype
     ) -> tuple[Tensor, list[Tensor]]:
-        """What was kept of a row: the input of the self-attention, and what else stands there (of the queries)."""
+        """Gives the input that a kept row stands for, [tokens, channels], and what else it holds (of the queries)."""
         parts = len(EightBit._fields) if self.precision == EIGHT_BIT else 1
         row = tuple(part.to(device, non_blocking=True) for part in row)
         x = from_eight_bit(EightBit(*row[:parts]), dtype) if self.precision == EIGHT_BIT else row[0].to(dtype)
