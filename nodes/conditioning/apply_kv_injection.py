@@ -36,6 +36,7 @@ class LookaheadApplyKVInjection(io.ComfyNode):
             "self-attention read what the model sees there: fine detail of the face, and some of the reference's look. "
             "Works without training, better with an encoder trained for it. Use it with the Lookahead Guider.",
             search_aliases=["reference only", "kv injection", "shared attention", "reference attention", "face"],
+            has_intermediate_output=True,
             inputs=[
                 io.Model.Input("model", tooltip="An SDXL model; LoRAs and other patches may come before or after."),
                 REFERENCE.Input(
