@@ -15,28 +15,19 @@ from ..mini.files.host_models import MINI_EXTENSIONS, link_models
 from . import bench_data, bench_training
 from .common import CACHE, ROOT, Problem, run_main, say
 
-# FLOP of a step at 1024x1024 over that of plain classifier-free guidance (counted from SDXL's layers).
-FLOP_RATIOS = {
-    "plain CFG": 1.0,
-    "CFG with KV, cold": 2.13,
-    "CFG with KV, replayed": 1.11,
-    "guider, cold": 3.13,
-    "guider, replayed": 2.11,
-    "guider, kv = 0, replayed": 1.56,
-}
 
-
-def sdxl_kv_bytes(side: int = 1024, itemsize: int = 2) -> int:
-    """Bytes of one set of reference KV (one role, one step) for SDXL at a size, counted from its blocks."""
+def sdxl_kept_bytes(side: int = 1024, itemsize: int = 2) -> int:
+    """Bytes of what is kept of a pass (one role) for SDXL at a size, without scales, counted from its blocks."""
     from ..lookahead.files.block_names import block_names, level_of
 
     width = {1: 640, 2: 1280}
     levels = (level_of(block.host) for block in block_names())
-    return sum(2 * (side // 8 // 2**level) ** 2 * width[level] for level in levels) * itemsize
+    return sum((side // 8 // 2**level) ** 2 * width[level] for level in levels) * itemsize
 
 
-def measure(side: int = 0) -> dict[str, Any]:
-    """Run the benchmark in a process of its own, inside the host's tree; with a side, for SDXL at full size."""
+def measure(side: int = 0, part: str = "") -> dict[str, Any]:
+    """Run the benchmark in a process of its own, inside the host's tree; with a side, for SDXL at full size; part: "kv"
+    for the arms of KV injection alone."""
     host = fetch()
     CACHE.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="bench-", dir=CACHE) as folder:
@@ -47,7 +38,7 @@ def measure(side: int = 0) -> dict[str, Any]:
         script = ROOT / "tools" / "bench_in_host.py"
         command = [str(script), str(host), folder, str(ROOT), *map(str, MINI_EXTENSIONS)]
         without_us = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-        return _answer(command + ([str(side)] if side else []), host, without_us)
+        return _answer([*command, str(side), part], host, without_us)
 
 
 def measure_training(full: bool = False) -> dict[str, Any]:
@@ -74,7 +65,7 @@ def table(report: dict[str, Any]) -> str:
     """The figures as a Markdown table."""
     plain = report["seconds"]["plain CFG"]
     rows = [
-        f"| {name} | {1000 * seconds:.1f} ms | {seconds / plain:.2f} | {FLOP_RATIOS[name]:.2f} |"
+        f"| {name} | {1000 * seconds:.1f} ms | {seconds / plain:.2f} | {report['flop_ratios'][name]:.2f} |"
         for name, seconds in report["seconds"].items()
     ]
     return "\n".join(
@@ -86,11 +77,13 @@ def table(report: dict[str, Any]) -> str:
             *rows,
             "",
             f"UNets in the process: {report['unets']}; peak memory {report['peak_memory'] / 1e9:.1f} GB.",
-            f"Reference KV of one role and step: {report['kv_bytes'][0] / 1e6:.3f} MB kept, "
-            f"{report['kv_bytes_from_shapes'] / 1e6:.3f} MB counted from shapes;",
-            f"SDXL at 1024x1024 in 16 bit, counted the same way: {sdxl_kv_bytes() / 1e9:.2f} GB.",
-            "",
-            *guidance_table(report),
+            *(
+                f"What is kept of a pass (one role), precision {name}: {size / 1e6:.3f} MB, "
+                f"{report['kv_bytes_from_shapes'][name] / 1e6:.3f} MB counted from shapes;"
+                for name, size in report["kv_bytes"].items()
+            ),
+            f"SDXL at 1024x1024 in 16 bit, counted the same way: {sdxl_kept_bytes() / 1e9:.2f} GB.",
+            *(["", *guidance_table(report)] if "guidance" in report else []),
         ]
     )
 
@@ -126,6 +119,7 @@ def main(arguments: list[str]) -> int:
         metavar="SIDE",
         help="SDXL with random weights in bfloat16 at SIDE x SIDE pixels (256; takes 14 GB and some minutes on a CPU)",
     )
+    parser.add_argument("--kv", action="store_true", help="KV injection alone")
     parser.add_argument("--training", action="store_true", help="the training step alone")
     parser.add_argument("--data", action="store_true", help="reading and preparing data alone")
     parser.add_argument(
@@ -146,7 +140,9 @@ def main(arguments: list[str]) -> int:
         return 0
     if not chosen.training:
         say("Measuring in a real ComfyUI (about a minute for the mini world) ...")
-        print(table(measure(chosen.full_size)), end="\n\n")
+        print(table(measure(chosen.full_size, "kv" if chosen.kv else "")), end="\n\n")
+    if chosen.kv:
+        return 0
     say("Measuring the training step (about a minute) ...")
     print(bench_training.table(measure_training()))
     if not chosen.training:

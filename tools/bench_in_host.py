@@ -1,8 +1,9 @@
 """Run by `make bench` inside a ComfyUI tree: times model calls of one run beside each other and prints JSON.
 
-python bench_in_host.py HOST_DIRECTORY BASE_DIRECTORY PACK_DIRECTORY CPU_TORCHVISION MINI_EXTENSION [SIDE]
+python bench_in_host.py HOST_DIRECTORY BASE_DIRECTORY PACK_DIRECTORY CPU_TORCHVISION MINI_EXTENSION [SIDE [kv]]
 
-With SIDE it measures SDXL at full size with random weights in bfloat16, at SIDE x SIDE pixels, else the mini world.
+With SIDE it measures SDXL at full size with random weights in bfloat16, at SIDE x SIDE pixels, else (0) the mini world;
+with "kv" the arms of KV injection alone.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ import sys
 import time
 from typing import Any
 
-STEPS, ROUNDS = 6, 5
-FULL_STEPS, FULL_ROUNDS = 2, 2
+STEPS, ROUNDS = 8, 5
+FULL_STEPS, FULL_ROUNDS = 4, 2
+COLD_RENEWED, REPLAYED_RENEWED = (f"CFG with KV, 8 bit, renewed at 1 of 4 steps, {how}" for how in ("cold", "replayed"))
+RENEW = 4  # in the arms that read the reference in some steps alone
 
 
-def main(host: str, base: str, pack: str, cpu_torchvision: str, mini: str, side: str = "") -> None:
+def main(host: str, base: str, pack: str, cpu_torchvision: str, mini: str, side: str = "", part: str = "") -> None:
     """Load the pack as the host does, then time every arm in turn."""
     sys.path.insert(0, host)
     runpy.run_path(f"{cpu_torchvision}/prestartup_script.py")
@@ -45,10 +48,11 @@ def main(host: str, base: str, pack: str, cpu_torchvision: str, mini: str, side:
         return nodes.NODE_CLASS_MAPPINGS[node].execute(*arguments, **options).result[0]
 
     with torch.inference_mode():
-        pixels = int(side or 128)
-        steps, rounds = (FULL_STEPS, FULL_ROUNDS) if side else (STEPS, ROUNDS)
+        full_size = int(side or 0)
+        pixels = full_size or 128
+        steps, rounds = (FULL_STEPS, FULL_ROUNDS) if full_size else (STEPS, ROUNDS)
         face = torch.rand(1, pixels, pixels, 3, generator=torch.Generator().manual_seed(1))
-        if side:
+        if full_size:
             model = _random_sdxl()
             positive, negative = (_random_text(seed) for seed in (1, 2))
             read = {"vae": _NoVAE(), "conditioning": _random_text(3)}
@@ -60,8 +64,8 @@ def main(host: str, base: str, pack: str, cpu_torchvision: str, mini: str, side:
         def reference() -> Any:
             return run("LookaheadEncodeReference", image=face, size=pixels, **read)
 
-        def with_kv(reference: Any, cache_gb: float) -> Any:
-            return run("LookaheadApplyKVInjection", model, reference, cache_gb=cache_gb)
+        def with_kv(reference: Any, cache_gb: float, **settings: Any) -> Any:
+            return run("LookaheadApplyKVInjection", model, reference, cache_gb=cache_gb, **settings)
 
         def cfg(model: Any) -> Any:
             guider = comfy.samplers.CFGGuider(model)
@@ -74,43 +78,124 @@ def main(host: str, base: str, pack: str, cpu_torchvision: str, mini: str, side:
 
         kept = reference()
         replayed, cold = with_kv(kept, 2.0), with_kv(reference(), 0.0)
+        less = {"precision": "8 bit", "renew": RENEW}
+        kept_less = reference()
+        replayed_less, cold_less = with_kv(kept_less, 2.0, **less), with_kv(reference(), 0.0, **less)
         arms = {
             "plain CFG": cfg(model),
             "CFG with KV, cold": cfg(cold),
             "CFG with KV, replayed": cfg(replayed),
+            COLD_RENEWED: cfg(cold_less),
+            REPLAYED_RENEWED: cfg(replayed_less),
             "guider, cold": three(cold),
             "guider, replayed": three(replayed),
             "guider, kv = 0, replayed": three(replayed, 0.0),
         }
+        if part == "kv":
+            arms = {name: guider for name, guider in arms.items() if not name.startswith("guider")}
         times: dict[str, list[float]] = {name: [] for name in arms}
         for turn in range(rounds + 1):
             for name, guider in arms.items():
                 seconds = _step_times(guider, model, pixels // 8, steps)
+                if name in (COLD_RENEWED, REPLAYED_RENEWED):  # their steps differ: the mean of a run
+                    seconds = [statistics.mean(seconds)]
                 if turn:  # the first round warms up, and fills the cache
                     times[name] += seconds
-        subject = kept.subjects[0]
-        entries = [rows for run_ in subject.cache.runs.values() for rows in run_.values()]
-        sizes = {sum(t.nbytes for pairs in rows.values() for pair in pairs for t in pair) for rows in entries}
-        injection = replayed.model_options["transformer_options"]["lookahead"].effects[0]
-        counted = injection.source.numel_per_row() * model.model.get_dtype_inference().itemsize
+        sizes, counted = {}, {}
+        for name, subject, patched in (("full", kept, replayed), ("8 bit", kept_less, replayed_less)):
+            entries = [rows for run_ in subject.subjects[0].cache.runs.values() for rows in run_.values()]
+            (sizes[name],) = {sum(t.nbytes for row in e.values() for parts in row for t in parts) for e in entries}
+            source = patched.model_options["transformer_options"]["lookahead"].effects[0].source
+            counted[name] = source.bytes_per_row(model.model.get_dtype_inference().itemsize)
         gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
-        if side:
-            vae, few = _ColourVAE(), _with_random_lora(model)
-        else:
-            few = nodes.LoraLoaderModelOnly().load_lora_model_only(model, "lcm-lora-sdxl.safetensors", 1.0)[0]
         report = {
-            "guidance": _guidance(model, few, positive, negative, vae, pixels, rounds),
-            "guidance_bytes": _guidance_bytes(),
+            "flop_ratios": _flop_ratios(list(arms)),
+            "renew": RENEW,
             "seconds": {name: statistics.median(values) for name, values in times.items()},
             "spread": {name: [min(values), max(values)] for name, values in times.items()},
-            "kv_bytes": sorted(sizes),
+            "kv_bytes": sizes,
             "kv_bytes_from_shapes": counted,
             "unets": _unets(type(model.model.diffusion_model)),
-            "model": f"SDXL with random weights, {pixels}x{pixels}" if side else "mini world, 128x128",
+            "model": f"SDXL with random weights, {pixels}x{pixels}" if full_size else "mini world, 128x128",
             "peak_memory": _peak_memory(),
             "device": gpu or f"{torch.get_num_threads()} CPU thread(s)",
         }
+        if part != "kv":
+            if full_size:
+                vae, few = _ColourVAE(), _with_random_lora(model)
+            else:
+                few = nodes.LoraLoaderModelOnly().load_lora_model_only(model, "lcm-lora-sdxl.safetensors", 1.0)[0]
+            report["guidance"] = _guidance(model, few, positive, negative, vae, pixels, rounds)
+            report["guidance_bytes"] = _guidance_bytes()
+            report["peak_memory"] = _peak_memory()
     print("BENCH " + json.dumps(report))
+
+
+def _flop_ratios(arms: list[str], side: int = 1024) -> dict[str, float]:
+    """FLOP of a step of SDXL at a size over those of plain CFG: counted on the meta device, nothing is computed.
+
+    Of one row: the UNet, the reference pass up to its last export, the keys and values of what is kept, and the second
+    half of what self-attentions then read.
+    """
+    import comfy.ops
+    import torch
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    import nodes
+
+    package = nodes.NODE_CLASS_MAPPINGS["LookaheadGuidanceSampler"].__module__.rpartition(".nodes.")[0]
+    names = importlib.import_module(f"{package}.lookahead.files.block_names").block_names()
+    order = ("input", "middle", "output")
+    last = sorted((name.host for name in names), key=lambda key: order.index(key[0]))[-1]
+    kinds = {"device": "meta", "dtype": torch.float16}
+
+    class Done(Exception):
+        pass
+
+    def forward(replace: Any = None) -> tuple[int, dict[str, int]]:
+        """FLOP of a forward, and of self-attentions: over as many tokens again, and of their keys and values."""
+        attended, again = [0], {"read": 0, "projected": 0}
+
+        def attention(_: Any, q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> Any:
+            attended[0] += 4 * q.shape[1] * k.shape[1] * q.shape[2]
+            if k.shape[1] == q.shape[1]:
+                again["read"] += 4 * q.shape[1] * k.shape[1] * q.shape[2]
+                again["projected"] += 2 * 2 * k.shape[1] * k.shape[2] ** 2
+            return torch.empty_like(q)
+
+        options: dict[str, Any] = {"optimized_attention_override": attention}
+        if replace is not None:
+            options["patches_replace"] = {"attn1": {last: replace}}
+        x = torch.empty(1, 4, side // 8, side // 8, **kinds)
+        text, adm = torch.empty(1, 77, 2048, **kinds), torch.empty(1, 2816, **kinds)
+        with FlopCounterMode(display=False) as counter:
+            try:
+                unet(x, torch.empty(1, device="meta"), text, y=adm, transformer_options=options)
+            except Done:
+                pass
+        return counter.get_total_flops() + attended[0], again
+
+    def stop(*_: Any) -> Any:
+        raise Done
+
+    with torch.inference_mode(False), torch.no_grad():
+        unet = UNetModel(**_sdxl_layout(), **kinds, operations=comfy.ops.manual_cast).requires_grad_(False)
+        row, again = forward()
+        read, projected = again["read"], again["projected"]
+        pass_ = forward(stop)[0] + projected
+        share = 1 / RENEW
+        steps = {
+            "plain CFG": 2 * row,
+            "CFG with KV, cold": 2 * (row + read + pass_),
+            "CFG with KV, replayed": 2 * (row + read + projected),
+            COLD_RENEWED: 2 * (row + read + share * pass_),
+            REPLAYED_RENEWED: 2 * (row + read + share * projected),
+            "guider, cold": 4 * row + 2 * (read + pass_),
+            "guider, replayed": 4 * row + 2 * (read + projected),
+            "guider, kv = 0, replayed": 3 * row + read + projected,
+        }
+    return {name: steps[name] / steps["plain CFG"] for name in arms}
 
 
 def _sdxl_layout() -> dict[str, Any]:
@@ -215,10 +300,11 @@ def _guidance(
     guider.set_conds(positive, negative)
     guider.set_cfg(1.0)
     latent, ends = pixels // 8, []
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
 
     def loss(picture: Any, rows: Any) -> Any:
         _wait()
-        ends.append(time.perf_counter())
+        ends.append(clock())
         return picture.square().mean(dim=(1, 2, 3)), torch.ones(len(picture), dtype=torch.bool, device=picture.device)
 
     def iteration(vae: Any, checkpointing: str, kind: str = "plain x0") -> list[float]:
@@ -330,13 +416,16 @@ def _step_times(guider: Any, model: Any, latent: int, steps: int) -> list[float]
 
     seconds: list[float] = []
 
+    # On a CPU the time of the processor: what else the machine does is not in it.
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+
     def sampler(model_call, x, sigmas, extra_args=None, callback=None, disable=None):
         for sigma in sigmas[:-1]:
             _wait()
-            start = time.perf_counter()
+            start = clock()
             model_call(x, sigma.expand(len(x)), **extra_args)
             _wait()
-            seconds.append(time.perf_counter() - start)
+            seconds.append(clock() - start)
         return x
 
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", steps)
@@ -361,4 +450,4 @@ def _unets(kind: type) -> int:
 
 if __name__ == "__main__":
     arguments, sys.argv = sys.argv, sys.argv[:1]  # the host reads the command line when it is imported
-    main(*arguments[1:6])
+    main(*arguments[1:])

@@ -50,7 +50,7 @@ class RunStart:
     """The run that begins, as an effect sees it.
 
     patcher: of the sampled UNet, to be run on `device` in `dtype`; noise: the run's, [images, 4, h, w]; seed: the
-    guider's.
+    guider's; sigmas: the noise levels of the steps, and that after the last, on any device.
     """
 
     patcher: ModelPatcher
@@ -58,6 +58,7 @@ class RunStart:
     dtype: torch.dtype
     noise: Tensor
     seed: int
+    sigmas: Tensor
 
 
 @dataclass(frozen=True, eq=False)

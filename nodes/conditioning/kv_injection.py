@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
+from ...lookahead.method.layer_weights import share_of
 from . import self_attention
 from .effect import ActiveEffect, CondEvaluation, Effect, EstimatedRows, Replacements, RunStart, UNetPass
-from .reference_pass import SHARED, KVSource, ReferencePass
+from .reference_pass import SHARED, KVSource, ReferencePass, renewed
 from .rows import When
 
 if TYPE_CHECKING:
@@ -60,14 +61,25 @@ class KVInjection(Effect):
             pictures, _, *size = source.subject.latents.shape
             shared = source.noise == SHARED and tuple(size) == tuple(noise_shape[-2:])
             images = noise_shape[0] if shared else 1
-            kept += 2 * images * source.numel_per_row() * dtype.itemsize
+            kept += 2 * images * (source.numel_per_row() * dtype.itemsize + source.bytes_per_row(dtype.itemsize))
             area = math.prod(size) / math.prod(noise_shape[-2:])
             evaluated = max(evaluated, math.ceil(images * pictures * area))
         return EstimatedRows(math.ceil(kept / a_row), evaluated)
 
+    def renewals(self, sigmas: Tensor, sampling: Any) -> list[tuple[float, float]]:
+        """For each step in which it acts, (its noise level, that of the reference it reads); empty for its own."""
+        every = range(len(sigmas) - 1) if self.source.renew > 1 else ()
+        acting = [n for n in every if self.when.acts(sigmas[n], sampling)]
+        if not acting:
+            return []
+        levels = [float(sigmas[n]) for n in (*acting, acting[-1] + 1)]
+        return renewed(levels, self.source.renew, lambda sigma: share_of(sigma, sampling.percent_to_sigma))
+
     def begin(self, run: RunStart) -> ActiveKVInjection:
         mask = None if self.mask is None else self.mask.to(run.device)
-        return ActiveKVInjection(replace(self, mask=mask), ReferencePass(self.source, run.patcher, run.noise, run.seed))
+        renewals = self.renewals(run.sigmas, run.patcher.get_model_object("model_sampling"))
+        reference_pass = ReferencePass(self.source, run.patcher, run.noise, run.seed, renewals)
+        return ActiveKVInjection(replace(self, mask=mask), reference_pass)
 
 
 class ActiveKVInjection(ActiveEffect[KVInjection]):

@@ -8,9 +8,10 @@ picture, no ControlNet, no image prompt. The pass ends in the last block that ex
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import ref
@@ -22,8 +23,10 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...lookahead.method.attention import mask_on_tokens, statistics
-from ..reference.kv_cache import KVByBlock, KVByRole
-from .unet_blocks import BlockKey, KVBlock, host_attention
+from ...lookahead.method.eight_bit import EightBit, from_eight_bit, to_eight_bit
+from ...lookahead.method.kv_encoder import EXPORTED
+from ..reference.kv_cache import InputsByBlock, InputsByRole, KVByRole
+from .unet_blocks import BlockKey, KVBlock, host_attention, key_value_layers
 
 if TYPE_CHECKING:
     from comfy.model_base import BaseModel
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
     from ..reference.subject import Subject
 
 SHARED, FIXED = "shared", "fixed"
+FULL, EIGHT_BIT = "full", "8 bit"  # in what precision the reference is read
 _KEY = "lookahead_reference_pass"
 _INPUT, _OUTPUT = "lookahead_input", "lookahead_output"  # what one block passes to itself, in its own extra_options
 
@@ -55,7 +59,8 @@ class KVSource:
     all_blocks, both in the order in which the host runs them; noise, noise_seed: SHARED for the picture's own noise,
     FIXED for one that is drawn from the seed; cache_bytes: the most that may be kept of the passes; kv_patcher: the
     host's patcher of the KV encoder, or None (without training); queries: the statistics of the queries are exported
-    too.
+    too; renew: the pass is made at every so many steps, and what it gave is read at those between; precision: FULL for
+    that of the UNet, EIGHT_BIT for keys and values of inputs in 8 bit (`lookahead.method.eight_bit`), kept or not.
     """
 
     subject: Subject
@@ -66,6 +71,8 @@ class KVSource:
     cache_bytes: int = 2 << 30
     kv_patcher: ModelPatcher | None = None
     queries: bool = False
+    renew: int = 1
+    precision: str = FULL
 
     @property
     def kv_encoder(self) -> KVEncoder | None:
@@ -76,10 +83,53 @@ class KVSource:
         height, width = self.subject.latents.shape[-2:]
         return math.ceil(height / 2**level), math.ceil(width / 2**level)
 
+    def tokens_per_row(self, block: KVBlock) -> int:
+        """Counts the tokens of a self-attention that one image of a batch reads, of all pictures at once."""
+        pictures = 1 if self.subject.one_each else len(self.subject.latents)
+        return pictures * math.prod(self.grid(block.level))
+
     def numel_per_row(self) -> int:
         """Counts the numbers that one image of a batch reads: keys and values of all blocks and pictures at once."""
-        pictures = 1 if self.subject.one_each else len(self.subject.latents)
-        return 2 * pictures * sum(math.prod(self.grid(block.level)) * block.width for block in self.blocks)
+        return 2 * sum(self.tokens_per_row(block) * block.width for block in self.blocks)
+
+    def bytes_per_row(self, itemsize: int) -> int:
+        """Bytes that are kept of one role and step for one image of a batch, without masks; itemsize: of the UNet."""
+        numbers = sum(self.tokens_per_row(block) * block.width for block in self.blocks)
+        channels = sum(block.width for block in self.blocks)
+        scales = 2 * 4 * channels if self.precision == EIGHT_BIT else 0
+        statistics_ = 2 * itemsize * channels if self.queries else 0
+        return numbers * (1 if self.precision == EIGHT_BIT else itemsize) + scales + statistics_
+
+    def kept(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The normed input [tokens, channels] of a self-attention as it is kept."""
+        return tuple(to_eight_bit(x)) if self.precision == EIGHT_BIT else (x,)
+
+    def restored(
+        self, row: tuple[Tensor, ...], device: torch.device, dtype: torch.dtype
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Gives the input that a kept row stands for, [tokens, channels], and what else it holds (of the queries)."""
+        parts = len(EightBit._fields) if self.precision == EIGHT_BIT else 1
+        row = tuple(part.to(device, non_blocking=True) for part in row)
+        x = from_eight_bit(EightBit(*row[:parts]), dtype) if self.precision == EIGHT_BIT else row[0].to(dtype)
+        return x, list(row[parts:])
+
+
+def renewed(sigmas: Sequence[float], every: int, share: Callable[[float], float]) -> list[tuple[float, float]]:
+    """For each step in which the reference is read, (its noise level, that at which its pass was made).
+
+    sigmas: of these steps and of what comes after; every: one step of so many makes a pass; share: of the sampling that
+    is over at a noise level, in [0, 1]. The passes lie at equal parts of that share, since what the UNet makes of a
+    noised picture changes with its time step: a schedule of many small steps in little noise (Karras) has few there.
+    """
+    *steps, _ = sigmas
+    begin, *_, end = (share(sigma) for sigma in sigmas)
+    passes, out, last = math.ceil(len(steps) / every), [], -1
+    for sigma in steps:
+        done = (share(sigma) - begin) / (end - begin) if end > begin else 0.0
+        if (part := min(math.floor(passes * done + 1e-6), passes - 1)) > last:
+            last, at = part, sigma
+        out.append((sigma, at))
+    return out
 
 
 class ReferencePass:
@@ -89,8 +139,15 @@ class ReferencePass:
     run, 0 when all came from the cache.
     """
 
-    def __init__(self, source: KVSource, patcher: ModelPatcher, noise: Tensor, seed: int):
-        self.source, self.evaluations, self._patcher = source, 0, patcher
+    def __init__(
+        self,
+        source: KVSource,
+        patcher: ModelPatcher,
+        noise: Tensor,
+        seed: int,
+        renewals: Sequence[tuple[float, float]] = (),
+    ):
+        self.source, self.evaluations, self._patcher, self._renewals = source, 0, patcher, renewals
         latents = source.subject.latents
         shared = source.noise == SHARED
         fits = noise.ndim == 4 and noise.shape[-2:] == latents.shape[-2:]
@@ -118,25 +175,55 @@ class ReferencePass:
 
         current: signatures of all that goes on in this run, which never make way in the cache.
         """
-        sigma = float(timestep.flatten()[0])
+        sigma = self.level(float(timestep.flatten()[0]))
         if self._now[0] != sigma:
             self._now = (sigma, {})
         known = self._now[1]
         run = self.signature(model)
         cache = self.source.subject.cache
         self._levels.setdefault(sigma, True)
-        for role in roles - known.keys():
-            rows = cache.get(run, (sigma, role))
-            if rows is not None:
-                known[role] = rows
-        missing = sorted(roles - known.keys(), reverse=True)
+        inputs = {role: cache.get(run, (sigma, role)) for role in roles - known.keys()}
+        missing = sorted((role for role, rows in inputs.items() if rows is None), reverse=True)
         if missing:
             self.evaluations += 1
-            found = dict(zip(missing, self._evaluate(model, timestep[:1], missing), strict=True))
-            known.update(found)
+            at = timestep.new_full((1,), sigma)
+            found = dict(zip(missing, self._evaluate(model, at, missing), strict=True))
+            inputs.update(found)
             if not cache.put(run, sigma, found, self.source.cache_bytes, current):
                 self._levels[sigma] = False
+        if inputs:  # what was just found is read as what was kept is, so that both give one picture to the bit
+            known.update(self._projected(model, inputs, timestep.device))
         return {role: known[role] for role in roles}
+
+    def level(self, sigma: float) -> float:
+        """The noise level at which the reference is read for a step at `sigma`."""
+        reached = [at for step, at in self._renewals if step >= sigma * (1 - 1e-4)]
+        return reached[-1] if reached else sigma
+
+    def _projected(self, model: BaseModel, inputs: InputsByRole, device: torch.device) -> KVByRole:
+        """Keys and values of the normed inputs, by the layers of the UNet (and the export's low-rank changes).
+
+        All rows of one length at once, in an order that is always the same: in another a product may round otherwise.
+        """
+        model.current_patcher.apply_hooks(hooks=None)  # as for the pass: a LoRA on the picture's prompt is not in it
+        dtype, kv_encoder = model.get_dtype_inference(), self.source.kv_encoder
+        roles = sorted(inputs, reverse=True)
+        out: KVByRole = {role: {} for role in roles}
+        for block in self.source.blocks:
+            kept = [row for role in roles for row in inputs[role][block.key]]
+            xs, further = zip(*(self.source.restored(row, device, dtype) for row in kept), strict=True)
+            batches = [torch.stack(xs)] if len({len(x) for x in xs}) == 1 else [x[None] for x in xs]
+            projected = []
+            for name, layer in zip(EXPORTED, key_value_layers(model.diffusion_model, block.key), strict=True):
+                rows: list[Tensor] = []
+                for x in batches:
+                    y = layer(x)
+                    rows += y if kv_encoder is None else kv_encoder.exported(block.path, name, y, x)
+                projected.append(rows)
+            pairs = iter([(k, v, *rest) for k, v, rest in zip(*projected, further, strict=True)])
+            for role in roles:
+                out[role][block.key] = list(itertools.islice(pairs, len(inputs[role][block.key])))
+        return out
 
     def signature(self, model: BaseModel) -> tuple:
         """The key of this run in the cache: all that exported keys and values depend on, beside the subject itself."""
@@ -148,12 +235,13 @@ class ReferencePass:
             blocks = tuple(block.key for block in self.source.blocks), self.source.queries
             settings = {k: v for k, v in vars(sampling).items() if isinstance(v, int | float | str | None)}
             digest.update(repr(sorted(settings.items())).encode())  # such as a flow model's multiplier and noise scale
-            precision = model.get_dtype_inference(), str(self._patcher.load_device), type(sampling).__mro__
+            precision = self.source.precision, model.get_dtype_inference()
+            device = str(self._patcher.load_device), type(sampling).__mro__
             base = ref(model), self._patcher.patches_uuid, *injected
-            self._signature = (digest.hexdigest(), self._images, blocks, precision, base)
+            self._signature = (digest.hexdigest(), self._images, blocks, precision, device, base)
         return self._signature
 
-    def _evaluate(self, model: BaseModel, timestep: Tensor, roles: list[bool]) -> list[KVByBlock]:
+    def _evaluate(self, model: BaseModel, timestep: Tensor, roles: list[bool]) -> list[InputsByBlock]:
         subject, device = self.source.subject, timestep.device
         latents = model.process_latent_in(subject.latents.to(device, torch.float32))
         noise = self._noise.to(device)
@@ -220,7 +308,7 @@ class _Export:
     """
 
     def __init__(self, source: KVSource, pictures_per_image: int, under_masks: dict[tuple[int, int], list[Tensor]]):
-        self.rows: dict[int, KVByBlock] = {}
+        self.rows: dict[int, InputsByBlock] = {}
         self._source, self._kv_encoder = source, source.kv_encoder
         self._exported = {block.key for block in source.blocks}
         self._last = source.blocks[-1].key
@@ -232,6 +320,7 @@ class _Export:
         if self._kv_encoder is None:
             attn1 = {block.key: self._self_attention(block) for block in self._source.blocks}
             options["patches_replace"] = {"attn1": attn1}
+            options["patches"] = {"attn1_patch": [self._note_input("attn1", {})]}
         else:  # blocks that export nothing are tuned as well, since later ones read what they put out
             everything = self._source.all_blocks
             options["patches_replace"] = {
@@ -248,14 +337,11 @@ class _Export:
 
     def _self_attention(self, block: KVBlock) -> Callable:
         def replacement(q, k, v, extra):
-            k_out, v_out = k, v  # exported from the base's own projections, not from the tuned ones
+            x, _ = extra[_INPUT]
             if self._kv_encoder is not None:
-                x, _ = extra[_INPUT]
-                k_out = self._kv_encoder.exported(block.path, "attn1.to_k", k, x)
-                v_out = self._kv_encoder.exported(block.path, "attn1.to_v", v, x)
                 q, k, v = self._tuned(q, k, v, block.path, "attn1", extra)
             if block.key in self._exported:
-                self._export(block.key, (k_out, v_out, q) if self._source.queries else (k_out, v_out), extra)
+                self._export(block.key, (x, q) if self._source.queries else (x,), extra)
             return self._attend(q, k, v, extra)
 
         return replacement
@@ -305,7 +391,7 @@ class _Export:
             if (size := self._pictures_per_image) > 1:
                 groups = [rows[at : at + size] for at in range(0, len(rows), size)]
                 rows = [tuple(torch.cat(parts) for parts in zip(*group, strict=True)) for group in groups]
-            self.rows.setdefault(index, {})[key] = [(k, v, *map(statistics, q)) for k, v, *q in rows]
+            self.rows.setdefault(index, {})[key] = [(*self._source.kept(x), *map(statistics, q)) for x, *q in rows]
         if key == self._last:
             raise _LastExport
 

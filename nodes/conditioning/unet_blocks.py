@@ -13,6 +13,7 @@ from ...lookahead.files.block_names import diffusers_path, level_of
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
+    from torch.nn import Module
 
 
 BlockKey = tuple[str, int, int]  # of a transformer block, as in the host's `patches_replace`: ("input", 4, 0)
@@ -72,6 +73,15 @@ def self_attentions(model: ModelPatcher) -> list[KVBlock]:
     found = sorted(cross_attentions(model), key=lambda attention: order.index(attention.key[0]))
     levels = len(model.model.model_config.unet_config["channel_mult"])
     return [KVBlock(a.key, diffusers_path(a.key), a.width, level_of(a.key, levels), a.context_width) for a in found]
+
+
+def key_value_layers(unet: Module, key: BlockKey) -> tuple[Module, Module]:
+    """The layers of the host's UNet that make the keys and the values of a self-attention."""
+    group, index, number = key
+    block = unet.middle_block if group == "middle" else getattr(unet, f"{group}_blocks")[index]
+    (transformers,) = (m.transformer_blocks for m in block if hasattr(m, "transformer_blocks"))
+    attention = transformers[number].attn1
+    return attention.to_k, attention.to_v
 
 
 def host_attention(extra: dict[str, Any]) -> Callable:

@@ -21,6 +21,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
@@ -177,13 +178,21 @@ def _seed_of(*args: Any, **kwargs: Any) -> int:
     return int(kwargs.get("seed", args[7] if len(args) > 7 else None) or 0)
 
 
+def _sigmas_of(*args: Any, **kwargs: Any) -> Tensor:
+    """The noise levels among the arguments of `outer_sample`, the fourth; none where another pack leaves them out."""
+    sigmas = kwargs.get("sigmas", args[3] if len(args) > 3 else None)
+    return torch.zeros(0) if sigmas is None else sigmas
+
+
 def outer_sample(executor, noise, *args, **kwargs):
     """Once a run: effects become active. `guider.model_options` is the run's own copy, which the host drops."""
     guider = executor.class_obj
     context = EffectContext.of(guider.model_options)
     patcher = guider.model_patcher
     device, dtype = patcher.load_device, patcher.model.get_dtype_inference()
-    start = RunStart(patcher, device, dtype, noise, _seed_of(noise, *args, **kwargs))
+    start = RunStart(
+        patcher, device, dtype, noise, _seed_of(noise, *args, **kwargs), _sigmas_of(noise, *args, **kwargs)
+    )
     run = SamplingRun(tuple(effect.begin(start) for effect in context.effects))
     guider.model_options = replace(context, run=run).put_into(guider.model_options)
     try:

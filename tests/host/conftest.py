@@ -466,7 +466,8 @@ class UNetPasses:
         (self.references if of_reference else self.passes).append(self.now)
 
     def _projects(self, _, args, out):
-        self.now.keys = out
+        if self.now.keys is None:  # after a reference pass the inputs that it gave are projected as well
+            self.now.keys = out
 
     def _attends(self, attention, q, k, v, *args, **kwargs):
         own = self.now.keys

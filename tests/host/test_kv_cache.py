@@ -12,7 +12,7 @@ LATENT = (1, 4, 8, 8)
 STEPS = 2
 UNET = json.loads((Path(__file__).resolve().parents[2] / "mini/sizes.json").read_text())["unet"]
 _, MIDDLE, DEEP = (UNET["model_channels"] * m for m in UNET["channel_mult"])
-A_LEVEL = 4 * 2 * 2 * (5 * 16 * MIDDLE + 12 * 4 * DEEP)  # bytes: keys and values of both roles in float32
+A_LEVEL = 4 * 2 * (5 * 16 * MIDDLE + 12 * 4 * DEEP)  # bytes: normed inputs of both roles in float32
 
 
 @pytest.fixture
@@ -61,6 +61,7 @@ CHANGES = {
     "zero terminal noise": lambda world, tools: {"model": sampled_as(tools, world, "eps", True)},
     "fixed noise": lambda world, tools: {"noise": "fixed"},
     "blocks": lambda world, tools: {"blocks": "coarse"},
+    "precision": lambda world, tools: {"precision": "8 bit"},
     "schedule": lambda world, tools: {"sigmas": torch.tensor([9.0, 3.0, 0.0])},
 }
 
@@ -71,7 +72,8 @@ def sampled_as(tools, world, kind, zsnr):
 
 def split(options, model):
     """Options of the node and of the run."""
-    of_node = {k: options[k] for k in ("noise", "noise_seed", "blocks", "weight", "cache_gb") if k in options}
+    names = ("noise", "noise_seed", "blocks", "weight", "cache_gb", "precision")
+    of_node = {k: options[k] for k in names if k in options}
     return options.get("model", model), of_node, {k: v for k, v in options.items() if k not in {*of_node, "model"}}
 
 
@@ -237,3 +239,118 @@ def test_the_bound_holds_and_runs_of_the_same_sampling_stay(cache):
     assert cache.size() == 80 and cache.get(c, (3.0, True)) is None
     assert cache.get(b, (1.0, True)) and list(cache.runs) == [c, b]
     assert not cache.put(("d",), 1.0, entry(102), 100) and list(cache.runs) == [c, b]
+
+
+# -- what is kept: normed inputs, in full precision or in 8 bit
+
+
+def relative(a, b) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def test_in_8_bit_the_picture_is_nearly_the_same_and_no_cache_changes_it(mini, tools, reference, draw):
+    full = draw(tools.inject(mini.model, reference))[0]
+    eight, evaluated = draw(tools.inject(mini.model, reference, precision="8 bit"))
+    assert evaluated == 2 * STEPS  # what was kept in full precision is not for it
+    assert 0 < relative(eight, full) < 5e-3
+    for bound in (2.0, 0.0):
+        assert torch.equal(draw(tools.inject(mini.model, reference, precision="8 bit", cache_gb=bound))[0], eight)
+
+
+@pytest.mark.parametrize("adain", ["off", "picture to the reference"])
+@pytest.mark.parametrize("precision", ["full", "8 bit"])
+def test_what_is_kept_is_as_large_as_the_node_counts_it(mini, tools, reference, draw, precision, adain):
+    model = tools.inject(mini.model, reference, precision=precision, adain=adain)
+    source = model.model_options["transformer_options"]["lookahead"].effects[0].source
+    draw(model)
+    assert reference.subjects[0].cache.size() == 2 * STEPS * source.bytes_per_row(4)
+
+
+def test_only_the_prompt_is_kept_where_nothing_asks_for_the_negative(mini, texts, tools, reference, draw):
+    guider = tools.three_scales(tools.inject(mini.model, reference), *texts, 2.0, 1.0, 0.0)
+    assert draw(mini.model, guider=guider)[1] == STEPS
+    assert reference.subjects[0].cache.size() == STEPS * A_LEVEL / 2
+
+
+def test_a_lora_as_a_hook_does_not_reach_what_is_replayed(mini, texts, tools, reference):
+    (text, options), negative = texts[0][0], texts[1]
+    hooked = [[text, {**options, "hooks": tools.with_lora(mini.model, hook=True)}]]
+
+    def drawn(**bound):
+        model = tools.inject(mini.model, reference, **bound)
+        return tools.sample(model, hooked, negative, torch.zeros(LATENT), steps=STEPS)
+
+    cold = drawn()
+    assert torch.equal(drawn(), cold) and torch.equal(drawn(cache_gb=0.0), cold)
+
+
+@pytest.fixture
+def sdxl_source(pack):
+    """sdxl_source(**settings) is the source of a reference of 1024x1024 for SDXL's 70 self-attentions, by shapes."""
+    names = pack.module("lookahead.files.block_names")
+    blocks = pack.module("nodes.conditioning.unet_blocks")
+    passes = pack.module("nodes.conditioning.reference_pass")
+    subject = pack.module("nodes.reference.subject").Subject(
+        None, None, None, None, None, latents=torch.empty(1, 4, 128, 128, device="meta")
+    )
+    everything = []
+    for name in names.block_names():
+        level = names.level_of(name.host)
+        everything.append(blocks.KVBlock(name.host, name.diffusers, {1: 640, 2: 1280}[level], level, 2048))
+    assert len(everything) == 70
+    return lambda **settings: passes.KVSource(subject, tuple(everything), tuple(everything), **settings)
+
+
+def test_30_steps_of_sdxl_at_1024_fit_into_6_gb(sdxl_source, pack):
+    plain, eight = sdxl_source(), sdxl_source(precision="8 bit", renew=4, cache_bytes=6 << 30)
+    keys_values = 2 * plain.numel_per_row()  # bytes of keys and values in 16 bit
+    assert plain.bytes_per_row(2) == keys_values / 2 and eight.bytes_per_row(2) < keys_values / 4 * 1.01
+    assert 2 * 30 * eight.bytes_per_row(2) <= 6 * 2**30  # even where every step makes a pass
+    cost = pack.module("nodes.conditioning.apply_kv_injection").cost
+    assert "8 passes" in cost(eight, 2) and "all are kept" in cost(eight, 2)
+    assert "5 are kept" in cost(plain, 2) and "30 passes" in cost(plain, 2)
+
+
+# -- the reference is read in some of the steps
+
+
+@pytest.fixture
+def renewed(pack):
+    return pack.module("nodes.conditioning.reference_pass").renewed
+
+
+def test_passes_lie_at_equal_parts_of_the_sampling(renewed):
+    even = [1 - n / 12 for n in range(13)]
+    levels = [at for _, at in renewed(even, 4, lambda sigma: 1 - sigma)]
+    assert levels == [even[n - n % 4] for n in range(12)]
+    late = [2.0**-n for n in range(9)]  # most steps are small ones at the end: these share a pass
+    found = renewed(late, 2, lambda sigma: 1 - sigma)
+    assert [sigma for sigma, _ in found] == late[:-1]
+    assert [at for _, at in found] == [1.0, 0.5, 0.25, *5 * [0.25]]
+    assert renewed([3.0, 0.0], 4, lambda sigma: 0.5) == [(3.0, 3.0)]
+
+
+@pytest.mark.parametrize("sampler, start, first, passes", [("euler", 0, 0, 2), ("heun", 0, 0, 2), ("euler", 0.5, 3, 1)])
+def test_with_renew_most_steps_make_no_pass(mini, texts, tools, reference, sampler, start, first, passes):
+    """Also in samplers that ask for a level twice, and from the first step in which the reference acts."""
+    model = tools.inject(mini.model, reference, renew=3, start=start)
+    with tools.watch(mini, positive=texts[0], negative=texts[1]) as watch:
+
+        def run():
+            watch.clear()
+            options = {"steps": 6, "sampler": sampler}
+            return tools.sample(model, *texts, torch.zeros(LATENT), **options), [one.t for one in watch.references]
+
+        picture, levels = run()
+        assert len(levels) == passes and levels[0] == watch.passes[first].t
+        again, none = run()
+    assert none == [] and torch.equal(again, picture)
+    kept = next(iter(reference.subjects[0].cache.runs.values()))
+    assert len(kept) == 2 * passes
+
+
+def test_renew_of_1_reads_each_step_as_before_and_a_larger_one_shares_what_is_kept(mini, tools, reference, draw):
+    plain, _ = draw(tools.inject(mini.model, reference))
+    assert torch.equal(draw(tools.inject(mini.model, reference, renew=1))[0], plain)
+    fewer, evaluated = draw(tools.inject(mini.model, reference, renew=2))
+    assert evaluated == 0 and not torch.equal(fewer, plain)
