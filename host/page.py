@@ -49,6 +49,7 @@ FLAGS = (
 #: Answers what a first visit asks; all else is as a first visitor has it.
 SETTINGS = {"Comfy.InstalledVersion": FRONT_END[0], "Comfy.TutorialCompleted": True}
 READY = "window.app?.extensionManager && window.app.graph?.nodes.length"  # its default workflow comes last
+OPENED = "window.app.extensionManager.workflow.activeWorkflow.path"
 TITLE = 30  # height of a node's title, which lies above its position
 BADGE = 20  # height of the label above the title that names a node's pack
 
@@ -115,6 +116,8 @@ class Page:
     def __init__(self, url: str, size: tuple[int, int] = (1920, 1080)) -> None:
         self.url, self.size = url, size
         self.errors: list[str] = []  # what the page's scripts threw
+        self.clicks = 0  # of the mouse, since it was set to 0
+        self._asked: int | None = None  # the file input whose dialog is open
         self._loop = asyncio.new_event_loop()
         self._profile: Path | None = None
         self._process: subprocess.Popen | None = None
@@ -189,6 +192,8 @@ class Page:
             if message.get("method") == "Runtime.exceptionThrown":
                 details = message["params"]["exceptionDetails"]
                 self.errors.append(details.get("exception", {}).get("description") or details["text"])
+            if message.get("method") == "Page.fileChooserOpened":
+                self._asked = message["params"]["backendNodeId"]
             if (
                 message.get("method") == "Page.javascriptDialogOpening"
             ):  # "leave this page?", once something was clicked
@@ -269,10 +274,55 @@ class Page:
             f"(() => {{ const e = {element}; e.scrollIntoView({{block: 'nearest'}});"
             " const r = e.getBoundingClientRect(); return [r.left, r.top, r.width, r.height]; })()"
         )
-        at = {"x": left + width / 2, "y": top + height / 2, "button": "left", "clickCount": 1}
-        self.call("Input.dispatchMouseEvent", type="mouseMoved", x=at["x"], y=at["y"])
+        self.click_at(left + width / 2, top + height / 2)
+
+    def click_at(self, x: float, y: float) -> None:
+        """Click with the mouse on a place of the window, in pixels."""
+        at = {"x": x, "y": y, "button": "left", "clickCount": 1}
+        self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
         self.call("Input.dispatchMouseEvent", type="mousePressed", **at)
         self.call("Input.dispatchMouseEvent", type="mouseReleased", **at)
+        self.clicks += 1
+
+    def choose_file(self, click: Callable[[], None], file: Path, timeout: float = 20) -> None:
+        """Do a click that opens the browser's dialog for a file, and answer it with this one."""
+        self._asked, watch = None, Stopwatch()
+        self.call("Page.setInterceptFileChooserDialog", enabled=True)
+        try:
+            click()
+            while self._asked is None:
+                if watch.seconds > timeout:
+                    raise Problem(f"the click opened no dialog for a file within {timeout:.0f} s.")
+                self.evaluate("0")  # whose answer comes after what has happened before
+                time.sleep(0.05)
+            self.call("DOM.setFileInputFiles", files=[str(file)], backendNodeId=self._asked)
+        finally:
+            self.call("Page.setInterceptFileChooserDialog", enabled=False)
+
+    def open_templates(self, pack: str) -> None:
+        """Open the dialog with the templates, and in it those of a pack (the name of its folder), as a user does."""
+        watch = Stopwatch()
+        while not self.evaluate("!!document.querySelector('[role=dialog] nav')"):
+            if watch.seconds > 60:
+                raise Problem("the page's button Templates opened no dialog within 60 s.")
+            self.click("document.querySelector('button[aria-label=Templates]')")  # in vain while the page still begins
+            time.sleep(0.5)
+        self.click(
+            f"[...document.querySelectorAll('[role=dialog] nav span')].find(e => e.textContent.trim() === {json.dumps(pack)})"
+        )
+        self.wait_for("document.querySelector('[data-testid^=template-workflow-]')")
+
+    def pick_template(self, name: str) -> None:
+        """Click on a template in the open dialog, and wait until it is the open workflow."""
+        self.errors.clear()
+        self.evaluate("window.app.graph.nodes.forEach(n => { n.before = true; })")  # a template can be open already
+        card = f"[data-testid={json.dumps(f'template-workflow-{name}')}]"
+        self.click(f"document.querySelector({json.dumps(card)})")
+        self.wait_for(
+            f"{OPENED}.startsWith({json.dumps(f'workflows/{name}')}) && !document.querySelector('[role=dialog] nav')"
+            " && window.app.graph.nodes.length && !window.app.graph.nodes.some(n => n.before)"
+        )
+        time.sleep(1)  # the page looks for missing files after that
 
     def toasts(self) -> list[str]:
         """The texts of the messages in the corner of the page."""
