@@ -307,9 +307,8 @@ class Page:
                 raise Problem("the page's button Templates opened no dialog within 60 s.")
             self.click("document.querySelector('button[aria-label=Templates]')")  # in vain while the page still begins
             time.sleep(0.5)
-        self.click(
-            f"[...document.querySelectorAll('[role=dialog] nav span')].find(e => e.textContent.trim() === {json.dumps(pack)})"
-        )
+        names = "[...document.querySelectorAll('[role=dialog] nav span')]"
+        self.click(f"{names}.find(e => e.textContent.trim() === {json.dumps(pack)})")
         self.wait_for("document.querySelector('[data-testid^=template-workflow-]')")
 
     def pick_template(self, name: str) -> None:
