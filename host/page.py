@@ -29,6 +29,8 @@ from .server import Host, die_with_parent
 
 #: The front end that the default ComfyUI names in its requirements, and the hash of its wheel.
 FRONT_END = ("1.47.12", "b2155c1afbf30afd06ed217307a1abd92955b329361353a1b68a5297fc00902e")
+#: An environment variable with another front end's version, which is fetched without a hash to hold it to.
+CHOICE = "FRONT_END_VERSION"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FLAGS = (
     "--headless=new",
@@ -47,16 +49,24 @@ FLAGS = (
     "--remote-debugging-port=0",
 )
 #: Answers what a first visit asks; all else is as a first visitor has it.
-SETTINGS = {"Comfy.InstalledVersion": FRONT_END[0], "Comfy.TutorialCompleted": True}
+SETTINGS = {"Comfy.TutorialCompleted": True}
 READY = "window.app?.extensionManager && window.app.graph?.nodes.length"  # its default workflow comes last
 OPENED = "window.app.extensionManager.workflow.activeWorkflow.path"
 TITLE = 30  # height of a node's title, which lies above its position
 BADGE = 20  # height of the label above the title that names a node's pack
 
 
+def front_end_version() -> str:
+    """The version of the page: FRONT_END_VERSION, else the default ComfyUI's; a Problem where it is none."""
+    version = os.environ.get(CHOICE) or FRONT_END[0]
+    if not re.fullmatch(r"\d+(\.\d+)+", version):
+        raise Problem(f"{CHOICE}={version} is not a version: give one like {FRONT_END[0]}, or none.")
+    return version
+
+
 def front_end() -> Path:
     """The folder of the page's files, fetched once."""
-    version, sha256 = FRONT_END
+    version = front_end_version()
     target = CACHE / "frontend" / version
     static = target / "comfyui_frontend_package" / "static"
     if not static.is_dir():
@@ -66,8 +76,10 @@ def front_end() -> Path:
                 try:
                     new.mkdir(parents=True)
                     pins = new / "pins.txt"
-                    pins.write_text(f"comfyui-frontend-package=={version} --hash=sha256:{sha256}\n")
-                    quick = ["install", "--no-deps", "--no-compile", "--only-binary=:all:", "--require-hashes"]
+                    known = version == FRONT_END[0]
+                    pins.write_text(f"comfyui-frontend-package=={version}{f' --hash=sha256:{FRONT_END[1]}' * known}\n")
+                    quick = ["install", "--no-deps", "--no-compile", "--only-binary=:all:"]
+                    quick += ["--require-hashes"] * known
                     step = "Fetching ComfyUI's web page"
                     pip(environment_python(), [*quick, "-r", str(pins), "--target", str(new)], step)
                     shutil.rmtree(target, ignore_errors=True)
@@ -97,7 +109,7 @@ def page_host(prepare: Callable[[Path], None] | None = None, **options: Any) -> 
     def with_settings(base: Path) -> None:
         settings = base / "user" / "default" / "comfy.settings.json"
         settings.parent.mkdir(parents=True, exist_ok=True)
-        settings.write_text(json.dumps(SETTINGS))
+        settings.write_text(json.dumps(SETTINGS | {"Comfy.InstalledVersion": front_end_version()}))
         if prepare is not None:
             prepare(base)
 

@@ -1,11 +1,12 @@
 """A first visitor in ComfyUI's page: opens a template, chooses a picture, draws, looks, makes mistakes."""
 
 import re
+import time
 
 import pytest
 from lcm_lookahead.host.workflow import load
 from lcm_lookahead.mini import demo
-from lcm_lookahead.tools.common import ROOT
+from lcm_lookahead.tools.common import ROOT, Stopwatch
 from lcm_lookahead.tools.template_specs import BLUEPRINTS, SAMPLER_ROOM
 from visit import NODES, READABLE, covered, forget_toasts, make_small, run, toast_with, wait_for_picture
 
@@ -208,8 +209,11 @@ def put_blueprint(page, name):
     page.wait_for(f"{option}?.innerText.replace(/\\n/g, '').startsWith({name!r})")
     page.click(option)
     page.wait_for(f"app.graph.nodes.length > {len(before)}")
-    page.click_at(1300, 850)  # it hangs on the mouse
-    page.wait_for("!app.graph.nodes.some(n => n.flags.ghost)")
+    watch = Stopwatch()
+    while page.evaluate("app.graph.nodes.some(n => n.flags.ghost)"):  # it hangs on the mouse, after a moment
+        assert watch.seconds < 30
+        page.click_at(1300, 850)
+        time.sleep(0.2)
     (number,) = set(page.boxes()) - before
     return int(number)
 
