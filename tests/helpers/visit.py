@@ -69,4 +69,5 @@ def forget_toasts(page):
 def toast_with(page, words):
     """The message that holds these words, waited for."""
     page.wait_for(f"[...document.querySelectorAll('.p-toast-message')].some(e => e.innerText.includes({words!r}))", 60)
+    page.wait_for("![...document.querySelectorAll('.p-toast-message')].some(e => e.getAnimations().length)")
     return next(text for text in page.toasts() if words in text)
