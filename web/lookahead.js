@@ -65,6 +65,13 @@ function showText({ detail }) {
   if (text && isOurs(findNode(id)?.type)) api.dispatchCustomEvent("progress_text", { nodeId: String(id), text });
 }
 
+// The page leaves the value of an empty list out, of which the host says "Required input is missing"; an empty name
+// reaches the node, which says where its files belong.
+function sendEmptyChoices(node) {
+  if (isOurs(node.comfyClass))
+    for (const widget of node.widgets ?? []) if (widget.type === "combo") widget.value ??= "";
+}
+
 // The host lists a pack's workflows in the order of the file system.
 function sortTemplates() {
   const list = api.getWorkflowTemplates;
@@ -94,5 +101,7 @@ app.registerExtension({
   // So that a page without the pack can name it, with or without a Manager.
   nodeCreated(node) {
     if (isOurs(node.comfyClass)) node.properties = { ...REGISTRY, ...node.properties };
+    sendEmptyChoices(node);
   },
+  loadedGraphNode: sendEmptyChoices,
 });
