@@ -43,6 +43,10 @@ function showError({ detail }) {
   if (isOurFault(detail)) toast("error", nameOf(detail.node_type), detail.exception_message?.trim());
 }
 
+// Of an input without a link or value the host's details are its name alone.
+const sentenceOf = (error) =>
+  error.type === "required_input_missing" ? `${error.message}: ${error.details}` : error.details || error.message;
+
 // A prompt that the host refuses never starts, so no event tells of it.
 function showRefusals() {
   const queue = api.queuePrompt;
@@ -52,7 +56,7 @@ function showRefusals() {
     } catch (error) {
       for (const node of Object.values(error?.response?.node_errors ?? {}))
         if (isOurs(node.class_type))
-          for (const one of node.errors ?? []) toast("error", nameOf(node.class_type), one.details || one.message);
+          for (const one of node.errors ?? []) toast("error", nameOf(node.class_type), sentenceOf(one));
       throw error;
     }
   };

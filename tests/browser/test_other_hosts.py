@@ -76,4 +76,6 @@ def test_loaders_say_in_a_sentence_that_there_is_no_file_and_where_it_belongs(vi
         keep(page, "no models")
         for title in titles:
             assert any(re.search(rf"^{title}\n.*There is no .* yet: .*\.$", text) for text in said), (title, said)
-        assert not re.search("positional argument|TypeError|Traceback", " ".join(said) + host.log)
+        assert any("Required input is missing: image" in text for text in said)
+        assert not re.search("positional argument|TypeError|Traceback", " ".join(said))
+        assert "positional argument" not in host.log
