@@ -168,7 +168,7 @@ def test_the_provenance_of_an_encoder_stands_on_its_node_after_a_run(page, host,
     page.wait_for(text)
     (said,) = result.outputs[str(page.evaluate(f"{node}.id"))]["text"]
     keep(page, "provenance")
-    assert page.evaluate(text) == said and said.startswith(trained) and "recogniser_licence: Apache-2.0" in said
+    assert page.evaluate(text) == said and said.startswith(trained) and "licence of that recogniser: Apache-2.0" in said
     assert covered(page.boxes()) == []
 
 
