@@ -317,7 +317,13 @@ class Page:
         while not self.evaluate("!!document.querySelector('[role=dialog] nav')"):
             if watch.seconds > 60:
                 raise Problem("the page's button Templates opened no dialog within 60 s.")
-            self.click("document.querySelector('button[aria-label=Templates]')")  # in vain while the page still begins
+            button = "document.querySelector('button[aria-label=Templates]')"
+            self.wait_for(button)
+            if not self.evaluate(f"{button}.checkVisibility()"):  # an app is open, which has none
+                graph = "document.querySelectorAll('button[aria-label=\"Enter node graph\"]')"
+                self.click(f"[...{graph}].find(e => e.checkVisibility())")
+                self.wait_for(f"{button}.checkVisibility()")
+            self.click(button)  # in vain while the page still begins
             time.sleep(0.5)
         names = "[...document.querySelectorAll('[role=dialog] nav span')]"
         self.click(f"{names}.find(e => e.textContent.trim() === {json.dumps(pack)})")

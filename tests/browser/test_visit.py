@@ -172,6 +172,22 @@ def test_the_provenance_of_an_encoder_stands_on_its_node_after_a_run(page, host,
     assert covered(page.boxes()) == []
 
 
+def test_the_licence_of_a_face_pack_stands_on_its_node_after_a_run(page, host, keep):
+    for package in ("insightface", "onnxruntime"):
+        pytest.importorskip(package)
+    page.open({"nodes": [], "links": [], "version": 0.4})
+    page.evaluate(
+        "['LookaheadLoadFaceAnalysis', 'PreviewAny'].map(type => app.graph.add(LiteGraph.createNode(type))),"
+        " app.graph.nodes[0].connect(0, app.graph.nodes[1], 0)"
+    )
+    result = run(page, host).check()
+    text = "app.graph.nodes[0].widgets.find(w => w.name.startsWith('$$'))?.value"
+    page.wait_for(text)
+    keep(page, "licence")
+    (said,) = result.outputs[str(page.evaluate("app.graph.nodes[0].id"))]["text"]
+    assert page.evaluate(text) == said and "Apache-2.0" in said
+
+
 def test_the_sentence_of_a_node_that_fails_is_said(page, host, keep):
     page.open(saved(KV_ALONE, LookaheadApplyKVInjection={1: 0.9}))
     make_small(page)
