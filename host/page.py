@@ -29,6 +29,8 @@ from .server import Host, die_with_parent
 
 #: The front end that the default ComfyUI names in its requirements, and the hash of its wheel.
 FRONT_END = ("1.47.12", "b2155c1afbf30afd06ed217307a1abd92955b329361353a1b68a5297fc00902e")
+#: An environment variable with another front end's version, which is fetched without a hash to hold it to.
+CHOICE = "FRONT_END_VERSION"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FLAGS = (
     "--headless=new",
@@ -47,15 +49,24 @@ FLAGS = (
     "--remote-debugging-port=0",
 )
 #: Answers what a first visit asks; all else is as a first visitor has it.
-SETTINGS = {"Comfy.InstalledVersion": FRONT_END[0], "Comfy.TutorialCompleted": True}
+SETTINGS = {"Comfy.TutorialCompleted": True}
 READY = "window.app?.extensionManager && window.app.graph?.nodes.length"  # its default workflow comes last
+OPENED = "window.app.extensionManager.workflow.activeWorkflow.path"
 TITLE = 30  # height of a node's title, which lies above its position
 BADGE = 20  # height of the label above the title that names a node's pack
 
 
+def front_end_version() -> str:
+    """The version of the page: FRONT_END_VERSION, else the default ComfyUI's; a Problem where it is none."""
+    version = os.environ.get(CHOICE) or FRONT_END[0]
+    if not re.fullmatch(r"\d+(\.\d+)+", version):
+        raise Problem(f"{CHOICE}={version} is not a version: give one like {FRONT_END[0]}, or none.")
+    return version
+
+
 def front_end() -> Path:
     """The folder of the page's files, fetched once."""
-    version, sha256 = FRONT_END
+    version = front_end_version()
     target = CACHE / "frontend" / version
     static = target / "comfyui_frontend_package" / "static"
     if not static.is_dir():
@@ -65,8 +76,10 @@ def front_end() -> Path:
                 try:
                     new.mkdir(parents=True)
                     pins = new / "pins.txt"
-                    pins.write_text(f"comfyui-frontend-package=={version} --hash=sha256:{sha256}\n")
-                    quick = ["install", "--no-deps", "--no-compile", "--only-binary=:all:", "--require-hashes"]
+                    known = version == FRONT_END[0]
+                    pins.write_text(f"comfyui-frontend-package=={version}{f' --hash=sha256:{FRONT_END[1]}' * known}\n")
+                    quick = ["install", "--no-deps", "--no-compile", "--only-binary=:all:"]
+                    quick += ["--require-hashes"] * known
                     step = "Fetching ComfyUI's web page"
                     pip(environment_python(), [*quick, "-r", str(pins), "--target", str(new)], step)
                     shutil.rmtree(target, ignore_errors=True)
@@ -96,7 +109,7 @@ def page_host(prepare: Callable[[Path], None] | None = None, **options: Any) -> 
     def with_settings(base: Path) -> None:
         settings = base / "user" / "default" / "comfy.settings.json"
         settings.parent.mkdir(parents=True, exist_ok=True)
-        settings.write_text(json.dumps(SETTINGS))
+        settings.write_text(json.dumps(SETTINGS | {"Comfy.InstalledVersion": front_end_version()}))
         if prepare is not None:
             prepare(base)
 
@@ -115,6 +128,8 @@ class Page:
     def __init__(self, url: str, size: tuple[int, int] = (1920, 1080)) -> None:
         self.url, self.size = url, size
         self.errors: list[str] = []  # what the page's scripts threw
+        self.clicks = 0  # of the mouse, since it was set to 0
+        self._asked: int | None = None  # the file input whose dialog is open
         self._loop = asyncio.new_event_loop()
         self._profile: Path | None = None
         self._process: subprocess.Popen | None = None
@@ -189,6 +204,8 @@ class Page:
             if message.get("method") == "Runtime.exceptionThrown":
                 details = message["params"]["exceptionDetails"]
                 self.errors.append(details.get("exception", {}).get("description") or details["text"])
+            if message.get("method") == "Page.fileChooserOpened":
+                self._asked = message["params"]["backendNodeId"]
             if (
                 message.get("method") == "Page.javascriptDialogOpening"
             ):  # "leave this page?", once something was clicked
@@ -269,10 +286,60 @@ class Page:
             f"(() => {{ const e = {element}; e.scrollIntoView({{block: 'nearest'}});"
             " const r = e.getBoundingClientRect(); return [r.left, r.top, r.width, r.height]; })()"
         )
-        at = {"x": left + width / 2, "y": top + height / 2, "button": "left", "clickCount": 1}
-        self.call("Input.dispatchMouseEvent", type="mouseMoved", x=at["x"], y=at["y"])
+        self.click_at(left + width / 2, top + height / 2)
+
+    def click_at(self, x: float, y: float) -> None:
+        """Click with the mouse on a place of the window, in pixels."""
+        at = {"x": x, "y": y, "button": "left", "clickCount": 1}
+        self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
         self.call("Input.dispatchMouseEvent", type="mousePressed", **at)
         self.call("Input.dispatchMouseEvent", type="mouseReleased", **at)
+        self.clicks += 1
+
+    def choose_file(self, click: Callable[[], None], file: Path, timeout: float = 20) -> None:
+        """Do a click that opens the browser's dialog for a file, and answer it with this one."""
+        self._asked, watch = None, Stopwatch()
+        self.call("Page.setInterceptFileChooserDialog", enabled=True)
+        try:
+            click()
+            while self._asked is None:
+                if watch.seconds > timeout:
+                    raise Problem(f"the click opened no dialog for a file within {timeout:.0f} s.")
+                self.evaluate("0")  # whose answer comes after what has happened before
+                time.sleep(0.05)
+            self.call("DOM.setFileInputFiles", files=[str(file)], backendNodeId=self._asked)
+        finally:
+            self.call("Page.setInterceptFileChooserDialog", enabled=False)
+
+    def open_templates(self, pack: str) -> None:
+        """Open the dialog with the templates, and in it those of a pack (the name of its folder), as a user does."""
+        watch = Stopwatch()
+        while not self.evaluate("!!document.querySelector('[role=dialog] nav')"):
+            if watch.seconds > 60:
+                raise Problem("the page's button Templates opened no dialog within 60 s.")
+            button = "document.querySelector('button[aria-label=Templates]')"
+            self.wait_for(button)
+            if not self.evaluate(f"{button}.checkVisibility()"):  # an app is open, which has none
+                graph = "document.querySelectorAll('button[aria-label=\"Enter node graph\"]')"
+                self.click(f"[...{graph}].find(e => e.checkVisibility())")
+                self.wait_for(f"{button}.checkVisibility()")
+            self.click(button)  # in vain while the page still begins
+            time.sleep(0.5)
+        names = "[...document.querySelectorAll('[role=dialog] nav span')]"
+        self.click(f"{names}.find(e => e.textContent.trim() === {json.dumps(pack)})")
+        self.wait_for("document.querySelector('[data-testid^=template-workflow-]')")
+
+    def pick_template(self, name: str) -> None:
+        """Click on a template in the open dialog, and wait until it is the open workflow."""
+        self.errors.clear()
+        self.evaluate("window.app.graph.nodes.forEach(n => { n.before = true; })")  # a template can be open already
+        card = f"[data-testid={json.dumps(f'template-workflow-{name}')}]"
+        self.click(f"document.querySelector({json.dumps(card)})")
+        self.wait_for(
+            f"{OPENED}.startsWith({json.dumps(f'workflows/{name}')}) && !document.querySelector('[role=dialog] nav')"
+            " && window.app.graph.nodes.length && !window.app.graph.nodes.some(n => n.before)"
+        )
+        time.sleep(1)  # the page looks for missing files after that
 
     def toasts(self) -> list[str]:
         """The texts of the messages in the corner of the page."""

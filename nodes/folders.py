@@ -37,11 +37,14 @@ def made(folder: str) -> Path:
     return place
 
 
-def nothing_chosen(there: Sequence[str], what: str, folders: Iterable[str]) -> bool | str:
-    """Answers for `validate_inputs` without a value: it comes by a link, or there is no file yet (a sentence)."""
-    if there:
-        return True
-    return f"There is no {what} in {searched(folders)} yet: put one there, then press R in the page."
+def nothing_chosen(there: Sequence[str], what: str, folders: Iterable[str], name: str | None = None) -> bool | str:
+    """Answers for `validate_inputs` where no name is given: True where it comes by a link (None), else a sentence.
+
+    The page sends "" where its list is empty, or was when the node was made.
+    """
+    if not there:
+        return f"There is no {what} in {searched(folders)} yet: put one there, press R in the page, and choose it."
+    return True if name is None else f"No {what} is chosen: choose one, such as {there[0]}."
 
 
 def subfolders(place: Path) -> list[Path]:

@@ -34,7 +34,10 @@ REFERENCE_WORKFLOWS: dict[str, Template] = {
             **{name: node for name, node in face_nodes("picture").items() if name != "face"},
             "picture": picture("face_1.jpg", "Reference face"),
             "store": Node(
-                "LookaheadSaveReference", values={"file_name": "my_character"}, links={"reference": "reference"}
+                "LookaheadSaveReference",
+                values={"file_name": "my_character"},
+                links={"reference": "reference"},
+                height=280,  # room for what it says it has written
             ),
             "load": Node("LookaheadLoadReference", off=True),
             "face": Node(

@@ -43,6 +43,10 @@ function showError({ detail }) {
   if (isOurFault(detail)) toast("error", nameOf(detail.node_type), detail.exception_message?.trim());
 }
 
+// Of an input without a link or value the host's details are its name alone.
+const sentenceOf = (error) =>
+  error.type === "required_input_missing" ? `${error.message}: ${error.details}` : error.details || error.message;
+
 // A prompt that the host refuses never starts, so no event tells of it.
 function showRefusals() {
   const queue = api.queuePrompt;
@@ -52,7 +56,7 @@ function showRefusals() {
     } catch (error) {
       for (const node of Object.values(error?.response?.node_errors ?? {}))
         if (isOurs(node.class_type))
-          for (const one of node.errors ?? []) toast("error", nameOf(node.class_type), one.details || one.message);
+          for (const one of node.errors ?? []) toast("error", nameOf(node.class_type), sentenceOf(one));
       throw error;
     }
   };
@@ -63,6 +67,13 @@ function showText({ detail }) {
   const id = detail.display_node ?? detail.node;
   const text = [detail.output?.text ?? []].flat().join("\n");
   if (text && isOurs(findNode(id)?.type)) api.dispatchCustomEvent("progress_text", { nodeId: String(id), text });
+}
+
+// The page leaves the value of an empty list out, of which the host says "Required input is missing"; an empty name
+// reaches the node, which says where its files belong.
+function sendEmptyChoices(node) {
+  if (isOurs(node.comfyClass))
+    for (const widget of node.widgets ?? []) if (widget.type === "combo") widget.value ??= "";
 }
 
 // The host lists a pack's workflows in the order of the file system.
@@ -94,5 +105,7 @@ app.registerExtension({
   // So that a page without the pack can name it, with or without a Manager.
   nodeCreated(node) {
     if (isOurs(node.comfyClass)) node.properties = { ...REGISTRY, ...node.properties };
+    sendEmptyChoices(node);
   },
+  loadedGraphNode: sendEmptyChoices,
 });

@@ -42,8 +42,8 @@ def path_in(folder: str, name: str, what: str) -> str:
 def found(folder: str, name: str | None, what: str) -> bool | str:
     """Says whether a file is there, for a node's validation: True, or a sentence; no name comes by a link, or there is
     no file yet."""
-    if name is None:
-        return nothing_chosen(safetensors_in(folder), what, folder_paths.get_folder_paths(folder))
+    if not name:
+        return nothing_chosen(safetensors_in(folder), what, folder_paths.get_folder_paths(folder), name)
     try:
         path_in(folder, name, what)
     except FileNotFoundError as error:

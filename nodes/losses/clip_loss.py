@@ -98,8 +98,10 @@ class LookaheadCLIPLoss(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, clip_name: str | None = None) -> bool | str:
         """Say where the file was looked for, instead of the host's 'value not in list'."""
-        if clip_name is None:
-            return nothing_chosen(file_names(FOLDER, ("",)), "CLIP file", folder_paths.get_folder_paths(FOLDER))
+        if not clip_name:
+            return nothing_chosen(
+                file_names(FOLDER, ("",)), "CLIP file", folder_paths.get_folder_paths(FOLDER), clip_name
+            )
         try:
             clip_path(clip_name)
         except FileNotFoundError as error:

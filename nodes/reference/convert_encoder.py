@@ -92,8 +92,8 @@ class LookaheadConvertEncoder(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, source_name: str | None = None) -> bool | str:
         """Say where the file was looked for, instead of the host's 'value not in list'."""
-        if source_name is None:
-            return nothing_chosen(source_names(), "file to convert", places())
+        if not source_name:
+            return nothing_chosen(source_names(), "file to convert", places(), source_name)
         try:
             encoder_path(source_name)
         except FileNotFoundError as error:

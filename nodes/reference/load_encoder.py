@@ -78,8 +78,8 @@ class LookaheadLoadEncoder(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, encoder_name: str | None = None) -> bool | str:
         """Say where the file was looked for, instead of the host's 'value not in list'."""
-        if encoder_name is None:
-            return nothing_chosen(encoder_names(), "encoder file", places())
+        if not encoder_name:
+            return nothing_chosen(encoder_names(), "encoder file", places(), encoder_name)
         try:
             encoder_path(encoder_name)
         except FileNotFoundError as error:

@@ -92,8 +92,8 @@ class LookaheadLoadFaceAnalysis(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, pack_name: str | None = None) -> bool | str:
         """Say where the pack was looked for, instead of the host's 'value not in list'."""
-        if pack_name is None:
-            return nothing_chosen(list(packs()), "face pack", places())
+        if not pack_name:
+            return nothing_chosen(list(packs()), "face pack", places(), pack_name)
         try:
             pack_path(pack_name)
         except FileNotFoundError as error:

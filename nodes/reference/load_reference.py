@@ -7,6 +7,7 @@ import os
 from comfy_api.latest import io, ui
 
 from ...lookahead.files import reference_file
+from ..folders import nothing_chosen
 from ..schema import schema
 from ..sockets import ENCODER, REFERENCE
 from .encoder import LoadedEncoder
@@ -54,10 +55,10 @@ class LookaheadLoadReference(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, reference_name: str | None = None) -> bool | str:
         """Say where the file was looked for, instead of the host's 'value not in list'."""
-        if reference_name is None and not reference_names():
-            return "There is no reference file yet: make one with Save Lookahead Reference, then press R."
-        if reference_name is None:
-            return True  # it comes by a link
+        if not reference_name and not reference_names():
+            return "There is no reference file yet: make one with Save Lookahead Reference, press R, and choose it."
+        if not reference_name:
+            return nothing_chosen(reference_names(), "reference file", (), reference_name)
         try:
             reference_path(reference_name)
         except FileNotFoundError as error:

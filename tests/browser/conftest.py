@@ -14,7 +14,14 @@ WINDOW = (1600, 1000)
 
 
 @pytest.fixture(scope="session")
-def host():
+def window():
+    """Width and height of a first visitor's window."""
+    return WINDOW
+
+
+@pytest.fixture(scope="session")
+def models():
+    """Puts the mini models into a host's folder; skips where there is no page to look at."""
     if tool.browser() is None:
         pytest.skip("no Chromium on the PATH (on Debian: apt install chromium)")
     if os.environ.get("COMFYUI_DIR"):
@@ -25,7 +32,12 @@ def host():
         write_taesd(base)
         (base / "models" / "ipadapter" / FACE_ID).touch()  # the mini world has none; the page reads its name alone
 
-    with tool.page_host(prepare, version=DEFAULT_VERSION, extensions=MINI_EXTENSIONS) as running:
+    return prepare
+
+
+@pytest.fixture(scope="session")
+def host(models):
+    with tool.page_host(models, version=DEFAULT_VERSION, extensions=MINI_EXTENSIONS) as running:
         yield running
 
 

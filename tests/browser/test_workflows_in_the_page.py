@@ -1,7 +1,6 @@
 """Every shared workflow and app does in ComfyUI's own page what its file says, and can be read there at once."""
 
 import io
-import itertools
 import re
 import tomllib
 import urllib.parse
@@ -11,10 +10,10 @@ import pytest
 from lcm_lookahead.host import workflow as converter
 from lcm_lookahead.tools.common import ROOT
 from PIL import Image
+from visit import READABLE, covered
 
 FILES = sorted((ROOT / "workflows").glob("*.json"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-READABLE = 0.6  # below about 0.57 the page draws no text
 ROOM = 330  # units under a sampler for its live preview; a test that runs one says that it is enough
 NOTE = "MarkdownNote"
 
@@ -43,15 +42,6 @@ def all_nodes(workflow):
 
 def without_titles(api):
     return {n: {"class_type": node["class_type"], "inputs": node["inputs"]} for n, node in api.items()}
-
-
-def covered(boxes):
-    """Pairs of nodes of which one covers a part of the other; a unit is left to rounding."""
-    return [
-        (one, other)
-        for (one, (a, b, c, d)), (other, (e, f, g, h)) in itertools.combinations(boxes.items(), 2)
-        if a + 1 < g and e + 1 < c and b + 1 < h and f + 1 < d
-    ]
 
 
 def test_the_page_has_nothing_to_say_against_it(page):

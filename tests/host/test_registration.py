@@ -3,6 +3,7 @@
 import asyncio
 import inspect
 import os
+import re
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -133,18 +134,20 @@ def test_missing_inputs_are_named_and_nothing_is_raised(pack):
 
 @pytest.mark.parametrize("name", LOADERS)
 def test_without_a_value_there_is_no_file_or_it_comes_by_a_link(pack, name):
-    """The page sends None where a list is empty; what comes by a link is looked for when the node runs."""
+    """The page sends "" where a list is empty; what comes by a link, None, is looked for when the node runs."""
     node, folders = (
         pack.nodes[name],
         ("lookahead", "insightface/models/pack", "clip_vision", "lookahead_references", "lookahead_concepts"),
     )
-    text = node.validate_inputs(**{LOADERS[name]: None})
-    assert "There is no" in text and text.endswith(".")
+    for empty in ("", None):
+        text = node.validate_inputs(**{LOADERS[name]: empty})
+        assert "There is no" in text and text.endswith(".")
     for folder in folders:
         (pack.base / "models" / folder).mkdir(parents=True, exist_ok=True)
         (pack.base / "models" / folder / ("a.onnx" if "pack" in folder else "a.safetensors")).touch()
     try:
         assert node.validate_inputs(**{LOADERS[name]: None}) is True
+        assert re.fullmatch("No .* is chosen: choose one, such as .*", node.validate_inputs(**{LOADERS[name]: ""}))
         others = {"device": "cpu"} if name == "LookaheadLoadFaceAnalysis" else {}
         if name != "LookaheadConvertEncoder":
             assert isinstance(node.fingerprint_inputs(**{LOADERS[name]: None}, **others), str | None)

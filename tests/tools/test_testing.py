@@ -101,6 +101,16 @@ def test_the_page_is_tested_where_there_is_a_chromium_and_no_other_host_is_chose
     assert browser_runs() == []
 
 
+def test_the_page_s_version_can_be_chosen(monkeypatch):
+    monkeypatch.delenv(page.CHOICE, raising=False)
+    assert page.front_end_version() == page.FRONT_END[0]
+    monkeypatch.setenv(page.CHOICE, "1.58.1")
+    assert page.front_end_version() == "1.58.1"
+    monkeypatch.setenv(page.CHOICE, "../newest")
+    with pytest.raises(Problem, match=r"FRONT_END_VERSION=\.\./newest is not a version: give one like \d"):
+        page.front_end_version()
+
+
 def test_the_page_alone_needs_a_chromium(runs, monkeypatch):
     with pytest.raises(Problem, match="no Chromium"):
         testing.main(["--browser"])
