@@ -18,7 +18,7 @@ import time
 from typing import Any
 
 STEPS, ROUNDS = 8, 5
-FULL_STEPS, FULL_ROUNDS = 4, 2
+FULL_STEPS, FULL_ROUNDS = 4, 1
 COLD_RENEWED, REPLAYED_RENEWED = (f"CFG with KV, 8 bit, renewed at 1 of 4 steps, {how}" for how in ("cold", "replayed"))
 RENEW = 4  # in the arms that read the reference in some steps alone
 
