@@ -259,6 +259,7 @@ def test_a_blueprint_is_found_and_put_as_one_node(page, keep, name):
     assert page.complaints() == []
 
 
+@pytest.mark.slow
 def test_a_graph_with_a_blueprint_put_by_hand_draws_a_picture(page, host, keep):
     """It takes the place of the template's own."""
     name = BLUEPRINTS[0].parts[0].name
