@@ -159,9 +159,9 @@ class _Separate:
     def export(self, *inputs: Any) -> Any:
         return self.encoding.export(*inputs)
 
-    def predict(self, *inputs: Any) -> Any:
+    def predict(self, *inputs: Any, reads: Any = None) -> Any:
         *same, shortcut = inputs
-        return (self.fast if isinstance(shortcut, type(same[0])) else self.decoding).predict(*same)
+        return (self.fast if isinstance(shortcut, type(same[0])) else self.decoding).predict(*same, reads=reads)
 
 
 def _papers(step: Any, batch: Any, draws: Any, config: Any) -> tuple[Callable[[int], None], int]:

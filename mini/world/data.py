@@ -56,7 +56,8 @@ def pictures(folder: Path, group: str, people: int, styles: tuple[str, ...], siz
     path = folder / f"{group}-{people}x{len(styles) + 1}-{size}.npy"
     if not path.exists():
         _draw(path, lambda rows, seed: render(faces.rows(rows), size, seed=seed), len(faces), size, SEEDS[group])
-    return described(group, people, styles)._replace(pixels=np.load(path, mmap_mode="r"))
+    known = described(group, people, styles)
+    return Pictures(np.load(path, mmap_mode="r"), known.long, known.short, known.labels, known.per_person)
 
 
 def described(group: str, people: int, styles: tuple[str, ...]) -> Pictures:
