@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import jinja2
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from .pages import templates
 from .stats import Interval
 
 CLAIMS = Path(__file__).with_name("claims.yaml")
@@ -183,7 +183,8 @@ def run_missing(claims: Mapping[str, PaperClaim], root: Path, run: Callable[[lis
                 run(step.command())
                 if not (root / step.makes).exists():
                     raise ClaimError(
-                        f"lookahead {step.run} has ended without writing {step.makes}, as claims.yaml says."
+                        f"lookahead {step.run} has ended without writing {step.makes}, as the list of claims says: "
+                        "mend the list."
                     )
                 count += 1
     return count
@@ -191,19 +192,13 @@ def run_missing(claims: Mapping[str, PaperClaim], root: Path, run: Callable[[lis
 
 def page(results: Sequence[JudgedClaim], root: Path, beside: Path) -> str:
     """Markdown of judged claims; `beside` is the folder that its links start from."""
-    templates = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    pages = templates(Path(__file__).parent)
 
     def link(path: str) -> str:
         return Path(os.path.relpath(root / path, beside)).as_posix()
 
     there = {path: (root / path).exists() for one in results for path in (*one.claim.pages, *one.claim.pictures)}
-    return templates.get_template("claims.md.jinja").render(results=results, words=WORDS, link=link, there=there)
+    return pages.get_template("claims.md.jinja").render(results=results, words=WORDS, link=link, there=there)
 
 
 def _figure(root: Path, keys: Sequence[str]) -> Interval | None:

@@ -58,9 +58,8 @@ def to_api(workflow: dict[str, Any], object_info: dict[str, Any]) -> Api:
             raise Problem(
                 f"the workflow cannot be converted ({_first_line(error)}): export it again from ComfyUI."
             ) from None
-        except (
-            Exception
-        ) as error:  # the converter believes in what a file says: a node that is null, a subgraph in itself
+        except Exception as error:
+            # The converter believes in what a file says, as in a node that is null or a subgraph in itself.
             raise Problem(
                 f"the workflow cannot be converted ({type(error).__name__}: {_first_line(error)}): it is damaged; "
                 "export it again from ComfyUI."

@@ -215,9 +215,8 @@ FACE_PART = Subgraph(
 def kv_node(model_: str, end: float) -> Node:
     """KV injection; the widgets keep the node's own values."""
     links = {"reference": "reference"} | ({"model": model_} if model_ else {})
-    return Node(
-        "LookaheadApplyKVInjection", values={"weight": 1, "start": 0, "end": end}, links=links, height=430
-    )  # it says more after a run
+    values = {"weight": 1, "start": 0, "end": end}
+    return Node("LookaheadApplyKVInjection", values=values, links=links, height=430)  # it says more after a run
 
 
 def face_kv_nodes() -> dict[str, Node]:

@@ -178,6 +178,7 @@ class ConceptMethod(Method):
     """
 
     kind = "concept"
+    weights: tuple[Annotated[float, Field(ge=0, le=3)], ...] = Field((1.0,), min_length=1, description="strengths")
     file: str = Field(description="concept encoder")
     steps: Annotated[int, Field(ge=0, le=100)] = Field(12, description="tuning steps")
     noun: str = Field("face", description="word of the prompts that the concept takes the place of")

@@ -131,9 +131,8 @@ def _joined(parts: Mapping[str, Tensor], shape: torch.Size, path: str, name: str
     if missing := [half for half in ("down", "up") if half not in parts]:
         raise EncoderFileError(f"{name} has no {missing[0]} matrix of {path}: it is incomplete; download it again.")
     down, up, mid = parts["down"].float(), parts["up"].float(), parts.get("mid")
-    alpha = float(parts["alpha"].flatten()[0]) if "alpha" in parts else 0.0
     try:
-        alpha = alpha if "alpha" in parts else float(len(down))
+        alpha = float(parts["alpha"].flatten()[0]) if "alpha" in parts else float(len(down))
         if mid is not None:  # in three: mid(down) is one convolution
             inner = down.reshape(mid.shape[1], -1)
             down = torch.einsum("oikl,ic->ockl", mid.float(), inner)

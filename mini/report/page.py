@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from PIL import Image
 
+from ...evaluation.pages import templates
 from . import charts
 
 PLACES = ("no place", "in a forest", "on a beach", "in a city", "at night", "in the snow")
@@ -19,20 +19,13 @@ PICTURES = ("reconstructions", "samples", "captions", "previews", "backbone", "c
 
 def page(report: dict[str, Any], pictures: Path) -> str:
     """The page; `pictures` is the folder with those that the measures drew. What is missing is said in a sentence."""
-    templates = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        undefined=jinja2.StrictUndefined,
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    templates.filters["texts"] = lambda values: [(name, str(value)) for name, value in values.items()]
+    pages = templates(Path(__file__).parent, autoescape=True)
+    pages.filters["texts"] = lambda values: [(name, str(value)) for name, value in values.items()]
     plan = report["plan"]
     paths = {name: pictures / f"{name}.png" for name in PICTURES} | {"controlnet": pictures.parent / "controlnet.png"}
     svg = {"losses": charts.losses(report), "roc": charts.roc(report), "weight": charts.weight(report)}
     seeds = {what: ", ".join(f"{name} {seed}" for name, seed in of.items()) for what, of in report["seeds"].items()}
-    return templates.get_template("page.html.jinja").render(
+    return pages.get_template("page.html.jinja").render(
         report=report,
         claims=_claim_cells(report),
         files=_file_cells(report),

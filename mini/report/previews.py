@@ -6,9 +6,9 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-import jinja2
 from PIL import Image
 
+from ...evaluation.pages import templates
 from ...evaluation.stats import Interval
 from . import measure_few_step
 from .measure_few_step import DDIM_STEPS, METHODS, SHARES
@@ -42,14 +42,8 @@ def write(out: Path, count: int) -> Path:
 
 def page(figures: Mapping[str, Mapping[str, Interval]], count: int) -> str:
     """previews.md."""
-    templates = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    return templates.get_template("previews.md.jinja").render(
+    pages = templates(Path(__file__).parent)
+    return pages.get_template("previews.md.jinja").render(
         figures=figures, shares=[f"{share:.0%}" for share in SHARES], methods=METHODS, count=count, steps=DDIM_STEPS
     )
 

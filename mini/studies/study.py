@@ -8,13 +8,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import jinja2
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from ...evaluation.pages import templates
 from ...evaluation.stats import Interval
 from ...host.client import Client, Result
 
@@ -55,12 +55,7 @@ def saved_pictures(host: Client, result: Result, node: str) -> Tensor:
 
 def render(template: str, **values: Any) -> str:
     """A page made from one of the templates beside this module."""
-    pages = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    pages = templates(Path(__file__).parent)
     return pages.get_template(template).render(values).rstrip("\n") + "\n"
 
 

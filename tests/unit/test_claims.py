@@ -5,6 +5,8 @@ import json
 import pytest
 from lcm_lookahead.cli.main import main
 from lcm_lookahead.evaluation import claims
+from lcm_lookahead.trainer.config import CONFIGS
+from lcm_lookahead.trainer.lookahead.config import load
 
 LIST = """
 guided:
@@ -124,3 +126,21 @@ def test_the_papers_claims_read_figures_that_are_there(request):
     assert results.keys() >= {"previews", "guidance", "table1", "table2", "alignment"}
     measured = [result for name in ("previews", "guidance", "table2") for result in results[name]]
     assert measured and all(result.verdict != "not measured" for result in measured)
+
+
+def test_every_figure_of_the_papers_claims_is_made_by_a_step_of_its_claim():
+    for name, claim in claims.read().items():
+        assert {check.figure[0] for check in claim.checks} <= {step.makes for step in claim.steps}, name
+
+
+def test_a_training_of_a_claim_makes_the_file_that_the_evaluation_reads():
+    for claim in claims.read().values():
+        trained = {}
+        for step in claim.steps:
+            command, *arguments = step.command()
+            if command == "train":
+                config = load(CONFIGS / arguments[0], arguments[1:])
+                trained[f"{config.out}/{config.name}.safetensors"] = step.makes
+            elif "--encoders" in arguments:
+                assert {a.partition("=")[2] for a in arguments if "=" in a} <= trained.keys()
+        assert all(file == makes for file, makes in trained.items())
