@@ -86,7 +86,7 @@ WORKFLOWS: dict[str, Template] = {
                 "**end** of the KV injection: 0.4 keeps the prompt's style at the same likeness; 1 also brings in "
                 "clothes, light and style of the reference",
                 "**text**, **full**, **kv**: raise text for the prompt's style, full for likeness",
-                "**cache_gb**: 11 keeps all 12 steps, and the next run with this reference and seed is quicker",
+                "**cache_gb**: 5 keeps all 12 steps, and the next run with this reference and seed is quicker",
                 height=370,
             ),
         },

@@ -206,20 +206,31 @@ class LookaheadApplyKVInjection(io.ComfyNode):
                     adain=adain,
                 )
                 model = add_effect(model, injection)
-                said.append(cost(source, model.model.get_dtype_inference().itemsize))
+                said.append(cost(source, model.model.get_dtype_inference().itemsize, end - start))
         return io.NodeOutput(model, ui=ui.PreviewText("\n".join(said)) if said else None)
 
 
-def cost(source: KVSource, itemsize: int) -> str:
-    """A sentence on what a run takes: passes over the reference, and what is kept of them; itemsize: of the UNet."""
-    passes, a_pass = math.ceil(STEPS / source.renew), 2 * source.bytes_per_row(itemsize)
+def cost(source: KVSource, itemsize: int, share: float = 1.0) -> str:
+    """A sentence on what a run takes: passes over the reference, and what is kept of them.
+
+    itemsize: of the UNet; share: of the sampling in which it acts. How many steps lie there hangs on the scheduler,
+    which the node does not see: they are counted as if they were even.
+    """
+    steps = max(1, math.ceil(STEPS * share - 1e-6))
+    passes, a_pass = math.ceil(steps / source.renew), 2 * source.bytes_per_row(itemsize)
     fit = min(passes, source.cache_bytes // a_pass)
     kept = "all are" if fit == passes else f"{fit} {'is' if fit == 1 else 'are'}"
+    acts = f", of which it acts in about {steps}" if steps < STEPS else ""
     return (
-        f"A picture in {STEPS} steps: {passes} passes over the reference, of {a_pass / 2**30:.3g} GB each and "
-        f"{passes * a_pass / 2**30:.3g} GB together (half, where the negative is not asked for); {kept} kept for the "
-        f"next run by cache_gb {source.cache_bytes / 2**30:.3g}."
+        f"A picture in {STEPS} steps{acts}: {passes} {'passes' if passes > 1 else 'pass'} over the reference, of "
+        f"{_size(a_pass)} each and {_size(passes * a_pass)} together (half, where the negative is not asked for); "
+        f"{kept} kept for the next run by cache_gb {source.cache_bytes / 2**30:.3g}."
     )
+
+
+def _size(number: int) -> str:
+    """Bytes in words."""
+    return f"{number / 2**30:.3g} GB" if number >= 2**30 / 10 else f"{number / 2**20:.3g} MB"
 
 
 def choose_blocks(blocks: list[KVBlock], name: str) -> tuple[KVBlock, ...]:

@@ -309,6 +309,9 @@ def test_30_steps_of_sdxl_at_1024_fit_into_6_gb(sdxl_source, pack):
     cost = pack.module("nodes.conditioning.apply_kv_injection").cost
     assert "8 passes" in cost(eight, 2) and "all are kept" in cost(eight, 2)
     assert "5 are kept" in cost(plain, 2) and "30 passes" in cost(plain, 2)
+    assert "acts in about 12: 12 passes" in cost(plain, 2, 0.4) and "acts" not in cost(plain, 2)
+    roomy = sdxl_source(cache_bytes=5 << 30)  # as the note of workflow 02 says
+    assert "all are kept" in cost(roomy, 2, 0.4) and "all" not in cost(roomy, 2, 0.5)
 
 
 # -- the reference is read in some of the steps
