@@ -42,12 +42,16 @@ class Kind:
         """Write the files with one of them harmed as the seed says, and return the path of the first."""
         rng = random.Random(f"{next(iter(self.files))} {seed}")
         harmed = rng.choice(list(self.files))
-        changes = self.changes if harmed == next(iter(self.files)) else JSON if harmed.endswith(".json") else ()
-        change = rng.choice((*changes, *BYTES))
+        change = rng.choice(self.changes_of(harmed))
         for name, whole in self.files.items():
             content = change(whole, rng, folder) if name == harmed else whole
             (folder / name).write_bytes(content)
         return folder / next(iter(self.files))
+
+    def changes_of(self, name: str) -> tuple[Callable[[bytes, random.Random, Path], bytes], ...]:
+        """What can be done to one of the files."""
+        own = self.changes if name == next(iter(self.files)) else JSON if name.endswith(".json") else ()
+        return (*own, *BYTES)
 
 
 def fault(kind: Kind, path: Path) -> str | None:
@@ -71,22 +75,24 @@ def fuzz(kind: Kind, folder: Path, rounds: int, seed: int) -> dict[str, int]:
     """
     rng = random.Random(seed)
     path = folder / next(iter(kind.files))
-    corpus, reached, faults = [kind.files[path.name]], set(), {}
+    corpus, reached, faults = [kind.files], set(), {}
     for number in range(rounds):
-        data = rng.choice(corpus[-20:])
+        files = dict(rng.choice(corpus[-20:]))
+        harmed = rng.choice(list(files))
         try:
             for _i in range(rng.randrange(1, 4)):
-                data = rng.choice((*kind.changes, *BYTES))(data, rng, folder)
+                files[harmed] = rng.choice(kind.changes_of(harmed))(files[harmed], rng, folder)
         except Exception:  # noqa: BLE001  (what is harmed already may be too broken for the next harm)
             continue
-        path.write_bytes(data)
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
         with _lines() as lines:
             found = fault(kind, path)
-        if found or sorted(folder.iterdir()) != [path]:
+        if found or {one.name for one in folder.iterdir()} != set(files):
             faults.setdefault((found or "run, or half of something was left")[:200], number)
         if not lines <= reached:
             reached |= lines
-            corpus.append(data)
+            corpus.append(files)
     return faults
 
 
