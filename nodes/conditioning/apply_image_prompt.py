@@ -37,7 +37,8 @@ class LookaheadApplyImagePrompt(io.ComfyNode):
                 REFERENCE.Input("reference", tooltip="From Encode Lookahead Reference."),
                 io.Float.Input(
                     "weight",
-                    default=1.0,
+                    # docs/knobs.md: nearly as like as with 1 (.585, .608), and more of the style stays (.85, .78).
+                    default=0.75,
                     min=0.0,
                     max=3.0,
                     step=0.05,
