@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import folder_paths
@@ -45,6 +45,25 @@ def nothing_chosen(there: Sequence[str], what: str, folders: Iterable[str], name
     if not there:
         return f"There is no {what} in {searched(folders)} yet: put one there, press R in the page, and choose it."
     return True if name is None else f"No {what} is chosen: choose one, such as {there[0]}."
+
+
+def found(find: Callable[[str], str], name: str) -> bool | str:
+    """Answers for `validate_inputs` whether a file is there: True, or the sentence with which `find` says that not."""
+    try:
+        find(name)
+    except FileNotFoundError as error:
+        return str(error)
+    return True
+
+
+def fingerprint(find: Callable[[str], str], name: str | None) -> str:
+    """Tells a file from what replaced it, for `fingerprint_inputs`; one that is missing, or comes by a link, by its
+    name alone."""
+    try:
+        stat = os.stat(find(name or ""))
+    except OSError:
+        return str(name)
+    return f"{name} {stat.st_size} {stat.st_mtime_ns}"
 
 
 def subfolders(place: Path) -> list[Path]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ...lookahead.files.concept_file import read_concept_encoder
 from ...lookahead.files.tensors import sha256
 from ...lookahead.method.concept import Prediction, average
+from .. import folders
 from ..folders import file_names, nothing_chosen, searched
 
 CONCEPTS = "lookahead_concepts"
@@ -44,20 +45,12 @@ def found(folder: str, name: str | None, what: str) -> bool | str:
     no file yet."""
     if not name:
         return nothing_chosen(safetensors_in(folder), what, folder_paths.get_folder_paths(folder), name)
-    try:
-        path_in(folder, name, what)
-    except FileNotFoundError as error:
-        return str(error)
-    return True
+    return folders.found(lambda name: path_in(folder, name, what), name)
 
 
 def changed(folder: str, name: str | None) -> str:
     """Tells a file from what replaced it, for a node's fingerprint."""
-    try:
-        stat = os.stat(path_in(folder, name or "", "file"))
-    except OSError:
-        return f"{name}"
-    return f"{name} {stat.st_size} {stat.st_mtime_ns}"
+    return folders.fingerprint(lambda name: path_in(folder, name, "file"), name)
 
 
 class LoadedConceptEncoder:

@@ -7,7 +7,7 @@ import os
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..folders import file_names, nothing_chosen, searched
+from ..folders import file_names, fingerprint, found, nothing_chosen, searched
 from ..schema import schema
 from ..sockets import ENCODER
 from .face_id_encoder import load
@@ -80,20 +80,12 @@ class LookaheadLoadEncoder(io.ComfyNode):
         """Say where the file was looked for, instead of the host's 'value not in list'."""
         if not encoder_name:
             return nothing_chosen(encoder_names(), "encoder file", places(), encoder_name)
-        try:
-            encoder_path(encoder_name)
-        except FileNotFoundError as error:
-            return str(error)
-        return True
+        return found(encoder_path, encoder_name)
 
     @classmethod
-    def fingerprint_inputs(cls, encoder_name: str) -> str:
+    def fingerprint_inputs(cls, encoder_name: str | None = None) -> str:
         """Load again when the file was replaced."""
-        try:
-            stat = os.stat(encoder_path(encoder_name))
-        except (OSError, TypeError):  # missing, or it comes by a link
-            return str(encoder_name)
-        return f"{encoder_name} {stat.st_size} {stat.st_mtime_ns}"
+        return fingerprint(encoder_path, encoder_name)
 
     @classmethod
     def execute(cls, encoder_name: str) -> io.NodeOutput:

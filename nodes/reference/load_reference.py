@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 from comfy_api.latest import io, ui
 
 from ...lookahead.files import reference_file
-from ..folders import nothing_chosen
+from ..folders import fingerprint, found, nothing_chosen
 from ..schema import schema
 from ..sockets import ENCODER, REFERENCE
 from .encoder import LoadedEncoder
@@ -59,20 +57,12 @@ class LookaheadLoadReference(io.ComfyNode):
             return "There is no reference file yet: make one with Save Lookahead Reference, press R, and choose it."
         if not reference_name:
             return nothing_chosen(reference_names(), "reference file", (), reference_name)
-        try:
-            reference_path(reference_name)
-        except FileNotFoundError as error:
-            return str(error)
-        return True
+        return found(reference_path, reference_name)
 
     @classmethod
     def fingerprint_inputs(cls, reference_name: str | None = None, **_) -> str:
         """Load again when the file was replaced."""
-        try:
-            stat = os.stat(reference_path(reference_name or ""))
-        except OSError:
-            return f"{reference_name}"
-        return f"{reference_name} {stat.st_size} {stat.st_mtime_ns}"
+        return fingerprint(reference_path, reference_name)
 
     @classmethod
     def execute(cls, reference_name: str, encoder: LoadedEncoder | None = None) -> io.NodeOutput:
