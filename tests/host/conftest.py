@@ -268,12 +268,16 @@ def _worlds_as_built(worlds):
     import comfy.model_management
 
     yield
+    # Some hosts fail on models that were collected before they could unload them, and others collect garbage for each
+    # at every later load, which takes seconds in a long process: these are left out, and the rest is held meanwhile.
+    loaded = comfy.model_management.current_loaded_models
+    held = [(one, one.model) for one in loaded]
+    loaded[:] = [one for one, model in held if model is not None]
     comfy.model_management.unload_all_models()
     for world in worlds.built.values():
         if world.model.backup or world.model.object_patches_backup:
-            world.model.unpatch_model()  # left by models that were collected before the host could unload them
-    # For each of those the host would collect garbage at every later load, which takes seconds in a long process.
-    comfy.model_management.current_loaded_models.clear()
+            world.model.unpatch_model()  # left by those models
+    loaded.clear()
 
 
 @pytest.fixture(scope="session")
