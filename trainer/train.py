@@ -19,6 +19,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from ..sdxl.precision import has_bfloat16
 from .alone import alone
 from .checkpoints import State, TrainingError, TrainingProgress, resume, save
 from .config import RunConfig
@@ -70,6 +71,8 @@ def _train(accelerator: Accelerator, config: RunConfig, recipe: Recipe, source: 
     first = progress.step
     _check_alike(accelerator, trained, first)
     log = Log(folder, config, accelerator, first)
+    if config.precision == "bf16" and not has_bfloat16(accelerator.device):
+        log.say("precision is bf16, which this CPU computes some sixty times slower than fp32: give precision=fp32.")
     feed = Feed(accelerator, config, source, first)
     validations = _Validations(accelerator, config, recipe, source, state, log)
     with contextlib.closing(log), contextlib.closing(feed), _Stop(main) as stop:

@@ -133,7 +133,7 @@ def train(folder: Path, pictures: Pictures, latents: Tensor, plan: Plan) -> None
         described = torch.rand(BATCH, 1, 1, generator=numbers) < 0.5
         ids, keep = drop_text(torch.where(described, long[index], short[index]), empty, numbers)
         t, noise, x = noised(latents[index].float().to(device), numbers)
-        with torch.autocast(device.type, torch.bfloat16):
+        with stage.autocast(device):
             context, pooled = text(ids.to(device))
             keep = keep.to(device)
             predicted = predict(unet, x, t, condition(context * keep, pooled.float() * keep[:, 0]))

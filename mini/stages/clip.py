@@ -133,7 +133,7 @@ def train(folder: Path, pictures: Pictures, plan: Plan) -> None:
         index = torch.randint(len(pictures), (BATCH,), generator=numbers)
         ids, match = captions.draw(index, numbers)
         x = preprocess(disturb(pictures.images(index, device), numbers))
-        with torch.autocast(device.type, torch.bfloat16):
+        with stage.autocast(device):
             said = model(input_ids=ids.long().to(device), pixel_values=x)
         # [texts, pictures]; the scale may not run away, as in CLIP's own training
         logits = model.logit_scale.clamp(max=4.6).exp() * said.text_embeds.float() @ said.image_embeds.float().T

@@ -53,7 +53,7 @@ def train(folder: Path, pictures: Pictures, plan: Plan) -> None:
         z, noise = torch.randn(2, BATCH, 4, LATENT_SIZE, LATENT_SIZE, generator=numbers).to(device)
         t = torch.randint(LOW, HIGH + 1, (BATCH,), generator=numbers).to(device)
         first = torch.full_like(t, FIRST)
-        with torch.autocast(device.type, torch.bfloat16):
+        with stage.autocast(device):
             with torch.no_grad():
                 condition = base.condition(*text(long[index].to(device)))
             with generator.at(1.0):

@@ -84,9 +84,9 @@ def train(folder: Path, pictures: Pictures, latents: Tensor, plan: Plan) -> None
         high = THRESHOLDS[0] + (THRESHOLDS[1] - THRESHOLDS[0]) * torch.rand(1, generator=numbers).item()
         hint = edges(pictures.images(index, device), high / 2, high)
         keep = keep.to(device)
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+        with torch.no_grad(), stage.autocast(device):
             context, pooled = text(ids.to(device))
-        with torch.autocast(device.type, torch.bfloat16):
+        with stage.autocast(device):
             condition = base.condition(context * keep, pooled.float() * keep[:, 0])
             predicted = predict(unet, net, x, t, condition, hint)
         return noised.loss(predicted, noise, t)  # weighted to the steps in which a picture takes shape, as edges do

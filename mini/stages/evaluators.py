@@ -77,7 +77,7 @@ def _train(name: str, folder: Path, net: nn.Module, loss, pictures: Pictures, st
         numbers = stage.numbers_of_step(seed, step)
         index = torch.randint(len(pictures), (BATCH,), generator=numbers)
         x = disturb(pictures.images(index, device), numbers)
-        with torch.autocast(device.type, torch.bfloat16):
+        with stage.autocast(device):
             return loss(net, x, index)
 
     stage.train(name, folder, {name: net}, loss_of_step, steps=steps, rate=2e-3, decay=0.05)

@@ -66,7 +66,7 @@ def train(folder: Path, pictures: Pictures, plan: Plan) -> None:
         index = (person[:, None] * per_person + chosen).T.flatten()
         crop = align(pictures.images(index), jitter(points[index], numbers))
         crop = disturb(crop, numbers).to(device, memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16):
+        with stage.autocast(device):
             seen = embed(net, crop)
         return pair_loss(seen.float())
 

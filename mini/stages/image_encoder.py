@@ -50,7 +50,7 @@ def train(folder: Path, groups: list[Pictures], plan: Plan) -> None:
         rows = [(g, torch.randint(len(g), (part,), generator=numbers)) for g in groups]
         labels = {k: torch.cat([g.labels[k][i] for g, i in rows]).to(device) for k in groups[0].labels}
         x = preprocess(disturb(torch.cat([g.images(i, device) for g, i in rows]), numbers))
-        with torch.autocast(device.type, torch.bfloat16):
+        with stage.autocast(device):
             said = head(encoder(pixel_values=x).image_embeds).float()
         identity, *choices = said.split(answers, 1)
         value = 3 * F.mse_loss(identity, labels["identity"])

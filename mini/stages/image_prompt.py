@@ -99,10 +99,10 @@ def _train(name: str, folder: Path, groups: Groups, seed: int, steps: int, wrong
         ids, keep = base.drop_text(short[style, person, target], empty, numbers)
         t, noise, x = noised(latents[person, target].float().to(device), numbers)
         read = torch.where(dropped.view(-1, 1, 1).to(device), null, features[person, reference].float().to(device))
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+        with torch.no_grad(), stage.autocast(device):
             context, pooled = text(ids.to(device))
         keep = keep.to(device)
-        with torch.autocast(device.type, torch.bfloat16):
+        with stage.autocast(device):
             prompt = adapter.image_prompt(adapter.image_proj(read))
             condition = base.condition(context * keep, pooled.float() * keep[:, 0])
             predicted = shared.predict(x, t, condition, prompt)

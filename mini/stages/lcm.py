@@ -60,7 +60,7 @@ def train(folder: Path, pictures: Pictures, latents: Tensor, plan: Plan) -> None
         s = (t - SKIP).clamp(min=0)
         noise = torch.randn(latents[index].shape, generator=numbers).to(device)
         x = add_noise(latents[index].float().to(device), noise, alpha_bar[t])
-        with torch.autocast(device.type, torch.bfloat16):
+        with stage.autocast(device):
             with torch.no_grad():
                 condition = base.condition(*text(ids))
                 eps = base.classifier_free(partial(base.predict, unet), condition, nothing, GUIDANCE)(x, t)

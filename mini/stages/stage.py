@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ...lookahead.files.atomic import atomic
 from ...lookahead.files.tensors import write_tensors as save_whole
+from ...sdxl.precision import has_bfloat16
 
 SAVE_SECONDS = 120
 LOG_STEPS = 50
@@ -32,6 +33,11 @@ def numbers_of_step(seed: int, step: int) -> torch.Generator:
 
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """Mixed precision in bfloat16, where the device has it."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

@@ -61,7 +61,7 @@ def train(folder: Path, pictures: Pictures, latents: Tensor, plan: Plan) -> None
         others = torch.randint(len(pictures), (BATCH // 2,), generator=numbers)
         ids = torch.cat([own_ids[mine], short[others]]).to(device)
         t, noise, x = noised(torch.cat([own[mine], latents[others].float()]).to(device), numbers)
-        with torch.autocast(device.type, torch.bfloat16):
+        with stage.autocast(device):
             with torch.no_grad():
                 condition = base.condition(*text(ids))
             return noised.loss(base.predict(unet, x, t, condition), noise, t)

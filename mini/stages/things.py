@@ -83,7 +83,7 @@ def train(
         latents = torch.cat([things[1][thing], faces[1][face]])
         t, noise, x = noised(latents.float().to(device), numbers)
         weights, tables = lora.merged(made, unet), words.tables(text)
-        with torch.autocast(device.type, torch.bfloat16):
+        with stage.autocast(device):
             context, pooled = functional_call(text, tables, (rows.to(device),))
             keep = keep.to(device)
             condition = base.condition(context * keep, pooled.float() * keep[:, 0])

@@ -56,7 +56,7 @@ def train(folder: Path, pictures: Pictures, plan: Plan) -> None:
         top, left = torch.randint(span + 1, (2,), generator=numbers).tolist()
         x = pictures.images(index, device)[:, :, top : top + CROP, left : left + CROP] * 2 - 1
         x = x.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16):
+        with stage.autocast(device):
             z = vae.encoder(x)
             y = vae.decoder(z + NOISE * torch.randn(z.shape, generator=numbers).to(z))
         return reconstruction_loss(y.float(), x, z.float())
@@ -95,7 +95,7 @@ def _train_decoder(
         z = latents[index][:, :, top : top + cells, left : left + cells].float()
         z = (z + noise * torch.randn(z.shape, generator=numbers)).to(device, memory_format=torch.channels_last)
         x = pictures.images(index, device)[:, :, 8 * top : 8 * top + CROP, 8 * left : 8 * left + CROP] * 2 - 1
-        with torch.autocast(device.type, torch.bfloat16):
+        with stage.autocast(device):
             y = vae.decoder(z)
         return reconstruction_loss(y.float(), x, z)
 
@@ -128,7 +128,7 @@ def encode_all(
         for start in range(0, len(pictures), chunk):
             index = torch.arange(start, min(start + chunk, len(pictures)))
             x = (pictures.images(index, device) * 2 - 1).contiguous(memory_format=torch.channels_last)
-            with torch.autocast(device.type, torch.bfloat16):
+            with stage.autocast(device):
                 out.append(vae.encoder(x).half().cpu())
             if start % (chunk * 50) == 0:
                 print(f"latents: {start}/{len(pictures)}", flush=True)

@@ -254,6 +254,13 @@ def test_half_precision_on_a_cpu_is_refused(tmp_path):
         run(tmp_path, precision="fp16")
 
 
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+def test_a_cpu_that_is_slow_in_16_bit_is_said(tmp_path, monkeypatch, capsys, capability):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    run(tmp_path, precision="bf16", steps=1)
+    assert ("give precision=fp32" in capsys.readouterr().out) == (capability == "AVX2")
+
+
 def test_a_run_goes_on_where_its_folder_was_moved_to(whole, tmp_path):
     shutil.copytree(whole[0], tmp_path / "elsewhere")
     (tmp_path / "elsewhere/small.safetensors").unlink()
