@@ -168,8 +168,8 @@ STEERED = (
 #: How each column of that sheet is drawn: inputs of the sampler, kind of the shortcut
 GUIDED: dict[str, tuple[dict[str, str], str]] = {
     "no guidance": ({"preset": "off"}, "one-step"),
-    "guided by x0": ({"preset": "custom"}, "plain x0"),  # by the node's numbers, as it is measured
-    "guided by lookahead": ({"preset": "custom"}, "one-step"),
+    "guided by x0": ({"preset": "as set below"}, "plain x0"),  # by the node's numbers, as it is measured
+    "guided by lookahead": ({"preset": "as set below"}, "one-step"),
 }
 
 

@@ -116,7 +116,7 @@ RECOGNISER = "for the recogniser of the pack also `pip install onnx` and `pip in
 GUIDED = (
     "The preset **balanced** costs about as much as 100 evaluations more (a plain run has 60), and at 1024x1024 up to "
     "5.8 GB beside the weights; **quick** costs 24, and much less memory. To compare, choose **off**: the seed stays. "
-    "Too weak: **strong**. Noisy or odd: **gentle**. Numbers of your own: **custom**, inside of the node."
+    "Too weak: **strong**. Noisy or odd: **gentle**. Numbers of your own: **as set below**, inside of the node."
 )
 
 

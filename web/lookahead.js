@@ -81,11 +81,11 @@ function choosePreset(node) {
   const place = node.widgets?.findIndex((widget) => widget.name === "preset") ?? -1;
   if (node.comfyClass !== "LookaheadGuidanceSampler" || place < 0) return;
   const widget = node.widgets[place];
-  const custom = widget.value;
+  const asSet = widget.value;
   widget.value = "balanced";
   const configured = node.onConfigure;
   node.onConfigure = function (saved, ...more) {
-    if (saved.widgets_values && !(place in saved.widgets_values)) widget.value = custom;
+    if (saved.widgets_values && !(place in saved.widgets_values)) widget.value = asSet;
     return configured?.call(this, saved, ...more);
   };
 }

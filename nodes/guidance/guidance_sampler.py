@@ -26,7 +26,7 @@ from .preview import Call
 from .sampler_steps import GuidedStep, guided_steps
 from .shortcut import Shortcut
 
-CUSTOM = "custom"  # no preset: the node's own numbers
+AS_SET = "as set below"  # no preset: the node's own numbers
 _NOTHING = "[LCM-Lookahead] no step of this run is guided: it ends at noise level %.3g, before start (%.3g)."
 
 
@@ -338,12 +338,12 @@ class LookaheadGuidanceSampler(io.ComfyNode):
                 # their numbers; a new node gets one from the page (web/lookahead.js).
                 io.Combo.Input(
                     "preset",
-                    options=[CUSTOM, *PRESETS],
-                    default=CUSTOM,
+                    options=[AS_SET, *PRESETS],
+                    default=AS_SET,
                     optional=True,
-                    tooltip="How strongly and at which cost to guide: custom by the numbers of this node, a preset by "
-                    "its own; then only preview_cfg, live_previews and checkpointing still act. DPS to TFG-like follow "
-                    "published methods, to compare with.",
+                    tooltip="How strongly and at which cost to guide: by the numbers of this node (as set below), or by "
+                    "those of a preset; then only preview_cfg, live_previews and checkpointing still act. DPS to "
+                    "TFG-like follow published methods, to compare with.",
                 ),
                 io.Int.Input(
                     "best_of",
@@ -395,7 +395,7 @@ class LookaheadGuidanceSampler(io.ComfyNode):
         checkpointing: str = AUTO,
         positive=None,
         mask: Tensor | None = None,
-        preset: str = CUSTOM,
+        preset: str = AS_SET,
         best_of: int = 1,
         backward: bool = True,
     ) -> io.NodeOutput:

@@ -471,9 +471,9 @@ def test_later_steps_and_travels_go_on_from_the_noise_that_was_chosen(guide, dra
 # -- presets
 
 
-def test_custom_or_no_preset_is_the_node_s_numbers_to_the_bit_and_off_is_no_guidance(guide, draw):
+def test_as_set_below_or_no_preset_is_the_node_s_numbers_to_the_bit_and_off_is_no_guidance(guide, draw):
     own = draw(guide()[0])
-    assert torch.equal(draw(guide(preset="custom")[0]), own) and not torch.equal(draw("euler"), own)
+    assert torch.equal(draw(guide(preset="as set below")[0]), own) and not torch.equal(draw("euler"), own)
     assert torch.equal(draw(guide(preset="off")[0]), draw("euler"))
 
 

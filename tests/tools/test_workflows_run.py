@@ -128,7 +128,7 @@ MEASURES = dict(zip(STEERED, (identity_loss, clip_loss, lpips_loss), strict=True
 def guided(host, path, **settings):
     """A guided workflow with its sampler's own numbers, and some others."""
     api = workflow.override(workflow.convert(path, host.object_info()), "CFGGuider", cfg=demo.CFG)
-    return workflow.override(api, "LookaheadGuidanceSampler", preset="custom", **settings)
+    return workflow.override(api, "LookaheadGuidanceSampler", preset="as set below", **settings)
 
 
 def report_of(outputs):
