@@ -341,8 +341,8 @@ class LookaheadGuidanceSampler(io.ComfyNode):
                     options=[AS_SET, *PRESETS],
                     default=AS_SET,
                     optional=True,
-                    tooltip="How strongly and at which cost to guide: by the numbers of this node (as set below), or by "
-                    "those of a preset; then only preview_cfg, live_previews and checkpointing still act. DPS to "
+                    tooltip="How strongly and at which cost to guide: by the numbers of this node (as set below), or "
+                    "by those of a preset; then only preview_cfg, live_previews and checkpointing still act. DPS to "
                     "TFG-like follow published methods, to compare with.",
                 ),
                 io.Int.Input(
