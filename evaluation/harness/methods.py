@@ -73,15 +73,15 @@ class GuidanceOption(Section):
         return {name: value for name, value in chosen.items() if value is not None}
 
     def settings(self, steps: int) -> GuidanceSettings:
-        """What these inputs mean."""
+        """Says what these inputs mean."""
         if self.preset is not None:
             return PRESETS[self.preset]
         if isinstance(self.best_of, str):
             return best_of_as_many(PRESETS[self.best_of], ITERATION[self.kind], steps)
         if self.best_of is not None:
             return GuidanceSettings(Optimisation(0), start=0.0, best_of=self.best_of)
-        given = {"iterations": self.iterations, "step_size": self.step_size}
-        optimisation = Optimisation(**{name: value for name, value in given.items() if value is not None})
+        own = Optimisation()
+        optimisation = Optimisation(self.iterations or own.iterations, self.step_size or own.step_size)
         return GuidanceSettings(optimisation, self.start)
 
     def work(self, steps: int) -> PictureWork:

@@ -11,7 +11,7 @@ The artists' four are ours: combinations of what the sources found, to be chosen
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .latent_optimisation import Optimisation
 from .schedule import chosen_steps
@@ -24,7 +24,7 @@ EVERY_STEP = 1000  # more than a run has
 
 @dataclass(frozen=True)
 class GuidanceSettings:
-    """How a run is guided.
+    """Says how a run is guided.
 
     start: where in the sampling it begins, by the host's convention (0 first step, 1 last); steps: how many in a row;
     time_travel: how often a guided step is gone back and guided again; jitter: how far the scale of the few-step LoRA
@@ -42,11 +42,11 @@ class GuidanceSettings:
 
     @property
     def acts(self) -> bool:
-        """Whether anything is moved at all."""
+        """Says whether anything is moved at all."""
         return self.optimisation.iterations > 0 or self.best_of > 1
 
     def evaluations(self, iteration: float = ITERATION[LOOKAHEAD], steps: int = 50) -> float:
-        """What the guidance takes beside the run itself, in evaluations of the UNet for one picture.
+        """Counts what the guidance takes beside the run itself, in evaluations of the UNet for one picture.
 
         iteration: what one takes with its backward pass, a forward pass being 1; steps: of the run. The previews before
         and after that the report shows are not counted.
@@ -66,43 +66,51 @@ def best_of_as_many(settings: GuidanceSettings, iteration: float, steps: int) ->
     return GuidanceSettings(Optimisation(0), start=0.0, best_of=max(1, round(settings.evaluations(iteration, steps))))
 
 
-def _ours(iterations: int, step_size: float, **more: bool | int) -> Optimisation:
-    """On the noise's sphere, with Nesterov and a step size that falls, the best three iterates judged again."""
-    kept = {"nesterov": True, "decay": True, "sphere": True, "judged": 3}
-    return Optimisation(iterations, step_size, **(kept | more))
-
-
-def _each_step(step_size: float, **more: bool | int) -> Optimisation:
-    """One gradient a step, as it is, as guidance by x0 has it."""
-    kept = {"iterations": 1, "momentum": 0.0, "keep_norm": False, "keep_best": False}
-    return Optimisation(step_size=step_size, **(kept | more))
-
+#: On the noise's sphere, with Nesterov and a step size that falls, the best three iterates judged again
+OURS = Optimisation(nesterov=True, decay=True, sphere=True, judged=3)
+#: One gradient a step, as it is, as guidance by x0 has it
+EACH_STEP = Optimisation(1, momentum=0.0, keep_norm=False, keep_best=False)
 
 OFF, GENTLE, BALANCED, STRONG, QUICK, BEST_OF = "off", "gentle", "balanced", "strong", "quick", "best of 16"
 DPS, MPGD, FREEDOM, DSG, RENO, TFG = "DPS", "MPGD", "FreeDoM", "DSG", "ReNO", "TFG-like"
 PRESETS: Mapping[str, GuidanceSettings] = {
     OFF: GuidanceSettings(Optimisation(0), source="no guidance, to compare with"),
-    GENTLE: GuidanceSettings(_ours(10, 0.01), source="ours: half of balanced, in half of the time"),
+    GENTLE: GuidanceSettings(
+        replace(OURS, iterations=10, step_size=0.01), source="ours: half of balanced, in half of the time"
+    ),
     BALANCED: GuidanceSettings(
-        _ours(20, 0.02),
+        replace(OURS, iterations=20, step_size=0.02),
         source="ours: sphere of DSG (2402.03201), Nesterov of ReNO (2406.04312), judged without chance",
     ),
     STRONG: GuidanceSettings(
-        _ours(40, 0.03), best_of=8, source="ours: balanced, longer, from the best of 8 noises (best-of-N, 2406.04312)"
+        replace(OURS, iterations=40, step_size=0.03),
+        best_of=8,
+        source="ours: balanced, longer, from the best of 8 noises (best-of-N, 2406.04312)",
     ),
     QUICK: GuidanceSettings(
-        _ours(20, 0.02, backward=False), source="ours: balanced without backward (MPGD 2311.16424, FlowChef 2412.00100)"
+        replace(OURS, iterations=20, step_size=0.02, backward=False),
+        source="ours: balanced without backward (MPGD 2311.16424, FlowChef 2412.00100)",
     ),
     BEST_OF: GuidanceSettings(Optimisation(0), start=0.0, best_of=16, jitter=0.0, source="best-of-N, as in 2406.04312"),
-    DPS: GuidanceSettings(_each_step(0.01), start=0.0, steps=EVERY_STEP, jitter=0.0, source="arXiv 2209.14687"),
+    DPS: GuidanceSettings(
+        replace(EACH_STEP, step_size=0.01), start=0.0, steps=EVERY_STEP, jitter=0.0, source="arXiv 2209.14687"
+    ),
     MPGD: GuidanceSettings(
-        _each_step(0.01, backward=False), start=0.0, steps=EVERY_STEP, jitter=0.0, source="arXiv 2311.16424"
+        replace(EACH_STEP, step_size=0.01, backward=False),
+        start=0.0,
+        steps=EVERY_STEP,
+        jitter=0.0,
+        source="arXiv 2311.16424",
     ),
     FREEDOM: GuidanceSettings(
-        _each_step(0.02), start=0.3, steps=20, time_travel=2, jitter=0.0, source="arXiv 2303.09833"
+        replace(EACH_STEP, step_size=0.02), start=0.3, steps=20, time_travel=2, jitter=0.0, source="arXiv 2303.09833"
     ),
     DSG: GuidanceSettings(
-        _each_step(0.02, sphere=True), start=0.0, steps=EVERY_STEP, jitter=0.0, source="arXiv 2402.03201"
+        replace(EACH_STEP, step_size=0.02, sphere=True),
+        start=0.0,
+        steps=EVERY_STEP,
+        jitter=0.0,
+        source="arXiv 2402.03201",
     ),
     RENO: GuidanceSettings(
         Optimisation(50, 0.004, nesterov=True), start=0.0, jitter=0.0, source="arXiv 2406.04312, its norm kept"

@@ -196,8 +196,8 @@ def optimise_latent(
 
 
 def carried(predict: Predict, alpha_bar: Tensor) -> Predict:
-    """The same preview, through which no gradient is computed: that of the preview is carried to z_t as it is, by the
-    share sqrt(alpha_bar) that z_0 has in z_t (MPGD, arXiv 2311.16424; FlowChef, 2412.00100).
+    """No gradient is computed through this preview: that of the preview itself is carried to z_t as it is, by the share
+    sqrt(alpha_bar) that z_0 has in z_t (MPGD, arXiv 2311.16424; FlowChef, 2412.00100).
 
     So autograd keeps nothing of the network. Each number of the latent answers for the one in its place alone, which
     fits a preview the better, the more smoothly it follows its latent.
@@ -220,7 +220,7 @@ def best_start(
     signal: Tensor | None = None,
     on_look: Callable[[int, Evaluation], None] | None = None,
 ) -> Tensor:
-    """Of latents that differ in their noise, the one with the lowest loss for each picture (best-of-N); z [n, c, h, w]
+    """Each picture gets the one with the lowest loss of latents that differ in their noise (best-of-N); z [n, c, h, w]
     itself is the first, so that the result is never worse by this measure.
 
     The others have the signal of z, sqrt(alpha_bar) z_0, and other noise of the same strength. At the first step of a
