@@ -21,7 +21,8 @@ def evaluate(
         list[str] | None,
         typer.Argument(
             metavar="PROTOCOL.yaml [section.key=value] | NAME=FILE[@WEIGHT]",
-            help="A protocol, with values that take its own's place. With --encoders: files by arm.",
+            help="A protocol, with values that take its own's place. With --encoders: files by arm. With --presets: "
+            "some of them.",
             show_default=False,
         ),
     ] = None,
@@ -43,6 +44,12 @@ def evaluate(
     guidance: Annotated[
         bool, typer.Option("--guidance", help="Study lookahead guidance against plain x0 and none instead.")
     ] = False,
+    presets: Annotated[
+        bool,
+        typer.Option(
+            "--presets", help="Study presets of the guidance, each beside the best of as many noises, instead."
+        ),
+    ] = False,
     encoders: Annotated[
         bool, typer.Option("--encoders", help="Study trained encoders against what training began with instead.")
     ] = False,
@@ -53,7 +60,7 @@ def evaluate(
         int | None,
         typer.Option(
             help="Of a study: held-out people to draw, at least 10.",
-            show_default="100; with --knobs 20, with --null-text 10, with --guidance or --encoders 96",
+            show_default="100; with --knobs 20, with --null-text 10, with --guidance, --presets or --encoders 96",
         ),
     ] = None,
     first: Annotated[int, typer.Option(help="With --encoders: number of the first of the people, from 0.")] = 0,
@@ -68,14 +75,14 @@ def evaluate(
     ComfyUI. Files of one NAME are one arm, trained with several seeds; FILE@0.75 draws with that weight of the image
     prompt.
     """
-    studies = {"knobs": knobs, "guidance": guidance, "encoders": encoders, "null-text": null_text}
+    studies = {"knobs": knobs, "guidance": guidance, "presets": presets, "encoders": encoders, "null-text": null_text}
     chosen = [name for name, on in studies.items() if on]
     if len(chosen) > 1:
         raise typer.BadParameter(f"--{chosen[0]} and --{chosen[1]} are studies of their own: give one of them.")
     given = list(arguments or ())
     if given and not chosen and given[0].endswith((".yaml", ".yml")):
         return by_protocol(given[0], given[1:], full, out, worker, processes, card if dry_run else None, dry_run)
-    if encoders != bool(given):
+    if encoders != bool(given) and not presets:
         raise typer.BadParameter("--encoders goes with files: give both, or neither, or a PROTOCOL.yaml.")
     from ..lookahead.files.atomic import check_writable
 

@@ -166,10 +166,10 @@ STEERED = (
     ),
 )
 #: How each column of that sheet is drawn: inputs of the sampler, kind of the shortcut
-GUIDED: dict[str, tuple[dict[str, int], str]] = {
-    "no guidance": ({"iterations": 0}, "one-step"),
-    "guided by x0": ({}, "plain x0"),
-    "guided by lookahead": ({}, "one-step"),
+GUIDED: dict[str, tuple[dict[str, str], str]] = {
+    "no guidance": ({"preset": "off"}, "one-step"),
+    "guided by x0": ({"preset": "as set below"}, "plain x0"),  # by the node's numbers, as it is measured
+    "guided by lookahead": ({"preset": "as set below"}, "one-step"),
 }
 
 
@@ -225,7 +225,7 @@ def steered_prompt(api: workflow.Api, reference: str, text: str, seed: int, guid
     api = workflow.override(at_mini_size(api, reference, seed, text), "BasicScheduler", steps=STEPS)
     api = workflow.override(api, "CFGGuider", cfg=CFG)
     api = workflow.override(api, "LookaheadShortcut", kind=kind)
-    return workflow.override(api, "LookaheadGuidanceSampler", **sampler) if sampler else api
+    return workflow.override(api, "LookaheadGuidanceSampler", **sampler)
 
 
 class Parts(dict[str, float]):

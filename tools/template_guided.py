@@ -87,7 +87,7 @@ GUIDED_WORKFLOWS: dict[str, Template] = {
             [FACE, "prompt", "negative", "faces", "loss"],
         ),
         (FACE_PART, AHEAD_PART),
-        [("picture", "image"), ("prompt", "text"), (FACE, "weight"), (AHEAD, "iterations"), ("noise", "noise_seed")],
+        [("picture", "image"), ("prompt", "text"), (FACE, "weight"), (AHEAD, "preset"), ("noise", "noise_seed")],
         ["save"],
     ),
     "09 Look ahead for a look (CLIP)": Template(
@@ -109,7 +109,7 @@ GUIDED_WORKFLOWS: dict[str, Template] = {
         ),
         guided_columns(["checkpoint", "picture", "note"], ["prompt", "negative", "loss"]),
         (AHEAD_PART,),
-        [("picture", "image"), ("prompt", "text"), (AHEAD, "iterations"), ("noise", "noise_seed")],
+        [("picture", "image"), ("prompt", "text"), (AHEAD, "preset"), ("noise", "noise_seed")],
         ["save"],
     ),
     "10 Look ahead for a layout (LPIPS and L1)": Template(
@@ -138,7 +138,7 @@ GUIDED_WORKFLOWS: dict[str, Template] = {
         ),
         guided_columns(["checkpoint", "picture", "note"], ["prompt", "negative", "shapes", "colours", "loss"]),
         (AHEAD_PART,),
-        [("picture", "image"), ("prompt", "text"), (AHEAD, "iterations"), ("noise", "noise_seed")],
+        [("picture", "image"), ("prompt", "text"), (AHEAD, "preset"), ("noise", "noise_seed")],
         ["save"],
     ),
     "11 How well one step foretells (preview grid)": Template(

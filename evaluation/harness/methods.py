@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from ...lookahead.files import encoder_file
+from ...lookahead.method.guidance_presets import ITERATION, PRESETS, GuidanceSettings, best_of_as_many
+from ...lookahead.method.latent_optimisation import Optimisation
 from ...trainer.config import Count, Section
 from .library import EvaluationError, Library, digest_of
 from .scenes import DIFFUSERS, HOST, Desk, DiffusersScene, Drawn, HostScene, PictureJob
 
-ITERATIONS = 20  # of the guidance node, where none are given
 TUNING_BATCH = 8  # noise levels of a tuning step, of the node
 Weight = Annotated[float, Field(ge=-1, le=5)]
 
@@ -38,11 +40,55 @@ class GuidanceOption(Section):
     start: Annotated[float, Field(ge=0, le=1)] = 0.12
     iterations: Count | None = Field(None, description="by default the node's")
     step_size: Annotated[float, Field(gt=0)] | None = Field(None, description="by default the node's")
+    preset: str | None = Field(None, description="of the node, in the place of all these numbers")
+    best_of: Count | str | None = Field(
+        None,
+        description="look at so many noises, or as many as take the evaluations of this preset, and draw the best of "
+        "them, in the place of all these numbers",
+    )
 
-    def settings(self) -> dict[str, float]:
-        """The inputs of the sampler node that are not its defaults."""
+    @model_validator(mode="after")
+    def _one_way(self) -> GuidanceOption:
+        names = [self.preset, self.best_of if isinstance(self.best_of, str) else None]
+        for name in names:
+            if name is not None and name not in PRESETS:
+                raise ValueError(f"there is no preset {name!r}: use one of {', '.join(PRESETS)}")
+        numbers = self.model_fields_set & {"start", "iterations", "step_size"}
+        if (self.preset is not None) + (self.best_of is not None) + bool(numbers) > 1:
+            raise ValueError("a preset, best_of and numbers exclude each other: give one of them")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, values: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leaves out what is younger than the others and not given, so that pictures drawn before are found."""
+        return {k: v for k, v in values(self).items() if v is not None or k not in ("preset", "best_of")}
+
+    def inputs(self, steps: int) -> dict[str, Any]:
+        """The inputs of the sampler node that are not its defaults, in a run of so many steps."""
+        if self.preset is not None:
+            return {"preset": self.preset}
+        if self.best_of is not None:
+            return {"start": 0.0, "iterations": 0, "best_of": self.settings(steps).best_of}
         chosen = {"start": self.start, "iterations": self.iterations, "step_size": self.step_size}
         return {name: value for name, value in chosen.items() if value is not None}
+
+    def settings(self, steps: int) -> GuidanceSettings:
+        """Says what these inputs mean."""
+        if self.preset is not None:
+            return PRESETS[self.preset]
+        if isinstance(self.best_of, str):
+            return best_of_as_many(PRESETS[self.best_of], ITERATION[self.kind], steps)
+        if self.best_of is not None:
+            return GuidanceSettings(Optimisation(0), start=0.0, best_of=self.best_of)
+        own = Optimisation()
+        optimisation = Optimisation(self.iterations or own.iterations, self.step_size or own.step_size)
+        return GuidanceSettings(optimisation, self.start)
+
+    def work(self, steps: int) -> PictureWork:
+        """Counts the work of the guidance of a picture; backward counts as two."""
+        settings = self.settings(steps)
+        through = replace(settings, optimisation=replace(settings.optimisation, backward=True))
+        return PictureWork(*(each.evaluations(3.0, steps) for each in (settings, through)))
 
 
 class Method(Section):
@@ -62,7 +108,9 @@ class Method(Section):
     def digest(self, library: Library) -> str:
         """Tells what its pictures depend on: its settings and the contents of its files, not their names."""
         settings = self.model_dump(mode="json", exclude={"title", "weights", "file"})
-        return repr((self.kind, settings, {k: digest_of(p) for k, p in sorted(self.files(library).items())}))
+        parts = self.kind, settings, {k: digest_of(p) for k, p in sorted(self.files(library).items())}
+        preset = PRESETS.get(str(self.guidance.preset or self.guidance.best_of)) if self.guidance else None
+        return repr(parts if preset is None else (*parts, preset))
 
     def sees_reference(self) -> bool:
         """Says whether its pictures depend on the reference."""
@@ -88,7 +136,7 @@ class Method(Section):
         """Put nodes into the host's graph; returns the id of the node whose picture counts."""
         self.condition(scene, weight)
         if self.guidance:
-            scene.guide(self.guidance.kind == "x0", self.guidance.settings())
+            scene.guide(self.guidance.kind == "x0", self.guidance.inputs(scene.drawing.steps))
         return scene.finish()
 
     def condition(self, scene: HostScene, weight: float) -> None:
@@ -100,8 +148,8 @@ class Method(Section):
 
     def work(self, steps: int, others: Mapping[str, PictureWork]) -> PictureWork:
         """Counts the work of a picture; where files are not there, at most. others: that of related methods."""
-        guided = 3.0 * (self.guidance.iterations or ITERATIONS) if self.guidance else 0.0
-        return PictureWork(2.0 * steps + guided, 1 + guided)
+        guided = self.guidance.work(steps) if self.guidance else PictureWork(0.0, 0.0)
+        return PictureWork(2.0 * steps + guided.unet, 1 + guided.decoder)
 
 
 class Nothing(Method):

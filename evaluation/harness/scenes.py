@@ -232,7 +232,7 @@ class HostScene:
             kv=kv,
         )
 
-    def guide(self, x0: bool, settings: Mapping[str, float]) -> None:
+    def guide(self, x0: bool, settings: Mapping[str, Any]) -> None:
         """Steer the sampling towards the person of the reference; x0: by the base's own prediction."""
         if self.names.pack is None:
             raise EvaluationError("Guidance finds and recognises faces: set models.pack to an insightface pack.")

@@ -3,14 +3,15 @@ the latent descends the gradient of a loss on its preview, and the run goes on f
 
 Each iteration is preview, picture, loss, gradient, step of the latent. The paper fixes neither iterations nor step
 size; normalisation, momentum, norm and best iterate are as in DOODL (2303.13703) and ReNO (2406.04312), the sphere of
-the noise as in DSG (2402.03201) and Riemannian gradient descent. Everything works on three callables and on latents z_t
-of variance about 1 (`schedule.to_vp`).
+the noise as in DSG (2402.03201) and Riemannian gradient descent, the gradient that skips the UNet as in MPGD
+(2311.16424), the mean of several draws as in TFG (2409.15761). Everything works on three callables and on latents z_t
+of variance about 1 (`schedule.to_vp`). `guidance_presets` has named settings.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -36,7 +37,10 @@ class Optimisation:
     the step size falls to zero over the iterations, as a cosine. sphere: gradient and momentum are projected on the
     tangent of the noise's sphere, and each step ends on it; in the place of keep_norm, which holds signal and noise
     together. judged: so many of the best iterates are judged again without chance, since a lucky draw (of the LoRA's
-    scale, of cutouts) is no better picture; 0 believes each loss as it was measured.
+    scale, of cutouts) is no better picture; 0 believes each loss as it was measured. backward: the gradient goes back
+    through the network that looks ahead; without, that of the preview is carried to the latent as it is (`carried`),
+    and an iteration takes one forward pass of the network. smoothing: over so many evaluations, each by chance of its
+    own, loss and gradient of an iteration are averaged.
     """
 
     iterations: int = 20
@@ -50,6 +54,8 @@ class Optimisation:
     decay: bool = False
     sphere: bool = False
     judged: int = 0
+    backward: bool = True
+    smoothing: int = 1
 
     def rate(self, iteration: int) -> float:
         """The step size of an iteration, counted from 0."""
@@ -60,6 +66,8 @@ class Optimisation:
     def __post_init__(self) -> None:
         if self.normalisation not in (RAW, UNIT_RMS, RELATIVE):
             raise ValueError(f"the normalisation is {self.normalisation!r}: choose {RAW}, {UNIT_RMS} or {RELATIVE}")
+        if self.smoothing < 1:
+            raise ValueError(f"smoothing is {self.smoothing}: give how many draws an iteration averages, 1 or more")
 
 
 class Evaluation(NamedTuple):
@@ -152,17 +160,25 @@ def optimise_latent(
 
     mask: [n or 1, 1, h, w] in [0, 1], where the latent may move (the rest keeps its bits). on_iterate is called with
     each evaluation, the last of which is that of the final iterate. evaluate: `evaluate_preview`, or a function around
-    it that, for example, tries again with less memory. alpha_bar: of z, [n] or one number; `settings.sphere` needs it.
-    judge: an evaluation in which nothing is drawn by chance, for `settings.judged`; `evaluate` where it is None.
+    it that, for example, tries again with less memory. alpha_bar: of z, [n] or one number; `settings.sphere` needs it,
+    and so does the way without `settings.backward`. judge: an evaluation in which nothing is drawn by chance, for
+    `settings.judged`; `evaluate` where it is None.
     """
     if not settings.iterations:
         return z
+    if alpha_bar is None and (settings.sphere or not settings.backward):
+        raise ValueError(
+            "the sphere of the noise and the way without backward need alpha_bar, the latent's noise level"
+        )
+    if not settings.backward:
+        assert alpha_bar is not None
+        predict = carried(predict, alpha_bar)
     region = None if mask is None else (mask > 0).expand_as(z)
     path = _Path(z, settings, region, alpha_bar)
     candidates = _Candidates(z, max(settings.judged, 1))
     for i in range(settings.iterations):
         at = path.look_ahead(i) if settings.nesterov else path.z
-        e = evaluate(predict, decode, loss, at, True)
+        e = _mean([evaluate(predict, decode, loss, at, True) for _ in range(settings.smoothing)])
         candidates.add(at, e)
         if on_iterate:
             on_iterate(i, e)
@@ -179,12 +195,78 @@ def optimise_latent(
     return torch.where(_each(candidates.lowest[0].isfinite(), z), candidates.latents[0], path.z)
 
 
+def carried(predict: Predict, alpha_bar: Tensor) -> Predict:
+    """No gradient is computed through this preview: that of the preview itself is carried to z_t as it is, by the share
+    sqrt(alpha_bar) that z_0 has in z_t (MPGD, arXiv 2311.16424; FlowChef, 2412.00100).
+
+    So autograd keeps nothing of the network. Each number of the latent answers for the one in its place alone, which
+    fits a preview the better, the more smoothly it follows its latent.
+    """
+
+    def predicted(z: Tensor) -> Tensor:
+        with torch.no_grad():
+            latent = predict(z)
+        return latent + _each(alpha_bar.to(latent).sqrt(), latent) * (z - z.detach())  # the sum adds 0 to the preview
+
+    return predicted
+
+
+def best_start(
+    look: Callable[[Tensor], Evaluation],
+    z: Tensor,
+    noises: Sequence[Callable[[], Tensor]],
+    alpha_bar: Tensor,
+    mask: Tensor | None = None,
+    signal: Tensor | None = None,
+    on_look: Callable[[int, Evaluation], None] | None = None,
+) -> Tensor:
+    """Each picture gets the one with the lowest loss of latents that differ in their noise (best-of-N); z [n, c, h, w]
+    itself is the first, so that the result is never worse by this measure.
+
+    The others have the signal of z, sqrt(alpha_bar) z_0, and other noise of the same strength. At the first step of a
+    run z_0 is known (`signal`: the picture that it began with, zeros for none), and a candidate is just what the run
+    would have had from another seed. Later it is that of z's preview: a sample of z_0 given z_t, noised again, is one
+    of z_t again (the move between the steps of a consistency model, 2303.01469), as far as the preview is a sample.
+
+    look: evaluates latents, without chance, so that all are compared in the same way; noises: each gives noise
+    [n, c, h, w]; alpha_bar: of z, [n] or one number; mask: [n or 1, 1, h, w], where the noise may change (above 0);
+    on_look: is called with the number and evaluation of each.
+    """
+    region = None if mask is None else (mask > 0).expand_as(z)
+    best, at = _Candidates(z, 1), z
+    centre = strength = torch.zeros(())  # of the sphere that all lie on
+    for number in range(len(noises) + 1):
+        if number:
+            noise = noises[number - 1]().to(z)
+            at = centre + noise * (strength / _norm(noise, region).clamp_min(1e-12))
+            at = at if region is None else torch.where(region, at, z)
+        e = look(at)
+        if not number:
+            centre = _each(alpha_bar.to(z).sqrt(), z) * (e.preview if signal is None else signal).to(z)
+            strength = _norm(z - centre, region)
+        best.add(at, e)
+        if on_look:
+            on_look(number, e)
+    return best.latents[0]
+
+
+def _mean(draws: Sequence[Evaluation]) -> Evaluation:
+    """One evaluation of several of the same latents: means over those that are valid, and a picture of the last."""
+    last = draws[-1]
+    if len(draws) == 1:
+        return last
+    valid = torch.stack([e.valid for e in draws])
+    count = valid.sum(0).clamp_min(1)
+    values = torch.stack([e.values for e in draws])
+    values = torch.where(valid.to(values.device), values, 0.0).sum(0) / count.to(values)
+    gradient = torch.stack([e.gradient for e in draws if e.gradient is not None]).sum(0)  # 0 of what is not valid
+    return last._replace(values=values, valid=valid.any(0), gradient=gradient / _each(count, gradient))
+
+
 class _Path:
     """Where the latents are on their way; each picture goes by itself."""
 
     def __init__(self, z: Tensor, settings: Optimisation, region: Tensor | None, alpha_bar: Tensor | None):
-        if settings.sphere and alpha_bar is None:
-            raise ValueError("the sphere of the noise needs alpha_bar, the noise level of the latent")
         self.z, self._settings, self._region = z, settings, region
         self._velocity = torch.zeros_like(z)
         self._signal = None if alpha_bar is None or not settings.sphere else _each(alpha_bar.to(z).sqrt(), z)

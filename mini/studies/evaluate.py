@@ -11,6 +11,7 @@ PEOPLE = {
     "reference": 100,
     "knobs": 20,
     "guidance": 96,
+    "presets": 96,
     "encoders": 96,
     "null-text": 20,
 }  # by study, how many unless said
@@ -24,7 +25,7 @@ def evaluate(study: str, out: Path, references: int | None = None, trained: Sequ
         study: one of PEOPLE.
         out: the folder of the page, its JSON file and pictures.
         references: how many held-out people; default: that of the study.
-        trained: for "encoders" alone, NAME=FILE[@WEIGHT] in turn.
+        trained: for "encoders" NAME=FILE[@WEIGHT] in turn; for "presets" names of some.
         first: for "encoders" alone, number of the first of the people.
     """
     references = PEOPLE[study] if references is None else references
@@ -40,6 +41,10 @@ def evaluate(study: str, out: Path, references: int | None = None, trained: Sequ
         from . import guidance
 
         guidance.evaluate(references, out)
+    elif study == "presets":
+        from . import guidance
+
+        guidance.evaluate_presets(references, out, trained)
     elif study == "knobs":
         from . import knobs
 

@@ -2,12 +2,13 @@
 
 Each loss (identity, CLIP, LPIPS) steers pictures without guidance, guided by the
 shortcut's preview (lookahead) and by plain x0. Who judges took no part in the loss: another recogniser, a style
-scorer, LPIPS with another network. Writes docs/guidance.md, .json and a picture for each loss.
+scorer, LPIPS with another network. Writes docs/guidance.md, .json and a picture for each loss; `presets` compares the
+presets of the guidance by the identity loss into docs/guidance_presets.md likewise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,22 @@ from torch.nn import functional
 from ...evaluation.stats import Interval
 from ...evaluation.stats import share as share_of_rows
 from ...host.graph import Graph, Link
+from ...lookahead.method.guidance_presets import (
+    BALANCED,
+    DPS,
+    DSG,
+    FREEDOM,
+    GENTLE,
+    ITERATION,
+    MPGD,
+    PRESETS,
+    QUICK,
+    STRONG,
+    GuidanceSettings,
+    best_of_as_many,
+)
 from ...lookahead.vision.perceptual import lpips_network
-from ...tools.common import Stopwatch, say
+from ...tools.common import Problem, Stopwatch, say
 from ..files.host_models import mini_host
 from ..files.weights import evaluators
 from ..world.faces import PLACES as ALL_PLACES
@@ -43,7 +58,7 @@ class GuidanceArm:
     the null text is zeros, else the encoding of an empty prompt."""
 
     kind: str = NONE
-    settings: dict[str, float] = field(default_factory=dict)
+    settings: dict[str, float | str] = field(default_factory=dict)
     zeros: bool = False
 
 
@@ -54,6 +69,10 @@ IDENTITY_ARMS = ARMS | {
     f"{LOOKAHEAD}, earlier": GuidanceArm(LOOKAHEAD, EARLY),
 }
 BASELINES = {LOOKAHEAD: X0, f"{LOOKAHEAD}, earlier": f"{X0}, earlier"}
+PRESETS_SHOWN = (GENTLE, BALANCED, STRONG, QUICK)
+BY_X0 = (DPS, MPGD, FREEDOM, DSG)  # the methods of their papers; the other presets look ahead
+CUSTOM = "the node's own numbers"
+AS_MANY = "the best of as many"
 
 
 def style_of(batch: int) -> str:
@@ -198,10 +217,16 @@ def _psnr(pictures: Tensor, references: Tensor) -> Tensor:
     return -10 * error.log10()
 
 
-def intervals(values: dict[str, dict[str, Tensor]], together: int = 1) -> Table:
+def intervals(
+    values: dict[str, dict[str, Tensor]],
+    together: int = 1,
+    baselines: Mapping[str, str] = BASELINES,
+    over: str = "x0",
+) -> Table:
     """By arm and measure, the mean with its interval; for all arms but the first also what they gain over it.
 
-    together: how many neighbours are no independent pictures, and are drawn as one.
+    together: how many neighbours are no independent pictures, and are drawn as one; baselines: what else an arm is
+    compared with, which the figure calls `over`.
     """
 
     def share(column: Tensor) -> Interval:
@@ -212,9 +237,9 @@ def intervals(values: dict[str, dict[str, Tensor]], together: int = 1) -> Table:
     for arm in others:
         for name, v in values[arm].items():
             figures[arm][f"{name}, gain"] = share((v - values[first][name])[:, None])
-    for arm, baseline in BASELINES.items():
+    for arm, baseline in baselines.items():
         for name, v in values.get(arm, {}).items():
-            figures[arm][f"{name}, gain over x0"] = share((v - values[baseline][name])[:, None])
+            figures[arm][f"{name}, gain over {over}"] = share((v - values[baseline][name])[:, None])
     return figures
 
 
@@ -249,3 +274,56 @@ def evaluate(count: int, out: Path) -> None:
         shown = drawn if loss == CLIP else {"reference": references, **drawn}  # words have no picture
         sheet(shown, out / f"guidance_{loss.lower()}.jpg")
     write_page(out, "guidance", figures, page(figures, count))
+
+
+# -- the presets, side by side
+
+
+def preset_arms(names: Sequence[str]) -> tuple[dict[str, GuidanceArm], dict[str, str], dict[str, float]]:
+    """The arms of a comparison of presets; by preset the arm of the best of as many noises as its evaluations can look
+    at, drawn in full without iterations; and what each takes, in evaluations of the UNet beside the run.
+
+    Raises Problem for a name that is no preset.
+    """
+    if unknown := [name for name in names if name not in PRESETS]:
+        raise Problem(f"there is no preset {unknown[0]!r}: give some of {', '.join(PRESETS)}, or none.")
+    arms, baselines, costs = {NONE: GuidanceArm()}, {}, {NONE: 0.0}
+    for name in (CUSTOM, *names):
+        kind = X0 if name in BY_X0 else LOOKAHEAD
+        settings = PRESETS.get(name, GuidanceSettings())
+        iteration = ITERATION["x0" if kind == X0 else "lookahead"]
+        baseline = best_of_as_many(settings, iteration, STEPS)
+        arms[name] = GuidanceArm(kind, {} if name == CUSTOM else {"preset": name})
+        baselines[name] = f"best of {baseline.best_of}"
+        arms[baselines[name]] = GuidanceArm(
+            LOOKAHEAD, {"start": baseline.start, "iterations": 0, "best_of": baseline.best_of}
+        )
+        costs |= {name: settings.evaluations(iteration, STEPS), baselines[name]: float(baseline.best_of)}
+    return arms, baselines, costs
+
+
+def presets_page(figures: Table, costs: Mapping[str, float], count: int) -> str:
+    """docs/guidance_presets.md."""
+    measures = list(figures[NONE])
+    columns = [*measures, *(f"{name}, {what}" for name in measures[:2] for what in ("gain", f"gain over {AS_MANY}"))]
+    setup = {"steps": STEPS, "sampler": SAMPLER, "scheduler": SCHEDULER, "cfg": CFG, "batch": BATCH}
+    return render(
+        "guidance_presets.md.jinja",
+        arms=figures,
+        columns=columns,
+        costs=costs,
+        by_x0=[name for name in BY_X0 if name in figures],
+        count=count,
+        **setup,
+    )
+
+
+def evaluate_presets(count: int, out: Path, names: Sequence[str] = ()) -> None:
+    """Draw, measure and write presets (PRESETS_SHOWN where none is named) beside the best of as many noises:
+    guidance_presets.md, .json and a picture, into `out`."""
+    arms, baselines, costs = preset_arms(names or PRESETS_SHOWN)
+    out.mkdir(parents=True, exist_ok=True)
+    references, drawn = draw(IDENTITY, arms, count)
+    figures = intervals(measure(IDENTITY, references, drawn), baselines=baselines, over=AS_MANY)
+    sheet({"reference": references, **drawn}, out / "guidance_presets.jpg")
+    write_page(out, "guidance_presets", figures, presets_page(figures, costs, count))

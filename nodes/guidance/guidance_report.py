@@ -34,13 +34,14 @@ class RunReport:
     """The report of one guided run.
 
     pictures: previews before and after the first and the last guided step, [n, H, W, 3] in 8 bit, at most SHOWN pixels
-    a side; notes: what the user should know of the run, a sentence each.
+    a side; notes: what the user should know of the run, a sentence each; start: what the best of several noises gained.
     """
 
     loss: str
     iterates: list[Iterate] = field(default_factory=list)
     pictures: list[tuple[str, Tensor]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    start: str = ""
 
     def add(self, name: str, image: Tensor) -> None:
         """Keep a preview, IMAGE [n, H, W, 3] in [0, 1]. Of many guided steps those between make way."""
@@ -53,7 +54,7 @@ class RunReport:
 
     def text(self) -> str:
         """A line for each guided step: the mean loss before and after. Then what else is to be said, a line each."""
-        lines = []
+        lines = [self.start] if self.start else []
         for step in dict.fromkeys(iterate.step for iterate in self.iterates):
             of_step = [iterate for iterate in self.iterates if iterate.step == step]
             means = [mean(iterate.losses) for iterate in of_step]

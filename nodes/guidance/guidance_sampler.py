@@ -12,19 +12,21 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
+from ...lookahead.method.guidance_presets import PRESETS, GuidanceSettings
 from ...lookahead.method.latent_optimisation import RAW, RELATIVE, UNIT_RMS, Optimisation
 from ...lookahead.method.schedule import chosen_steps
 from ..losses.lookahead_loss import LookaheadLoss
 from ..schema import schema
 from ..sockets import GUIDANCE_REPORT, LOSS, SHORTCUT
 from .guidance_report import GuidanceReport, keep
-from .guided_run import JITTER, Guidance, GuidedRun
+from .guided_run import Guidance, GuidedRun
 from .interceptor import Interceptor
 from .memory import ALWAYS, AUTO, NEVER
 from .preview import Call
 from .sampler_steps import GuidedStep, guided_steps
 from .shortcut import Shortcut
 
+AS_SET = "as set below"  # no preset: the node's own numbers
 _NOTHING = "[LCM-Lookahead] no step of this run is guided: it ends at noise level %.3g, before start (%.3g)."
 
 
@@ -88,8 +90,8 @@ def _guided_function(function: Any, run: GuidedRun) -> Any:
     def sample(model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
         guidance, total = run.guidance, len(sigmas) - 1
         steps = []
-        if guidance.optimisation.iterations and total > 0:
-            steps = guided_steps(function, options, model, sigmas, run.start_sigma, guidance.steps)
+        if guidance.settings.acts and total > 0:
+            steps = guided_steps(function, options, model, sigmas, run.start_sigma, guidance.settings.steps)
             if not steps:
                 logging.warning(_NOTHING, float(sigmas[-1]), run.start_sigma)
         interceptor = Interceptor(model, {step.call: step for step in steps}, run.guide)
@@ -132,7 +134,7 @@ class SplitSampler(comfy.samplers.Sampler):
         run = GuidedRun(guidance, model_wrap, noise, latent_image, extra_args.get("seed"))
         sampling = model_wrap.inner_model.model_sampling
         levels = sigmas.tolist()
-        count = guidance.steps if guidance.optimisation.iterations else 0
+        count = guidance.settings.steps if guidance.settings.acts else 0
         steps = chosen_steps(levels[:-1], run.start_sigma, count, levels[-1])
         total = len(levels) - 1
 
@@ -161,7 +163,7 @@ class SplitSampler(comfy.samplers.Sampler):
                 x = x.clone()
                 run.guide(x, call, GuidedStep(n, n, levels[n], levels[n + 1]))
                 begin = n
-            if not steps and guidance.optimisation.iterations:
+            if not steps and guidance.settings.acts:
                 logging.warning(_NOTHING, levels[-1], run.start_sigma)
             if x is None:
                 samples = part(0, total, noise, latent_image)
@@ -178,7 +180,8 @@ class LookaheadGuidanceSampler(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        defaults = Optimisation()
+        settings = GuidanceSettings()
+        defaults = settings.optimisation
         return schema(
             node_id="LookaheadGuidanceSampler",
             display_name="Lookahead Guidance Sampler",
@@ -203,6 +206,7 @@ class LookaheadGuidanceSampler(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
+                    advanced=True,
                     tooltip="Where in the sampling to guide: 0 is pure noise, 1 the finished picture. At 0.12 it is "
                     "the paper's step (44 of 50 remain): the layout is decided, and the face is not.",
                 ),
@@ -211,6 +215,7 @@ class LookaheadGuidanceSampler(io.ComfyNode):
                     default=defaults.iterations,
                     min=0,
                     max=1000,
+                    advanced=True,
                     tooltip="How often the noise is moved at a guided step. Each takes as long as two to five steps "
                     "without guidance. 0 does not guide.",
                 ),
@@ -221,6 +226,7 @@ class LookaheadGuidanceSampler(io.ComfyNode):
                     max=1000.0,
                     step=0.001,
                     round=0.0001,
+                    advanced=True,
                     tooltip="How far the noise is moved each time. Lower it when the picture gets noisy or odd, "
                     "raise it when the loss hardly falls.",
                 ),
@@ -291,7 +297,7 @@ class LookaheadGuidanceSampler(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "jitter",
-                    default=JITTER,
+                    default=settings.jitter,
                     min=0.0,
                     max=0.9,
                     step=0.05,
@@ -319,6 +325,7 @@ class LookaheadGuidanceSampler(io.ComfyNode):
                 io.Conditioning.Input(
                     "positive",
                     optional=True,
+                    advanced=True,
                     tooltip="What the preview should show, in place of the guider's own positive.",
                 ),
                 io.Mask.Input(
@@ -326,6 +333,36 @@ class LookaheadGuidanceSampler(io.ComfyNode):
                     optional=True,
                     tooltip="Where in the picture the noise may be moved (white), stretched over the picture. One mask "
                     "for all images of a batch, or several in turn.",
+                ),
+                # Last of all, since files keep values by place. Files and graphs from before have no preset, and mean
+                # their numbers; a new node gets one from the page (web/lookahead.js).
+                io.Combo.Input(
+                    "preset",
+                    options=[AS_SET, *PRESETS],
+                    default=AS_SET,
+                    optional=True,
+                    tooltip="How strongly and at which cost to guide: by the numbers of this node (as set below), or "
+                    "by those of a preset; then only preview_cfg, live_previews and checkpointing still act. DPS to "
+                    "TFG-like follow published methods, to compare with.",
+                ),
+                io.Int.Input(
+                    "best_of",
+                    default=settings.best_of,
+                    min=1,
+                    max=1000,
+                    optional=True,
+                    advanced=True,
+                    tooltip="How many noises are looked at before the iterations, of which each picture takes its "
+                    "best. Each takes one evaluation. With 0 iterations and start 0 that is all: the best of so many "
+                    "seeds. 1 keeps the picture's own.",
+                ),
+                io.Boolean.Input(
+                    "backward",
+                    default=defaults.backward,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Have the gradient go back through the network. Off, it is carried from the preview to the "
+                    "noise as it is: rougher, but an iteration takes one evaluation and much less memory.",
                 ),
             ],
             outputs=[
@@ -353,24 +390,34 @@ class LookaheadGuidanceSampler(io.ComfyNode):
         keep_best: bool = True,
         preview_cfg: float = 1.0,
         time_travel: int = 0,
-        jitter: float = JITTER,
+        jitter: float = 0.9,
         live_previews: int = 0,
         checkpointing: str = AUTO,
         positive=None,
         mask: Tensor | None = None,
+        preset: str = AS_SET,
+        best_of: int = 1,
+        backward: bool = True,
     ) -> io.NodeOutput:
         if mask is not None and not (mask > 0).any():
             logging.warning("[LCM-Lookahead] the mask of the guidance is empty, so nothing is moved: invert it.")
+        # What else the optimiser can do is no input, and comes by a preset: the node has numbers enough.
+        settings = PRESETS.get(preset) or GuidanceSettings(
+            Optimisation(
+                iterations, step_size, normalisation, momentum, clamp, keep_norm, keep_best, backward=backward
+            ),
+            start,
+            guided_steps,
+            time_travel,
+            jitter,
+            best_of,
+        )
         guidance = Guidance(
             shortcut=shortcut,
             loss=loss,
-            optimisation=Optimisation(iterations, step_size, normalisation, momentum, clamp, keep_norm, keep_best),
-            start=start,
-            steps=guided_steps,
+            settings=settings,
             cfg=preview_cfg,
             positive=positive,
-            time_travel=time_travel,
-            jitter=jitter,
             mask=None if mask is None else mask.reshape(-1, *mask.shape[-2:]).float().clamp(0, 1),
             checkpointing=checkpointing,
             live=live_previews,

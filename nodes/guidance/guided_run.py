@@ -14,12 +14,13 @@ from tqdm.auto import tqdm
 
 from ...lookahead.losses.base import bind_rng
 from ...lookahead.method.attention import mask_on_tokens
+from ...lookahead.method.guidance_presets import GuidanceSettings
 from ...lookahead.method.latent_optimisation import (
     Decode,
     Evaluation,
     Loss,
-    Optimisation,
     Predict,
+    best_start,
     evaluate_preview,
     optimise_latent,
     time_travel,
@@ -34,28 +35,23 @@ if TYPE_CHECKING:
     from ..losses.lookahead_loss import LookaheadLoss
     from .shortcut import Shortcut
 
-JITTER = 0.9  # the LoRA scale is drawn from [0.1, 1], as in the paper's training (`schedule.lora_scale`)
+FRESH = 2**63  # far from the run's own seed, from which the host draws its noise
 
 
 @dataclass(frozen=True, eq=False)
 class Guidance:
     """The settings of a guided SAMPLER. Immutable.
 
-    start: where in the sampling it begins, by the host's convention (0 first step, 1 last); steps: how many in a row;
-    cfg, positive: of the preview; time_travel: how often a guided step is gone back and guided again; jitter: how far
-    the scale of the few-step LoRA is lowered by chance; mask: [masks, H, W] in [0, 1] or None, where the latent may
-    move; checkpointing: which blocks are computed twice; live: every how many steps a preview is shown, 0 for none.
+    settings: where and how the latent is moved; cfg, positive: of the preview; mask: [masks, H, W] in [0, 1] or None,
+    where the latent may move; checkpointing: which blocks are computed twice; live: every how many steps a preview is
+    shown, 0 for none.
     """
 
     shortcut: Shortcut
     loss: LookaheadLoss
-    optimisation: Optimisation = field(default_factory=Optimisation)
-    start: float = 0.12
-    steps: int = 1
+    settings: GuidanceSettings = field(default_factory=GuidanceSettings)
     cfg: float = 1.0
     positive: Any = None
-    time_travel: int = 0
-    jitter: float = JITTER
     mask: Tensor | None = None
     checkpointing: str = AUTO
     live: int = 0
@@ -68,7 +64,7 @@ class GuidedRun:
     """
 
     def __init__(self, guidance: Guidance, guider: Any, noise: Tensor, latent_image: Tensor | None, seed: int | None):
-        self.guidance, self.guider = guidance, guider
+        self.guidance, self.settings, self.guider = guidance, guidance.settings, guider
         self.seed = seed
         self._noise, self._latent_image = noise, latent_image
         self.report = RunReport(guidance.loss.name)
@@ -78,17 +74,21 @@ class GuidedRun:
         self._generator = torch.Generator().manual_seed(seed or 0)
         # One for each picture: the first of a batch is drawn as if alone, as by the host.
         self._jitter = [torch.Generator().manual_seed(((seed or 0) + row) % 2**64) for row in range(len(noise))]
+        self._fresh = [torch.Generator().manual_seed(((seed or 0) + FRESH + row) % 2**64) for row in range(len(noise))]
+        self._started = False  # whether the best start was looked for, once a run
         self._loss = bind_rng(guidance.loss.loss, torch.Generator().manual_seed(seed or 0))
         self._lora_scale: Tensor | None = None  # of the evaluation that runs
 
     @property
     def start_sigma(self) -> float:
         """The noise level at which the guidance begins."""
-        return float(self.guider.inner_model.model_sampling.percent_to_sigma(self.guidance.start))
+        return float(self.guider.inner_model.model_sampling.percent_to_sigma(self.settings.start))
 
     def load(self) -> None:
         """Bring all networks to their device. A gradient takes about three times the memory of a forward."""
-        self.previewer.load(list(self.guidance.loss.patchers), self._noise, factor=3.0)
+        optimisation = self.settings.optimisation
+        through = optimisation.iterations > 0 and optimisation.backward
+        self.previewer.load(list(self.guidance.loss.patchers), self._noise, 3.0 if through else 1.0, decoder=3.0)
 
     def close(self) -> None:
         """Clean up after the run, also after one that failed."""
@@ -99,7 +99,7 @@ class GuidedRun:
         self.previewer.prepare(call)
         conds = self.previewer.conds(self._noise, self._latent_image, call)
         before = x.clone()
-        for again in range(self.guidance.time_travel + 1):
+        for again in range(self.settings.time_travel + 1):
             if again:
                 x.copy_(self._time_travel(x, call, step))
             with torch.inference_mode(False):  # autograd does not work in it
@@ -121,27 +121,35 @@ class GuidedRun:
     # -- one step
 
     def _optimise(self, x: Tensor, call: Call, conds: dict[str, Any], step: GuidedStep) -> Tensor:
-        settings = self.guidance.optimisation
+        settings = self.settings.optimisation
         call.sigma = sigma = call.sigma.clone()
-        bar = comfy.utils.ProgressBar(settings.iterations)
+        looks = 0 if self._started or self.settings.best_of < 2 else self.settings.best_of
+        total = looks + settings.iterations
+        bar = comfy.utils.ProgressBar(total)
 
-        def on_iterate(number: int, e: Evaluation) -> None:
+        def show(done: int, e: Evaluation, what: str) -> list[float | None]:
             losses = [v if valid else None for v, valid in zip(e.values.tolist(), e.valid.tolist(), strict=True)]
-            self.report.iterates.append(Iterate(step.number, step.sigma, losses))
             average = mean(losses)
             value = "does not count" if average is None else f"{average:.3f}"
-            text = f"{number}/{settings.iterations}  {value}  {self.report.loss}"
             progress.set_postfix_str(f"{self.report.loss} {value}", refresh=False)
-            progress.update(number - progress.n)
-            image = as_image(e.picture)
-            bar.update_absolute(number, settings.iterations, shown_while_running(image, text))
+            progress.update(done - progress.n)
+            text = f"{what}  {value}  {self.report.loss}"
+            bar.update_absolute(done, total, shown_while_running(as_image(e.picture), text))
+            return losses
+
+        def on_iterate(number: int, e: Evaluation) -> None:
+            losses = show(looks + number, e, f"{number}/{settings.iterations}")
+            self.report.iterates.append(Iterate(step.number, step.sigma, losses))
+
+        def on_look(number: int, e: Evaluation) -> None:
+            seen.append(show(number + 1, e, f"noise {number + 1}/{looks}"))
 
         def predict(z: Tensor) -> Tensor:
             return self.previewer.latent(to_ve(z, sigma), call, conds, self._lora_scale, grad=torch.is_grad_enabled())
 
         with (
             tqdm(
-                total=settings.iterations,
+                total=total,
                 desc=f"lookahead at step {step.number + 1}",
                 leave=False,
                 disable=not comfy.utils.PROGRESS_BAR_ENABLED,
@@ -150,19 +158,46 @@ class GuidedRun:
         ):
             z = to_vp(x, sigma).detach()
             mask = self._update_mask(z, call.denoise_mask)
+            share = self._signal_share(sigma)
+            best, seen = z, list[list[float | None]]()
+            if looks:
+                best = best_start(
+                    lambda at: self._judge(predict, self._decode, self._loss, at, False),
+                    z,
+                    [lambda: self._draw_noise(z)] * (looks - 1),
+                    share,
+                    mask,
+                    self._signal(step),
+                    on_look,
+                )
+                self.report.start = _said(seen, self.report.loss)
+            self._started = True
             best = optimise_latent(
                 predict,
                 self._decode,
                 self._loss,
-                z,
+                best,
                 settings,
                 mask,
                 on_iterate,
                 self._evaluate,
-                1 / (sigma**2 + 1),
+                share,
                 self._judge,
             )
         return (x + to_ve(best - z, sigma)).detach()  # where nothing moved, the bits stay
+
+    def _signal_share(self, sigma: Tensor) -> Tensor:
+        """alpha_bar [n]: the square of what z_t has of z_0, in flow matching too."""
+        flow = isinstance(self.guider.inner_model.model_sampling, comfy.model_sampling.CONST)
+        return (1 - sigma if flow else torch.ones_like(sigma)) ** 2 / (sigma**2 + 1)
+
+    def _signal(self, step: GuidedStep) -> Tensor | None:
+        """What is z_0 in the latent of a run that has just put its noise on it; None where that is not known."""
+        return self._latent_image if step.number == 0 and bool(self._noise.any()) else None
+
+    def _draw_noise(self, z: Tensor) -> Tensor:
+        """Noise of the shape of z, that of each picture from a generator of its own."""
+        return torch.stack([torch.randn(z.shape[1:], generator=generator) for generator in self._fresh])
 
     def _evaluate(self, predict: Predict, decode: Decode, loss: Loss, z: Tensor, gradient: bool) -> Evaluation:
         """`evaluate_preview` with a LoRA scale of its own, and as little memory as it takes."""
@@ -198,7 +233,7 @@ class GuidedRun:
         """The few-step LoRA's scale for each picture, [n]: 1, or by chance less, against what pleases one network
         alone (`schedule.lora_scale`)."""
         u = torch.cat([torch.rand(1, generator=generator) for generator in self._jitter])
-        return lora_scale(u, 1.0, 1.0 - self.guidance.jitter).to(z)
+        return lora_scale(u, 1.0, 1.0 - self.settings.jitter).to(z)
 
     def _update_mask(self, z: Tensor, denoise_mask: Tensor | None) -> Tensor | None:
         """Where the latent may move, [n, 1, h, w]: under the mask, and where the run paints at all."""
@@ -218,3 +253,12 @@ class GuidedRun:
         sigma = call.sigma.reshape(-1, 1, 1, 1)
         flow = isinstance(self.guider.inner_model.model_sampling, comfy.model_sampling.CONST)
         return time_travel(x, denoised, sigma, torch.full_like(sigma, step.sigma_next), noise, flow)
+
+
+def _said(seen: list[list[float | None]], loss: str) -> str:
+    """What the best of several noises gained, in a sentence: the mean loss with the run's own noise, and with each
+    picture's best."""
+    of_picture = ([v for v in values if v is not None] for values in zip(*seen, strict=True))
+    ends = mean(seen[0]), mean([min(values, default=None) for values in of_picture])
+    first, best = ("none counted" if value is None else f"{value:.4g}" for value in ends)
+    return f"best of {len(seen)} noises: {loss} {first} -> {best}"

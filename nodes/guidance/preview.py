@@ -94,13 +94,14 @@ class Previewer:
 
     # -- loading
 
-    def load(self, others: list[ModelPatcher], latent: Tensor, factor: float) -> None:
-        """Have the host load all networks together, so that none unloads another. factor: of a forward's memory."""
+    def load(self, others: list[ModelPatcher], latent: Tensor, factor: float, decoder: float | None = None) -> None:
+        """Have the host load all networks together, so that none unloads another. factor: of a forward's memory;
+        decoder: that of the decoder, where it is another."""
         vae = self.shortcut.vae
         ours = [self.base, *getattr(self.guider, "loaded_models", ()), vae.patcher, self.lora_patcher, self.second]
         ours = list(dict.fromkeys(patcher for patcher in ours if patcher is not None))
         memory = factor * self.model.memory_required(list(latent.shape))
-        memory += factor * vae.memory_used_decode(latent.shape, vae.vae_dtype)
+        memory += (decoder or factor) * vae.memory_used_decode(latent.shape, vae.vae_dtype)
         _load(ours, memory)
         if others:  # networks that are moved outside of inference mode have weights that autograd may use
             with torch.inference_mode(False), torch.no_grad():

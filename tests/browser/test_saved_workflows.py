@@ -19,3 +19,9 @@ def test_an_older_file_keeps_its_values_and_links(page, name):
         assert {key: api[number]["inputs"][key] for key in values} == values
     linked = sum(isinstance(value, list) for node in api.values() for value in node["inputs"].values())
     assert linked == len(graph["links"]) and not [error for error in page.complaints() if "node type" in error.lower()]
+
+
+def test_a_new_guidance_sampler_begins_with_a_preset(page):
+    """An older file has none, and keeps its numbers: that is in the values above."""
+    node = "LiteGraph.createNode('LookaheadGuidanceSampler')"
+    assert page.evaluate(f"{node}.widgets.find((widget) => widget.name === 'preset').value") == "balanced"

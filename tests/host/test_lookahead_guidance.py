@@ -386,7 +386,7 @@ def test_without_iterations_it_is_bit_equal_to_the_sampler(guide, draw):
     assert torch.equal(draw(guide(iterations=0)[0]), draw("euler"))
 
 
-@pytest.mark.parametrize("end", ["guided", "interrupted", "failed"])
+@pytest.mark.parametrize("end", ["guided", "interrupted", "failed", "interrupted while it looks at noises"])
 @pytest.mark.contract
 def test_the_next_run_is_bit_equal_and_nothing_is_kept_alive(guide, draw, tools, mini, pack, loss, end, monkeypatch):
     import comfy.model_management
@@ -404,7 +404,7 @@ def test_the_next_run_is_bit_equal_and_nothing_is_kept_alive(guide, draw, tools,
 
     def failing(picture, rows):
         calls.append(rows)
-        if end == "interrupted":
+        if end.startswith("interrupted"):
             comfy.model_management.interrupt_current_processing()
         elif end == "failed":
             raise RuntimeError("no loss today")
@@ -416,7 +416,9 @@ def test_the_next_run_is_bit_equal_and_nothing_is_kept_alive(guide, draw, tools,
 
     unet = mini.model.model.diffusion_model
     before, dicts = draw("euler"), [set(m.__dict__) for m in unet.modules()]
-    sampler, report = guide(iterations=2, loss=pack.module("nodes.losses.lookahead_loss").LookaheadLoss(failing))
+    options = {"best_of": 3} if "noises" in end else {}
+    of = pack.module("nodes.losses.lookahead_loss").LookaheadLoss(failing)
+    sampler, report = guide(iterations=2, loss=of, **options)
     known = tensors()
     if end == "guided":
         draw(sampler)
@@ -432,8 +434,70 @@ def test_the_next_run_is_bit_equal_and_nothing_is_kept_alive(guide, draw, tools,
 
 
 def test_a_guided_run_is_the_same_each_time(guide, draw):
-    sampler, _ = guide("euler_ancestral", jitter=0.5, time_travel=1)
+    sampler, _ = guide("euler_ancestral", jitter=0.5, time_travel=1, best_of=3)
     assert torch.equal(draw(sampler), draw(sampler))
+
+
+def test_without_backward_no_pass_of_the_unet_is_recorded_and_the_loss_falls(guide, draw, mini):
+    recorded = []
+    block = mini.model.model.diffusion_model.middle_block[0]
+    hook = block.register_forward_hook(lambda *_: recorded.append(torch.is_grad_enabled()))
+    sampler, report = guide(iterations=6, jitter=0.0, backward=False)
+    out = draw(sampler)
+    hook.remove()
+    losses = means(report)
+    assert not any(recorded) and len(recorded) >= 7 and min(losses[1:]) < 0.95 * losses[0]
+    assert relative(out, draw("euler")) > 1e-3
+
+
+def test_the_best_of_several_noises_is_taken_at_the_first_step_of_a_run(guide, draw, pack):
+    """Never worse than the picture's own; the first picture of a batch as if alone; nothing else is moved."""
+    sampler, report = guide(iterations=0, best_of=6)
+    alone, together = draw(sampler), draw(sampler, (3, *LATENT[1:]))
+    assert relative(together[:1], alone) < 1e-3 and torch.equal(draw(sampler), alone)
+    assert relative(together, draw("euler", (3, *LATENT[1:]))) > 1e-3
+    text = pack.nodes["LookaheadGuidanceReport"].execute({"samples": together}, report).result[2]
+    before, after = (float(value) for value in text.removeprefix("best of 6 noises: colour ").split(" -> "))
+    assert after < before
+
+
+def test_later_steps_and_travels_go_on_from_the_noise_that_was_chosen(guide, draw):
+    sampler, report = guide(iterations=1, guided_steps=2, time_travel=1, best_of=3)
+    draw(sampler, steps=3)
+    (run,) = report.runs.values()
+    assert run.text().count("noises") == 1 and len(run.iterates) == 8
+
+
+# -- presets
+
+
+def test_as_set_below_or_no_preset_is_the_node_s_numbers_to_the_bit_and_off_is_no_guidance(guide, draw):
+    own = draw(guide()[0])
+    assert torch.equal(draw(guide(preset="as set below")[0]), own) and not torch.equal(draw("euler"), own)
+    assert torch.equal(draw(guide(preset="off")[0]), draw("euler"))
+
+
+def test_a_preset_takes_the_place_of_the_numbers(guide, pack):
+    presets = pack.module("lookahead.method.guidance_presets").PRESETS
+    for name, preset in presets.items():
+        assert guide(preset=name, iterations=7, start=0.9, best_of=5)[0].lookahead[0].settings is preset
+
+
+@pytest.mark.parametrize("preset", ["gentle", "strong", "quick", "FreeDoM"])
+def test_a_run_by_a_preset_lowers_the_loss(guide, draw, preset):
+    """The strong one by a re-noised preview too; FreeDoM's goes back in time."""
+    sampler, report = guide(preset=preset)
+    out = draw(sampler, steps=3)
+    (run,) = report.runs.values()
+    first, best = run.iterates[0].losses[0], min(i.losses[0] for i in run.iterates)
+    assert out.isfinite().all() and best < first
+
+
+def test_no_more_than_five_inputs_are_open_and_new_values_come_last(pack):
+    """Old files keep values by place."""
+    inputs = pack.nodes["LookaheadGuidanceSampler"].define_schema().inputs
+    assert [i.id for i in inputs if not i.advanced] == ["sampler", "shortcut", "loss", "mask", "preset"]
+    assert [i.id for i in inputs][-3:] == ["preset", "best_of", "backward"]
 
 
 def test_time_travel_goes_back_and_guides_again(guide, draw):

@@ -20,6 +20,7 @@ COMMANDS = {
         "NAME=FILE[@WEIGHT]",
         "--knobs",
         "--guidance",
+        "--presets",
         "--encoders",
         "--null-text",
         "--references",
@@ -61,6 +62,7 @@ def test_every_command_says_what_it_takes(command, capsys):
         (["convert", "a", "b", "--to", "lora"], "ip-adapter"),
         (["mini", "sheet", "--people", "0"], "people"),
         (["evaluate", "--knobs", "--guidance"], "give one of them"),
+        (["evaluate", "--presets", "--guidance"], "give one of them"),
         (["evaluate", "--encoders"], "goes with files"),
         (["evaluate", "a=b.safetensors"], "goes with files"),
     ],
@@ -97,9 +99,11 @@ def test_options_and_files_of_a_study_come_in_any_order(monkeypatch, tmp_path):
     main.main(
         ["evaluate", "--references", "20", "--encoders", "a=b", "c=d@0.5", "--first", "3", "--out", str(tmp_path)]
     )
+    main.main(["evaluate", "--presets", "quick", "strong", "--references", "20", "--out", str(tmp_path)])
     main.main(["evaluate", "--knobs"])
     assert calls[0] == ("encoders", tmp_path, 20, ["a=b", "c=d@0.5"], 3)
-    assert calls[1][0] == "knobs" and calls[1][2] is None
+    assert calls[1] == ("presets", tmp_path, 20, ["quick", "strong"], 0)
+    assert calls[2][0] == "knobs" and calls[2][2] is None
 
 
 def test_every_error_of_a_user_exists_where_it_is_looked_up():

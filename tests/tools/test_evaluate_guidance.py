@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from lcm_lookahead.evaluation.harness.methods import METHODS, GuidanceOption
+from lcm_lookahead.lookahead.method.guidance_presets import PRESETS
 from lcm_lookahead.mini.studies import guidance
+from lcm_lookahead.tools.common import Problem
 
 
 @pytest.mark.parametrize("loss", guidance.LOSSES)
@@ -31,3 +34,82 @@ def test_pictures_that_share_their_words_are_drawn_together():
     apart, together = (guidance.intervals({guidance.NONE: {"m": values}}, n)[guidance.NONE]["m"] for n in (1, 8))
     assert apart.value == together.value == 0.5
     assert together.high - together.low > 1.5 * (apart.high - apart.low)
+
+
+def test_each_preset_stands_beside_the_best_of_as_many_noises_as_it_takes_evaluations():
+    arms, baselines, costs = guidance.preset_arms(["balanced", "quick", "MPGD"])
+    assert baselines == {
+        guidance.CUSTOM: "best of 100",
+        "balanced": "best of 103",
+        "quick": "best of 24",
+        "MPGD": "best of 100",
+    }
+    assert all(abs(costs[name] - costs[baseline]) <= 0.5 for name, baseline in baselines.items())
+    nodes = guidance.graph(guidance.IDENTITY, ["a.png", "b.png"], 0, 5, arms)
+    drawn = {name: nodes[f"{name} guidance"]["inputs"] for name in arms if name != guidance.NONE}
+    assert drawn["quick"]["preset"] == "quick" and "preset" not in drawn[guidance.CUSTOM]
+    assert {k: drawn["best of 24"][k] for k in ("start", "iterations", "best_of")} == {
+        "start": 0.0,
+        "iterations": 0,
+        "best_of": 24,
+    }
+    kinds = {name: nodes[f"{name} shortcut"]["inputs"]["kind"] for name in drawn}
+    assert kinds["MPGD"] == "plain x0" and {k for n, k in kinds.items() if n != "MPGD"} == {"one-step"}
+
+
+def test_a_name_that_is_no_preset_is_refused():
+    with pytest.raises(Problem, match="no preset 'quik'.*quick"):
+        guidance.preset_arms(["quik"])
+
+
+def test_the_page_of_presets_has_a_row_an_arm_with_what_it_takes():
+    arms, baselines, costs = guidance.preset_arms(["quick", "DPS"])
+    values = {
+        name: {what: torch.rand(16) for what in ("similarity to the reference", "style of the prompt", "fine detail")}
+        for name in arms
+    }
+    figures = guidance.intervals(values, baselines=baselines, over=guidance.AS_MANY)
+    text = guidance.presets_page(figures, costs, 16)
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ") and "evaluations" not in line]
+    assert [(row[0], row[1]) for row in rows] == [(f"| {name}", str(round(costs[name]))) for name in arms]
+    assert len({len(row) for row in rows}) == 1 and "DPS steer by plain x0" in text
+    assert "similarity to the reference, gain over the best of as many" in figures["quick"]
+
+
+# -- guidance of a protocol's method
+
+
+def test_a_protocol_names_a_preset_or_the_best_of_as_many_noises():
+    assert GuidanceOption(preset="quick").inputs(50) == {"preset": "quick"}
+    assert GuidanceOption(best_of=9).inputs(50) == {"start": 0.0, "iterations": 0, "best_of": 9}
+    assert GuidanceOption(best_of="balanced").inputs(50)["best_of"] == 103
+    assert GuidanceOption(kind="x0", best_of="balanced").inputs(50)["best_of"] == 60
+    assert GuidanceOption(iterations=7).inputs(50) == {"start": 0.12, "iterations": 7}
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"preset": "quik"}, "no preset 'quik'.*quick"),
+        ({"best_of": "quik"}, "no preset 'quik'.*quick"),
+        ({"preset": "quick", "iterations": 3}, "exclude each other"),
+        ({"preset": "quick", "best_of": 3}, "exclude each other"),
+    ],
+)
+def test_guidance_that_says_two_things_is_refused(given, says):
+    with pytest.raises(ValueError, match=says):
+        GuidanceOption(**given)
+
+
+def test_pictures_drawn_before_are_found_and_a_preset_that_changes_is_drawn_again(monkeypatch):
+    plain = GuidanceOption().model_dump(mode="json")
+    assert plain == {"kind": "lookahead", "start": 0.12, "iterations": None, "step_size": None}
+    quick = METHODS["none"](guidance=GuidanceOption(preset="quick"))
+    before = quick.digest(None)
+    monkeypatch.setitem(PRESETS, "quick", PRESETS["strong"])
+    assert quick.digest(None) != before
+
+
+def test_the_work_of_guidance_counts_what_skips_the_unet():
+    full, quick = (GuidanceOption(preset=name).work(50) for name in ("balanced", "quick"))
+    assert full == (20 * 3 + 4, 20 * 3 + 4) and quick == (20 + 4, 20 * 3 + 4)

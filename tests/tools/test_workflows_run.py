@@ -126,9 +126,9 @@ MEASURES = dict(zip(STEERED, (identity_loss, clip_loss, lpips_loss), strict=True
 
 
 def guided(host, path, **settings):
-    """A guided workflow with other settings of its sampler."""
+    """A guided workflow with its sampler's own numbers, and some others."""
     api = workflow.override(workflow.convert(path, host.object_info()), "CFGGuider", cfg=demo.CFG)
-    return workflow.override(api, "LookaheadGuidanceSampler", **settings)
+    return workflow.override(api, "LookaheadGuidanceSampler", preset="as set below", **settings)
 
 
 def report_of(outputs):
@@ -176,6 +176,7 @@ def test_a_guided_workflow_is_set_as_the_nodes_come(host, path):
         if node["class_type"] in ("LookaheadGuidanceSampler", "LookaheadShortcut", "LookaheadLPIPSLoss"):
             defaults = {name: spec[1]["default"] for name, spec in schema["required"].items() if "default" in spec[1]}
             assert {name: node["inputs"][name] for name in defaults} == defaults
+            assert node["inputs"].get("preset", "balanced") == "balanced"
 
 
 def test_the_preview_grid_shows_that_the_shortcut_foretells_better_than_x0(host):

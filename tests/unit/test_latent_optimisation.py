@@ -7,6 +7,8 @@ from lcm_lookahead.lookahead.method.latent_optimisation import (
     RELATIVE,
     UNIT_RMS,
     Optimisation,
+    best_start,
+    carried,
     evaluate_preview,
     optimise_latent,
     time_travel,
@@ -265,3 +267,126 @@ def test_a_lucky_draw_is_found_out_when_the_best_are_judged_again(z):
     numbers = iter(range(100, 200))
     assert (plain < 0.9 * believed).all()
     assert torch.allclose(plain, evaluate(optimise(z, Optimisation(10, 0.1)), gradient=False).values)
+
+
+# -- without backward
+
+
+def refusing(z):
+    """A model that looks ahead, of which nobody may ask a gradient."""
+    assert not torch.is_grad_enabled()
+    return 2 * z.sin() + 0.3 * z.roll(1, -1)
+
+
+ALPHA_BAR = torch.tensor([0.04, 0.3, 0.8])
+
+
+def test_without_backward_the_gradient_of_the_preview_is_carried_by_the_share_of_z_0(z):
+    with torch.no_grad():
+        preview = refusing(z)
+    leaf = preview.clone().requires_grad_()
+    values, _ = to(TARGET)(decode(leaf), None)
+    (of_preview,) = torch.autograd.grad(values.sum(), leaf)
+    e = evaluate(z, predict=carried(refusing, ALPHA_BAR))
+    assert torch.equal(e.preview, preview) and torch.allclose(e.values, values)
+    assert torch.allclose(e.gradient, ALPHA_BAR.sqrt().reshape(-1, 1, 1, 1) * of_preview, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("more", [{}, {"sphere": True, "nesterov": True, "decay": True, "judged": 2}])
+def test_without_backward_the_loss_falls_too(z, more):
+    settings = Optimisation(30, 0.05, backward=False, **more)
+    best = optimise_latent(refusing, decode, to(TARGET), z, settings, alpha_bar=ALPHA_BAR)
+    values = [evaluate(at, predict=carried(refusing, ALPHA_BAR), gradient=False).values for at in (z, best)]
+    assert (values[1] < 0.8 * values[0]).all()
+
+
+def test_without_backward_the_noise_level_is_needed(z):
+    with pytest.raises(ValueError, match="alpha_bar"):
+        optimise(z, Optimisation(backward=False))
+
+
+# -- best of several noises
+
+
+def draws(seed, shape=SHAPE):
+    """Noises in which each picture has a generator of its own."""
+    generators = [torch.Generator().manual_seed(seed + row) for row in range(shape[0])]
+    return lambda: torch.stack([torch.randn(shape[1:], generator=g) for g in generators])
+
+
+def look(z):
+    return evaluate_preview(double, decode, to(TARGET[: len(z)], (True,) * len(z)), z, False)
+
+
+def test_the_best_start_is_each_picture_s_best_of_all_that_are_seen_and_never_worse_than_its_own(z):
+    seen = []
+    best = best_start(look, z, [draws(5)] * 6, ALPHA_BAR, on_look=lambda n, e: seen.append(e.values))
+    found = look(best).values
+    assert len(seen) == 7 and torch.allclose(found, torch.stack(seen).amin(0)) and (found <= look(z).values).all()
+    assert (found < look(z).values).any()
+    assert torch.equal(best_start(look, z, [draws(5)] * 6, ALPHA_BAR), best)  # the same each time
+    assert torch.equal(best_start(look, z, [], ALPHA_BAR), z)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_another_start_has_the_same_signal_under_noise_of_the_same_strength(z, known):
+    """By the preview, or by what is known: at the first step of a run from nothing, noise alone."""
+    seen = []
+
+    def watched(at):
+        seen.append(at)
+        return look(at)
+
+    signal = torch.zeros(SHAPE) if known else None
+    best_start(watched, z, [draws(5)] * 2, ALPHA_BAR, signal=signal)
+    centre = 0 if known else ALPHA_BAR.sqrt().reshape(-1, 1, 1, 1) * 2 * z
+    radii = [(at - centre).flatten(1).norm(dim=1) for at in seen]
+    assert torch.allclose(radii[0], radii[1], rtol=1e-5) and torch.allclose(radii[0], radii[2], rtol=1e-5)
+    noises = [(at - centre).flatten(1) for at in seen]
+    cosines = torch.nn.functional.cosine_similarity(noises[1], noises[2])
+    assert cosines.abs().max() < 0.3 and not torch.equal(seen[1], seen[2])
+
+
+def test_a_start_stays_where_nothing_may_move_and_each_picture_is_as_if_alone(z):
+    mask = torch.zeros(1, 1, 8, 8)
+    mask[..., 2:5, 3:] = 1
+    best = best_start(look, z, [draws(5)] * 8, ALPHA_BAR, mask)
+    outside = (mask == 0).expand_as(z)
+    assert torch.equal(best[outside], z[outside]) and not torch.equal(best, z)
+    alone = best_start(look, z[:1], [draws(5, (1, *SHAPE[1:]))] * 8, ALPHA_BAR[:1], mask)
+    assert torch.allclose(alone, best[:1])
+
+
+def test_where_nothing_is_valid_the_start_is_the_latent_itself(z):
+    best = best_start(lambda at: look(at)._replace(valid=torch.zeros(3, dtype=torch.bool)), z, [draws(5)], ALPHA_BAR)
+    assert torch.equal(best, z)
+
+
+# -- the mean of several draws
+
+
+def test_an_iteration_can_average_several_draws(z):
+    """Of a loss that is off by chance, the mean of all is the plain one; a draw that is not valid does not count."""
+    offsets = iter([0.3, -0.3, torch.nan, 0.0])
+
+    def by_chance(predict, decode, loss, at, gradient):
+        e = evaluate_preview(predict, decode, loss, at, gradient)
+        if not gradient:
+            return e
+        off = next(offsets)
+        if off != off:
+            none = torch.zeros(3, dtype=torch.bool)
+            return e._replace(values=e.values * off, valid=none, gradient=torch.zeros_like(z))
+        return e._replace(values=e.values + off, gradient=e.gradient * (1 + off))
+
+    seen = []
+    settings = Optimisation(1, 0.1, RAW, keep_norm=False, keep_best=False, smoothing=4)
+    out = optimise(z, settings, evaluate=by_chance, on_iterate=lambda n, e: seen.append(e))
+    plain = evaluate(z)
+    assert torch.allclose(seen[0].values, plain.values, atol=1e-6) and seen[0].valid.all()
+    assert torch.allclose(out, z - 0.1 * plain.gradient, atol=1e-6)
+
+
+def test_no_draws_are_refused():
+    with pytest.raises(ValueError, match="smoothing is 0"):
+        Optimisation(smoothing=0)

@@ -1,0 +1,124 @@
+"""Named settings of the guidance: none, four for who draws, best-of-N, and six in the manner of published methods.
+
+All of them are settings of one sampler, so that methods are compared without a difference in anything else. What a
+method has beside (a prior of its own, a schedule of the step size, a norm of its residual) is not there: a preset is in
+the manner of its source, not a copy of it. Those that come from guidance by x0 are for plain x0 as much as for
+lookahead; which of both it is, the shortcut says.
+
+The artists' four are ours: combinations of what the sources found, to be chosen again when they are measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from .latent_optimisation import Optimisation
+from .schedule import chosen_steps
+
+X0, LOOKAHEAD = "x0", "lookahead"
+#: What an iteration takes with its backward pass, in evaluations of the UNet (docs/bench.md), by what looks ahead.
+ITERATION: Mapping[str, float] = {X0: 2.81, LOOKAHEAD: 4.95}
+EVERY_STEP = 1000  # more than a run has
+
+
+@dataclass(frozen=True)
+class GuidanceSettings:
+    """Says how a run is guided.
+
+    start: where in the sampling it begins, by the host's convention (0 first step, 1 last); steps: how many in a row;
+    time_travel: how often a guided step is gone back and guided again; jitter: how far the scale of the few-step LoRA
+    is lowered by chance, 0.9 draws it from [0.1, 1], as in the paper's training (`schedule.lora_scale`); best_of: how
+    many noises are looked at before, the picture's own among them; source: whom the settings follow.
+    """
+
+    optimisation: Optimisation = field(default_factory=Optimisation)
+    start: float = 0.12
+    steps: int = 1
+    time_travel: int = 0
+    jitter: float = 0.9
+    best_of: int = 1
+    source: str = ""
+
+    @property
+    def acts(self) -> bool:
+        """Says whether anything is moved at all."""
+        return self.optimisation.iterations > 0 or self.best_of > 1
+
+    def evaluations(self, iteration: float = ITERATION[LOOKAHEAD], steps: int = 50) -> float:
+        """Counts what the guidance takes beside the run itself, in evaluations of the UNet for one picture.
+
+        iteration: what one takes with its backward pass, a forward pass being 1; steps: of the run. The previews before
+        and after that the report shows are not counted.
+        """
+        o = self.optimisation
+        levels = [1 - number / steps for number in range(steps)]
+        guided = len(chosen_steps(levels, 1 - self.start, self.steps)) if o.iterations else 0
+        pass_ = o.iterations * o.smoothing * (iteration if o.backward else 1) + 1  # the last iterate's is without
+        pass_ += o.judged if o.keep_best else 0
+        travel = self.time_travel * 2  # a step of the sampled model, with and without the prompt
+        looked = self.best_of if self.best_of > 1 else 0
+        return looked + guided * ((self.time_travel + 1) * pass_ + travel)
+
+
+def best_of_as_many(settings: GuidanceSettings, iteration: float, steps: int) -> GuidanceSettings:
+    """The baseline of any guidance: the best of as many seeds as its evaluations can look at (see `evaluations`)."""
+    return GuidanceSettings(Optimisation(0), start=0.0, best_of=max(1, round(settings.evaluations(iteration, steps))))
+
+
+#: On the noise's sphere, with Nesterov and a step size that falls, the best three iterates judged again
+OURS = Optimisation(nesterov=True, decay=True, sphere=True, judged=3)
+#: One gradient a step, as it is, as guidance by x0 has it
+EACH_STEP = Optimisation(1, momentum=0.0, keep_norm=False, keep_best=False)
+
+OFF, GENTLE, BALANCED, STRONG, QUICK, BEST_OF = "off", "gentle", "balanced", "strong", "quick", "best of 16"
+DPS, MPGD, FREEDOM, DSG, RENO, TFG = "DPS", "MPGD", "FreeDoM", "DSG", "ReNO", "TFG-like"
+PRESETS: Mapping[str, GuidanceSettings] = {
+    OFF: GuidanceSettings(Optimisation(0), source="no guidance, to compare with"),
+    GENTLE: GuidanceSettings(
+        replace(OURS, iterations=10, step_size=0.01), source="ours: half of balanced, in half of the time"
+    ),
+    BALANCED: GuidanceSettings(
+        replace(OURS, iterations=20, step_size=0.02),
+        source="ours: sphere of DSG (2402.03201), Nesterov of ReNO (2406.04312), judged without chance",
+    ),
+    STRONG: GuidanceSettings(
+        replace(OURS, iterations=40, step_size=0.03),
+        best_of=8,
+        source="ours: balanced, longer, from the best of 8 noises (best-of-N, 2406.04312)",
+    ),
+    QUICK: GuidanceSettings(
+        replace(OURS, iterations=20, step_size=0.02, backward=False),
+        source="ours: balanced without backward (MPGD 2311.16424, FlowChef 2412.00100)",
+    ),
+    BEST_OF: GuidanceSettings(Optimisation(0), start=0.0, best_of=16, jitter=0.0, source="best-of-N, as in 2406.04312"),
+    DPS: GuidanceSettings(
+        replace(EACH_STEP, step_size=0.01), start=0.0, steps=EVERY_STEP, jitter=0.0, source="arXiv 2209.14687"
+    ),
+    MPGD: GuidanceSettings(
+        replace(EACH_STEP, step_size=0.01, backward=False),
+        start=0.0,
+        steps=EVERY_STEP,
+        jitter=0.0,
+        source="arXiv 2311.16424",
+    ),
+    FREEDOM: GuidanceSettings(
+        replace(EACH_STEP, step_size=0.02), start=0.3, steps=20, time_travel=2, jitter=0.0, source="arXiv 2303.09833"
+    ),
+    DSG: GuidanceSettings(
+        replace(EACH_STEP, step_size=0.02, sphere=True),
+        start=0.0,
+        steps=EVERY_STEP,
+        jitter=0.0,
+        source="arXiv 2402.03201",
+    ),
+    RENO: GuidanceSettings(
+        Optimisation(50, 0.004, nesterov=True), start=0.0, jitter=0.0, source="arXiv 2406.04312, its norm kept"
+    ),
+    TFG: GuidanceSettings(
+        Optimisation(2, 0.02, momentum=0.0, keep_best=False, smoothing=4),
+        steps=4,
+        time_travel=1,
+        source="arXiv 2409.15761, smoothed over the LoRA's strength",
+    ),
+}
