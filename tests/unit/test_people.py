@@ -6,10 +6,15 @@ import logging
 import pytest
 import torch
 from lcm_lookahead.lookahead.losses.base import UNLIKE, Combined, bind_rng
-from lcm_lookahead.lookahead.losses.identity import FaceReferences, IdentityLoss
+from lcm_lookahead.lookahead.losses.identity import FaceReferences, IdentityLoss, read_references
 from lcm_lookahead.lookahead.losses.l1 import L1Loss
 from lcm_lookahead.lookahead.losses.people import ORDER, PeopleLoss, assign
+from lcm_lookahead.lookahead.vision.arcface import read
+from lcm_lookahead.lookahead.vision.face_models import FaceModels
 from lcm_lookahead.lookahead.vision.faces import TEMPLATE, Face
+from lcm_lookahead.mini.plan import WEIGHTS
+from lcm_lookahead.mini.world import data
+from lcm_lookahead.mini.world.faces import STYLES, render
 from torch.nn import functional as F
 
 RED, GREEN, BLUE = torch.eye(3)
@@ -280,3 +285,19 @@ def test_bad_people_matchings_and_masks_are_refused():
         people_loss([RED], BOTH, matching="nearest")
     with pytest.raises(ValueError, match="2 people and 1 masks: give a mask or None for each"):
         people_loss([RED, BLUE], BOTH, masks=(None,))
+
+
+def test_two_drawn_people_in_one_picture_are_found_and_told_apart():
+    """With the mini pack's detector and recogniser; swapped, only the masks of the right order mind."""
+    pytest.importorskip("insightface")
+    pytest.importorskip("onnx2torch")
+    detector = FaceModels(WEIGHTS / "insightface/models/mini", threads=1)
+    recogniser = read(WEIGHTS / "insightface/models/mini/rec_mini.onnx")
+    photos = render(data.group_of_people("held_out", 2, STYLES), 128, seed=4).view(2, -1, 3, 128, 128)[:, :2]
+    people = tuple(read_references(recogniser, detector, [one[0]], True) for one in photos)
+    drawn, swapped = (torch.cat([photos[a, 1], photos[b, 1]], 2)[None] * 2 - 1 for a, b in ((0, 1), (1, 0)))
+    assert [len(faces) for faces in detector((drawn + 1) / 2)] == [2]
+    left, right = halves()
+    matched, masked = (PeopleLoss(recogniser, detector, people, masks=m) for m in ((), (left, right)))
+    assert abs(matched(drawn)[0] - matched(swapped)[0]) < 0.02
+    assert matched(drawn)[0] + 0.3 < masked(swapped)[0]
