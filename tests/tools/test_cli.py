@@ -22,6 +22,7 @@ COMMANDS = {
         "--guidance",
         "--encoders",
         "--null-text",
+        "--people",
         "--references",
         "--first",
         "--out",
