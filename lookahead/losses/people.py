@@ -32,8 +32,8 @@ def assign(scores: Tensor, allowed: Tensor) -> list[tuple[int, int]]:
 
     scores: float [rows, columns], finite; allowed: bool, of its shape. Each row and column is in one pair at most.
     """
-    found = linear_sum_assignment(torch.where(allowed, scores.double(), _NEVER).numpy(), maximize=True)
-    return [pair for pair in zip(*(ends.tolist() for ends in found), strict=True) if allowed[pair]]
+    rows, columns = linear_sum_assignment(torch.where(allowed, scores.double(), _NEVER).numpy(), maximize=True)
+    return [(r, c) for r, c in zip(rows.tolist(), columns.tolist(), strict=True) if allowed[r, c]]
 
 
 @dataclass(eq=False)
@@ -106,18 +106,16 @@ class PeopleLoss:
             for picture, faces, row in zip(pictures.detach(), self.detector(pictures.detach()), images, strict=True)
         ]
         self._warn(whose)
+        values = torch.full((len(pictures), len(self.people)), UNLIKE, dtype=pictures.dtype, device=pictures.device)
         found = [(n, person, points) for n, places in enumerate(whose) for person, points in places.items()]
-        matched = torch.tensor([len(places) for places in whose], device=pictures.device)
-        values = torch.zeros(len(pictures), dtype=pictures.dtype, device=pictures.device)
         if found:
-            numbers, persons, points = zip(*found, strict=True)
-            index = torch.tensor(numbers, device=pictures.device)
-            faces = embed(self.recogniser, pictures[index], torch.stack(points))
-            own = torch.stack([self._embedding(p, images[n]) for n, p in zip(numbers, persons, strict=True)])
-            values = values.index_add(0, index, 1 - (faces * own.to(faces)).sum(-1))
-        values = (values + UNLIKE * (len(self.people) - matched)) / len(self.people)
-        valid = matched > 0
-        return torch.where(valid, values, 0.0), valid
+            numbers, people, points = zip(*found, strict=True)
+            pairs = torch.tensor([numbers, people], device=pictures.device)
+            faces = embed(self.recogniser, pictures[pairs[0]], torch.stack(points))
+            own = torch.stack([self._embedding(person, images[n]) for n, person, _ in found])
+            values = values.index_put((pairs[0], pairs[1]), 1 - (faces * own.to(faces)).sum(-1))
+        valid = torch.tensor([bool(places) for places in whose], device=pictures.device)
+        return torch.where(valid, values.mean(1), 0.0), valid
 
     def _embedding(self, person: int, row: int) -> Tensor:
         references = self.people[person].embeddings
