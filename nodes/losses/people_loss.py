@@ -105,7 +105,8 @@ class LookaheadPeopleLoss(io.ComfyNode):
                 try:
                     people.append(read_person(patcher, face_analysis, given[f"person_{number}"], several))
                 except NoFaceError as error:
-                    raise NoFaceError(f"person_{number}: {error}") from None
+                    text = str(error)
+                    raise NoFaceError(f"For person_{number}: {text[0].lower()}{text[1:]}") from None
         loss = PeopleLoss(patcher.model, face_analysis, tuple(people), MATCHINGS[matching], masks)
         return io.NodeOutput(LookaheadLoss(loss, (patcher,), f"identity of {len(people)} people"))
 
@@ -117,7 +118,7 @@ def checked_mask(number: int, mask: Tensor | None) -> Tensor | None:
     mask = mask.reshape(-1, *mask.shape[-2:]).cpu()
     if not (mask >= INSIDE).flatten(1).any(1).all():
         raise ValueError(
-            f"mask_{number} is below {INSIDE} everywhere, so the face of person_{number} could be nowhere: paint where "
-            "it may be, or leave the mask open."
+            f"The mask_{number} is below {INSIDE} everywhere, so the face of person_{number} could be nowhere: paint "
+            "where it may be, or leave the mask open."
         )
     return mask

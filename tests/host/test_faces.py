@@ -366,10 +366,10 @@ def test_the_loss_node_tells_two_people_in_one_picture_apart(pack, several, peop
 
 def test_a_person_without_a_face_and_a_mask_without_a_place_are_refused_by_name(several, people, tools):
     one = people[0][:1, 0]
-    with pytest.raises(ValueError, match="person_2: No face was found in the reference") as error:
+    with pytest.raises(ValueError, match="For person_2: no face was found in the reference") as error:
         several(one, torch.full((1, 128, 128, 3), 0.5))
     tools.one_sentence(error)
-    with pytest.raises(ValueError, match="mask_1 is below 0.5 everywhere") as error:
+    with pytest.raises(ValueError, match="The mask_1 is below 0.5 everywhere") as error:
         several(one, one, mask_1=torch.zeros(1, 8, 8))
     tools.one_sentence(error)
 
