@@ -56,11 +56,14 @@ def evaluate(
     null_text: Annotated[
         bool, typer.Option("--null-text", help="Study an empty negative prompt against zeros instead.")
     ] = False,
+    people: Annotated[
+        bool, typer.Option("--people", help="Study guidance by two people in one picture instead.")
+    ] = False,
     references: Annotated[
         int | None,
         typer.Option(
-            help="Of a study: held-out people to draw, at least 10.",
-            show_default="100; with --knobs 20, with --null-text 10, with --guidance, --presets or --encoders 96",
+            help="Of a study: held-out people (with --people pairs of them) to draw, at least 10.",
+            show_default="100; with --knobs 20, --null-text 10, --guidance, --presets or --encoders 96, --people 48",
         ),
     ] = None,
     first: Annotated[int, typer.Option(help="With --encoders: number of the first of the people, from 0.")] = 0,
@@ -76,6 +79,7 @@ def evaluate(
     prompt.
     """
     studies = {"knobs": knobs, "guidance": guidance, "presets": presets, "encoders": encoders, "null-text": null_text}
+    studies["people"] = people
     chosen = [name for name, on in studies.items() if on]
     if len(chosen) > 1:
         raise typer.BadParameter(f"--{chosen[0]} and --{chosen[1]} are studies of their own: give one of them.")

@@ -30,6 +30,7 @@ from .losses.identity_loss import LookaheadIdentityLoss
 from .losses.l1_loss import LookaheadL1Loss
 from .losses.lpips_loss import LookaheadLPIPSLoss
 from .losses.network import register_folder
+from .losses.people_loss import LookaheadPeopleLoss
 from .notices import tell_the_page
 from .reference.combine_references import LookaheadCombineReferences
 from .reference.convert_encoder import LookaheadConvertEncoder
@@ -94,6 +95,7 @@ class LookaheadExtension(ComfyExtension):
             LookaheadIdentityScore,
             LookaheadPromptScore,
             LookaheadRank,
+            LookaheadPeopleLoss,
         ]
         with needs_a_newer_host():
             for node in nodes:  # before the host registers the first: all of them or none

@@ -18,7 +18,11 @@ from .template_specs import (
     PLAIN,
     RECOGNISER,
     TAESD,
+    TWO,
+    TWO_FRIENDS,
+    TWO_PART,
     VGG,
+    WIDE,
     ahead_nodes,
     custom_sampler,
     face_nodes,
@@ -26,6 +30,7 @@ from .template_specs import (
     picture,
     prompt,
     save,
+    two_nodes,
 )
 
 
@@ -182,5 +187,41 @@ GUIDED_WORKFLOWS: dict[str, Template] = {
         ],
         asks=[("prompt", "text"), ("grid", "seed")],
         shows=["save", "numbers"],
+    ),
+    "18 Look ahead for two people (identity)": Template(
+        guided(
+            "ahead_two_people",
+            {
+                "faces": Node("LookaheadLoadFaceAnalysis", values={"pack_name": FACES, "device": "cpu"}, height=180),
+                "loss": Node(
+                    "LookaheadPeopleLoss",
+                    links={"face_analysis": "faces", "person_1": "first", "person_2": "second"},
+                ),
+            },
+            "apply 2",
+            {
+                **two_nodes("first", "second", "checkpoint"),
+                "first": picture("face_1.jpg", "Person on the left", 300),
+                "second": picture("face_2.jpg", "Person on the right", 300),
+                "latent": WIDE,
+            },
+            TWO_FRIENDS,
+            note(
+                "The image prompts say roughly who is on the left and who on the right. At an early step the sampler "
+                "looks ahead, finds the faces, and moves the noise until a face recogniser knows each person in the "
+                "face that is theirs. Both are guided at once.",
+                (*ADAPTER, LORA, TAESD, FACES),
+                "Say in the prompt that there are **two** people side by side",
+                "**matching** finds whose a face is, in any order of the pictures. Faces swapped all the same? Connect "
+                "the masks of *Lookahead Place Masks* to the loss",
+                GUIDED,
+                RECOGNISER,
+                height=640,
+            ),
+        ),
+        guided_columns(["checkpoint", "first", "second", "note"], [TWO, "prompt", "negative", "faces", "loss"]),
+        (TWO_PART, AHEAD_PART),
+        [("first", "image"), ("second", "image"), ("prompt", "text"), (AHEAD, "iterations"), ("noise", "noise_seed")],
+        ["save"],
     ),
 }

@@ -120,6 +120,7 @@ CARDS: dict[str, tuple[tuple[str, ...], str]] = {
     "11": ((), "a photo of a face"),
     "12": (("face_1.jpg",), "an oil painting of a face"),
     "16": (("face_1.jpg", "face_2.jpg"), "a photo of a face"),
+    "18": (("face_1.jpg", "face_2.jpg"), "a photo of a face"),
     "13": (("face_1.jpg", "scene.webp"), "a photo of a face in the snow"),
 }
 
@@ -145,7 +146,7 @@ def draw_card(host: Client, path: Path) -> None:
         "CFGGuider": {"cfg": demo.CFG},
         "LookaheadPreviewGrid": {"steps": demo.STEPS, "cfg": demo.CFG},
     }
-    if "Two people" in path.stem:
+    if "two people" in path.stem.lower():
         settings["EmptyLatentImage"] = {"width": 192}
     if not workflow.find(api, "ControlNetLoader"):  # that one is set for its few-step LoRA
         settings |= {"BasicScheduler": {"steps": demo.STEPS}, "LookaheadGuider": demo.SCALES}

@@ -133,6 +133,7 @@ LOAD_ENCODER = Node("LookaheadLoadEncoder", values={"encoder_name": ENCODER}, he
 LOAD_VISION = Node("CLIPVisionLoader", values={"clip_name": VISION})
 NEGATIVE = Node("CLIPTextEncode", "Negative prompt", {"text": ""}, {"clip": "checkpoint.CLIP"}, height=90, colour="bad")
 LATENT = Node("EmptyLatentImage", values={"width": 1024, "height": 1024, "batch_size": 1})
+WIDE = Node("EmptyLatentImage", values={"width": 1216, "height": 832, "batch_size": 1})
 DECODE = Node("VAEDecode", links={"samples": "sampler", "vae": "checkpoint.VAE"})
 
 
@@ -333,6 +334,7 @@ BLUEPRINTS = (
 
 PAINTING = "oil painting, portrait of a person in a red coat, autumn park, visible brush strokes"
 PHOTO = "photo, portrait of a person on a beach at sunset, wind in the hair, 85 mm lens"
+TWO_FRIENDS = "photo, two friends side by side in a cafe, half length, warm light"
 WEIGHT = (
     "**weight**: 0.75 to begin with; 1 for more likeness, 0.5 to leave the prompt more room "
     f"([measured]({ADDRESS}/blob/main/docs/knobs.md))"

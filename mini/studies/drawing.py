@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,10 +12,11 @@ from torch import Tensor
 
 from ...host.graph import Graph, Link
 from ...host.server import link
-from ...tools.common import Stopwatch, say
+from ...tools.common import ROOT, Stopwatch, say
 from ..files.host_models import mini_host
+from ..plan import WEIGHTS
 from ..world.references import reference_faces
-from .study import CFG, SIZE, prompt_of, saved_pictures, to_image
+from .study import CFG, SIZE, STYLES, prompt_of, saved_pictures, to_image
 
 SAMPLER, SCHEDULER, STEPS = "dpmpp_2m", "karras", 20
 MEASURED_WITH = {"sampler": SAMPLER, "scheduler": SCHEDULER, "steps": STEPS}  # for the pages
@@ -149,3 +152,12 @@ def draw(
             done = min(begin + BATCH, references)
             say(f"{done} of {references} references drawn in {watch.seconds:.0f} s")
     return faces, {name: torch.cat(drawn[distinct[arm]]) for name, arm in arms.items()}
+
+
+def surroundings() -> str:
+    """All besides a study's graphs and people that its pictures depend on: weights, settings, host and our sources."""
+    files = [WEIGHTS / "manifest.json", Path(__file__), Path(__file__).with_name("study.py")]
+    files += [ROOT / "mini/files/host_models.py"]
+    files += [file for folder in ("lookahead", "nodes", "host") for file in sorted((ROOT / folder).rglob("*.py"))]
+    sources = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    return repr((sources, os.environ.get("COMFYUI_DIR"), os.environ.get("HOST_VERSION"), STYLES))

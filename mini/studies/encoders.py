@@ -8,7 +8,6 @@ Identity by a recogniser, style by a scorer, neither of which took part in any t
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
@@ -21,12 +20,11 @@ from ...evaluation.contact_sheet import Cell, contact_sheet
 from ...evaluation.stats import share
 from ...lookahead.files import encoder_file
 from ...lookahead.files.tensors import read_tensors, sha256, write_tensors
-from ...tools.common import CACHE, ROOT, Problem, say
+from ...tools.common import CACHE, Problem, say
 from ..files.weights import evaluators
-from ..plan import WEIGHTS
 from ..world.faces import STYLES as ALL_STYLES
 from ..world.references import reference_faces
-from .drawing import BOTH, MEASURED_WITH, ReferenceArm, draw
+from .drawing import BOTH, MEASURED_WITH, ReferenceArm, draw, surroundings
 from .study import SIMILARITY, STYLE, STYLES, Figures, Table, render, to_image, write_page
 
 # What training starts from: as it is, at other weights (the lower ones are what users and the paper choose to get some
@@ -82,26 +80,15 @@ def arms_of(runs: dict[str, list[TrainedEncoder]]) -> tuple[dict[str, ReferenceA
     return arms, names
 
 
-def _surroundings() -> str:
-    """All besides arm and people that a picture depends on: weights, settings, host and our own sources."""
-    files = [
-        WEIGHTS / "manifest.json",
-        *(ROOT / name for name in ("mini/studies/drawing.py", "mini/studies/study.py", "mini/files/host_models.py")),
-    ]
-    files += [file for folder in ("lookahead", "nodes", "host") for file in sorted((ROOT / folder).rglob("*.py"))]
-    sources = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
-    return repr((sources, os.environ.get("COMFYUI_DIR"), os.environ.get("HOST_VERSION"), STYLES))
-
-
 def pictures(
     references: int, arms: dict[str, ReferenceArm], names: dict[str, Path], first: int = 0
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """As `draw`; what was drawn before, in the same surroundings, is taken from the cache."""
-    surroundings = _surroundings()
+    around = surroundings()
 
     def place(arm: ReferenceArm) -> Path:
         file = sha256(names[arm.encoder]) if arm.encoder in names else arm.encoder
-        key = repr((surroundings, astuple(replace(arm, encoder=file)), first, references))
+        key = repr((around, astuple(replace(arm, encoder=file)), first, references))
         return CACHE / "evaluated" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
 
     places = {name: place(arm) for name, arm in arms.items()}

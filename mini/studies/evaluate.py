@@ -14,6 +14,7 @@ PEOPLE = {
     "presets": 96,
     "encoders": 96,
     "null-text": 20,
+    "people": 48,
 }  # by study, how many unless said
 FEWEST = 10  # fewer make no interval, and a draw may hold one person alone
 
@@ -24,7 +25,7 @@ def evaluate(study: str, out: Path, references: int | None = None, trained: Sequ
     Args:
         study: one of PEOPLE.
         out: the folder of the page, its JSON file and pictures.
-        references: how many held-out people; default: that of the study.
+        references: how many held-out people (for "people" pairs of them); default: that of the study.
         trained: for "encoders" NAME=FILE[@WEIGHT] in turn; for "presets" names of some.
         first: for "encoders" alone, number of the first of the people.
     """
@@ -53,6 +54,10 @@ def evaluate(study: str, out: Path, references: int | None = None, trained: Sequ
         from . import null_text
 
         null_text.evaluate(references, out)
+    elif study == "people":
+        from . import people
+
+        people.evaluate(references, out)
     else:
         from . import reference
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +41,7 @@ from ..world.faces import PLACES as ALL_PLACES
 from ..world.faces import STYLES as ALL_STYLES
 from ..world.references import reference_faces
 from .drawing import null_text
-from .study import CFG, SIZE, STYLES, Table, prompt_of, render, saved_pictures, to_image, write_page
+from .study import CFG, SIZE, STYLES, Table, complete, prompt_of, render, saved_pictures, to_image, write_page
 
 SAMPLER, SCHEDULER, STEPS = "ddim", "ddim_uniform", 50  # the paper's
 BATCH = 8  # pictures drawn at once, each towards a reference of its own
@@ -148,17 +147,6 @@ def _loss(nodes: Graph, loss: str, pictures: Link, batch: int) -> Link:
     return add("loss", "LookaheadLPIPSLoss", image=pictures, size=SIZE, weights="random")
 
 
-def _complete(nodes: Graph, info: dict[str, Any]) -> Graph:
-    """Nodes in API format with the default of every input that is not given, as the page sends them."""
-    for node in nodes.values():
-        for name, (kind, *options) in info[node["class_type"]]["input"].get("required", {}).items():
-            choices = kind if isinstance(kind, list) and kind else [None]
-            default = (options[0] if options else {}).get("default", choices[0])
-            if default is not None:
-                node["inputs"].setdefault(name, default)
-    return nodes
-
-
 def draw(loss: str, arms: dict[str, GuidanceArm], count: int) -> tuple[Tensor, dict[str, Tensor]]:
     """References [count, 3, 128, 128], and by arm what the host drew towards them, of the same shape."""
     references = reference_faces(count)
@@ -170,7 +158,7 @@ def draw(loss: str, arms: dict[str, GuidanceArm], count: int) -> tuple[Tensor, d
             for name, face in zip(names, references[begin:], strict=False):
                 to_image(face).save(host.folder("input") / name)
             nodes = graph(loss, names, batch, 1000 * batch, arms)
-            result = host.run(_complete(nodes, host.object_info()), timeout=7200).check()
+            result = host.run(complete(nodes, host.object_info()), timeout=7200).check()
             for name, pictures in drawn.items():
                 pictures.append(saved_pictures(host, result, name))
             say(f"{loss}: {begin + len(names)} of {count} drawn in {watch.seconds:.0f} s")

@@ -17,6 +17,7 @@ from torch import Tensor
 from ...evaluation.pages import templates
 from ...evaluation.stats import Interval
 from ...host.client import Client, Result
+from ...host.graph import Graph
 
 SIZE, CFG = 128, 3.0  # side of references and pictures in pixels, and CFG scale, of the mini world
 STYLES = ("photo", "oil painting", "comic", "wanted poster")
@@ -32,7 +33,18 @@ def prompt_of(style: str) -> str:
     return f"{'an' if style[0] in 'aeiou' else 'a'} {style} of a face"
 
 
-# Pictures
+# Graphs and pictures
+
+
+def complete(nodes: Graph, info: dict[str, Any]) -> Graph:
+    """Nodes in API format with the default of every input that is not given, as the page sends them."""
+    for node in nodes.values():
+        for name, (kind, *options) in info[node["class_type"]]["input"].get("required", {}).items():
+            choices = kind if isinstance(kind, list) and kind else [None]
+            default = (options[0] if options else {}).get("default", choices[0])
+            if default is not None:
+                node["inputs"].setdefault(name, default)
+    return nodes
 
 
 def to_image(pixels: Tensor) -> Image.Image:

@@ -8,7 +8,7 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ...lookahead.losses.identity import LAST, NONE, REFERENCE, IdentityLoss, read_references
+from ...lookahead.losses.identity import LAST, NONE, REFERENCE, FaceReferences, IdentityLoss, read_references
 from ...lookahead.vision import arcface
 from ...lookahead.vision.face_models import FaceModels
 from ...lookahead.vision.perceptual import BACKBONES
@@ -41,6 +41,46 @@ def load_recogniser(face_analysis: FaceModels, name: str) -> arcface.Recogniser:
     return arcface.read(face_analysis.recogniser, face_analysis.preprocessing)
 
 
+def open_recogniser(face_analysis: FaceModels, name: str) -> GradientPatcher:
+    """The recogniser, loaded. Call it outside of inference mode, else the weights could not take part in gradients."""
+    patcher = GradientPatcher(load_recogniser(face_analysis, name))
+    comfy.model_management.load_model_gpu(patcher)
+    return patcher
+
+
+def read_person(patcher: GradientPatcher, face_analysis: FaceModels, image: Tensor, several: str) -> FaceReferences:
+    """Who is in IMAGE [n, H, W, 1 to 4]. Raises NoFaceError, one sentence."""
+    pictures = split_alpha(image)[0].movedim(-1, 1).clone().to(patcher.load_device)
+    return read_references(patcher.model, face_analysis, list(pictures), several == AVERAGE)
+
+
+def face_analysis_input() -> io.Input:
+    """The input of the face pack."""
+    return FACE_ANALYSIS.Input(
+        "face_analysis",
+        tooltip="From Load Lookahead Face Analysis: finds the faces, and brings a recogniser.",
+    )
+
+
+def recogniser_input() -> io.Input:
+    """The choice of the network that tells people apart."""
+    return io.Combo.Input(
+        "recogniser",
+        options=[OF_THE_PACK, *recogniser_files()],
+        default=OF_THE_PACK,
+        tooltip="The network that tells people apart: that of the face pack (through onnx2torch), or a "
+        "file of models/lookahead_losses, such as model_ir_se50.pth, the paper's. It has a licence of its "
+        "own.",
+    )
+
+
+def fingerprint_of_recogniser(name: str | None) -> str:
+    """Changes when the file of the recogniser was replaced; None: it comes by a link."""
+    by_link = name is None
+    path = None if by_link or name == OF_THE_PACK else folder_paths.get_full_path(FOLDER, name)
+    return fingerprint(path) if path else str(name)
+
+
 class LookaheadIdentityLoss(io.ComfyNode):
     """FACE_ANALYSIS, pictures of a person -> LOOKAHEAD_LOSS."""
 
@@ -54,10 +94,7 @@ class LookaheadIdentityLoss(io.ComfyNode):
             "(ArcFace). For the Lookahead Guidance Sampler.",
             search_aliases=["identity loss", "arcface", "face similarity", "likeness", "id loss", "insightface"],
             inputs=[
-                FACE_ANALYSIS.Input(
-                    "face_analysis",
-                    tooltip="From Load Lookahead Face Analysis: finds the faces, and brings a recogniser.",
-                ),
+                face_analysis_input(),
                 io.Image.Input(
                     "image",
                     tooltip="Who the picture should show: one picture, or several as a batch. The largest face of each "
@@ -70,14 +107,7 @@ class LookaheadIdentityLoss(io.ComfyNode):
                     tooltip="What to do with several pictures: they show one person, whose likeness is averaged; or "
                     "the first is for the first image of the batch, the second for the second, and so on.",
                 ),
-                io.Combo.Input(
-                    "recogniser",
-                    options=[OF_THE_PACK, *recogniser_files()],
-                    default=OF_THE_PACK,
-                    tooltip="The network that tells people apart: that of the face pack (through onnx2torch), or a "
-                    "file of models/lookahead_losses, such as model_ir_se50.pth, the paper's. It has a licence of its "
-                    "own.",
-                ),
+                recogniser_input(),
                 io.Combo.Input(
                     "no_face",
                     options=list(FALLBACKS),
@@ -95,9 +125,7 @@ class LookaheadIdentityLoss(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, recogniser: str = OF_THE_PACK, **_) -> str:
         """Load again when the file was replaced."""
-        by_link = recogniser is None
-        path = None if by_link or recogniser == OF_THE_PACK else folder_paths.get_full_path(FOLDER, recogniser)
-        return fingerprint(path) if path else str(recogniser)
+        return fingerprint_of_recogniser(recogniser)
 
     @classmethod
     def execute(
@@ -108,10 +136,8 @@ class LookaheadIdentityLoss(io.ComfyNode):
         recogniser: str = OF_THE_PACK,
         no_face: str = next(iter(FALLBACKS)),
     ) -> io.NodeOutput:
-        with torch.inference_mode(False):  # else the weights could not take part in gradients
-            patcher = GradientPatcher(load_recogniser(face_analysis, recogniser))
-            comfy.model_management.load_model_gpu(patcher)
-            pictures = split_alpha(image)[0].movedim(-1, 1).clone().to(patcher.load_device)
-            references = read_references(patcher.model, face_analysis, list(pictures), several == AVERAGE)
+        with torch.inference_mode(False):
+            patcher = open_recogniser(face_analysis, recogniser)
+            references = read_person(patcher, face_analysis, image, several)
         loss = IdentityLoss(patcher.model, face_analysis, references, FALLBACKS[no_face])
         return io.NodeOutput(LookaheadLoss(loss, (patcher,), "identity"))

@@ -21,6 +21,7 @@ IDS = {
     "LookaheadLoadFaceAnalysis",
     "LookaheadCropFace",
     "LookaheadIdentityLoss",
+    "LookaheadPeopleLoss",
     "LookaheadCLIPLoss",
     "LookaheadLPIPSLoss",
     "LookaheadL1Loss",

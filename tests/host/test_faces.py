@@ -340,6 +340,40 @@ def test_a_reference_without_a_face_is_refused(identity, tools):
     tools.one_sentence(error)
 
 
+@pytest.fixture
+def several(pack, analysis):
+    pytest.importorskip("onnx2torch")
+    node = pack.nodes["LookaheadPeopleLoss"]
+    return lambda one, other, **given: node.execute(analysis, person_1=one, person_2=other, **given).result[0]
+
+
+def test_the_loss_node_tells_two_people_in_one_picture_apart(pack, several, people):
+    """In either order of the people and of the faces; by masks or from left to right in the right one alone."""
+    one, other = people[0][:1, 0], people[0][1:2, 0]
+    drawn, swapped = (as_preview(torch.cat([people[0][a, 1], people[0][b, 1]], 1)[None]) for a, b in ((0, 1), (1, 0)))
+    value = several(one, other)
+    assert value.name == "identity of 2 people" and len(value.patchers) == 1
+    (right,), slope = gradient(pack, value, drawn)
+    assert all(half.isfinite().all() and half.abs().max() > 0 for half in slope.chunk(2, -1))
+    for order, previews in (((one, other), swapped), ((other, one), drawn)):
+        assert abs(gradient(pack, several(*order), previews)[0][0] - right) < 0.02
+    places = dict(zip(("mask_1", "mask_2"), pack.nodes["LookaheadPlaceMasks"].execute().result, strict=False))
+    for options in (places, {"matching": "from left to right"}):
+        value = several(one, other, **options)
+        assert abs(gradient(pack, value, drawn)[0][0] - right) < 1e-5
+        assert gradient(pack, value, swapped)[0][0] > right + 0.3
+
+
+def test_a_person_without_a_face_and_a_mask_without_a_place_are_refused_by_name(several, people, tools):
+    one = people[0][:1, 0]
+    with pytest.raises(ValueError, match="For person_2: no face was found in the reference") as error:
+        several(one, torch.full((1, 128, 128, 3), 0.5))
+    tools.one_sentence(error)
+    with pytest.raises(ValueError, match="The mask_1 is below 0.5 everywhere") as error:
+        several(one, one, mask_1=torch.zeros(1, 8, 8))
+    tools.one_sentence(error)
+
+
 def test_a_pack_without_a_recogniser_asks_for_one(pack, identity, people, models, tools, analysis, monkeypatch):
     monkeypatch.setattr(analysis, "recogniser", None)
     with pytest.raises(ValueError, match="face pack mini has no recogniser") as error:

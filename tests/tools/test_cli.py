@@ -23,6 +23,7 @@ COMMANDS = {
         "--presets",
         "--encoders",
         "--null-text",
+        "--people",
         "--references",
         "--first",
         "--out",

@@ -1,13 +1,12 @@
 """The comparison of trained encoders: what is drawn, what is drawn no more, and how gains are reckoned."""
 
-from pathlib import Path
-
 import pytest
 import torch
+from lcm_lookahead.mini.plan import WEIGHTS
 from lcm_lookahead.mini.studies import encoders as tool
 from lcm_lookahead.tools.common import Problem
 
-STOCK = Path(tool.WEIGHTS) / "mini_ip_adapter_plus_face.safetensors"
+STOCK = WEIGHTS / "mini_ip_adapter_plus_face.safetensors"
 RUN = tool.TrainedEncoder(STOCK)
 
 
@@ -51,7 +50,7 @@ def test_what_was_drawn_is_not_drawn_again(tmp_path, monkeypatch):
     assert len(calls) == 2  # of more people
     tool.pictures(2, *tool.arms_of({"a": [RUN]}), first=100)
     assert len(calls) == 3  # of others
-    monkeypatch.setattr(tool, "_surroundings", lambda: "with other sources")
+    monkeypatch.setattr(tool, "surroundings", lambda: "with other sources")
     tool.pictures(2, *tool.arms_of({"a": [RUN]}))
     assert len(calls) == 4
 
