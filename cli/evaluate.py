@@ -78,8 +78,14 @@ def evaluate(
     ComfyUI. Files of one NAME are one arm, trained with several seeds; FILE@0.75 draws with that weight of the image
     prompt.
     """
-    studies = {"knobs": knobs, "guidance": guidance, "presets": presets, "encoders": encoders, "null-text": null_text}
-    studies["people"] = people
+    studies = {
+        "knobs": knobs,
+        "guidance": guidance,
+        "presets": presets,
+        "people": people,
+        "encoders": encoders,
+        "null-text": null_text,
+    }
     chosen = [name for name, on in studies.items() if on]
     if len(chosen) > 1:
         raise typer.BadParameter(f"--{chosen[0]} and --{chosen[1]} are studies of their own: give one of them.")
