@@ -19,6 +19,7 @@ from .people import ReferencePerson
 from .sections import DrawingOptions, Prompt
 
 HOST, DIFFUSERS = "host", "diffusers"
+THROUGHOUT = {"start": 0.0, "end": 1.0}  # in all of the sampling, as in the pipeline, whatever the nodes begin with
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ class HostScene:
 
     def image_prompt(self, weight: float) -> None:
         """Apply the reference's image prompt."""
-        link = {"model": self._model(), "reference": self.reference, "weight": weight}
+        link = {"model": self._model(), "reference": self.reference, "weight": weight, **THROUGHOUT}
         self.model = self.add("image prompt", "LookaheadApplyImagePrompt", **link)
 
     def concept(self, encoder: Path, noun: str, steps: int, strength: float, blend: float | None) -> None:
@@ -218,7 +219,7 @@ class HostScene:
 
     def inject(self, weight: float, scales: tuple[float, float, float]) -> None:
         """Inject the reference's keys and values, guided with three scales."""
-        link = {"model": self._model(), "reference": self.reference, "weight": weight}
+        link = {"model": self._model(), "reference": self.reference, "weight": weight, **THROUGHOUT}
         self.model = self.add("KV", "LookaheadApplyKVInjection", **link)
         text, full, kv = scales
         self.guider = self.add(
