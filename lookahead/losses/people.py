@@ -189,7 +189,10 @@ def in_order(faces: Sequence[Face], allowed: Tensor) -> list[tuple[int, int]]:
 
 
 def inside(mask: Tensor, points: Tensor, size: Sequence[int]) -> bool:
-    """Whether the middle of landmarks [5, 2] lies in a mask [h, w], stretched over their picture of (height, width)."""
+    """Tells whether the middle of landmarks [5, 2] lies in a mask [h, w] that is stretched over their picture.
+
+    size: height and width of the picture.
+    """
     (x, y), (height, width) = points.mean(0).tolist(), size
     place = (y + 0.5) / height * mask.shape[0], (x + 0.5) / width * mask.shape[1]
     row, column = (min(max(int(at), 0), side - 1) for at, side in zip(place, mask.shape, strict=True))
