@@ -37,7 +37,7 @@ def assign(scores: Tensor, allowed: Tensor) -> list[tuple[int, int]]:
 
 
 @dataclass(eq=False)
-class Memory:
+class Assignments:
     """One run remembers here which face is whose: the landmarks [5, 2] by number of the image, then of the person."""
 
     places: dict[int, dict[int, Tensor]] = field(default_factory=dict)
@@ -78,7 +78,7 @@ class PeopleLoss:
     people: tuple[FaceReferences, ...]
     matching: str = LIKENESS
     masks: tuple[Tensor | None, ...] = ()
-    memory: Memory | None = None
+    memory: Assignments | None = None
 
     def __post_init__(self) -> None:
         if not self.people:
@@ -93,12 +93,12 @@ class PeopleLoss:
 
     def bind_rng(self, generator: torch.Generator | None = None) -> PeopleLoss:
         """Gives the loss a memory for one run; it draws nothing."""
-        return replace(self, memory=Memory())
+        return replace(self, memory=Assignments())
 
     def __call__(self, preview: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Computes `Loss`. A preview in which nobody has a face is not valid: its value is 0, without a gradient."""
         pictures = (clamp_preview(preview.to(torch.promote_types(preview.dtype, torch.float32))) + 1) / 2
-        memory = self.memory or Memory()
+        memory = self.memory or Assignments()
         memory.resize((pictures.shape[-2], pictures.shape[-1]))
         images = list(range(len(pictures))) if rows is None else rows.tolist()
         whose = [
@@ -121,7 +121,7 @@ class PeopleLoss:
         references = self.people[person].embeddings
         return references[row % len(references)]
 
-    def _whose(self, picture: Tensor, faces: Sequence[Face], row: int, memory: Memory) -> dict[int, Tensor]:
+    def _whose(self, picture: Tensor, faces: Sequence[Face], row: int, memory: Assignments) -> dict[int, Tensor]:
         """Landmarks [5, 2] on the CPU by person, of those who have a face in this picture [3, h, w]; remembers them."""
         faces = [face for face in faces if bool(usable(face.points[None]))]
         allowed = self._allowed(faces, row, picture.shape[-2:])
@@ -189,7 +189,10 @@ def in_order(faces: Sequence[Face], allowed: Tensor) -> list[tuple[int, int]]:
 
 
 def inside(mask: Tensor, points: Tensor, size: Sequence[int]) -> bool:
-    """Whether the middle of landmarks [5, 2] lies in a mask [h, w], stretched over their picture of (height, width)."""
+    """Tells whether the middle of landmarks [5, 2] lies in a mask [h, w] that is stretched over their picture.
+
+    size: height and width of the picture.
+    """
     (x, y), (height, width) = points.mean(0).tolist(), size
     place = (y + 0.5) / height * mask.shape[0], (x + 0.5) / width * mask.shape[1]
     row, column = (min(max(int(at), 0), side - 1) for at, side in zip(place, mask.shape, strict=True))
