@@ -117,7 +117,7 @@ def shapes(config: Config) -> Shapes:
 
 
 def guide_shapes(config: NoiseGuideConfig) -> Shapes:
-    """The same for the estimate of a noise guide."""
+    """Gives the same for the estimate of a noise guide."""
     size, base = _drawn_size(config.data.source), known_base(config.model.base)
     if base is None:
         return Shapes(size=size)

@@ -40,7 +40,7 @@ def doctor(
 
 
 def examined(data: Data, pack: str | None) -> Report:
-    """What a run would make of its data. pack: folder of the detector's pack, None to look for no faces."""
+    """Says what a run would make of its data. pack: folder of the detector's pack, None to look for no faces."""
     from ..trainer.data.doctor import examine
     from ..trainer.data.doctor_shards import examine_shards
     from ..trainer.data.sharded import holds_shards

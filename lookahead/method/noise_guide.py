@@ -188,15 +188,15 @@ def guide_noise(
 
 
 @torch.no_grad()
-def signature(recogniser: Callable[[Tensor], Tensor], size: int) -> Tensor:
+def signature(recogniser: Callable[[Tensor], Tensor], size: int, device: torch.device | str = "cpu") -> Tensor:
     """A recogniser's answer [d] to a pattern that is always the same, by which a guide knows the one it was trained
     with: files of one network have many names.
 
-    recogniser: crops [n, 3, size, size] in [0, 1] -> unit vectors [n, d], on the CPU.
+    recogniser: crops [n, 3, size, size] in [0, 1] -> unit vectors [n, d], on `device`; the answer is on the CPU.
     """
     ramp = torch.linspace(0, 1, size)
     waves = [torch.sin((3 + n) * ramp[:, None] + (5 - 2 * n) * ramp[None] + n) for n in range(3)]
-    return recogniser(torch.stack(waves)[None] / 2 + 0.5)[0].float()
+    return recogniser((torch.stack(waves)[None] / 2 + 0.5).to(device))[0].float().cpu()
 
 
 def _sum(x: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ class Opening(Section):
 
 
 class GuideLoss(Section):
-    """What the guide is trained by: the lookahead loss on the preview of the moved latent, and how far it moves."""
+    """The guide is trained by the lookahead loss on the preview of the moved latent, and by how far it moves."""
 
     shift_weight: Annotated[float, Field(ge=0)] = Field(
         0.1,

@@ -85,7 +85,7 @@ class GuideStep(nn.Module):
 
     @torch.no_grad()
     def opening(self, text: Condition, noise: Tensor, t: Tensor) -> Tensor:
-        """What a sampler has at t [B], from noise [B, 4, h, w]: `opening.steps` steps of DDIM."""
+        """Draws what a sampler has at t [B], from noise [B, 4, h, w]: `opening.steps` steps of DDIM."""
         settings, first = self.config.opening, TIMESTEPS - 1
         shares = torch.arange(settings.steps + 1, device=t.device) / settings.steps
         times = [(first + (t - first) * share).round().long() for share in shares]
