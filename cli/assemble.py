@@ -22,6 +22,7 @@ from ..sdxl import load, lora  # before diffusers: it cures what diffusers' own 
 from ..sdxl.cpu_attention import cpu_attention
 from ..sdxl.encoder import Encoder
 from ..sdxl.load import Frozen, ModelError, Preview, found
+from ..sdxl.lora import LoRA
 from ..trainer.concept.config import ConceptModels
 from ..trainer.data.folder import FolderPictures
 from ..trainer.data.pictures import PeoplePictures
@@ -147,13 +148,7 @@ def make_step(config: Config, files: Model, frozen: Frozen, preview: Preview | N
     torch.manual_seed(config.seed)  # of the KV encoder's first weights
     ranks = (files.kv_rank, files.export_rank) if files.kv else (0, 0)
     encoder = Encoder.start_from(start, frozen.unet, *ranks)
-    shortcut = None
-    if config.lookahead.arm == "shortcut":
-        path = found("shortcut", files.shortcut)
-        try:
-            shortcut = lora.load(read_tensors(path)[0], frozen.unet, str(path)).to(frozen.unet.dtype)
-        except EncoderFileError as error:
-            raise ModelError(str(error)) from error
+    shortcut = read_shortcut(files, frozen) if config.lookahead.arm == "shortcut" else None
     attention = cpu_attention if device().type == "cpu" else softmax_attention
     null = frozen.null_features()
     if null.shape[-1] != start.sizes.image_width:
@@ -162,6 +157,15 @@ def make_step(config: Config, files: Model, frozen: Frozen, preview: Preview | N
             "image encoder that it was trained with (ViT-H/14 for the public *_vit-h files)."
         )
     return Step(config, frozen.unet, encoder, null, shortcut, preview, attention)
+
+
+def read_shortcut(files: Model, frozen: Frozen) -> LoRA:
+    """The few-step LoRA of the previews, in the UNet's precision. Raises FileNotFoundError or ModelError."""
+    path = found("shortcut", files.shortcut)
+    try:
+        return lora.load(read_tensors(path)[0], frozen.unet, str(path)).to(frozen.unet.dtype)
+    except EncoderFileError as error:
+        raise ModelError(str(error)) from error
 
 
 def read_faces(

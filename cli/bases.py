@@ -23,6 +23,7 @@ from ..trainer.data.shards import Shards
 from ..trainer.data.store import Store
 from ..trainer.lookahead.config import Config, cache_folder
 from ..trainer.lookahead.estimate import Shapes
+from ..trainer.noise_guide.config import NoiseGuideConfig
 
 Files = TypeVar("Files", bound=BaseModels)
 DRAWN = "mini"  # `data.source` of people who are drawn as they are asked for
@@ -98,12 +99,7 @@ def resolve(model: Files, base: KnownBase | None) -> Files:
 
 def shapes(config: Config) -> Shapes:
     """Gives what an estimate has to know of the files: those of a known base; else SDXL's, which need not be there."""
-    size = None
-    if config.data.source == DRAWN:
-        from ..mini.plan import IMAGE_SIZE
-
-        size = IMAGE_SIZE
-    images = None
+    size, images = _drawn_size(config.data.source), None
     with contextlib.suppress(DataError):  # data that is not on this machine
         if holds_shards(config.data.source):
             images = len(Shards(Store(config.data.source, cache_folder(config.data))))
@@ -113,15 +109,38 @@ def shapes(config: Config) -> Shapes:
     if base is None:
         return Shapes(size=size, images=images)
     files = resolve(config.model, base)
-    unet = {k: v for k, v in _json(base.folder / "unet" / "config.json").items() if not k.startswith("_")}
     vision = _json(base.own["image_encoder"] / "config.json")
     patches = 1 + (vision["image_size"] // vision["patch_size"]) ** 2
     sizes = encoder_file.read(found("start", files.start)).sizes
-    rank = 0
-    if config.lookahead.arm == "shortcut":
-        tensors, _ = read_tensors(found("shortcut", files.shortcut))
-        rank = lora_file.rank(tensors)
-    return Shapes(json.dumps(unet), sizes, patches, rank, size, images)
+    rank = _lora_rank(files.shortcut) if config.lookahead.arm == "shortcut" else 0
+    return Shapes(_unet(base), sizes, patches, rank, size, images)
+
+
+def guide_shapes(config: NoiseGuideConfig) -> Shapes:
+    """Gives the same for the estimate of a noise guide."""
+    size, base = _drawn_size(config.data.source), known_base(config.model.base)
+    if base is None:
+        return Shapes(size=size)
+    return Shapes(_unet(base), lora_rank=_lora_rank(resolve(config.model, base).shortcut), size=size)
+
+
+def _drawn_size(source: str) -> int | None:
+    """Pixels a side of people who are drawn; None where images are read."""
+    if source != DRAWN:
+        return None
+    from ..mini.plan import IMAGE_SIZE
+
+    return IMAGE_SIZE
+
+
+def _unet(base: KnownBase) -> str:
+    values = _json(base.folder / "unet" / "config.json")
+    return json.dumps({k: v for k, v in values.items() if not k.startswith("_")})
+
+
+def _lora_rank(shortcut: str | None) -> int:
+    tensors, _ = read_tensors(found("shortcut", shortcut))
+    return lora_file.rank(tensors)
 
 
 def _json(path: Path) -> dict[str, Any]:

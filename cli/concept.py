@@ -52,7 +52,8 @@ def train(
 
     settings = ConceptConfig.load(config, overrides or [])
     if dry_run:
-        from ..trainer.concept.estimate import memory_table, training_memory
+        from ..trainer.concept.estimate import training_memory
+        from ..trainer.memory import memory_table
         from .concept_shapes import concept_shapes
 
         print(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
@@ -154,7 +155,8 @@ def tune(
     settings = Tuning.of(before, steps=steps, batch=batch, blend=blend, seed=seed, **rates)
     model = ConceptModels(base=base, image_encoder=image_encoder)
     if dry_run:
-        from ..trainer.concept.estimate import memory_table, tuning_memory
+        from ..trainer.concept.estimate import tuning_memory
+        from ..trainer.memory import memory_table
         from .concept_shapes import concept_shapes
 
         rank = max((len(a) for a, _ in before.offsets.values()), default=4)

@@ -16,6 +16,7 @@ def curves(
     from ..lookahead.files.atomic import check_writable
     from ..trainer.curves import curves as plot
     from ..trainer.lookahead.recipe import PANELS
+    from ..trainer.noise_guide.recipe import PANELS as GUIDE_PANELS
 
     check_writable(to)
-    print(f"Written: {plot(folders, PANELS, to)}")
+    print(f"Written: {plot(folders, PANELS | GUIDE_PANELS, to)}")

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from ..trainer.data.doctor import Report
+    from ..trainer.lookahead.config import Data
 
 
 def doctor(
@@ -22,21 +26,26 @@ def doctor(
 ) -> None:
     """Examine a folder of pictures or shards. It is read as a training run would read it; status 1 if something is
     wrong."""
-    from ..trainer.data.doctor import examine
-    from ..trainer.data.doctor_shards import examine_shards
-    from ..trainer.data.sharded import holds_shards
     from ..trainer.lookahead.config import data_alone, load
-    from .assemble import open_detector
 
     if Path(data).suffix in (".yaml", ".yml"):
         config = load(data, [f"data.{override}" for override in overrides or []])
         settings, pack = config.data, detector or config.model.detector
     else:
         settings, pack = data_alone(data, overrides or []), detector
-    if holds_shards(settings.source):
-        report = examine_shards(settings)
-    else:
-        report = examine(settings, open_detector(str(pack)) if pack else None, str(pack))
+    report = examined(settings, None if pack is None else str(pack))
     print(report)
     if report.wrong:
         raise SystemExit(1)
+
+
+def examined(data: Data, pack: str | None) -> Report:
+    """Says what a run would make of its data. pack: folder of the detector's pack, None to look for no faces."""
+    from ..trainer.data.doctor import examine
+    from ..trainer.data.doctor_shards import examine_shards
+    from ..trainer.data.sharded import holds_shards
+    from .assemble import open_detector
+
+    if holds_shards(data.source):
+        return examine_shards(data)
+    return examine(data, open_detector(pack) if pack else None, str(pack))

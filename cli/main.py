@@ -20,6 +20,7 @@ from . import (
     estimate,
     evaluate,
     generate,
+    guide,
     mini,
     prepare,
     schema,
@@ -77,6 +78,7 @@ for command in (
     app.command()(command)
 app.add_typer(mini.app)
 app.add_typer(concept.app)
+app.add_typer(guide.app)
 app.add_typer(study.app)
 
 
@@ -87,6 +89,7 @@ USER_ERRORS = (
     ("evaluation.harness.library", "EvaluationError"),
     ("evaluation.preference", "StudyError"),
     ("lookahead.files.tensors", "EncoderFileError"),
+    ("lookahead.losses.identity", "NoFaceError"),
     ("lookahead.method.concept_input", "ConceptError"),
     ("lookahead.vision.arcface", "RecogniserError"),
     ("lookahead.vision.face_models", "FaceModelError"),

@@ -7,9 +7,11 @@ from typing import Annotated, Literal
 
 import typer
 
+Kind = Literal["train", "generate", "guide"]
+
 
 def schema(
-    kind: Annotated[Literal["train", "generate"], typer.Argument(help="Command whose files it is for.")] = "train",
+    kind: Annotated[Kind, typer.Argument(help="Command whose files it is for.")] = "train",
 ) -> None:
     """Print the JSON schema of a configuration. Editors complete and check YAML files by it.
 
@@ -23,9 +25,11 @@ def schema(
 
 def text(kind: str) -> str:
     """The schema as the file that is shipped beside the configurations has it."""
+    from ..trainer.config import Section
     from ..trainer.data.generate.config import GenerateConfig
     from ..trainer.lookahead.config import Config
+    from ..trainer.noise_guide.config import NoiseGuideConfig
     from ..trainer.schema import schema_of
 
-    found = schema_of(Config if kind == "train" else GenerateConfig)
-    return json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+    kinds: dict[str, type[Section]] = {"train": Config, "generate": GenerateConfig, "guide": NoiseGuideConfig}
+    return json.dumps(schema_of(kinds[kind]), indent=1, ensure_ascii=False) + "\n"

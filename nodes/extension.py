@@ -22,6 +22,7 @@ from .conditioning.weights import LookaheadWeights
 from .examples import put_examples
 from .guidance.guidance_report import LookaheadGuidanceReport
 from .guidance.guidance_sampler import LookaheadGuidanceSampler
+from .guidance.load_noise_guide import LookaheadLoadNoiseGuide
 from .guidance.preview_grid import LookaheadPreviewGrid
 from .guidance.shortcut import LookaheadShortcut
 from .losses.clip_loss import LookaheadCLIPLoss
@@ -96,6 +97,7 @@ class LookaheadExtension(ComfyExtension):
             LookaheadPromptScore,
             LookaheadRank,
             LookaheadPeopleLoss,
+            LookaheadLoadNoiseGuide,
         ]
         with needs_a_newer_host():
             for node in nodes:  # before the host registers the first: all of them or none

@@ -47,7 +47,7 @@ def nothing_chosen(there: Sequence[str], what: str, folders: Iterable[str], name
     return True if name is None else f"No {what} is chosen: choose one, such as {there[0]}."
 
 
-def found(find: Callable[[str], str], name: str) -> bool | str:
+def there(find: Callable[[str], str], name: str) -> bool | str:
     """Answers for `validate_inputs` whether a file is there: True, or the sentence with which `find` says that not."""
     try:
         find(name)
@@ -64,6 +64,33 @@ def fingerprint(find: Callable[[str], str], name: str | None) -> str:
     except OSError:
         return str(name)
     return f"{name} {stat.st_size} {stat.st_mtime_ns}"
+
+
+def safetensors_in(folder: str) -> list[str]:
+    """Names of the .safetensors files in a folder of models."""
+    return file_names(folder, (".safetensors",))
+
+
+def path_in(folder: str, name: str, what: str) -> str:
+    """Path of a file by name. Raises FileNotFoundError, one sentence, naming the folders that were searched."""
+    path = folder_paths.get_full_path(folder, name)
+    if path is None:
+        places = searched(folder_paths.get_folder_paths(folder))
+        raise FileNotFoundError(f"There is no {what} {name!r} in {places}: put it into one of these folders.")
+    return path
+
+
+def found(folder: str, name: str | None, what: str) -> bool | str:
+    """Says whether a file is there, for a node's validation: True, or a sentence; no name comes by a link, or there is
+    no file yet."""
+    if not name:
+        return nothing_chosen(safetensors_in(folder), what, folder_paths.get_folder_paths(folder), name)
+    return there(lambda name: path_in(folder, name, what), name)
+
+
+def changed(folder: str, name: str | None) -> str:
+    """Tells a file from what replaced it, for a node's fingerprint."""
+    return fingerprint(lambda name: path_in(folder, name, "file"), name)
 
 
 def subfolders(place: Path) -> list[Path]:

@@ -16,6 +16,7 @@ WEIGHTS = io.Custom("LOOKAHEAD_WEIGHTS")  # conditioning/weights.py
 CONCEPT_ENCODER = io.Custom("LOOKAHEAD_CONCEPT_ENCODER")  # concept/concept_files.py
 CONCEPT = io.Custom("LOOKAHEAD_CONCEPT")  # lookahead/method/concept.py
 SCORES = io.Custom("LOOKAHEAD_SCORES")  # scores/scores.py
+NOISE_GUIDE = io.Custom("LOOKAHEAD_NOISE_GUIDE")  # guidance/noise_guide.py
 GUIDANCE_REPORT = io.Custom("LOOKAHEAD_GUIDANCE_REPORT")  # guidance/guidance_report.py
 
 # Types of the host that not every supported version declares.

@@ -31,3 +31,9 @@ def spilled(reserved: float, there: float) -> str | None:
         "system's memory, which is some 30 times slower: stop, and turn a knob that saves memory (checkpointing, "
         "accumulate); with it the same command goes on from the last checkpoint."
     )
+
+
+def memory_table(title: str, parts: Mapping[str, float]) -> str:
+    """The parts and their sum, a line each."""
+    rows = [*parts.items(), ("in all", sum(parts.values()))]
+    return "\n".join([f"{title}, GB", *(f"  {name:42}{value:9.3f}" for name, value in rows)])

@@ -229,9 +229,15 @@ def _check(network: nn.Module, model: Any, path: Path, size: int) -> bool:
     if importlib.util.find_spec("onnxruntime") is not None:
         import onnxruntime
 
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        asked = session.get_inputs()[0].name
-        theirs = torch.cat([torch.from_numpy(session.run(None, {asked: row.numpy()})[0]) for row in x.split(1)])
+        try:
+            session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+            asked = session.get_inputs()[0].name
+            theirs = torch.cat([torch.from_numpy(session.run(None, {asked: row.numpy()})[0]) for row in x.split(1)])
+        except Exception as error:  # a class of its own for each of its states
+            raise RecogniserError(
+                f"onnxruntime refuses {path.name} ({type(error).__name__}), which onnx2torch can read: it is damaged; "
+                "download it again."
+            ) from error
         if _far(single, theirs):
             raise RecogniserError(
                 f"{path.name} gives something else in torch than in onnxruntime: onnx2torch misreads it, so use the "

@@ -14,8 +14,6 @@ from torch import Tensor
 from ...lookahead.files.concept_file import read_concept_encoder
 from ...lookahead.files.tensors import sha256
 from ...lookahead.method.concept import Prediction, average
-from .. import folders
-from ..folders import file_names, nothing_chosen, searched
 
 CONCEPTS = "lookahead_concepts"
 ENCODERS = "lookahead"
@@ -24,33 +22,6 @@ ENCODERS = "lookahead"
 def register_concept_folder() -> None:
     """Make `models/lookahead_concepts` known to the host, beside what users configured for it."""
     folder_paths.add_model_folder_path(CONCEPTS, os.path.join(folder_paths.models_dir, CONCEPTS))
-
-
-def safetensors_in(folder: str) -> list[str]:
-    """Names of the .safetensors files in a folder of models."""
-    return file_names(folder, (".safetensors",))
-
-
-def path_in(folder: str, name: str, what: str) -> str:
-    """Path of a file by name. Raises FileNotFoundError, one sentence, naming the folders that were searched."""
-    path = folder_paths.get_full_path(folder, name)
-    if path is None:
-        places = searched(folder_paths.get_folder_paths(folder))
-        raise FileNotFoundError(f"There is no {what} {name!r} in {places}: put it into one of these folders.")
-    return path
-
-
-def found(folder: str, name: str | None, what: str) -> bool | str:
-    """Says whether a file is there, for a node's validation: True, or a sentence; no name comes by a link, or there is
-    no file yet."""
-    if not name:
-        return nothing_chosen(safetensors_in(folder), what, folder_paths.get_folder_paths(folder), name)
-    return folders.found(lambda name: path_in(folder, name, what), name)
-
-
-def changed(folder: str, name: str | None) -> str:
-    """Tells a file from what replaced it, for a node's fingerprint."""
-    return folders.fingerprint(lambda name: path_in(folder, name, "file"), name)
 
 
 class LoadedConceptEncoder:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from comfy_api.latest import io, ui
 
 from ...lookahead.files.concept_file import read_concept
+from ..folders import changed, found, path_in, safetensors_in
 from ..schema import schema
 from ..sockets import CONCEPT
-from .concept_files import CONCEPTS, changed, found, path_in, safetensors_in
+from .concept_files import CONCEPTS
 
 
 class LookaheadLoadConcept(io.ComfyNode):

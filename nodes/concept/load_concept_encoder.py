@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
+from ..folders import changed, found, path_in, safetensors_in
 from ..schema import schema
 from ..sockets import CONCEPT_ENCODER
-from .concept_files import ENCODERS, LoadedConceptEncoder, changed, found, path_in, safetensors_in
+from .concept_files import ENCODERS, LoadedConceptEncoder
 
 
 class LookaheadLoadConceptEncoder(io.ComfyNode):

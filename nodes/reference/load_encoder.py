@@ -7,7 +7,7 @@ import os
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..folders import file_names, fingerprint, found, nothing_chosen, searched
+from ..folders import file_names, fingerprint, nothing_chosen, searched, there
 from ..schema import schema
 from ..sockets import ENCODER
 from .face_id_encoder import load
@@ -80,7 +80,7 @@ class LookaheadLoadEncoder(io.ComfyNode):
         """Say where the file was looked for, instead of the host's 'value not in list'."""
         if not encoder_name:
             return nothing_chosen(encoder_names(), "encoder file", places(), encoder_name)
-        return found(encoder_path, encoder_name)
+        return there(encoder_path, encoder_name)
 
     @classmethod
     def fingerprint_inputs(cls, encoder_name: str | None = None) -> str:

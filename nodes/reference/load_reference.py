@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io, ui
 
 from ...lookahead.files import reference_file
-from ..folders import fingerprint, found, nothing_chosen
+from ..folders import fingerprint, nothing_chosen, there
 from ..schema import schema
 from ..sockets import ENCODER, REFERENCE
 from .encoder import LoadedEncoder
@@ -57,7 +57,7 @@ class LookaheadLoadReference(io.ComfyNode):
             return "There is no reference file yet: make one with Save Lookahead Reference, press R, and choose it."
         if not reference_name:
             return nothing_chosen(reference_names(), "reference file", (), reference_name)
-        return found(reference_path, reference_name)
+        return there(reference_path, reference_name)
 
     @classmethod
     def fingerprint_inputs(cls, reference_name: str | None = None, **_) -> str:

@@ -20,6 +20,7 @@ LOADERS = {
     "LookaheadLoadReference": "reference_name",
     "LookaheadLoadConcept": "concept_name",
     "LookaheadPromptScore": "clip_name",
+    "LookaheadLoadNoiseGuide": "guide_name",
 }
 
 

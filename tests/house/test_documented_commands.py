@@ -41,6 +41,9 @@ TESTED = {
     "lookahead concept tune --base --image-encoder --stock": "trainer/test_concept_training.py",
     "lookahead concept tune --dry-run": "trainer/test_concept_training.py",
     "lookahead concept words --base": "trainer/test_concept_training.py",
+    "lookahead guide train": "trainer/test_noise_guide_training.py",
+    "lookahead guide train --dry-run": "trainer/test_noise_guide_training.py",
+    "lookahead guide doctor": "trainer/test_noise_guide_training.py",
     "lookahead mini build --only": "trainer/test_build.py",
     "lookahead mini gate": "trainer/test_build.py",
     "lookahead mini things": "trainer/test_build.py",
@@ -69,7 +72,7 @@ def commands(path):
 def kind(command):
     """A command's words and options, without what it is given."""
     words = shlex.split(command.replace("ARGS=", "").replace('"', ""))
-    depth = 3 if words[0] == "lookahead" and words[1] in ("concept", "mini", "study") else 2
+    depth = 3 if words[0] == "lookahead" and words[1] in ("concept", "guide", "mini", "study") else 2
     return " ".join([*words[:depth], *(word.split("=")[0] for word in words[depth:] if re.match("--.", word))])
 
 
@@ -113,4 +116,4 @@ def test_every_documented_command_is_run_by_a_test_or_by_hand():
 @pytest.mark.parametrize(("command", "test"), TESTED.items())
 def test_the_test_of_a_command_names_it(command, test):
     text = (ROOT / "tests" / test).read_text()
-    assert all(word in text for word in command.split()[1:] if word not in ("concept", "mini", "study"))
+    assert all(word in text for word in command.split()[1:] if word not in ("concept", "guide", "mini", "study"))

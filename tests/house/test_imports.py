@@ -43,7 +43,14 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "nodes.conditioning",
         "nodes.guidance",
     ),
-    "nodes.guidance": ("lookahead", "nodes.schema", "nodes.sockets", "nodes.losses", "nodes.conditioning"),
+    "nodes.guidance": (
+        "lookahead",
+        "nodes.schema",
+        "nodes.folders",
+        "nodes.sockets",
+        "nodes.losses",
+        "nodes.conditioning",
+    ),
     "nodes": ("nodes",),
     # SDXL in diffusers, and what is built on it
     "sdxl": ("lookahead",),
@@ -52,6 +59,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "trainer": ("lookahead", "sdxl", "evaluation.*"),
     "trainer.lookahead": ("lookahead", "sdxl", "evaluation.*", "trainer.*"),
     "trainer.concept": ("lookahead", "sdxl", "evaluation.*", "trainer.*"),
+    "trainer.noise_guide": ("lookahead", "sdxl", "evaluation.*", "trainer.*", "trainer.lookahead"),
     "trainer.data": ("lookahead", "sdxl", "trainer.*", "trainer.lookahead"),
     "trainer.data.generate": ("lookahead", "sdxl", "evaluation.*", "trainer.*", "trainer.data.*"),
     # a real ComfyUI, and the repository's own tools that need nothing installed

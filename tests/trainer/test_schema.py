@@ -10,9 +10,14 @@ from lcm_lookahead.cli.schema import text
 from lcm_lookahead.trainer.config import CONFIGS, ConfigError, validated
 from lcm_lookahead.trainer.data.generate.config import GenerateConfig
 from lcm_lookahead.trainer.lookahead.config import Config
+from lcm_lookahead.trainer.noise_guide.config import NoiseGuideConfig
 from lcm_lookahead.trainer.schema import schema_of
 
-KINDS = {"train": (CONFIGS, Config), "generate": (CONFIGS / "generate", GenerateConfig)}
+KINDS = {
+    "train": (CONFIGS, Config),
+    "generate": (CONFIGS / "generate", GenerateConfig),
+    "guide": (CONFIGS / "guide", NoiseGuideConfig),
+}
 FILES = [(kind, path) for kind, (folder, _) in KINDS.items() for path in sorted(folder.glob("*.yaml"))]
 LIMITS = {
     "minItems": operator.ge,

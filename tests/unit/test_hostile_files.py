@@ -10,13 +10,22 @@ import pytest
 import torch
 from hostile import Kind
 from lcm_lookahead.host import workflow
-from lcm_lookahead.lookahead.files import concept_file, convert, encoder_file, face_id_file, lora_file, reference_file
+from lcm_lookahead.lookahead.files import (
+    concept_file,
+    convert,
+    encoder_file,
+    face_id_file,
+    lora_file,
+    noise_guide_file,
+    reference_file,
+)
 from lcm_lookahead.lookahead.files.encoder_file import EncoderFileError
 from lcm_lookahead.lookahead.files.reference_file import ReferenceFileError, SavedSubject
 from lcm_lookahead.lookahead.files.tensors import read_tensors
 from lcm_lookahead.lookahead.method.concept import Concept, ConceptEncoder, ConceptSizes, Dictionary
 from lcm_lookahead.lookahead.method.face_id import FaceIDSizes
 from lcm_lookahead.lookahead.method.kv_encoder import layers
+from lcm_lookahead.lookahead.method.noise_guide import NoiseGuide, NoiseGuideSizes
 from lcm_lookahead.lookahead.method.resampler import ResamplerSizes
 from lcm_lookahead.lookahead.vision import arcface, clip, face_models
 from lcm_lookahead.lookahead.vision.arcface import RecogniserError
@@ -110,6 +119,7 @@ def kinds(tmp_path_factory) -> dict[str, Kind]:
     words = Dictionary(torch.tensor([1, 2]), rand(2, 6), rand(2, 8), ("mug", "car"))
     encoder = ConceptEncoder(ConceptSizes({f"{BLOCKS[1]}.attn2.to_k": (10, 12)}, 16, 5, 24, 6, 8, 2, 3)).reset(words)
     about = {"size": "128", "blend": "0.25"}
+    guide, where = NoiseGuide(NoiseGuideSizes(identity=6, width=8, hidden=8)), {"start": "0.12", "end": "0.2"}
     subject = SavedSubject(
         rand(1, 4, 8), rand(1, 4, 8), rand(2, 4, 3, 3), rand(2, 24, 24).sigmoid(), rand(1, 7, 8), rand(1, 5),
         rand(2, 6), "encoder", "0123456789abcdef", "w600k",
@@ -158,6 +168,12 @@ def kinds(tmp_path_factory) -> dict[str, Kind]:
             hostile.SAFETENSORS,
             concept_file.read_concept_encoder,
         ),
+        "noise guide": encoders(
+            "guide.safetensors",
+            saved(folder, noise_guide_file.write, guide, rand(6), where),
+            hostile.SAFETENSORS,
+            noise_guide_file.read,
+        ),
         "reference": Kind(
             {"who.safetensors": saved(folder, reference_file.write, [subject, subject], "mine")},
             reference_file.read,
@@ -184,8 +200,8 @@ def peak() -> int:
 
 NAMES = (
     "encoder", "kv", "stock", "bin", "old bin", "converted", "published", "face id", "face id bin", "lora", "lora bin",
-    "concept", "concept encoder", "reference", "clip", "recogniser", "picture", "photo", "webp", "workflow", "api",
-    "pack", "onnx",
+    "concept", "concept encoder", "noise guide", "reference", "clip", "recogniser", "picture", "photo", "webp",
+    "workflow", "api", "pack", "onnx",
 )  # fmt: skip
 
 

@@ -187,9 +187,3 @@ def concept_savings(config: ConceptConfig, processes: int) -> Mapping[str, float
         if saved > 0.05:
             out[name] = saved
     return out
-
-
-def memory_table(title: str, parts: Mapping[str, float]) -> str:
-    """The parts and their sum, a line each."""
-    rows = [*parts.items(), ("in all", sum(parts.values()))]
-    return "\n".join([f"{title}, GB", *(f"  {name:42}{value:9.3f}" for name, value in rows)])
