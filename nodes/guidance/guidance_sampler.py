@@ -17,11 +17,12 @@ from ...lookahead.method.latent_optimisation import RAW, RELATIVE, UNIT_RMS, Opt
 from ...lookahead.method.schedule import chosen_steps
 from ..losses.lookahead_loss import LookaheadLoss
 from ..schema import schema
-from ..sockets import GUIDANCE_REPORT, LOSS, SHORTCUT
+from ..sockets import GUIDANCE_REPORT, LOSS, NOISE_GUIDE, SHORTCUT
 from .guidance_report import GuidanceReport, keep
 from .guided_run import Guidance, GuidedRun
 from .interceptor import Interceptor
 from .memory import ALWAYS, AUTO, NEVER
+from .noise_guide import LoadedNoiseGuide
 from .preview import Call
 from .sampler_steps import GuidedStep, guided_steps
 from .shortcut import Shortcut
@@ -90,7 +91,7 @@ def _guided_function(function: Any, run: GuidedRun) -> Any:
     def sample(model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
         guidance, total = run.guidance, len(sigmas) - 1
         steps = []
-        if guidance.settings.acts and total > 0:
+        if guidance.acts and total > 0:
             steps = guided_steps(function, options, model, sigmas, run.start_sigma, guidance.settings.steps)
             if not steps:
                 logging.warning(_NOTHING, float(sigmas[-1]), run.start_sigma)
@@ -134,7 +135,7 @@ class SplitSampler(comfy.samplers.Sampler):
         run = GuidedRun(guidance, model_wrap, noise, latent_image, extra_args.get("seed"))
         sampling = model_wrap.inner_model.model_sampling
         levels = sigmas.tolist()
-        count = guidance.settings.steps if guidance.settings.acts else 0
+        count = guidance.settings.steps if guidance.acts else 0
         steps = chosen_steps(levels[:-1], run.start_sigma, count, levels[-1])
         total = len(levels) - 1
 
@@ -163,7 +164,7 @@ class SplitSampler(comfy.samplers.Sampler):
                 x = x.clone()
                 run.guide(x, call, GuidedStep(n, n, levels[n], levels[n + 1]))
                 begin = n
-            if not steps and guidance.settings.acts:
+            if not steps and guidance.acts:
                 logging.warning(_NOTHING, levels[-1], run.start_sigma)
             if x is None:
                 samples = part(0, total, noise, latent_image)
@@ -364,6 +365,12 @@ class LookaheadGuidanceSampler(io.ComfyNode):
                     tooltip="Have the gradient go back through the network. Off, it is carried from the preview to the "
                     "noise as it is: rougher, but an iteration takes one evaluation and much less memory.",
                 ),
+                NOISE_GUIDE.Input(
+                    "noise_guide",
+                    optional=True,
+                    tooltip="From Load Lookahead Noise Guide: moves the noise in one pass, before the iterations, or "
+                    "alone with preset off. The loss must be Lookahead Identity Loss, alone or combined.",
+                ),
             ],
             outputs=[
                 io.Sampler.Output("SAMPLER", display_name="sampler", tooltip="For SamplerCustomAdvanced."),
@@ -398,6 +405,7 @@ class LookaheadGuidanceSampler(io.ComfyNode):
         preset: str = AS_SET,
         best_of: int = 1,
         backward: bool = True,
+        noise_guide: LoadedNoiseGuide | None = None,
     ) -> io.NodeOutput:
         if mask is not None and not (mask > 0).any():
             logging.warning("[LCM-Lookahead] the mask of the guidance is empty, so nothing is moved: invert it.")
@@ -421,6 +429,7 @@ class LookaheadGuidanceSampler(io.ComfyNode):
             mask=None if mask is None else mask.reshape(-1, *mask.shape[-2:]).float().clamp(0, 1),
             checkpointing=checkpointing,
             live=live_previews,
+            noise_guide=noise_guide,
         )
         report = GuidanceReport()
         return io.NodeOutput(guided(sampler, guidance, report), report)

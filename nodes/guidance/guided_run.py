@@ -28,6 +28,7 @@ from ...lookahead.method.latent_optimisation import (
 from ...lookahead.method.schedule import lora_scale, to_ve, to_vp
 from .guidance_report import Iterate, RunReport, mean, shown_while_running
 from .memory import AUTO, MemoryLadder
+from .noise_guide import LoadedNoiseGuide, apply_noise_guide
 from .preview import Call, Previewer, as_image
 from .sampler_steps import GuidedStep
 
@@ -44,7 +45,7 @@ class Guidance:
 
     settings: where and how the latent is moved; cfg, positive: of the preview; mask: [masks, H, W] in [0, 1] or None,
     where the latent may move; checkpointing: which blocks are computed twice; live: every how many steps a preview is
-    shown, 0 for none.
+    shown, 0 for none; noise_guide: what moves the latent in one pass at the first guided step, before all else.
     """
 
     shortcut: Shortcut
@@ -55,6 +56,12 @@ class Guidance:
     mask: Tensor | None = None
     checkpointing: str = AUTO
     live: int = 0
+    noise_guide: LoadedNoiseGuide | None = None
+
+    @property
+    def acts(self) -> bool:
+        """Whether anything is moved at all."""
+        return self.settings.acts or self.noise_guide is not None
 
 
 class GuidedRun:
@@ -88,7 +95,9 @@ class GuidedRun:
         """Bring all networks to their device. A gradient takes about three times the memory of a forward."""
         optimisation = self.settings.optimisation
         through = optimisation.iterations > 0 and optimisation.backward
-        self.previewer.load(list(self.guidance.loss.patchers), self._noise, 3.0 if through else 1.0, decoder=3.0)
+        guide = self.guidance.noise_guide
+        others = [*self.guidance.loss.patchers, *([] if guide is None else [guide.patcher])]
+        self.previewer.load(others, self._noise, 3.0 if through else 1.0, decoder=3.0)
 
     def close(self) -> None:
         """Clean up after the run, also after one that failed."""
@@ -99,6 +108,10 @@ class GuidedRun:
         self.previewer.prepare(call)
         conds = self.previewer.conds(self._noise, self._latent_image, call)
         before = x.clone()
+        guide = self.guidance.noise_guide
+        if guide is not None and not self._started:
+            mask = self._update_mask(x, call.denoise_mask)
+            x.copy_(apply_noise_guide(guide, self.previewer, x, call, conds, self.guidance.loss.loss, mask))
         for again in range(self.settings.time_travel + 1):
             if again:
                 x.copy_(self._time_travel(x, call, step))

@@ -190,3 +190,47 @@ def test_a_step_for_which_the_guide_was_not_trained_is_told(load, apply, identit
     with caplog.at_level(logging.WARNING):
         apply(load(), identity(), place)
     assert ("was trained to act from 0.12 to 0.2" in caplog.text) == warned
+
+
+@pytest.fixture
+def drawn(pack, tools, mini, vae, identity):
+    """A run of two steps with a noise guide in the guidance sampler; `loss` in place of that by the guide's people."""
+
+    def drawn(guide, loss=None, **inputs):
+        import comfy.samplers
+
+        losses = pack.module("nodes.losses.lookahead_loss")
+        shortcut = tools.run("LookaheadShortcut", tools.with_lora(mini.model), vae)
+        sampler = comfy.samplers.sampler_object("euler")
+        if guide is not None or inputs:
+            asked = losses.LookaheadLoss(loss or identity(), name="identity")
+            inputs = {"start": 0.12, "noise_guide": guide, **inputs}
+            sampler, _ = pack.nodes["LookaheadGuidanceSampler"].execute(sampler, shortcut, asked, **inputs).result
+        levels = [
+            float(mini.model.get_model_object("model_sampling").percent_to_sigma(place)) for place in (0.13, 0.18)
+        ]
+        guider = tools.guider(mini.model, mini.text(1), mini.text(2), 3.0)
+        noise = torch.randn(LATENT, generator=torch.Generator().manual_seed(2))
+        return guider.sample(noise, torch.zeros(LATENT), sampler, torch.tensor([*levels, 0.0]), seed=1)
+
+    return drawn
+
+
+@pytest.mark.parametrize("inputs", [{"iterations": 0}, {"preset": "off"}], ids=["no iterations", "off"])
+def test_the_guidance_sampler_lets_a_guide_act_alone(load, drawn, inputs):
+    plain = drawn(None)
+    assert torch.equal(drawn(load(trained=False), **inputs), plain)
+    moved = drawn(load(), **inputs)
+    assert not torch.equal(moved, plain) and torch.equal(drawn(load(), **inputs), moved)
+
+
+def test_a_guide_acts_once_a_run(pack, load, drawn, monkeypatch):
+    module, acted = pack.module("nodes.guidance.guided_run"), []
+    apply = module.apply_noise_guide
+    monkeypatch.setattr(module, "apply_noise_guide", lambda *given: acted.append(1) or apply(*given))
+    drawn(load(), iterations=0, guided_steps=2)
+    assert acted == [1]
+
+
+def test_the_guidance_sampler_without_a_guide_or_iterations_leaves_the_run_alone(drawn):
+    assert torch.equal(drawn(None, iterations=0), drawn(None))
