@@ -146,8 +146,8 @@ def draw_card(host: Client, path: Path) -> None:
         "CFGGuider": {"cfg": demo.CFG},
         "LookaheadPreviewGrid": {"steps": demo.STEPS, "cfg": demo.CFG},
     }
-    if "two people" in path.stem.lower():
-        settings["EmptyLatentImage"] = {"width": 192}
+    if path.name[:2] in ("04", "18"):  # two people beside each other
+        settings["EmptyLatentImage"] = {"width": 256}
     if not workflow.find(api, "ControlNetLoader"):  # that one is set for its few-step LoRA
         settings |= {"BasicScheduler": {"steps": demo.STEPS}, "LookaheadGuider": demo.SCALES}
     for node, inputs in settings.items():

@@ -34,6 +34,7 @@ IDS = {
     "LookaheadEncodeFace",
     "LookaheadPlaceMasks",
     "LookaheadLoadConceptEncoder",
+    "LookaheadLoadNoiseGuide",
     "LookaheadPredictConcept",
     "LookaheadTuneConcept",
     "LookaheadEncodeConceptPrompt",

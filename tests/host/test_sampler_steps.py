@@ -49,9 +49,9 @@ def test_what_is_written_at_a_guided_step_is_found_in_the_result_of_every_sample
                 guided_at.append((float(call.sigma[0]), step))
                 x += offset
 
-            settings, model = SimpleNamespace(acts=True, steps=1), StandIn(mini)
+            settings, model = SimpleNamespace(steps=1), StandIn(mini)
             start = float(sigmas[2])
-            guidance = SimpleNamespace(settings=settings, live=0)
+            guidance = SimpleNamespace(settings=settings, acts=True, live=0)
             run = SimpleNamespace(guidance=guidance, start_sigma=start, guide=guide)
             plain = comfy.samplers.KSAMPLER(
                 module._guided_function(sampler.sampler_function, run), sampler.extra_options, sampler.inpaint_options
