@@ -114,9 +114,10 @@ _FILES = {  # a line each in the notes
 ADAPTER = (BASE, ENCODER, VISION)
 RECOGNISER = "for the recogniser of the pack also `pip install onnx` and `pip install --no-deps onnx2torch`"
 GUIDED = (
-    "The preset **balanced** costs about as much as 100 evaluations more (a plain run has 60), and at 1024x1024 up to "
-    "5.8 GB beside the weights; **quick** costs 24, and much less memory. To compare, choose **off**: the seed stays. "
-    "Too weak: **strong**. Noisy or odd: **gentle**. Numbers of your own: **as set below**, inside of the node."
+    "Looking ahead costs about as much as 100 evaluations more (a plain run has 60), and at 1024x1024 up to 5.8 GB "
+    "beside the weights. Other ways are a **preset**: **quick** costs 24, and much less memory; **strong** and "
+    "**gentle** do more and less. To compare, choose **off**: the seed stays. **as set below** are the numbers inside "
+    "of the node."
 )
 
 
@@ -304,7 +305,7 @@ def ahead_nodes(model_: str = "", loss: str = "") -> dict[str, Node]:
         "preview vae": Node("VAELoader", "Preview VAE", {"vae_name": TAESD}),
         "shortcut": Node("LookaheadShortcut", links={"model": "lora", "vae": "preview vae"}),
         "chosen": Node("KSamplerSelect", values={"sampler_name": "dpmpp_2m"}),
-        "ahead": Node("LookaheadGuidanceSampler", values={"preset": "balanced"}, links=steered),
+        "ahead": Node("LookaheadGuidanceSampler", values={"preset": "as set below"}, links=steered),
     }
 
 

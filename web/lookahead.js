@@ -76,20 +76,6 @@ function sendEmptyChoices(node) {
     for (const widget of node.widgets ?? []) if (widget.type === "combo") widget.value ??= "";
 }
 
-// A new guidance sampler begins with a preset. A file of before has no value in that place, and keeps its numbers.
-function choosePreset(node) {
-  const place = node.widgets?.findIndex((widget) => widget.name === "preset") ?? -1;
-  if (node.comfyClass !== "LookaheadGuidanceSampler" || place < 0) return;
-  const widget = node.widgets[place];
-  const asSet = widget.value;
-  widget.value = "balanced";
-  const configured = node.onConfigure;
-  node.onConfigure = function (saved, ...more) {
-    if (saved.widgets_values && !(place in saved.widgets_values)) widget.value = asSet;
-    return configured?.call(this, saved, ...more);
-  };
-}
-
 // The host lists a pack's workflows in the order of the file system.
 function sortTemplates() {
   const list = api.getWorkflowTemplates;
@@ -120,7 +106,6 @@ app.registerExtension({
   nodeCreated(node) {
     if (isOurs(node.comfyClass)) node.properties = { ...REGISTRY, ...node.properties };
     sendEmptyChoices(node);
-    choosePreset(node);
   },
   loadedGraphNode: sendEmptyChoices,
 });

@@ -336,7 +336,7 @@ class LookaheadGuidanceSampler(io.ComfyNode):
                     "for all images of a batch, or several in turn.",
                 ),
                 # Last of all, since files keep values by place. Files and graphs from before have no preset, and mean
-                # their numbers; a new node gets one from the page (web/lookahead.js).
+                # their numbers. So does a new node: what the presets are worth is not measured yet.
                 io.Combo.Input(
                     "preset",
                     options=[AS_SET, *PRESETS],
@@ -368,6 +368,7 @@ class LookaheadGuidanceSampler(io.ComfyNode):
                 NOISE_GUIDE.Input(
                     "noise_guide",
                     optional=True,
+                    advanced=True,
                     tooltip="From Load Lookahead Noise Guide: moves the noise in one pass, before the iterations, or "
                     "alone with preset off. The loss must be Lookahead Identity Loss, alone or combined.",
                 ),

@@ -497,7 +497,7 @@ def test_no_more_than_five_inputs_are_open_and_new_values_come_last(pack):
     """Old files keep values by place."""
     inputs = pack.nodes["LookaheadGuidanceSampler"].define_schema().inputs
     assert [i.id for i in inputs if not i.advanced] == ["sampler", "shortcut", "loss", "mask", "preset"]
-    assert [i.id for i in inputs][-3:] == ["preset", "best_of", "backward"]
+    assert [i.id for i in inputs][-4:] == ["preset", "best_of", "backward", "noise_guide"]
 
 
 def test_time_travel_goes_back_and_guides_again(guide, draw):

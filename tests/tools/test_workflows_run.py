@@ -176,7 +176,7 @@ def test_a_guided_workflow_is_set_as_the_nodes_come(host, path):
         if node["class_type"] in ("LookaheadGuidanceSampler", "LookaheadShortcut", "LookaheadLPIPSLoss"):
             defaults = {name: spec[1]["default"] for name, spec in schema["required"].items() if "default" in spec[1]}
             assert {name: node["inputs"][name] for name in defaults} == defaults
-            assert node["inputs"].get("preset", "balanced") == "balanced"
+            assert node["inputs"].get("preset", "as set below") == "as set below"
 
 
 def test_the_preview_grid_shows_that_the_shortcut_foretells_better_than_x0(host):
