@@ -132,12 +132,16 @@ WORDS = {
 }
 
 
+#: Of the noise, where it is not the usual one: guidance spoils an eye of the mini world's small faces with most.
+SEEDS = {"18": 11}
+
+
 def draw_card(host: Client, path: Path) -> None:
     """Run a workflow with the mini weights, and write its thumbnail, and its app's."""
     names, text = CARDS[path.name[:2]]
     api = workflow.convert(path, host.object_info())
     pictures = {number: api[number]["inputs"]["image"] for number in workflow.find(api, "LoadImage")}
-    api = demo.at_mini_size(api, "lookahead_face_1.jpg", 5, text)
+    api = demo.at_mini_size(api, "lookahead_face_1.jpg", SEEDS.get(path.name[:2], 5), text)
     for number, file in pictures.items():
         api[number]["inputs"]["image"] = file  # each its own
     settings: dict[str, dict[str, Any]] = {
