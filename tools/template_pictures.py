@@ -133,7 +133,7 @@ WORDS = {
 
 
 #: Of the noise, where it is not the usual one: guidance spoils an eye of the mini world's small faces with most.
-SEEDS = {"18": 11}
+NOISES = {"18": 11}
 
 
 def draw_card(host: Client, path: Path) -> None:
@@ -141,7 +141,8 @@ def draw_card(host: Client, path: Path) -> None:
     names, text = CARDS[path.name[:2]]
     api = workflow.convert(path, host.object_info())
     pictures = {number: api[number]["inputs"]["image"] for number in workflow.find(api, "LoadImage")}
-    api = demo.at_mini_size(api, "lookahead_face_1.jpg", SEEDS.get(path.name[:2], 5), text)
+    seed = NOISES.get(path.name[:2], 5)
+    api = demo.at_mini_size(api, "lookahead_face_1.jpg", seed, text)
     for number, file in pictures.items():
         api[number]["inputs"]["image"] = file  # each its own
     settings: dict[str, dict[str, Any]] = {

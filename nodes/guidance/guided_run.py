@@ -60,7 +60,7 @@ class Guidance:
 
     @property
     def acts(self) -> bool:
-        """Whether anything is moved at all."""
+        """Tells whether anything is moved at all."""
         return self.settings.acts or self.noise_guide is not None
 
 
