@@ -219,9 +219,12 @@ GUIDED_WORKFLOWS: dict[str, Template] = {
                 height=640,
             ),
         ),
-        guided_columns(["checkpoint", "first", "second", "note"], [TWO, "prompt", "negative", "faces", "loss"]),
+        [
+            (320, ["note"]),
+            *guided_columns(["checkpoint", "first", "second", "faces"], [TWO, "prompt", "negative", "loss"]),
+        ],
         (TWO_PART, AHEAD_PART),
-        [("first", "image"), ("second", "image"), ("prompt", "text"), (AHEAD, "iterations"), ("noise", "noise_seed")],
+        [("first", "image"), ("second", "image"), ("prompt", "text"), (AHEAD, "preset"), ("noise", "noise_seed")],
         ["save"],
     ),
 }
