@@ -220,8 +220,11 @@ GUIDED_WORKFLOWS: dict[str, Template] = {
             ),
         ),
         [
-            (320, ["note"]),
-            *guided_columns(["checkpoint", "first", "second", "faces"], [TWO, "prompt", "negative", "loss"]),
+            (320, ["checkpoint", "first", "second", "faces"]),
+            (320, [TWO, "prompt", "negative", "loss"]),
+            (320, [AHEAD, "guider", "sigmas", "noise", "latent", "previews"]),
+            (320, ["decode", "report", "curve", "sampler"]),
+            (400, ["save", "note"]),
         ],
         (TWO_PART, AHEAD_PART),
         [("first", "image"), ("second", "image"), ("prompt", "text"), (AHEAD, "preset"), ("noise", "noise_seed")],
