@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import options
+from .training import run
 
 if TYPE_CHECKING:
     from ..lookahead.method.concept import Concept
+    from ..trainer.recipe import Recipe, Source
 
 app = typer.Typer(
     name="concept",
@@ -44,11 +46,9 @@ def train(
     ] = False,
 ) -> None:
     """Train a concept encoder on pictures without labels. The same command again goes on where it stopped."""
-    import torch
     import yaml
 
     from ..trainer.concept.config import ConceptConfig
-    from ..trainer.train import train as train_recipe
 
     settings = ConceptConfig.load(config, overrides or [])
     if dry_run:
@@ -64,16 +64,13 @@ def train(
     from .assemble import device
     from .assemble_concept import assemble_concept
 
-    try:
+    def assembled() -> tuple[Recipe, Source]:
         recipe, source = assemble_concept(settings)
         source.prepare(device())
         recipe.measure(source, device())
-        written = train_recipe(settings, recipe, source)
-    finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-    if written is not None and os.environ.get("RANK", "0") == "0":
-        print(f"Written: {written}")
+        return recipe, source
+
+    run(settings, assembled)
 
 
 @app.command()

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from . import options
+from .training import run
+
+if TYPE_CHECKING:
+    from ..trainer.recipe import Recipe, Source
 
 app = typer.Typer(
     name="guide",
@@ -25,15 +29,9 @@ def train(
     ] = False,
 ) -> None:
     """Train a noise guide on people's pictures. The same command again goes on where it stopped."""
-    from pathlib import Path
-
-    import torch
     import yaml
 
-    from ..lookahead.files.atomic import check_writable
-    from ..trainer.alone import refuse_a_second
     from ..trainer.noise_guide.config import NoiseGuideConfig
-    from ..trainer.train import train as train_recipe
 
     settings = NoiseGuideConfig.load(config, overrides or [])
     if dry_run:
@@ -50,18 +48,12 @@ def train(
     from .assemble import device
     from .assemble_guide import assemble_guide
 
-    out = Path(settings.out)
-    try:
-        check_writable(out, folder=True)
-        refuse_a_second(out)
+    def assembled() -> tuple[Recipe, Source]:
         recipe, source = assemble_guide(settings)
         source.prepare(device())
-        written = train_recipe(settings, recipe, source)
-    finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-    if written is not None and os.environ.get("RANK", "0") == "0":
-        print(f"Written: {written}")
+        return recipe, source
+
+    run(settings, assembled)
 
 
 @app.command()

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .estimate import print_estimate
 from .options import Config, Overrides
+from .training import run
+
+if TYPE_CHECKING:
+    from ..trainer.recipe import Recipe, Source
 
 
 def train(
@@ -19,15 +23,9 @@ def train(
     ] = False,
 ) -> None:
     """Train an encoder. The same command again goes on where it stopped."""
-    from pathlib import Path
-
-    import torch
     import yaml
 
-    from ..lookahead.files.atomic import check_writable
-    from ..trainer.alone import refuse_a_second
     from ..trainer.lookahead.config import load
-    from ..trainer.train import train as train_recipe
     from .assemble import assemble, device
 
     settings = load(config, overrides or [])
@@ -35,15 +33,10 @@ def train(
         print(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
         print_estimate(settings, None, int(os.environ.get("WORLD_SIZE", 1)))
         return
-    out = Path(settings.out)
-    try:
-        check_writable(out, folder=True)
-        refuse_a_second(out)  # (and so does the loop, but it begins after what takes long)
+
+    def assembled() -> tuple[Recipe, Source]:
         recipe, source = assemble(settings)
         source.prepare(device())
-        written = train_recipe(settings, recipe, source)
-    finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()  # else its threads may end the process with SIGABRT
-    if written is not None and os.environ.get("RANK", "0") == "0":  # one of several processes
-        print(f"Written: {written}")
+        return recipe, source
+
+    run(settings, assembled)

@@ -71,8 +71,10 @@ def _train(accelerator: Accelerator, config: RunConfig, recipe: Recipe, source: 
     first = progress.step
     _check_alike(accelerator, trained, first)
     log = Log(folder, config, accelerator, first)
-    if config.precision == "bf16" and not has_bfloat16(accelerator.device):
-        log.say("precision is bf16, which this CPU computes some sixty times slower than fp32: give precision=fp32.")
+    if config.precision == "bf16" and accelerator.device.type == "cpu" and not has_bfloat16(accelerator.device):
+        log.say(
+            "precision is bf16, which a CPU below AVX-512 computes many times slower than fp32: give precision=fp32."
+        )
     feed = Feed(accelerator, config, source, first)
     validations = _Validations(accelerator, config, recipe, source, state, log)
     with contextlib.closing(log), contextlib.closing(feed), _Stop(main) as stop:
