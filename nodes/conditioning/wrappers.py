@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import inspect
 import logging
+import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 from comfy.patcher_extension import WrappersMP
-from torch import Tensor
+from torch import Tensor, nn
 
 from .effect import ActiveEffect, CondEvaluation, Effect, EstimatedRows, Replacements, RunStart, UNetPass
 from .rows import Area, CondBatch, CondList, RowLayout, conditional_roles, pictures_of
@@ -247,8 +248,22 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
                 "in a compiled model the reference cannot be switched on or off, ranged (start, end) or masked anew "
                 "between runs, and may be wrong: keep these settings, or take TorchCompileModel out."
             )
+        if captured(executor.class_obj.diffusion_model):
+            call.run.once(
+                "ComfyUI replays parts of this model as CUDA graphs, which go past image prompt and KV injection: the "
+                "picture may be wrong. Start ComfyUI with --disable-cuda-graphs."
+            )
         transformer_options = {**options, "patches_replace": replaced}
     return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+
+
+def captured(network: nn.Module) -> bool:
+    """Tells whether the host has recorded a block of `network` as a CUDA graph, which no patch in Python is part of.
+
+    Hosts from 0.33 on can; up to now they ask for it in text generators alone.
+    """
+    recorded = getattr(sys.modules.get("comfy.model_prefetch"), "GRAPH_MODULES", ())
+    return bool(recorded) and any(module in recorded for module in network.modules())
 
 
 def replacements(

@@ -129,6 +129,28 @@ def test_it_is_that_of_a_plain_run_of_the_same_network(worlds, gradient, dtype, 
     assert relative(found[0], expected) < close
 
 
+@pytest.mark.contract
+def test_it_is_the_same_where_the_host_s_own_attention_has_no_backward(worlds, gradient, monkeypatch):
+    """As its int8 kernels (--use-ck-attention of hosts from 0.32 on), which also take tensors in containers."""
+    from comfy.ldm.modules import attention
+
+    chain = Chain(worlds("mini"), tiny_autoencoder(torch.float32), torch.float32)
+    expected = chain.gradient(gradient, noisy())
+    called = []
+
+    @attention.wrap_attn
+    def without_backward(q, k, v, heads, **kwargs):
+        called.append(1)
+        return attention.attention_pytorch(q.detach(), k.detach(), v.detach(), heads, **kwargs)
+
+    without_backward.container_function = without_backward
+    monkeypatch.setattr(attention, "optimized_attention", without_backward)
+    monkeypatch.setattr(attention, "optimized_attention_masked", without_backward)
+    assert torch.equal(chain.gradient(gradient, noisy()), expected) and not called
+    chain(noisy(), lambda func, *args, **kwargs: func(*args, **kwargs))
+    assert called  # a pass without a gradient takes it
+
+
 class OneBuffer:
     """Every weight that the host casts lies in one buffer, which is overwritten as soon as the layer is done."""
 

@@ -313,6 +313,27 @@ def test_a_compiled_model_follows_the_weight_and_says_what_it_cannot_follow(mini
         assert len([r for r in caplog.records if "in a compiled model" in r.getMessage()]) == 1
 
 
+def test_blocks_that_the_host_has_captured_are_said_since_patches_go_past_them(
+    mini, tools, reference, draw, caplog, monkeypatch
+):
+    """Hosts from 0.33 on keep the blocks whose CUDA graphs they replay in a set."""
+    model_prefetch = pytest.importorskip("comfy.model_prefetch", reason="this host knows no such module")
+
+    def said(model):
+        with caplog.at_level("WARNING"):
+            caplog.clear()
+            draw(model)
+        return [r.getMessage() for r in caplog.records if "--disable-cuda-graphs" in r.getMessage()]
+
+    drawing = tools.apply(mini.model, reference)
+    monkeypatch.setattr(model_prefetch, "GRAPH_MODULES", {torch.nn.Linear(1, 1)}, raising=False)
+    assert not said(drawing)  # those of another model
+    block = mini.model.model.diffusion_model.middle_block[1].transformer_blocks[0]
+    monkeypatch.setattr(model_prefetch, "GRAPH_MODULES", {block})
+    assert len(said(drawing)) == 1
+    assert not said(mini.model)
+
+
 def test_attention_asks_the_device_for_nothing(mini, tools, reference, draw, pack, monkeypatch):
     """No value of a tensor is read on the host inside a pass of the UNet."""
     patch = pack.module("nodes.conditioning.cross_attention")
