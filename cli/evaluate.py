@@ -59,11 +59,15 @@ def evaluate(
     people: Annotated[
         bool, typer.Option("--people", help="Study guidance by two people in one picture instead.")
     ] = False,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Study the presets by layer, and AdaIN in KV injection, instead.")
+    ] = False,
     references: Annotated[
         int | None,
         typer.Option(
             help="Of a study: held-out people (with --people pairs of them) to draw, at least 10.",
-            show_default="100; with --knobs 20, --null-text 10, --guidance, --presets or --encoders 96, --people 48",
+            show_default="100; with --knobs or --null-text 20, --guidance, --presets or --encoders 96, --people or "
+            "--layers 48",
         ),
     ] = None,
     first: Annotated[int, typer.Option(help="With --encoders: number of the first of the people, from 0.")] = 0,
@@ -85,6 +89,7 @@ def evaluate(
         "people": people,
         "encoders": encoders,
         "null-text": null_text,
+        "layers": layers,
     }
     chosen = [name for name, on in studies.items() if on]
     if len(chosen) > 1:

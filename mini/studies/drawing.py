@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...host.graph import Graph, Link
 from ...host.server import link
+from ...lookahead.method.layer_weights import EVEN
 from ...tools.common import ROOT, Stopwatch, say
 from ..files.host_models import mini_host
 from ..plan import WEIGHTS
@@ -20,6 +21,7 @@ from .study import CFG, SIZE, STYLES, prompt_of, saved_pictures, to_image
 
 SAMPLER, SCHEDULER, STEPS = "dpmpp_2m", "karras", 20
 MEASURED_WITH = {"sampler": SAMPLER, "scheduler": SCHEDULER, "steps": STEPS}  # for the pages
+NO_ADAIN, TO_REFERENCE, TO_PICTURE = "off", "picture to the reference", "reference to the picture"  # of the node
 BATCH = 10  # references drawn at once, one a picture
 STOCK = "ip-adapter-plus-face_sdxl_vit-h.safetensors"  # the encoder before any training of ours
 
@@ -29,8 +31,9 @@ class ReferenceArm:
     """One way to draw a reference again.
 
     image_prompt, kv: weights, 0 is off; text, full, kv_scale: the scales of the Lookahead Guider; start, end: the part
-    of the sampling in which KV acts, 0 to 1; encoder: a file that `draw` is given, by its name there; zeros: the null
-    text is zeros, else the encoding of an empty prompt.
+    of the sampling in which KV acts, 0 to 1; layers: preset of the layers in which the image prompt acts; adain: what
+    takes over whose statistics in KV injection; encoder: a file that `draw` is given, by its name there; zeros: the
+    null text is zeros, else the encoding of an empty prompt.
     """
 
     image_prompt: float = 0.0
@@ -41,6 +44,8 @@ class ReferenceArm:
     start: float = 0.0
     end: float = 1.0
     blocks: str = "all"
+    layers: str = EVEN
+    adain: str = NO_ADAIN
     encoder: str = STOCK
     zeros: bool = False
 
@@ -75,6 +80,7 @@ def graph(references: list[str], seed: int, arms: dict[str, ReferenceArm], style
         model, reference = base, encoded[arm.encoder]
         window = {"start": arm.start, "end": arm.end}
         if arm.image_prompt:
+            by_layer = {} if arm.layers == EVEN else {"weights": weights_by_layer(nodes, arm.layers)}
             model = add(
                 f"{name} image prompt",
                 "LookaheadApplyImagePrompt",
@@ -83,9 +89,11 @@ def graph(references: list[str], seed: int, arms: dict[str, ReferenceArm], style
                 weight=arm.image_prompt,
                 start=0.0,
                 end=1.0,
+                **by_layer,
             )
         if arm.kv:
             settings = {"weight": arm.kv, "blocks": arm.blocks, "noise": "shared", "noise_seed": 0, "cache_gb": 2.0}
+            settings["adain"] = arm.adain
             model = add(
                 f"{name} KV", "LookaheadApplyKVInjection", model=model, reference=reference, **settings, **window
             )
@@ -112,6 +120,11 @@ def graph(references: list[str], seed: int, arms: dict[str, ReferenceArm], style
             pixels = add(f"{name} | {style} decode", "VAEDecode", samples=drawn, vae=vae)
             add(f"{name} | {style}", "SaveImage", images=pixels, filename_prefix="evaluate/picture")
     return nodes
+
+
+def weights_by_layer(nodes: Graph, preset: str) -> Link:
+    """The node that lets a reference act in the layers of a preset, the same at all steps."""
+    return nodes.add(f"weights {preset}", "LookaheadWeights", preset=preset, layers="", steps="")
 
 
 def null_text(nodes: Graph, clip: Link) -> dict[bool, Link]:

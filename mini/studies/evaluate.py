@@ -15,6 +15,7 @@ PEOPLE = {
     "encoders": 96,
     "null-text": 20,
     "people": 48,
+    "layers": 48,
 }  # by study, how many unless said
 FEWEST = 10  # fewer make no interval, and a draw may hold one person alone
 
@@ -58,6 +59,10 @@ def evaluate(study: str, out: Path, references: int | None = None, trained: Sequ
         from . import people
 
         people.evaluate(references, out)
+    elif study == "layers":
+        from . import layers
+
+        layers.evaluate(references, out)
     else:
         from . import reference
 

@@ -41,7 +41,7 @@ from ..world.faces import PLACES as ALL_PLACES
 from ..world.faces import STYLES as ALL_STYLES
 from ..world.references import reference_faces
 from .drawing import null_text
-from .study import CFG, SIZE, STYLES, Table, complete, prompt_of, render, saved_pictures, to_image, write_page
+from .study import CFG, SIZE, STYLES, Table, complete, prompt_of, render, saved_pictures, sheet, to_image, write_page
 
 SAMPLER, SCHEDULER, STEPS = "ddim", "ddim_uniform", 50  # the paper's
 BATCH = 8  # pictures drawn at once, each towards a reference of its own
@@ -241,14 +241,6 @@ def page(figures: dict[str, Table], count: int) -> str:
         losses[loss] = {"arms": arms, "rows": rows}
     setup = {"steps": STEPS, "sampler": SAMPLER, "scheduler": SCHEDULER, "cfg": CFG, "batch": BATCH}
     return render("guidance.md.jinja", losses=losses, count=count, **setup)
-
-
-def sheet(drawn: dict[str, Tensor], path: Path, columns: int = 12) -> None:
-    """A row an arm; the triples are spread over all batches."""
-    count = len(drawn[NONE])
-    chosen = torch.linspace(0, count - 1, min(columns, count)).long()
-    rows = [torch.cat(list(pictures[chosen]), 2) for pictures in drawn.values()]
-    to_image(torch.cat(rows, 1)).save(path, quality=88)
 
 
 def evaluate(count: int, out: Path) -> None:

@@ -62,6 +62,14 @@ def saved_pictures(host: Client, result: Result, node: str) -> Tensor:
     return torch.stack([read(host.folder("output") / image["subfolder"] / image["filename"]) for image in images])
 
 
+def sheet(drawn: Mapping[str, Tensor], path: Path, columns: int = 12) -> None:
+    """A row an arm, [n, 3, H, W] each; the pictures shown are spread over all."""
+    count = len(next(iter(drawn.values())))
+    chosen = torch.linspace(0, count - 1, min(columns, count)).long()
+    rows = [torch.cat(list(pictures[chosen]), 2) for pictures in drawn.values()]
+    to_image(torch.cat(rows, 1)).save(path, quality=88)
+
+
 # Pages
 
 

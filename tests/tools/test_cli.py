@@ -24,6 +24,7 @@ COMMANDS = {
         "--encoders",
         "--null-text",
         "--people",
+        "--layers",
         "--references",
         "--first",
         "--out",
