@@ -31,6 +31,8 @@ from .server import Host, die_with_parent
 FRONT_END = ("1.47.12", "b2155c1afbf30afd06ed217307a1abd92955b329361353a1b68a5297fc00902e")
 #: An environment variable with another front end's version, which is fetched without a hash to hold it to.
 CHOICE = "FRONT_END_VERSION"
+#: The messages in the corner of the page, in JavaScript: those of PrimeVue, and newer pages' own.
+TOASTS = "[...document.querySelectorAll('.p-toast-message, [data-testid=toast]')]"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FLAGS = (
     "--headless=new",
@@ -343,7 +345,7 @@ class Page:
 
     def toasts(self) -> list[str]:
         """The texts of the messages in the corner of the page."""
-        return self.evaluate("[...document.querySelectorAll('.p-toast-message')].map(e => e.innerText.trim())")
+        return self.evaluate(f"{TOASTS}.map(e => e.innerText.trim())")
 
     def screenshot(self):
         """What the window shows, as a picture of PIL."""

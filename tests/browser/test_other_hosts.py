@@ -71,7 +71,7 @@ def test_loaders_say_in_a_sentence_that_there_is_no_file_and_where_it_belongs(vi
         page.open({"nodes": [], "links": [], "version": 0.4})
         titles = page.evaluate(f"{LOADERS}({list(empty)})")
         page.evaluate("app.queuePrompt(0)")
-        page.wait_for(f"document.querySelectorAll('.p-toast-message').length >= {len(empty)}", 30)
+        page.wait_for(f"{tool.TOASTS}.length >= {len(empty)}", 30)
         said = page.toasts()
         keep(page, "no models")
         for title in titles:

@@ -4,6 +4,8 @@ import itertools
 import json
 import time
 
+from lcm_lookahead.host.page import TOASTS
+
 NODES = "[app.graph, ...(app.graph.subgraphs?.values() ?? [])].flatMap(graph => graph.nodes)"
 RUN = "[...document.querySelectorAll('button')].find(e => e.innerText.trim() === 'Run' && e.checkVisibility())"
 READABLE = 0.6  # below about 0.57 the page draws no text
@@ -62,12 +64,12 @@ def covered(boxes):
 
 def forget_toasts(page):
     """Take away the messages that are shown."""
-    page.evaluate("app.extensionManager.toast.removeAll()")
-    page.wait_for("!document.querySelector('.p-toast-message')")
+    page.evaluate("(all => all.dismissAll ? all.dismissAll() : all.removeAll())(app.extensionManager.toast)")
+    page.wait_for(f"!{TOASTS}.length")
 
 
 def toast_with(page, words):
     """The message that holds these words, waited for."""
-    page.wait_for(f"[...document.querySelectorAll('.p-toast-message')].some(e => e.innerText.includes({words!r}))", 60)
-    page.wait_for("![...document.querySelectorAll('.p-toast-message')].some(e => e.getAnimations().length)")
+    page.wait_for(f"{TOASTS}.some(e => e.innerText.includes({words!r}))", 60)
+    page.wait_for(f"!{TOASTS}.some(e => e.getAnimations().length)")
     return next(text for text in page.toasts() if words in text)
