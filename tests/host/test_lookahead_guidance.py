@@ -7,17 +7,10 @@ import weakref
 import pytest
 import torch
 from concept_oracle import random_offsets
+from tensors import relative
+from worlds import control_net
 
 LATENT = (1, 4, 8, 8)
-
-
-def relative(a, b) -> float:
-    return float((a - b).square().mean().sqrt() / b.square().mean().sqrt())
-
-
-@pytest.fixture
-def texts(mini):
-    return mini.text(1), mini.text(2)
 
 
 @pytest.fixture(scope="module")
@@ -621,13 +614,7 @@ def test_image_prompt_and_kv_injection_act_in_the_preview(guide, tools, mini, te
 
 @pytest.mark.contract
 def test_with_a_control_net_whose_effect_counts(guide, tools, mini, texts, worlds):
-    import importlib.util
-    from pathlib import Path
-
-    spec = importlib.util.spec_from_file_location("kv_sampling", Path(__file__).with_name("test_kv_sampling.py"))
-    kv_sampling = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(kv_sampling)
-    net = kv_sampling.control_net(mini).set_cond_hint(torch.rand(1, 3, 64, 64), 0.5)
+    net = control_net(mini).set_cond_hint(torch.rand(1, 3, 64, 64), 0.5)
     controlled = [[[text, {**options, "control": net}]] for ((text, options),) in texts]
     sampler, report = guide(iterations=2)
     tools.sample(mini.model, *controlled, torch.zeros(LATENT), sampler=sampler, steps=1)
