@@ -3,6 +3,7 @@
 import concept_oracle as oracle
 import pytest
 import torch
+from tensors import relative
 
 
 @pytest.fixture(scope="module", params=["mini", "sdxl"])
@@ -55,10 +56,6 @@ class Case:
         time_ids = torch.tensor([[64.0, 64, 0, 0, 64, 64]])
         soft = self.soft if soft is None else soft
         return oracle.predict(self.unet, self.offsets, x, t, soft, self.hard, self.pooled, time_ids, blend, strength)
-
-
-def relative(found, expected):
-    return float((found - expected).square().mean().sqrt() / expected.square().mean().sqrt())
 
 
 # --- the numbers

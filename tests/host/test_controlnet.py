@@ -8,6 +8,7 @@ import numpy
 import pytest
 import torch
 from safetensors.torch import save_file
+from tensors import relative
 
 ROOT = Path(__file__).resolve().parents[2]
 SIGMA_STEP = 601
@@ -81,13 +82,10 @@ def test_the_host_computes_what_diffusers_computes(mini, net, stock, tools, pack
         scaled, edges = x * sigma / (sigma**2 + 1) ** 0.5, hint.movedim(-1, 1).expand(2, -1, -1, -1)
         return predict(unet, net, scaled, torch.tensor(SIGMA_STEP), read, edges, strength)
 
-    def difference(a, b) -> float:
-        return float((a - b).square().mean().sqrt() / b.square().mean().sqrt())
-
     ours = in_host(apply(text, control, hint, strength))
-    print("relative rms difference", difference(ours, in_diffusers(net)))
-    assert difference(ours, in_diffusers(net)) < 1e-4
-    assert difference(ours, in_diffusers(None)) > 1e-2  # the edges do something here
+    print("relative rms difference", relative(ours, in_diffusers(net)))
+    assert relative(ours, in_diffusers(net)) < 1e-4
+    assert relative(ours, in_diffusers(None)) > 1e-2  # the edges do something here
 
 
 @pytest.mark.contract

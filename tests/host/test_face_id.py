@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensors import relative
 
 SIGMA_STEP, RANK = 601, 3
 MINI_PACK = Path(__file__).resolve().parents[2] / "mini/weights/insightface/models/mini"
@@ -115,23 +116,19 @@ def in_diffusers(world, tools, halves, face, pixels, weight, lora_weight):
     return unet(x, SIGMA_STEP, encoder_hidden_states=text[0][0].expand(2, -1, -1), added_cond_kwargs=added).sample
 
 
-def difference(a, b) -> float:
-    return float((a - b).square().mean().sqrt() / b.square().mean().sqrt())
-
-
 @pytest.mark.parametrize(("weight", "lora_weight"), [(1.0, 1.0), (0.6, 0.5)])
 def test_it_agrees_with_diffusers(pack, world, tools, load, read, face, pixels, in_host, weight, lora_weight):
     halves = make_weights(pack, world, tools)
     reference = read(load(halves), face, pixels)
     found = in_host(tools.apply(world.model, reference, weight=weight, lora_weight=lora_weight))
     expected = in_diffusers(world, tools, halves, face, pixels, weight, lora_weight)
-    print("relative rms difference", difference(found, expected))
-    assert difference(found, expected) < 1e-4
+    print("relative rms difference", relative(found, expected))
+    assert relative(found, expected) < 1e-4
     # Each part does something here, so that the comparison could fail.
     without_lora = in_host(tools.apply(world.model, reference, weight=weight, lora_weight=0.0))
     nobody = in_host(tools.apply(world.model, read(load(halves), 0 * face, 0 * pixels), weight=weight))
     for other in (without_lora, nobody, in_host(world.model)):
-        assert difference(other, expected) > 1e-3
+        assert relative(other, expected) > 1e-3
 
 
 def test_at_weight_0_and_outside_of_its_part_the_model_is_untouched(
@@ -149,11 +146,11 @@ def test_two_people_share_one_lora_and_kv_injection_stays_within(pack, world, to
     one, two = read(encoder, face, pixels), read(encoder, face.flip(-1), pixels)
     both = tools.apply(tools.apply(world.model, one, weight=0.5), two, weight=0.5)
     again = tools.apply(tools.apply(world.model, one, weight=0.5), two, weight=0.5, lora_weight=0.0)
-    assert difference(in_host(both), in_host(again)) < 1e-6  # the second brings the same LoRA, which acts once
+    assert relative(in_host(both), in_host(again)) < 1e-6  # the second brings the same LoRA, which acts once
     thing = tools.kv_reference(world, tools.picture(1))
     order = [tools.inject(tools.apply(world.model, one), thing), tools.apply(tools.inject(world.model, thing), one)]
     first, second = map(in_host, order)
-    assert torch.equal(first, second) and difference(first, in_host(tools.apply(world.model, one))) > 1e-3
+    assert torch.equal(first, second) and relative(first, in_host(tools.apply(world.model, one))) > 1e-3
 
 
 def test_another_node_s_replacement_is_called_with_the_changed_projections(
@@ -168,7 +165,7 @@ def test_another_node_s_replacement_is_called_with_the_changed_projections(
     model.set_model_attn1_replace(replacement, "middle", 0, 3)
     in_host(tools.apply(model, read(load(make_weights(pack, world, tools)), face, pixels)))
     in_host(model)
-    assert len(seen) == 2 and difference(seen[0], seen[1]) > 1e-3
+    assert len(seen) == 2 and relative(seen[0], seen[1]) > 1e-3
 
 
 def test_gradients_flow_through_its_lora(pack, world, tools, load, read, face, pixels):

@@ -2,19 +2,12 @@
 
 import pytest
 import torch
+from host_tools import interrupt
+from tensors import close
 
 LATENT = (1, 4, 8, 8)
 PLAIN = {("positive", 0, ()), ("negative", 0, ())}
 POSITIVE, NEGATIVE = ("positive", 0, ("face 0",)), ("negative", 0, ("zeros 0",))
-
-
-def close(a, b, bound=1e-5):
-    return torch.allclose(a, b, atol=bound * float(b.abs().max()))
-
-
-@pytest.fixture
-def texts(mini):
-    return mini.text(1), mini.text(2)
 
 
 @pytest.fixture
@@ -321,10 +314,6 @@ def test_sampler_custom_advanced(model, tools, texts, watch):
 @pytest.mark.contract
 def test_an_interrupt_leaves_nothing_behind(mini, model, tools, texts, draw):
     import comfy.model_management
-
-    def interrupt(*_):
-        comfy.model_management.interrupt_current_processing()
-        comfy.model_management.throw_exception_if_processing_interrupted()
 
     plain, guided = draw(mini.model, 3.0), draw(model, 3.0, 2.0, 2.0)
     guider = tools.three_scales(model, *texts)

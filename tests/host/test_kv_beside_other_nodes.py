@@ -2,19 +2,12 @@
 
 import pytest
 import torch
+from other_packs import in_one_batch, in_tiles, row_by_row
+from tensors import close
 
 pytestmark = pytest.mark.contract
 
 BLOCKS = 17  # self-attentions of the mini world, two of them in its middle
-
-
-def close(a, b, bound=1e-5):
-    return torch.allclose(a, b, atol=bound * float(b.abs().max()))
-
-
-@pytest.fixture
-def texts(mini):
-    return mini.text(1), mini.text(2)
 
 
 @pytest.fixture
@@ -179,25 +172,6 @@ def test_what_is_logged_is_logged_once_in_each_run(mini, ours, draw, caplog):
         draw(model)
         draw(model)
     assert len(logged(caplog)) == 2
-
-
-def row_by_row(apply_model, args):
-    """Another pack's model_function_wrapper that runs each row alone, and says of each that it is the whole batch."""
-    c, rows = args["c"], range(len(args["input"]))
-    alone = [{k: v[n : n + 1] if isinstance(v, torch.Tensor) else v for k, v in c.items()} for n in rows]
-    return torch.cat([apply_model(args["input"][n : n + 1], args["timestep"][n : n + 1], **alone[n]) for n in rows])
-
-
-def in_tiles(apply_model, args):
-    """One that runs each half of the picture alone."""
-    return torch.cat([apply_model(t, args["timestep"], **args["c"]) for t in args["input"].chunk(2, dim=-1)], dim=-1)
-
-
-def in_one_batch(apply_model, args):
-    """One as MultiDiffusion has it: two halves of the picture in one batch, tile after tile."""
-    tiles = torch.cat(args["input"].chunk(2, dim=-1))
-    c = {k: torch.cat([v, v]) if isinstance(v, torch.Tensor) else v for k, v in args["c"].items()}
-    return torch.cat(apply_model(tiles, args["timestep"].repeat(2), **c).chunk(2), dim=-1)
 
 
 def wrapped(model, wrapper):

@@ -7,17 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from host_tools import interrupt
+from tensors import relative
 
 LATENT = (1, 4, 8, 8)
 STEPS = 2
 UNET = json.loads((Path(__file__).resolve().parents[2] / "mini/sizes.json").read_text())["unet"]
 _, MIDDLE, DEEP = (UNET["model_channels"] * m for m in UNET["channel_mult"])
 A_LEVEL = 4 * 2 * (5 * 16 * MIDDLE + 12 * 4 * DEEP)  # bytes: normed inputs of both roles in float32
-
-
-@pytest.fixture
-def texts(mini):
-    return mini.text(1), mini.text(2)
 
 
 @pytest.fixture
@@ -148,10 +145,6 @@ def test_two_nodes_with_one_reference_share_what_is_kept(mini, tools, reference,
 def test_an_interrupted_run_leaves_what_is_right(mini, tools, reference, draw):
     import comfy.model_management
 
-    def interrupt(*_):
-        comfy.model_management.interrupt_current_processing()
-        comfy.model_management.throw_exception_if_processing_interrupted()
-
     model = tools.inject(mini.model, reference)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         draw(model, callback=interrupt)
@@ -242,10 +235,6 @@ def test_the_bound_holds_and_runs_of_the_same_sampling_stay(cache):
 
 
 # -- what is kept: normed inputs, in full precision or in 8 bit
-
-
-def relative(a, b) -> float:
-    return float((a - b).norm() / b.norm())
 
 
 def test_in_8_bit_the_picture_is_nearly_the_same_and_no_cache_changes_it(mini, tools, reference, draw):

@@ -2,15 +2,12 @@
 
 import pytest
 import torch
+from tensors import close, randn
 
 LATENT = (1, 4, 8, 8)
 POSITIVE, NEGATIVE, OTHER = 1, 2, 3
 FACE, ZEROS = ("face 0",), ("zeros 0",)
 EXPECTED = {("positive", 0, FACE), ("negative", 0, ZEROS)}
-
-
-def randn(*shape, seed=9):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture
@@ -39,7 +36,7 @@ def draw(mini, tools, texts):
 
         positive, found = positive or texts["positive"], []
         guider = guider or tools.guider(model, positive, texts["negative"], cfg)
-        x = randn(*LATENT) if x is None else x
+        x = randn(*LATENT, seed=9) if x is None else x
 
         def once(model_k, noise, sigmas, extra_args=None, callback=None, disable=None):
             found.append(model_k(x * sigma, sigmas[:1].expand(x.shape[0]), **extra_args))
@@ -50,16 +47,6 @@ def draw(mini, tools, texts):
         return found[0]
 
     return predict
-
-
-@pytest.fixture
-def split_batches(mini, monkeypatch):
-    """As if memory were so short that each condition runs alone."""
-    monkeypatch.setattr(mini.model.model, "memory_required", lambda *args, **kwargs: float("inf"))
-
-
-def close(a, b, bound=1e-5):
-    return torch.allclose(a, b, atol=bound * float(b.abs().max()))
 
 
 # -- which row reads what
@@ -90,7 +77,7 @@ def test_at_cfg_1_only_the_conditional_half_of_the_reference_pass_is_made(mini, 
 
 @pytest.mark.parametrize("pictures", [2, 5])
 def test_each_picture_of_a_batch_reads_the_reference_under_its_own_noise(mini, tools, reference, watch, draw, pictures):
-    draw(watch.model(tools.inject(mini.model, reference)), x=randn(pictures, *LATENT[1:]))
+    draw(watch.model(tools.inject(mini.model, reference)), x=randn(pictures, *LATENT[1:], seed=9))
     expected = {(text, n, (f"{kind} {n}",)) for n in range(pictures) for text, kind in roles()}
     assert len(watch.rows) == 2 * pictures and set(watch.rows) == expected
 
@@ -102,7 +89,7 @@ def roles():
 @pytest.mark.parametrize("noise", ["shared", "fixed"])
 def test_the_reference_is_noised_to_the_level_of_the_picture(mini, tools, reference, watch, draw, noise):
     """With the noise of each picture, or with one for all."""
-    x, sigma = randn(3, *LATENT[1:]), 5.0
+    x, sigma = randn(3, *LATENT[1:], seed=9), 5.0
     draw(watch.model(tools.inject(mini.model, reference, noise=noise, noise_seed=6)), x=x)
     (one,) = watch.references
     own = x if noise == "shared" else randn(*LATENT, seed=6)
@@ -117,7 +104,7 @@ def test_the_reference_is_noised_to_the_level_of_the_picture(mini, tools, refere
 
 def test_the_reference_is_noised_by_the_rule_of_the_model(mini, tools, reference, watch, draw, flow):
     """Of a model that was switched to flow matching: (1 - sigma) z + sigma e, which the UNet reads as it is."""
-    x, sigma = randn(2, *LATENT[1:]), 0.6
+    x, sigma = randn(2, *LATENT[1:], seed=9), 0.6
     draw(watch.model(tools.inject(flow, reference)), x=x, sigma=sigma)
     scaled = mini.model.model.latent_format.scale_factor * reference.subjects[0].latents
     rows = watch.references[0].x[[n for n, name in enumerate(watch.references[0].names) if name == "face"]]
@@ -134,7 +121,7 @@ def test_the_reference_has_its_own_sizes_and_pooled_text(mini, tools, reference,
         return encode_adm(**kwargs)
 
     monkeypatch.setattr(base, "encode_adm", watched)
-    draw(tools.inject(mini.model, reference), x=randn(1, 4, 8, 12))
+    draw(tools.inject(mini.model, reference), x=randn(1, 4, 8, 12, seed=9))
     of_reference = [s for s in seen if s[:2] == (64, 64)]
     assert len(of_reference) == 2 and len(seen) == 4
     assert {s[:2] for s in seen} == {(64, 64), (96, 64)}
@@ -203,7 +190,7 @@ def test_areas_and_masks_of_conditions(mini, tools, reference, watch, draw, text
 def test_several_pictures_of_a_reference(mini, tools, watch, draw, several, noise):
     """Together (and on average, which keys and values have none of) every image reads all; else each its own."""
     reference = tools.kv_reference(mini, tools.picture(4, n=2), several=several)
-    x = randn(3, *LATENT[1:])
+    x = randn(3, *LATENT[1:], seed=9)
     draw(watch.model(tools.inject(mini.model, reference, noise=noise)), x=x, cfg=1.0)
     (one,) = watch.references
     scaled = mini.model.model.latent_format.scale_factor * reference.subjects[0].latents
@@ -220,7 +207,7 @@ def test_several_pictures_of_a_reference(mini, tools, watch, draw, several, nois
 def test_two_nodes_in_series_are_read_under_one_softmax(mini, tools, texts, watch, draw):
     first, second = (tools.kv_reference(mini, tools.picture(seed)) for seed in (1, 2))
     both = tools.kv_reference(mini, torch.cat([tools.picture(1), tools.picture(2)]))
-    x = randn(2, *LATENT[1:])
+    x = randn(2, *LATENT[1:], seed=9)
 
     def series(a, b):
         return tools.inject(tools.inject(mini.model, a), b)
@@ -285,7 +272,7 @@ def test_a_picture_mask_of_zeros_and_weight_0_are_the_plain_model(mini, tools, r
 
 
 def test_rows_of_a_batch_outside_of_the_mask_are_plain(mini, tools, reference, draw):
-    x = randn(2, *LATENT[1:])
+    x = randn(2, *LATENT[1:], seed=9)
     masks = torch.stack([torch.ones(64, 64), torch.zeros(64, 64)])
     out = draw(tools.inject(mini.model, reference, mask=masks), x=x)
     plain, full = draw(mini.model, x=x), draw(tools.inject(mini.model, reference), x=x)
@@ -399,7 +386,7 @@ def test_reference_masks_of_different_sizes_go_with_their_pictures(mini, tools, 
     """One per picture: rows of one batch have different numbers of tokens, and each image draws as by itself."""
     images, masks = tools.picture(4, n=2), torch.ones(2, 96, 96)
     masks[1, :, 48:] = 0
-    x = randn(2, *LATENT[1:])
+    x = randn(2, *LATENT[1:], seed=9)
     both = draw(tools.inject(mini.model, tools.kv_reference(mini, images, several="one per picture", mask=masks)), x=x)
     for n in range(2):
         alone = tools.kv_reference(mini, images[n : n + 1], mask=masks[n : n + 1])

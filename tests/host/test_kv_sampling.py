@@ -5,18 +5,12 @@ import weakref
 
 import pytest
 import torch
+from host_tools import interrupt
+from tensors import relative
+from worlds import control_net
 
 LATENT = (1, 4, 8, 8)
 EXPECTED = {("positive", 0, ("face 0",)), ("negative", 0, ("zeros 0",))}
-
-
-def relative(a, b) -> float:
-    return float((a - b).square().mean().sqrt() / b.square().mean().sqrt())
-
-
-@pytest.fixture
-def texts(mini):
-    return mini.text(1), mini.text(2)
 
 
 @pytest.fixture
@@ -66,10 +60,6 @@ def test_an_interrupt_leaves_nothing_behind(mini, trained, tools, draw, texts, w
     plain, patched = draw(mini.model), draw(model)
     guider = tools.guider(model, *texts, 3.0)  # one that a graph keeps: the next run starts from the same object
     passes = []
-
-    def interrupt(*_):
-        comfy.model_management.interrupt_current_processing()
-        comfy.model_management.throw_exception_if_processing_interrupted()
 
     def on_pass(_, args, kwargs):
         passes.append(kwargs["transformer_options"].get("lookahead") is None)
@@ -273,21 +263,6 @@ def test_a_lora_as_a_hook_does_not_reach_the_reference(mini, reference, tools, w
         exported.append([one.keys.clone() for one in watch.references])
         assert set(watch.rows) == EXPECTED
     assert all(torch.equal(a, b) for a, b in zip(*exported, strict=True)) and relative(*drawn) > 1e-3
-
-
-def control_net(world):
-    """The host's ControlNet with random weights, for a UNet of this layout."""
-    import comfy.cldm.cldm
-    import comfy.controlnet
-    import comfy.ops
-
-    config = {k: v for k, v in world.unet_config.items() if k not in ("out_channels", "transformer_depth_output")}
-    config["transformer_depth"] = list(config["transformer_depth"])
-    net = comfy.cldm.cldm.ControlNet(**config, hint_channels=3, operations=comfy.ops.disable_weight_init)
-    g = torch.Generator().manual_seed(11)
-    weights = net.state_dict()
-    net.load_state_dict({k: torch.randn(v.shape, generator=g) * v[0].numel() ** -0.5 for k, v in weights.items()})
-    return comfy.controlnet.ControlNet(net.eval(), load_device=torch.device("cpu"))
 
 
 @pytest.mark.contract

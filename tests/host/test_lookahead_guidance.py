@@ -7,17 +7,10 @@ import weakref
 import pytest
 import torch
 from concept_oracle import random_offsets
+from tensors import relative
+from worlds import control_net
 
 LATENT = (1, 4, 8, 8)
-
-
-def relative(a, b) -> float:
-    return float((a - b).square().mean().sqrt() / b.square().mean().sqrt())
-
-
-@pytest.fixture
-def texts(mini):
-    return mini.text(1), mini.text(2)
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +75,12 @@ def draw(texts, tools, mini):
 def means(report) -> list[float]:
     (run,) = report.runs.values()
     return [sum(i.losses) / len(i.losses) for i in run.iterates]
+
+
+def falls(losses: list[float], below: float = 0.98) -> bool:
+    """Whether the loss falls in each of the first three iterations and ends below this part of what it was. Later ones
+    hang on how the processor rounds: each multiplies by ten what that changes."""
+    return losses[:4] == sorted(losses[:4], reverse=True) and losses[3] < below * losses[0]
 
 
 # -- the shortcut
@@ -246,10 +245,10 @@ def test_other_patches_than_lora_are_refused(mini, pack, tools, texts, shortcut)
 @pytest.mark.parametrize("kind", ["one-step", "plain x0"])
 @pytest.mark.contract
 def test_the_loss_falls_and_the_picture_changes(guide, draw, shortcut, kind, mini):
-    sampler, report = guide(of=shortcut(kind=kind), iterations=6, jitter=0.0)  # so that losses can be compared
+    sampler, report = guide(of=shortcut(kind=kind), jitter=0.0)  # so that losses can be compared
     out = draw(sampler)
     losses = means(report)
-    assert len(losses) == 7 and min(losses[1:]) < 0.95 * losses[0]  # measured: 0.92 and 0.94
+    assert len(losses) == 4 and falls(losses)  # measured: to 0.958 and 0.946
     assert relative(out, draw("euler")) > 1e-3
 
 
@@ -274,10 +273,9 @@ def test_runs_of_other_guiders_of_the_host_are_guided(guide, tools, mini, texts,
         guider = guiders(mini.model, texts[0], mini.text(3), texts[1])[name]
         return tools.sample(mini.model, None, None, torch.zeros(LATENT), guider=guider, sampler=sampler, steps=2)
 
-    sampler, report = guide(iterations=6, jitter=0.0)
+    sampler, report = guide(jitter=0.0)
     out = drawn(sampler)
-    losses = means(report)
-    assert min(losses[1:]) < 0.95 * losses[0] and relative(out, drawn("euler")) > 1e-3
+    assert falls(means(report)) and relative(out, drawn("euler")) > 1e-3  # measured: to 0.958
 
 
 @pytest.mark.contract
@@ -287,10 +285,9 @@ def test_a_model_of_v_prediction_is_guided(guide, tools, mini, texts, shortcut):
 
     base, x = as_v(mini.model), 4 * torch.randn(LATENT)
     with_lora = as_v(tools.with_lora(mini.model))
-    sampler, report = guide(of=shortcut(with_lora), iterations=6, jitter=0.0)
+    sampler, report = guide(of=shortcut(with_lora), jitter=0.0)
     tools.sample(base, *texts, torch.zeros(LATENT), sampler=sampler, steps=2)
-    losses = means(report)
-    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 1e-3  # falls each time
+    assert falls(means(report), 0.99)  # measured: to 0.984
     assert relative(tools.denoised(base, *texts, x, 4.0), tools.denoised(mini.model, *texts, x, 4.0)) > 0.05
 
 
@@ -298,10 +295,9 @@ def test_a_model_of_v_prediction_is_guided(guide, tools, mini, texts, shortcut):
 def test_a_model_with_free_u_is_guided(guide, tools, mini, texts, shortcut, node):
     """It writes into the tensors that it is given, which autograd needs as they were."""
     model = tools.host_node("nodes_freelunch", node, mini.model, 1.3, 1.4, 0.9, 0.2)
-    sampler, report = guide(of=shortcut(tools.with_lora(model)), iterations=6, jitter=0.0)
+    sampler, report = guide(of=shortcut(tools.with_lora(model)), jitter=0.0)
     tools.sample(model, *texts, torch.zeros(LATENT), sampler=sampler, steps=2)
-    losses = means(report)
-    assert min(losses[1:]) < 0.98 * losses[0]
+    assert falls(means(report))  # measured: to 0.954 and 0.968
 
 
 def test_patches_that_write_into_what_they_get_have_the_gradient_of_those_that_do_not(
@@ -442,11 +438,10 @@ def test_without_backward_no_pass_of_the_unet_is_recorded_and_the_loss_falls(gui
     recorded = []
     block = mini.model.model.diffusion_model.middle_block[0]
     hook = block.register_forward_hook(lambda *_: recorded.append(torch.is_grad_enabled()))
-    sampler, report = guide(iterations=6, jitter=0.0, backward=False)
+    sampler, report = guide(jitter=0.0, backward=False)
     out = draw(sampler)
     hook.remove()
-    losses = means(report)
-    assert not any(recorded) and len(recorded) >= 7 and min(losses[1:]) < 0.95 * losses[0]
+    assert not any(recorded) and len(recorded) >= 4 and falls(means(report))  # measured: to 0.963
     assert relative(out, draw("euler")) > 1e-3
 
 
@@ -619,13 +614,7 @@ def test_image_prompt_and_kv_injection_act_in_the_preview(guide, tools, mini, te
 
 @pytest.mark.contract
 def test_with_a_control_net_whose_effect_counts(guide, tools, mini, texts, worlds):
-    import importlib.util
-    from pathlib import Path
-
-    spec = importlib.util.spec_from_file_location("kv_sampling", Path(__file__).with_name("test_kv_sampling.py"))
-    kv_sampling = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(kv_sampling)
-    net = kv_sampling.control_net(mini).set_cond_hint(torch.rand(1, 3, 64, 64), 0.5)
+    net = control_net(mini).set_cond_hint(torch.rand(1, 3, 64, 64), 0.5)
     controlled = [[[text, {**options, "control": net}]] for ((text, options),) in texts]
     sampler, report = guide(iterations=2)
     tools.sample(mini.model, *controlled, torch.zeros(LATENT), sampler=sampler, steps=1)

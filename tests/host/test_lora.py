@@ -1,12 +1,11 @@
 """A LoRA of the mini world in the host's stock `LoraLoaderModelOnly`: every key finds its layer, none is left over."""
 
-import importlib.util
 import logging
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from tensors import relative
 
 STRENGTH = 0.7
 
@@ -90,24 +89,18 @@ def test_the_patched_model_computes_what_our_branches_compute(case, stock_loader
         scaled = x * sigma / (sigma**2 + 1) ** 0.5
         return unet(scaled, 601, encoder_hidden_states=context, added_cond_kwargs=added).sample
 
-    def difference(a, b) -> float:
-        return float((a - b).square().mean().sqrt() / b.square().mean().sqrt())
-
     plain = in_diffusers()
     made.attach(unet)
     with made.at(STRENGTH):
         ours = in_diffusers()
-    assert difference(ours, plain) > 0.05  # the LoRA does something here
-    assert difference(in_host(patched), ours) < 1e-4
-    assert difference(in_host(world.model), plain) < 1e-4  # and the model that was given stays as it was
+    assert relative(ours, plain) > 0.05  # the LoRA does something here
+    assert relative(in_host(patched), ours) < 1e-4
+    assert relative(in_host(world.model), plain) < 1e-4  # and the model that was given stays as it was
 
 
-def test_the_benchmark_s_random_lora_lies_on_layers_that_are_there(worlds):
+def test_the_benchmark_s_random_lora_lies_on_layers_that_are_there(pack, worlds):
     """The host names layers too that SDXL has not (`make bench ARGS="--full-size 256"` ended there)."""
-    path = Path(__file__).resolve().parents[2] / "tools" / "bench_in_host.py"
-    spec = importlib.util.spec_from_file_location("bench_in_host", path)
-    bench = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bench)
+    bench = pack.module("tools.bench_in_host")
     model = worlds("sdxl").model
     patched = bench._with_random_lora(model, rank=2)
     weights = model.model.state_dict()

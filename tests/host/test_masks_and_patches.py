@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from other_packs import in_tiles, row_by_row
+from tensors import half_masks
 
 LATENT = (1, 4, 16, 16)
 
@@ -22,13 +24,6 @@ def draw(mini, tools):
     return predict
 
 
-def halves(size: int = 64):
-    """Masks over the left and the right half of the picture."""
-    left = torch.zeros(1, size, size)
-    left[..., : size // 2] = 1
-    return left, 1 - left
-
-
 def test_a_mask_of_ones_is_no_mask_and_a_mask_of_zeros_no_image_prompt(mini, tools, reference, draw):
     plain, full = draw(mini.model), draw(tools.apply(mini.model, reference))
     ones, zeros = torch.ones(1, 128, 128), torch.zeros(1, 128, 128)
@@ -39,14 +34,14 @@ def test_a_mask_of_ones_is_no_mask_and_a_mask_of_zeros_no_image_prompt(mini, too
 
 def test_an_empty_mask_is_logged(mini, tools, reference, caplog):
     with caplog.at_level("WARNING"):
-        tools.apply(mini.model, reference, mask=halves()[0])
+        tools.apply(mini.model, reference, mask=half_masks()[0])
         assert "LCM-Lookahead" not in caplog.text
         tools.apply(mini.model, reference, mask=torch.zeros(1, 64, 64))
     assert caplog.text.count("LCM-Lookahead") == 1 and "mask" in caplog.text
 
 
 def test_two_masks_that_share_the_picture_are_the_whole_prompt(mini, tools, reference, draw):
-    left, right = halves()
+    left, right = half_masks()
     both = tools.apply(tools.apply(mini.model, reference, mask=left), reference, mask=right)
     whole = draw(tools.apply(mini.model, reference))
     assert torch.allclose(draw(both), whole, atol=1e-4 * float(whole.abs().max()))
@@ -80,7 +75,7 @@ def test_the_mask_holds_on_the_tokens_of_its_part_alone(mini, tools, reference, 
         return added
 
     monkeypatch.setattr(patch.PromptRows, "attend", checked)
-    draw(tools.apply(mini.model, reference, mask=halves()[0]))
+    draw(tools.apply(mini.model, reference, mask=half_masks()[0]))
     assert grids == {(8, 8), (4, 4)}
 
 
@@ -93,7 +88,7 @@ def test_an_area_sees_its_own_part_of_the_mask(mini, tools, reference, draw, mon
     """
     if split:
         monkeypatch.setattr(mini.model.model, "memory_required", lambda *args, **kwargs: float("inf"))
-    left, right = halves()
+    left, right = half_masks()
 
     def areas(*columns):
         positive = []
@@ -128,7 +123,7 @@ def test_masked_conditions_run(mini, tools, reference, draw):
     mask[:, 32:96, 32:96] = 1
     for extra in ({"mask": mask, "mask_strength": 1.0}, {"mask": mask, "set_area_to_bounds": True}):
         positive = [[text[0], {**text[1], **extra}], mini.text(3)[0]]
-        model = tools.apply(mini.model, reference, mask=halves()[0])
+        model = tools.apply(mini.model, reference, mask=half_masks()[0])
         assert not torch.equal(draw(model, positive), draw(mini.model, positive))
 
 
@@ -232,18 +227,6 @@ def test_a_block_that_cannot_be_followed_runs_without_the_image_prompt_and_is_lo
     assert len([r for r in caplog.records if "LCM-Lookahead" in r.getMessage()]) == 1
 
 
-def row_by_row(apply_model, args):
-    """Another pack's model_function_wrapper that runs each row alone, and says of each that it is the whole batch."""
-    c, rows = args["c"], range(len(args["input"]))
-    alone = [{k: v[n : n + 1] if isinstance(v, torch.Tensor) else v for k, v in c.items()} for n in rows]
-    return torch.cat([apply_model(args["input"][n : n + 1], args["timestep"][n : n + 1], **alone[n]) for n in rows])
-
-
-def in_tiles(apply_model, args):
-    """Another pack's model_function_wrapper that runs each half of the picture alone."""
-    return torch.cat([apply_model(t, args["timestep"], **args["c"]) for t in args["input"].chunk(2, dim=-1)], dim=-1)
-
-
 @pytest.mark.parametrize(("wrapper", "masked"), [(row_by_row, False), (in_tiles, True)])
 def test_a_batch_that_cannot_be_followed_runs_without_the_image_prompt_and_is_logged_once(
     mini, tools, reference, draw, caplog, wrapper, masked
@@ -254,7 +237,7 @@ def test_a_batch_that_cannot_be_followed_runs_without_the_image_prompt_and_is_lo
         return model
 
     plain = draw(other(mini.model))
-    mask = halves()[0] if masked else None
+    mask = half_masks()[0] if masked else None
     with caplog.at_level("WARNING"):
         out = draw(other(tools.apply(mini.model, reference, mask=mask)))
     assert torch.equal(out, plain)
@@ -346,4 +329,4 @@ def test_attention_asks_the_device_for_nothing(mini, tools, reference, draw, pac
             return attend(self, *args)
 
     monkeypatch.setattr(patch.PromptRows, "attend", guarded)
-    draw(tools.apply(mini.model, reference, mask=halves()[0]))
+    draw(tools.apply(mini.model, reference, mask=half_masks()[0]))

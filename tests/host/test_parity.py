@@ -6,17 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from stock_files import halves
+from tensors import relative
 
 SIGMA_STEP = 601
 
 
 def load_ip_adapter(unet, weights):
     """diffusers' own loader of IP-Adapter weights."""
-    halves = {"image_proj": {}, "ip_adapter": {}}
-    for key, value in weights.items():
-        half, _, name = key.partition(".")
-        halves[half][name] = value
-    unet._load_ip_adapter_weights([halves], low_cpu_mem_usage=False)
+    unet._load_ip_adapter_weights([halves(weights)], low_cpu_mem_usage=False)
 
 
 @pytest.fixture(params=["mini", "sdxl"])
@@ -60,15 +58,10 @@ def case(world, tools):
     return in_host, in_diffusers, image
 
 
-def difference(a, b) -> float:
-    """Root mean square of the difference, relative to that of b."""
-    return float((a - b).square().mean().sqrt() / b.square().mean().sqrt())
-
-
 @pytest.mark.contract
 def test_plain_model_agrees_with_diffusers(case, world):
     in_host, in_diffusers, _ = case
-    assert difference(in_host(world.model), in_diffusers(None)) < 1e-4
+    assert relative(in_host(world.model), in_diffusers(None)) < 1e-4
 
 
 @pytest.mark.parametrize("weight", [1.0, 0.6])
@@ -77,9 +70,9 @@ def test_image_prompt_agrees_with_diffusers_ip_adapter_plus(case, world, tools, 
     reference = tools.reference(world, image)
     with_prompt = in_host(tools.apply(world.model, reference, weight=weight))
     expected = in_diffusers(world.encoder, weight)
-    print("relative rms difference", difference(with_prompt, expected))
-    assert difference(with_prompt, expected) < 1e-4
-    assert difference(with_prompt, in_host(world.model)) > 1e-2  # the image prompt does something here
+    print("relative rms difference", relative(with_prompt, expected))
+    assert relative(with_prompt, expected) < 1e-4
+    assert relative(with_prompt, in_host(world.model)) > 1e-2  # the image prompt does something here
 
 
 def test_parity_notices_swapped_keys_and_values_and_a_skipped_block(case, world, tools):
@@ -96,9 +89,9 @@ def test_parity_notices_swapped_keys_and_values_and_a_skipped_block(case, world,
         k.replace("to_k_ip", "*").replace("to_v_ip", "to_k_ip").replace("*", "to_v_ip"): v
         for k, v in world.encoder.items()
     }
-    assert difference(mistaken(swapped), expected) > 1e-3
+    assert relative(mistaken(swapped), expected) > 1e-3
     last = f"ip_adapter.{2 * count - 1}.to_v_ip.weight"  # the last block of the middle
-    assert difference(mistaken({**world.encoder, last: torch.zeros_like(world.encoder[last])}), expected) > 1e-3
+    assert relative(mistaken({**world.encoder, last: torch.zeros_like(world.encoder[last])}), expected) > 1e-3
 
 
 @pytest.mark.contract

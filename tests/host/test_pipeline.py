@@ -1,27 +1,17 @@
 """The diffusers pipeline against the oracle, the nodes in the real host, and diffusers' own IP-Adapter pipeline."""
 
 import copy
-import importlib.util
 from pathlib import Path
 
+import kv_cases
+import kv_oracle as oracle
 import pytest
 import torch
+from kv_cases import BOUND, GUIDED_BOUND, SCALES, STEPS, flat, scheduler, worst
+from tensors import randn, relative
+from worlds import SIZES
 
-HERE = Path(__file__).resolve().parent
-
-
-def sibling(name: str):
-    """A module beside this one: the tests are no package."""
-    spec = importlib.util.spec_from_file_location(f"{name}_for_pipeline", HERE / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-parity = sibling("test_kv_parity")
-oracle, difference, flat, worst = parity.oracle, parity.difference, parity.flat, parity.worst
-encoder_of, host = parity.encoder_of, parity.host  # fixtures
-BOUND, GUIDED_BOUND, SCALES, STEPS = parity.BOUND, parity.GUIDED_BOUND, parity.SCALES, parity.STEPS
+encoder_of, host = kv_cases.encoder_of, kv_cases.host  # fixtures
 OWN_FORMAT = {"format": "lcm-lookahead-encoder", "format_version": "1", "kv_rank": "4", "size": "96"}
 SIDE = 12  # of latents, of reference and picture
 
@@ -36,27 +26,19 @@ def cases(worlds, tools):
             with torch.inference_mode():
                 world = worlds(kind)
                 unet, image = tools.diffusers_unet(world), tools.picture(1)
-                tokens = parity.image_tokens(unet, world, image)
+                tokens = kv_cases.image_tokens(unet, world, image)
                 lora = oracle.random_lora(unet, seed=31)
-                built[kind] = parity.Case(world, unet, lora, *tokens, parity.SIZES[kind], image)
+                built[kind] = kv_cases.Case(world, unet, lora, *tokens, kv_cases.SIZES[kind], image)
         return built[kind]
 
     return case
-
-
-def scheduler(kind="DDIMScheduler"):
-    import diffusers
-
-    sdxl = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "timestep_spacing": "leading"}
-    extra = {"clip_sample": False, "set_alpha_to_one": False} if kind == "DDIMScheduler" else {}
-    return getattr(diffusers, kind)(**sdxl, steps_offset=1, **extra)
 
 
 def image_encoder_of(world):
     """transformers' model with the weights of the host's."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-    config = CLIPVisionConfig(**parity_sizes()["clip_vision"])
+    config = CLIPVisionConfig(**SIZES["clip_vision"])
     model = CLIPVisionModelWithProjection(config)
     weights = world.clip_vision.get_sd()
     ours = {k.removeprefix("vision_model."): k for k in model.state_dict()}
@@ -64,12 +46,6 @@ def image_encoder_of(world):
     assert found.keys() == {k for k in model.state_dict() if "position_ids" not in k}
     model.load_state_dict(found, strict=False)
     return model.eval().requires_grad_(False)
-
-
-def parity_sizes() -> dict:
-    import json
-
-    return json.loads((HERE.parents[1] / "mini/sizes.json").read_text())
 
 
 def components(case, full=False) -> dict:
@@ -145,7 +121,7 @@ class Asked:
     def __init__(self, module, pipe, case):
         self.module, self.pipe, self.case = module, pipe, case
         prompts = [oracle.image_prompt(case.unet, case.world.encoder, t) for t in (case.tokens, case.null_tokens)]
-        latents = case.vae.latents * parity.LATENT_SCALE
+        latents = case.vae.latents * kv_cases.LATENT_SCALE
         self.reference = module.EncodedReference(*prompts, latents, self.text(case.kv_prompt))
 
     def text(self, conditioning):
@@ -184,18 +160,18 @@ def test_guided_predictions_agree_with_the_oracle_and_with_the_nodes(asked, host
     for n in range(len(STEPS)):
         four = case.expected(n, case.both(n))
         for scales in SCALES:
-            found, expected = asked.guided(n, scales), oracle.guided(**four, **parity.named(scales))
-            print(f"oracle {difference(found, expected):.1e}, nodes {difference(found, in_host[scales][n]):.1e}")
-            assert difference(found, expected) < GUIDED_BOUND
-            assert difference(found, in_host[scales][n]) < GUIDED_BOUND
-        assert difference(found, asked.guided(n, scales, with_kv=False)) > 100 * GUIDED_BOUND
+            found, expected = asked.guided(n, scales), oracle.guided(**four, **kv_cases.named(scales))
+            print(f"oracle {relative(found, expected):.1e}, nodes {relative(found, in_host[scales][n]):.1e}")
+            assert relative(found, expected) < GUIDED_BOUND
+            assert relative(found, in_host[scales][n]) < GUIDED_BOUND
+        assert relative(found, asked.guided(n, scales, with_kv=False)) > 100 * GUIDED_BOUND
 
 
 def test_without_kv_it_is_plain_guidance_at_text_and_full(asked):
     case = asked.case
     uncond, cond = case.predict(0, False), case.predict(0, True)
     expected = uncond + 5.0 * (cond - uncond)
-    assert difference(asked.guided(0, (3.0, 2.0, 2.0), with_kv=False), expected) < GUIDED_BOUND
+    assert relative(asked.guided(0, (3.0, 2.0, 2.0), with_kv=False), expected) < GUIDED_BOUND
 
 
 @pytest.mark.parametrize("missing", ["kv", "null_kv"])
@@ -225,7 +201,7 @@ def test_an_alpha_in_the_file_scales_the_low_rank_weights(pack, module, cases):
 def test_the_image_prompt_of_a_picture_is_that_of_the_node(pipelines, cases, tools, size):
     case, pipe = cases("mini"), pipelines("mini")
     picture = tools.picture(4, height=size[0], width=size[1])
-    tokens = parity.image_tokens(case.unet, case.world, picture)
+    tokens = kv_cases.image_tokens(case.unet, case.world, picture)
     for found, each in zip(pipe.encode_image_prompt(picture), tokens, strict=True):
         assert worst(flat(found), flat(oracle.image_prompt(case.unet, case.world.encoder, each))) < BOUND
 
@@ -250,7 +226,7 @@ def draw(full, cases):
     image = cases("mini").image
 
     def run(prompt="a drawing", reference=image, **options):
-        noise = parity.randn(1, 4, SIDE, SIDE, seed=61)
+        noise = randn(1, 4, SIDE, SIDE, seed=61)
         side = 8 * SIDE
         options = {"latents": noise, "height": side, "width": side, "num_inference_steps": 3} | options
         return full(prompt, reference, output_type="latent", **options)
@@ -287,7 +263,7 @@ def test_without_kv_it_draws_what_diffusers_own_ip_adapter_pipeline_draws(full, 
 
     pixels = clip_preprocess(case.image, size=full.image_encoder.config.image_size)
     features = [full.image_encoder(p, output_hidden_states=True).hidden_states[-2] for p in (pixels * 0, pixels)]
-    noise = parity.randn(1, 4, SIDE, SIDE, seed=61)
+    noise = randn(1, 4, SIDE, SIDE, seed=61)
     expected = theirs(
         "a drawing",
         negative_prompt="bad",
@@ -303,8 +279,8 @@ def test_without_kv_it_draws_what_diffusers_own_ip_adapter_pipeline_draws(full, 
     try:
         options = {"use_kv": False, "image_prompt_scale": 0.7, "negative_prompt": "bad"}
         found = draw(**options).images
-        assert difference(found, expected) < GUIDED_BOUND
-        assert difference(draw(**{**options, "image_prompt_scale": 0.0}).images, expected) > 100 * GUIDED_BOUND
+        assert relative(found, expected) < GUIDED_BOUND
+        assert relative(draw(**{**options, "image_prompt_scale": 0.0}).images, expected) > 100 * GUIDED_BOUND
     finally:
         full.scheduler = before
 
@@ -333,10 +309,10 @@ def test_kv_to_replay_that_does_not_fit_is_refused(draw, tools):
 
 
 def test_each_picture_of_a_batch_is_that_of_its_own_noise(draw):
-    noise = parity.randn(2, 4, SIDE, SIDE, seed=62)
+    noise = randn(2, 4, SIDE, SIDE, seed=62)
     both = draw(latents=noise, num_images_per_prompt=2).images
     for n in range(2):
-        assert difference(both[n : n + 1], draw(latents=noise[n : n + 1]).images) < BOUND
+        assert relative(both[n : n + 1], draw(latents=noise[n : n + 1]).images) < BOUND
 
 
 def test_with_scales_that_add_up_to_one_only_the_full_prediction_is_made(full, draw):
@@ -379,9 +355,9 @@ def test_without_a_reference_it_is_plain_sdxl_though_the_encoder_has_kv(full, dr
     plain = diffusers.StableDiffusionXLPipeline(**parts | {"unet": copy.deepcopy(cases("mini").unet)})
     plain.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": 3, "height": 8 * SIDE, "width": 8 * SIDE, "output_type": "latent"}
-    noise = parity.randn(1, 4, SIDE, SIDE, seed=61)
+    noise = randn(1, 4, SIDE, SIDE, seed=61)
     wanted = plain("a drawing", latents=noise, guidance_scale=5.0, **options).images
-    assert full.encoder.kv and difference(draw(reference=None).images, wanted) < GUIDED_BOUND
+    assert full.encoder.kv and relative(draw(reference=None).images, wanted) < GUIDED_BOUND
 
 
 def test_unloading_leaves_the_unet_as_it_was(module, pack, cases):
@@ -395,7 +371,7 @@ def test_unloading_leaves_the_unet_as_it_was(module, pack, cases):
 
     before, kinds = plain(), {k: type(v) for k, v in pipe.unet.attn_processors.items()}
     pipe.load_encoder(file_of(pack, case))
-    assert difference(plain(), before) < 1e-5  # and without anything asked of ours the UNet is the plain one
+    assert relative(plain(), before) < 1e-5  # and without anything asked of ours the UNet is the plain one
     Asked(module, pipe, case).kv(0, True)
     pipe.unload_encoder()
     assert torch.equal(plain(), before) and {k: type(v) for k, v in pipe.unet.attn_processors.items()} == kinds
@@ -424,7 +400,7 @@ def test_a_scheduler_of_flow_matching_is_refused_for_a_reference(pack):
     known = diffusers.DPMSolverMultistepScheduler(beta_schedule="scaled_linear")
     assert 0 < float(alpha_bar(known, t)) < 1
     flow = diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
-    for scheduler in (flow, diffusers.FlowMatchEulerDiscreteScheduler()):
+    for flowing in (flow, diffusers.FlowMatchEulerDiscreteScheduler()):
         with pytest.raises(ValueError, match="flow matching") as error:
-            alpha_bar(scheduler, t)
+            alpha_bar(flowing, t)
         assert str(error.value).endswith(".") and "\n" not in str(error.value)

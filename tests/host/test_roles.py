@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from other_packs import in_one_batch
 
 pytestmark = pytest.mark.contract
 
@@ -49,12 +50,6 @@ def texts(mini):
     return {seed: mini.text(seed) for seed in (POSITIVE, NEGATIVE, OTHER)}
 
 
-@pytest.fixture
-def split_batches(mini, monkeypatch):
-    """As if memory were so short that each condition runs alone."""
-    monkeypatch.setattr(mini.model.model, "memory_required", lambda *args, **kwargs: float("inf"))
-
-
 EXPECTED = {(POSITIVE, "reference"), (NEGATIVE, "null")}
 
 
@@ -74,16 +69,9 @@ def test_batch_of_pictures(watched, texts, tools):
     assert sorted(watched.seen) == sorted([(POSITIVE, "reference")] * 3 + [(NEGATIVE, "null")] * 3)
 
 
-def in_two_tiles(apply_model, args):
-    """A model_function_wrapper as MultiDiffusion has it: two halves of the picture in one batch, tile after tile."""
-    tiles = torch.cat(args["input"].chunk(2, dim=-1))
-    c = {k: torch.cat([v, v]) if isinstance(v, torch.Tensor) else v for k, v in args["c"].items()}
-    return torch.cat(apply_model(tiles, args["timestep"].repeat(2), **c).chunk(2), dim=-1)
-
-
 @pytest.mark.parametrize("pictures", [1, 3])
 def test_tiles_of_the_picture_in_one_batch_keep_their_roles(watched, texts, tools, pictures):
-    watched.model.set_model_unet_function_wrapper(in_two_tiles)
+    watched.model.set_model_unet_function_wrapper(in_one_batch)
     x = torch.randn(pictures, *LATENT[1:])
     tools.denoised(watched.model, texts[POSITIVE], texts[NEGATIVE], x, 5.0, cfg=3.0)
     assert watched.passes == [4 * pictures]
@@ -97,7 +85,7 @@ def test_tiles_of_a_batch_see_the_reference_of_their_picture(mini, tools):
 
     def draw(x, reference):
         model = tools.apply(mini.model, reference)
-        model.set_model_unet_function_wrapper(in_two_tiles)
+        model.set_model_unet_function_wrapper(in_one_batch)
         return tools.denoised(model, mini.text(1), mini.text(2), x, 5.0, cfg=3.0)
 
     both = draw(x, reference)

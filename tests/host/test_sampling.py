@@ -2,22 +2,15 @@
 
 import pytest
 import torch
+from host_tools import interrupt
+from tensors import relative
 
 LATENT = (1, 4, 16, 16)
 
 
 @pytest.fixture
-def texts(mini):
-    return mini.text(1), mini.text(2)
-
-
-@pytest.fixture
 def reference(mini, tools):
     return tools.reference(mini, tools.picture(1))
-
-
-def relative(a, b) -> float:
-    return float((a - b).square().mean().sqrt() / b.square().mean().sqrt())
 
 
 def test_the_image_prompt_changes_the_picture(mini, texts, reference, tools):
@@ -51,14 +44,13 @@ def test_an_interrupt_in_the_middle_leaves_nothing_behind(mini, texts, reference
     patched = tools.sample(model, *texts, torch.zeros(LATENT))
     context = model.model_options["transformer_options"]["lookahead"]
 
-    def interrupt(step, *args):
+    def in_the_middle(step, *args):
         if step == 1:
-            comfy.model_management.interrupt_current_processing()
-            comfy.model_management.throw_exception_if_processing_interrupted()
+            interrupt()
 
     guider = tools.guider(model, *texts, 3.0)  # one that a graph keeps: the next run starts from the same object
     with pytest.raises(comfy.model_management.InterruptProcessingException):
-        tools.sample(model, *texts, torch.zeros(LATENT), callback=interrupt, guider=guider)
+        tools.sample(model, *texts, torch.zeros(LATENT), callback=in_the_middle, guider=guider)
     assert torch.equal(tools.sample(model, *texts, torch.zeros(LATENT), guider=guider), patched)
     assert torch.equal(tools.sample(mini.model, *texts, torch.zeros(LATENT)), plain)
     assert torch.equal(tools.sample(model, *texts, torch.zeros(LATENT)), patched)

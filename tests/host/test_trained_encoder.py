@@ -1,24 +1,11 @@
 """Round trip: an encoder that was trained for a few steps answers in the nodes as it does in the trainer."""
 
-import importlib.util
-from pathlib import Path
-
+import kv_cases
 import pytest
 import torch
+from kv_cases import STEPS, flat, worst
+from tensors import relative
 
-HERE = Path(__file__).resolve().parent
-
-
-def sibling(name: str):
-    """A module beside this one: the tests are no package."""
-    spec = importlib.util.spec_from_file_location(f"{name}_for_round_trip", HERE / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-parity = sibling("test_kv_parity")
-difference, flat, worst, STEPS = parity.difference, parity.flat, parity.worst, parity.STEPS
 RATES = ["optimiser.adapter_rate=1e-3", "optimiser.kv_rate=0.02", "optimiser.warmup=0"]  # two steps must show
 
 
@@ -41,7 +28,7 @@ def trained(pack, tmp_path_factory):
     with torch.inference_mode(False), torch.enable_grad():
         recipe, source = assembling.assemble(c)
         written = train.train(c, recipe, source)
-    there = pack.base / parity.MODELS / written.name
+    there = pack.base / kv_cases.MODELS / written.name
     there.parent.mkdir(parents=True, exist_ok=True)
     there.write_bytes(written.read_bytes())
     yield recipe.losses, there.name
@@ -53,10 +40,10 @@ def sides(pack, trained, worlds, tools, tmp_path_factory):
     """The nodes in the host, and the trainer's own answers to the same questions."""
     step, name = trained
     with torch.inference_mode():
-        world = parity.load_world("mini", worlds, tools, tmp_path_factory.mktemp("mini"))
-        case = parity.Case(world, None, {}, None, None, parity.SIZES["mini"], tools.picture(1))
+        world = kv_cases.load_world("mini", worlds, tools, tmp_path_factory.mktemp("mini"))
+        case = kv_cases.Case(world, None, {}, None, None, kv_cases.SIZES["mini"], tools.picture(1))
         loaded = pack.nodes["LookaheadLoadEncoder"].execute(name).result[0]
-        return parity.Host(case, tools, lambda _: loaded), Trainer(pack, step, case)
+        return kv_cases.Host(case, tools, lambda _: loaded), Trainer(pack, step, case)
 
 
 class Trainer:
@@ -72,7 +59,7 @@ class Trainer:
         self.tokens = [step.encoder.image_proj(features) for features in (step.null_features, seen)]
 
     def export(self, n: int, conditional: bool) -> dict:
-        latents = self.case.vae.latents * parity.LATENT_SCALE
+        latents = self.case.vae.latents * kv_cases.LATENT_SCALE
         text = self.case.kv_prompt if conditional else self.case.zeros
         x, _, *rest = self.case.asked(latents, self.case.reference_noise, n, text)
         return self.step.roles.export(x, torch.tensor([STEPS[n]]), self.condition(*rest))
@@ -99,15 +86,15 @@ def test_the_nodes_export_the_reference_kv_of_the_trainer(sides):
         for n, found in enumerate(host.exported(conditional)):
             expected = trainer.export(n, conditional)
             print(f"relative rms difference {worst(flat(found), flat(expected)):.1e}")
-            assert worst(flat(found), flat(expected)) < parity.BOUND
+            assert worst(flat(found), flat(expected)) < kv_cases.BOUND
 
 
 def test_the_nodes_predict_the_noise_of_the_trainer(sides):
     host, trainer = sides
     for n, found in enumerate(host.predictions()):
         expected = trainer.predictions(n)
-        print({name: f"{difference(found[name], expected[name]):.1e}" for name in expected})
-        assert worst(found, expected) < parity.BOUND
+        print({name: f"{relative(found[name], expected[name]):.1e}" for name in expected})
+        assert worst(found, expected) < kv_cases.BOUND
 
 
 def test_training_has_changed_what_both_answer(sides, trained):
@@ -123,7 +110,7 @@ def test_training_has_changed_what_both_answer(sides, trained):
     base = trainer.export(0, True)
     for weight, old in zip(changes, before, strict=True):
         weight.data.copy_(old)
-    assert min(difference(a, b) for a, b in zip(flat(after).values(), flat(base).values(), strict=True)) > 0.01
+    assert min(relative(a, b) for a, b in zip(flat(after).values(), flat(base).values(), strict=True)) > 0.01
 
 
 def test_sampling_for_validation_draws_what_the_pipeline_draws(pack, trained, sides):
@@ -132,13 +119,12 @@ def test_sampling_for_validation_draws_what_the_pipeline_draws(pack, trained, si
     batches = pack.module("trainer.lookahead.step")
     step, name = trained
     case, condition = sides[1].case, sides[1].condition
-    pipe_tests = sibling("test_pipeline")
     with torch.inference_mode(False):
         mini = pack.module("mini.files.models").load()
     parts = dict.fromkeys(("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "image_encoder"))
-    pipe = pipelines.LookaheadPipeline(unet=mini.unet, scheduler=pipe_tests.scheduler(), **parts)
-    pipe.load_encoder(pack.base / parity.MODELS / name)
-    latents, noise = case.vae.latents * parity.LATENT_SCALE, case.reference_noise
+    pipe = pipelines.LookaheadPipeline(unet=mini.unet, scheduler=kv_cases.scheduler(), **parts)
+    pipe.load_encoder(pack.base / kv_cases.MODELS / name)
+    latents, noise = case.vae.latents * kv_cases.LATENT_SCALE, case.reference_noise
     side = 8 * latents.shape[-1]
     sizes = torch.tensor([[side, side, 0.0, 0.0, side, side]])
     texts = [(text[0][0], text[0][1]["pooled_output"]) for text in (case.positive, case.kv_prompt)]
@@ -157,4 +143,4 @@ def test_sampling_for_validation_draws_what_the_pipeline_draws(pack, trained, si
         kv = [pipe.reference_kv(reference, noise, t, conditional) for conditional in (True, False)]
         e = pipe.predict_noise(x, t, text, text.zeros, reference, *kv)
         x = pipe.scheduler.step(e, t, x).prev_sample
-    assert difference(drawn, x) < parity.GUIDED_BOUND
+    assert relative(drawn, x) < kv_cases.GUIDED_BOUND

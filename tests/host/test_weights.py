@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tensors import close
 
 LATENT = (1, 4, 8, 8)
 
@@ -22,10 +23,6 @@ def draw(mini, tools):
     """draw(model) -> denoised predictions at a noise level, of the same noise."""
     x = torch.randn(LATENT, generator=torch.Generator().manual_seed(9))
     return lambda model, sigma=5.0: tools.denoised(model, mini.text(1), mini.text(2), x * sigma, sigma, cfg=3.0)
-
-
-def close(a, b, bound=1e-5):
-    return torch.allclose(a, b, atol=bound * float(b.abs().max()))
 
 
 def sigma_at(mini, share):

@@ -14,7 +14,7 @@ from lcm_lookahead.tools.common import Problem
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def one_sentence(problem: Problem) -> str:
+def plain_text(problem: Problem) -> str:
     """The problem's text, checked for being one short piece of plain text."""
     text = str(problem)
     assert "\n" not in text and "Traceback" not in text and text.endswith(".")
@@ -54,7 +54,7 @@ def steps(monkeypatch, tmp_path):
 def test_an_old_python_is_told_which_one_is_needed(version):
     with pytest.raises(Problem) as caught:
         setup.check_python(version)
-    text = one_sentence(caught.value)
+    text = plain_text(caught.value)
     assert f"Python {version[0]}.{version[1]} is too old" in text and "3.11" in text and "PYTHON=" in text
 
 
@@ -165,7 +165,7 @@ def test_an_environment_that_could_not_be_finished_is_removed(steps, tmp_path, f
         setup.ensure(tmp_path / "venv")
     assert not (tmp_path / "venv").exists()
     if isinstance(failure, OSError):
-        assert "disk is full" in one_sentence(caught.value)
+        assert "disk is full" in plain_text(caught.value)
 
 
 def test_an_older_environment_survives_a_failed_update(steps, tmp_path, monkeypatch):
@@ -194,7 +194,7 @@ def test_a_nearly_full_disk_is_said_before_anything_is_written(monkeypatch, tmp_
     monkeypatch.setattr(setup.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 5e8})())
     with pytest.raises(Problem) as caught:
         setup.make_environment(tmp_path / "venv")
-    text = one_sentence(caught.value)
+    text = plain_text(caught.value)
     assert "0.5 GB are free" in text and "3 GB" in text
     assert not (tmp_path / "venv").exists()
 
@@ -217,7 +217,7 @@ def test_without_a_network_it_says_so(dead_index, tmp_path, monkeypatch):
     monkeypatch.setattr(setup, "CACHE", tmp_path / "cache")
     with pytest.raises(Problem) as caught:
         setup.pip(Path(sys.executable), ["download", "-d", str(tmp_path / "out"), "no-such-thing==1"], "Fetching")
-    text = one_sentence(caught.value)
+    text = plain_text(caught.value)
     assert "could not be reached" in text and "network" in text
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["pip.log"]
 
@@ -240,7 +240,7 @@ def test_without_a_network_it_says_so(dead_index, tmp_path, monkeypatch):
     ],
 )
 def test_what_pip_says_becomes_one_sentence(output, said):
-    assert said in one_sentence(setup.explain_pip(output, "Installing"))
+    assert said in plain_text(setup.explain_pip(output, "Installing"))
 
 
 def test_pip_keeps_no_cache_and_writes_no_temporary_file_outside_the_project(tmp_path, monkeypatch):

@@ -44,22 +44,27 @@ def host():
         yield running
 
 
-def draw(host, api, reference):
-    """The picture of 8 steps, [128, 128, 3] from 0 to 255."""
-    return run(host, api, reference)[0]
+def draw(host, api, reference, steps=8):
+    """The picture of some steps, [128, 128, 3] from 0 to 255."""
+    return run(host, api, reference, steps)[0]
 
 
-def run(host, api, reference, steps=8):
+def predicted(host, api, reference):
+    """The picture of a single step: what the model predicts from the noise, which rounding cannot lead elsewhere."""
+    return draw(host, api, reference, steps=1)
+
+
+def run(host, api, reference, steps=8, seed=5):
     """The same, and all that the nodes put out."""
-    pictures, outputs = run_batch(host, api, reference, steps)
+    pictures, outputs = run_batch(host, api, reference, steps, seed)
     (picture,) = pictures
     return picture, outputs
 
 
-def run_batch(host, api, reference, steps=8):
+def run_batch(host, api, reference, steps=8, seed=5):
     """The pictures, and all that the nodes put out."""
     where = next(node for node in ("BasicScheduler", "KSampler", "LookaheadPreviewGrid") if workflow.find(api, node))
-    api = workflow.override(demo.at_mini_size(api, reference, seed=5), where, steps=steps)
+    api = workflow.override(demo.at_mini_size(api, reference, seed), where, steps=steps)
     result = host.run(api).check()
     files = [p for p in result.images if p.is_relative_to(host.folder("output"))]
     return [np.asarray(Image.open(p).convert("RGB")).astype(float) for p in files], result.outputs.values()
@@ -67,11 +72,14 @@ def run_batch(host, api, reference, steps=8):
 
 @pytest.mark.parametrize("path", PLAIN, ids=lambda p: p.stem)
 def test_a_workflow_draws_a_picture_that_follows_its_reference(host, path):
+    """By the predictions from the same noise under two references. Measured: 6 to 55 of 255 apart. What is drawn has a
+    deviation of 39 to 88."""
     api = workflow.convert(path, host.object_info())
-    one, other = (draw(host, api, f"reference_{number}.png") for number in range(2))
-    assert one.shape == (demo.SIZE, 2 * demo.SIZE + 16 if "Before and after" in path.stem else demo.SIZE, 3)
-    assert one.std() > 20
-    assert abs(one - other).mean() > 5
+    drawn = draw(host, api, "reference_0.png")
+    assert drawn.shape == (demo.SIZE, 2 * demo.SIZE + 16 if "Before and after" in path.stem else demo.SIZE, 3)
+    one, other = (predicted(host, api, f"reference_{number}.png") for number in range(2))
+    assert drawn.std() > 20
+    assert abs(one - other).mean() > 3
 
 
 @pytest.mark.parametrize(
@@ -93,12 +101,13 @@ def test_a_workflow_that_draws_nothing_writes_its_file(host, path, file):
 
 @pytest.mark.parametrize(("flag", "kind"), [("--fp16-unet", torch.float16), ("--bf16-unet", torch.bfloat16)])
 def test_a_base_in_16_bit_draws_the_same_picture(host, flag, kind):
+    """By what it predicts from the same noise. Measured: 0.0 and 0.5 of 255 apart, where another reference makes 55."""
     api = workflow.convert(BOTH, host.object_info())
-    one, other = (draw(host, api, f"reference_{number}.png") for number in range(2))
+    one, other = (predicted(host, api, f"reference_{number}.png") for number in range(2))
     with host_with_pictures(flag) as half:
-        drawn = draw(half, api, "reference_0.png")
+        drawn = predicted(half, api, "reference_0.png")
         assert f"model weight dtype {kind}" in half.log
-    assert abs(drawn - one).mean() < 0.3 * abs(other - one).mean()
+    assert abs(drawn - one).mean() < 0.1 * abs(other - one).mean()
 
 
 def tensor(picture):
@@ -180,9 +189,15 @@ def test_a_guided_workflow_is_set_as_the_nodes_come(host, path):
 
 
 def test_the_preview_grid_shows_that_the_shortcut_foretells_better_than_x0(host):
-    drawn, outputs = run(host, workflow.convert(GRID, host.object_info()), "reference_0.png")
-    height, width = drawn.shape[:2]
-    assert width == 5 * demo.SIZE and height > 2 * demo.SIZE
-    table = [line.split(" | ") for out in outputs for line in str(out.get("text", [""])[0]).splitlines()]
-    rmse = {(row[0].strip("| "), row[1]): float(row[2]) for row in table if row[-1].strip(" |")[:1].isdigit()}
-    assert rmse["0 %", "shortcut"] < rmse["0 %", "x0"] and rmse["50 %", "shortcut"] < 0.6 * rmse["0 %", "shortcut"]
+    """Of pure noise, over eight pictures with both previews each: one alone may go either way. Measured: an rmse of
+    0.16 beside 0.33, 8.2 standard errors; x0 after half of the steps 0.09, 9.5."""
+    api, found = workflow.convert(GRID, host.object_info()), []
+    for seed in range(8):
+        drawn, outputs = run(host, api, "reference_0.png", seed=seed)
+        height, width = drawn.shape[:2]
+        assert width == 5 * demo.SIZE and height > 2 * demo.SIZE
+        table = [line.split(" | ") for out in outputs for line in str(out.get("text", [""])[0]).splitlines()]
+        rmse = {(row[0].strip("| "), row[1]): float(row[2]) for row in table if row[-1].strip(" |")[:1].isdigit()}
+        found.append([rmse[row] for row in (("0 %", "shortcut"), ("0 %", "x0"), ("50 %", "x0"))])
+    shortcut, x0, later = torch.tensor(found).T
+    assert standard_errors(x0 - shortcut) > 4 and standard_errors(x0 - later) > 4

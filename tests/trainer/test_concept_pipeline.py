@@ -15,6 +15,7 @@ from lcm_lookahead.mini.world.references import reference_faces
 from lcm_lookahead.sdxl import concept as in_sdxl
 from lcm_lookahead.sdxl import lora
 from lcm_lookahead.sdxl.concept_pipeline import ConceptPipeline
+from tensors import relative
 
 RUN = {"num_inference_steps": 2, "height": 128, "width": 128, "output_type": "latent", "scales": (2.0, 1.0, 0.0)}
 PROMPT = "a comic of a S* on a beach"
@@ -39,10 +40,6 @@ def concept(pipe):
 def draw(pipe, prompt=PROMPT, **options):
     latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(2))
     return pipe(prompt, latents=latents, **{**RUN, **options}).images
-
-
-def relative(found, expected):
-    return float((found - expected).square().mean().sqrt() / expected.square().mean().sqrt())
 
 
 def test_blend_0_is_the_pipeline_without_a_concept_under_the_hard_prompt(pipe, concept):

@@ -11,12 +11,9 @@ from lcm_lookahead.mini.stages import base
 from lcm_lookahead.sdxl import concept as in_sdxl
 from lcm_lookahead.sdxl.concept_maker import concept_rows
 from lcm_lookahead.sdxl.shared_unet import Condition, SharedUNet
+from tensors import relative
 
 NARROW = UNetLayout((32, 64, 128), (0, 2, 10), 64, 32, 16)  # all 70 blocks of SDXL
-
-
-def relative(found, expected):
-    return float((found - expected).square().mean().sqrt() / expected.square().mean().sqrt())
 
 
 @pytest.fixture(scope="module", params=["mini", "sdxl"])

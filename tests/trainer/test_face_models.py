@@ -1,7 +1,6 @@
 """The mini face models: insightface's own FaceAnalysis runs the pack, and the stages that made it resume."""
 
 import dataclasses
-import socket
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from lcm_lookahead.mini.stages import detector, face_recogniser, stage
 from lcm_lookahead.mini.stages.face_networks import CROP, DETECTOR_SIZE, FaceDetector, FaceRecogniser
 from lcm_lookahead.mini.world import data
 from lcm_lookahead.mini.world.faces import STYLES, landmarks, render
+from offline import forbid_network
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("insightface")
@@ -48,11 +48,7 @@ def drawn(tmp_path_factory):
 
 @pytest.fixture
 def no_network(monkeypatch):
-    def refuse(*_):
-        raise AssertionError("something asked for the network")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    forbid_network(monkeypatch)
 
 
 def test_insightface_finds_the_pack_by_name_and_root_without_network(no_network, held_out, monkeypatch, tmp_path):

@@ -9,10 +9,7 @@ from lcm_lookahead.mini.stages import base, collapsed, lcm, stage, style_lora, v
 from lcm_lookahead.mini.stages.networks import EvaluationRecogniser, StyleScorer
 from lcm_lookahead.mini.stages.text import TextEncoders
 from lcm_lookahead.sdxl import lora
-
-
-def noise(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+from tensors import randn
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +39,7 @@ class Few:
     """Six captions stand for the pictures; their latents are noise."""
 
     long = short = ["a photo of a face"] * 6
-    latents = noise(6, 4, 16, 16)
+    latents = randn(6, 4, 16, 16)
 
     def __len__(self):
         return 6

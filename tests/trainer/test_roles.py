@@ -1,9 +1,8 @@
 """One UNet in three roles: the same numbers and gradients as three UNets, also where checkpointing repeats a pass."""
 
 import copy
-import importlib.util
-from pathlib import Path
 
+import kv_oracle as oracle
 import pytest
 import torch
 from lcm_lookahead.lookahead.method.resampler import ResamplerSizes
@@ -14,17 +13,6 @@ from lcm_lookahead.sdxl.encoder import Encoder
 from lcm_lookahead.sdxl.shared_unet import CHECKPOINTING, Condition, SharedUNet
 
 RESAMPLER = ResamplerSizes(4, 64, 1, 1, 32, CONTEXT, 64)
-
-
-def _oracle():
-    path = Path(__file__).parents[1] / "host" / "kv_oracle.py"
-    spec = importlib.util.spec_from_file_location("kv_oracle", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-oracle = _oracle()
 
 
 @pytest.fixture

@@ -10,12 +10,9 @@ from lcm_lookahead.lookahead.method.attention import (
     statistics,
 )
 from lcm_lookahead.lookahead.method.kv_encoder import LowRank
+from tensors import randn
 
 HEADS, WIDTH = 2, 8
-
-
-def randn(*shape, seed):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture

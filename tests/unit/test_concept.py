@@ -6,21 +6,18 @@ import pytest
 import torch
 from lcm_lookahead.lookahead.method import concept
 from lcm_lookahead.lookahead.method.concept import ConceptEncoder, ConceptSizes, Dictionary
+from tensors import randn
 from torch import nn
 from torch.nn import functional as F
 
 
-def rand(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 @pytest.fixture
 def dictionary() -> Dictionary:
-    return Dictionary(torch.arange(100, 107), 0.4 * rand(7, 6, seed=1), 0.6 * rand(7, 8, seed=2), tuple("abcdefg"))
+    return Dictionary(torch.arange(100, 107), 0.4 * randn(7, 6, seed=1), 0.6 * randn(7, 8, seed=2), tuple("abcdefg"))
 
 
 def test_the_product_of_two_word_directions_is_the_mean_of_their_two_cosines(dictionary):
-    v_l, v_g = rand(3, 6, seed=3), rand(3, 8, seed=4)
+    v_l, v_g = randn(3, 6, seed=3), randn(3, 8, seed=4)
     expected = (
         F.cosine_similarity(v_l[:, None], dictionary.rows_l, dim=-1)
         + F.cosine_similarity(v_g[:, None], dictionary.rows_g, dim=-1)
@@ -36,7 +33,7 @@ def test_the_nearest_word_is_the_same_for_both_encoders_and_is_itself_for_a_real
 
 
 def test_word_contrast_is_its_formula_and_spares_concepts_of_one_word(dictionary):
-    v_l, v_g, tau = rand(4, 6, seed=5), rand(4, 8, seed=6), 0.5
+    v_l, v_g, tau = randn(4, 6, seed=5), randn(4, 8, seed=6), 0.5
     v_l[3], v_g[3] = v_l[2] * 1.5, v_g[2]  # the same direction, so the same nearest word
     values = concept.word_contrast(v_l, v_g, dictionary, k=2, temperature=tau)
     v, words = concept.word_direction(v_l, v_g), dictionary.directions()
@@ -50,7 +47,7 @@ def test_word_contrast_is_its_formula_and_spares_concepts_of_one_word(dictionary
 
 
 def test_word_contrast_does_not_depend_on_the_norm_and_pulls_to_the_nearest_word(dictionary):
-    v_l, v_g = rand(3, 6, seed=7).requires_grad_(), rand(3, 8, seed=8).requires_grad_()
+    v_l, v_g = randn(3, 6, seed=7).requires_grad_(), randn(3, 8, seed=8).requires_grad_()
     value = concept.word_contrast(v_l, v_g, dictionary, negatives=False).sum()
     assert torch.allclose(value, concept.word_contrast(5 * v_l, 5 * v_g, dictionary, negatives=False).sum(), atol=1e-5)
     g_l, g_g = torch.autograd.grad(value, (v_l, v_g))
@@ -60,8 +57,8 @@ def test_word_contrast_does_not_depend_on_the_norm_and_pulls_to_the_nearest_word
 
 
 def test_the_norm_penalty_is_zero_at_the_dictionary_s_mean_norms_alone(dictionary):
-    v_l = F.normalize(rand(2, 6, seed=9), dim=-1) * dictionary.rows_l.norm(dim=-1).mean()
-    v_g = F.normalize(rand(2, 8, seed=10), dim=-1) * dictionary.rows_g.norm(dim=-1).mean()
+    v_l = F.normalize(randn(2, 6, seed=9), dim=-1) * dictionary.rows_l.norm(dim=-1).mean()
+    v_g = F.normalize(randn(2, 8, seed=10), dim=-1) * dictionary.rows_g.norm(dim=-1).mean()
     assert torch.allclose(concept.norm_penalty(v_l, v_g, dictionary), torch.zeros(2), atol=1e-6)
     assert torch.allclose(concept.norm_penalty(2 * v_l, v_g, dictionary), torch.ones(2), atol=1e-5)
 
@@ -95,10 +92,10 @@ def test_two_paths_are_two_attentions_with_merged_and_plain_weights(cross, blend
     torch.manual_seed(11)
     width, context = 12, (10 if cross else 12)
     layers = [nn.Linear(width, width), nn.Linear(context, width), nn.Linear(context, width)]
-    x = rand(3, 9, width, seed=12)
-    soft, hard = (rand(3, 5, context, seed=s) for s in (13, 14)) if cross else (x, x)
+    x = randn(3, 9, width, seed=12)
+    soft, hard = (randn(3, 5, context, seed=s) for s in (13, 14)) if cross else (x, x)
     offsets = [
-        (0.3 * rand(2, layer.in_features, seed=s), 0.3 * rand(width, 2, seed=s + 9)) for s, layer in enumerate(layers)
+        (0.3 * randn(2, layer.in_features, seed=s), 0.3 * randn(width, 2, seed=s + 9)) for s, layer in enumerate(layers)
     ]
     tuned = [merged(layer, *ab) for layer, ab in zip(layers, offsets, strict=True)]
     expected = blend * plain(tuned[0](x), tuned[1](soft), tuned[2](soft), 3)
@@ -112,8 +109,8 @@ def test_two_paths_are_two_attentions_with_merged_and_plain_weights(cross, blend
 
 
 def test_blend_zero_is_the_plain_attention_to_the_bit_and_a_blend_of_each_row_is_its_rows():
-    q, k, v, k_hard, v_hard = (rand(2, 4, 6, seed=s) for s in range(5))
-    change = tuple(rand(2, 4, 6, seed=s) for s in (5, 6, 7))
+    q, k, v, k_hard, v_hard = (randn(2, 4, 6, seed=s) for s in range(5))
+    change = tuple(randn(2, 4, 6, seed=s) for s in (5, 6, 7))
     from lcm_lookahead.lookahead.method.attention import softmax_attention
 
     assert torch.equal(
@@ -129,7 +126,7 @@ def test_blend_zero_is_the_plain_attention_to_the_bit_and_a_blend_of_each_row_is
 
 
 def test_each_row_has_low_rank_matrices_of_its_own():
-    x, a, b = rand(3, 5, 7, seed=1), rand(3, 2, 7, seed=2), rand(3, 4, 2, seed=3)
+    x, a, b = randn(3, 5, 7, seed=1), randn(3, 2, 7, seed=2), randn(3, 4, 2, seed=3)
     expected = torch.stack([row @ (b_ @ a_).T for row, a_, b_ in zip(x, a, b, strict=True)])
     assert torch.allclose(concept.low_rank(x, a, b), expected, atol=1e-5)
 
@@ -143,7 +140,7 @@ def encoder(dictionary) -> ConceptEncoder:
 
 
 def test_training_begins_at_the_base_model_and_at_the_mean_word(encoder, dictionary):
-    word_l, word_g, offsets = encoder(rand(4, 16), rand(4, 5))
+    word_l, word_g, offsets = encoder(randn(4, 16), randn(4, 5))
     assert all((b @ a).abs().max() == 0 for a, b in offsets.values())
     assert {name: (a.shape, b.shape) for name, (a, b) in offsets.items()} == {
         "mid.attn1.to_q": ((4, 2, 12), (4, 12, 2)),
@@ -155,25 +152,28 @@ def test_training_begins_at_the_base_model_and_at_the_mean_word(encoder, diction
 
 def test_gradients_reach_every_part_of_the_encoder_once_b_has_left_zero(encoder):
     nn.init.normal_(encoder.coefficients_b.weight, std=0.1)
-    word_l, word_g, offsets = encoder(rand(4, 16), rand(4, 5))
+    word_l, word_g, offsets = encoder(randn(4, 16), randn(4, 5))
     (word_l.square().sum() + word_g.square().sum() + concept.offset_penalty(offsets).sum()).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in encoder.parameters())
 
 
 def test_the_penalty_is_the_squared_norm_of_the_product():
-    offsets = {"x": (rand(3, 2, 7, seed=1), rand(3, 4, 2, seed=2)), "y": (rand(3, 2, 5, seed=3), rand(3, 6, 2, seed=4))}
+    offsets = {
+        "x": (randn(3, 2, 7, seed=1), randn(3, 4, 2, seed=2)),
+        "y": (randn(3, 2, 5, seed=3), randn(3, 6, 2, seed=4)),
+    }
     expected = sum((b @ a).square().sum((1, 2)) for a, b in offsets.values()) / 2
     assert torch.allclose(concept.offset_penalty(offsets), expected, rtol=1e-4)
 
 
 def test_an_encoder_says_what_features_it_was_trained_with(encoder):
     with pytest.raises(ValueError, match="5 features of the UNet.*none"):
-        encoder(rand(1, 16))
+        encoder(randn(1, 16))
 
 
 def test_the_mean_of_predictions_is_of_words_and_of_both_matrices(encoder):
     nn.init.normal_(encoder.coefficients_b.weight, std=0.1)
-    many = encoder(rand(4, 16), rand(4, 5))
+    many = encoder(randn(4, 16), randn(4, 5))
     one = concept.average(many)
     assert one.word_l.shape == (1, 6) and torch.allclose(one.word_l[0], many.word_l.mean(0))
     a, b = one.offsets["mid.attn1.to_q"]
@@ -205,7 +205,7 @@ def test_features_of_the_unet_are_standardised_by_their_noise_level(dictionary):
     encoder = ConceptEncoder(sizes).reset(dictionary)
     t = torch.arange(0, 1000, 10)
     level = (t * concept.NOISE_BINS // 1000).float()
-    features = 100 * level[:, None] + (1 + level[:, None]) * rand(100, 3, seed=9)
+    features = 100 * level[:, None] + (1 + level[:, None]) * randn(100, 3, seed=9)
     encoder.measure(features, t)
     found = encoder.standardised(features, t).unflatten(0, (concept.NOISE_BINS, 10))
     assert found.mean(1).abs().max() < 1e-3 and (found.std(1) - 1).abs().max() < 1e-2

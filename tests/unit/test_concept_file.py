@@ -5,26 +5,23 @@ import torch
 from lcm_lookahead.lookahead.files import concept_file
 from lcm_lookahead.lookahead.files.tensors import EncoderFileError, read_tensors, write_tensors
 from lcm_lookahead.lookahead.method.concept import Concept, ConceptEncoder, ConceptSizes, Dictionary
+from tensors import randn
 from torch import nn
 
 BLOCK = "mid_block.attentions.0.transformer_blocks.0"
 
 
-def rand(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 @pytest.fixture
 def concept() -> Concept:
-    offsets = {f"{BLOCK}.attn1.to_q": (rand(2, 12, seed=1), rand(12, 2, seed=2))}
-    return Concept(rand(6, seed=3), rand(8, seed=4), "mug", 917, offsets, 0.25, {"base_model": "mini"})
+    offsets = {f"{BLOCK}.attn1.to_q": (randn(2, 12, seed=1), randn(12, 2, seed=2))}
+    return Concept(randn(6, seed=3), randn(8, seed=4), "mug", 917, offsets, 0.25, {"base_model": "mini"})
 
 
 @pytest.fixture
 def encoder() -> ConceptEncoder:
     torch.manual_seed(5)
     sizes = ConceptSizes({f"{BLOCK}.attn2.to_k": (10, 12)}, 16, 5, 24, 6, 8, 2, 3)
-    words = Dictionary(torch.tensor([1, 2]), rand(2, 6, seed=6), rand(2, 8, seed=7), ("mug", "car"))
+    words = Dictionary(torch.tensor([1, 2]), randn(2, 6, seed=6), randn(2, 8, seed=7), ("mug", "car"))
     made = ConceptEncoder(sizes).reset(words)
     nn.init.normal_(made.coefficients_b.weight, std=0.1)
     return made
@@ -57,7 +54,7 @@ def test_a_concept_encoder_comes_back_with_its_sizes_and_predicts_the_same(encod
     concept_file.write_concept_encoder(path, encoder, {917: "mug", 1000: "car"}, {"base_model": "mini"})
     again, words, metadata = concept_file.read_concept_encoder(path)
     assert again.sizes == encoder.sizes and words == {917: "mug", 1000: "car"} and metadata["base_model"] == "mini"
-    expected, found = encoder(rand(2, 16), rand(2, 5)), again(rand(2, 16), rand(2, 5))
+    expected, found = encoder(randn(2, 16), randn(2, 5)), again(randn(2, 16), randn(2, 5))
     assert torch.allclose(found.word_l, expected.word_l, atol=1e-2)
     for name, pair in expected.offsets.items():
         for mine, theirs in zip(found.offsets[name], pair, strict=True):
@@ -109,6 +106,6 @@ def test_a_concept_encoder_with_other_weights_than_its_sizes_ask_for_is_refused(
         with pytest.raises(EncoderFileError, match="download it again") as error:
             concept_file.read_concept_encoder(path)
         assert "\n" not in str(error.value)
-    concept_file.write_concept(path, Concept(rand(6), rand(8), "mug", 1, {}))
+    concept_file.write_concept(path, Concept(randn(6), randn(8), "mug", 1, {}))
     with pytest.raises(EncoderFileError, match="is a concept, and a concept encoder is needed"):
         concept_file.read_concept_encoder(path)

@@ -6,23 +6,20 @@ from lcm_lookahead.lookahead.method.concept import Concept, Dictionary, low_rank
 from lcm_lookahead.lookahead.method.concept_input import ConceptError, check_picture, with_stand_in, with_word
 from lcm_lookahead.lookahead.method.concept_tuning import Tuning, tune
 from lcm_lookahead.lookahead.method.schedule import alphas_cumprod
+from tensors import randn
 
 ALPHA_BAR = alphas_cumprod().float()
 
 
-def rand(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 @pytest.fixture
 def concept():
-    offsets = {"layer": (rand(2, 4, seed=1), 0.1 * rand(4, 2, seed=2))}
-    return Concept(rand(6, seed=3), rand(8, seed=4), "mug", 7, offsets, 0.25, {"steps": "0"})
+    offsets = {"layer": (randn(2, 4, seed=1), 0.1 * randn(4, 2, seed=2))}
+    return Concept(randn(6, seed=3), randn(8, seed=4), "mug", 7, offsets, 0.25, {"steps": "0"})
 
 
 @pytest.fixture
 def real(concept):
-    return Dictionary(torch.tensor([7]), rand(1, 6, seed=5), rand(1, 8, seed=6), ("mug",))
+    return Dictionary(torch.tensor([7]), randn(1, 6, seed=5), randn(1, 8, seed=6), ("mug",))
 
 
 VIEWS = torch.ones(2, 4, 2, 2)
@@ -58,7 +55,7 @@ def noise_seen(seed):
         seen.append(x)
         return predict(concept, x, t, number)
 
-    concept = Concept(rand(6), rand(8), "mug", 7, {"layer": (rand(2, 4), rand(4, 2))})
+    concept = Concept(randn(6), randn(8), "mug", 7, {"layer": (randn(2, 4), randn(4, 2))})
     tune(concept, VIEWS, ALPHA_BAR, look, Tuning(1, 1, seed=seed))
     return seen[0]
 

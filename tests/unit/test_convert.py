@@ -14,6 +14,7 @@ from lcm_lookahead.lookahead.files.convert import AS_STORED, ENCODER, IP_ADAPTER
 from lcm_lookahead.lookahead.files.encoder_file import EncoderFileError
 from lcm_lookahead.lookahead.method.resampler import ResamplerSizes
 from safetensors.torch import load_file, save_file
+from stock_files import halves
 
 ATTENTIONS = [f"attn{a}.{to}" for a in (1, 2) for to in ("to_q", "to_k", "to_v", "to_out.0")]
 SMALL = ResamplerSizes(tokens=4, dim=32, depth=4, heads=1, image_width=24, context_width=16, ff_width=64)
@@ -293,14 +294,6 @@ def test_the_loader_says_that_a_published_checkpoint_has_to_be_converted(small, 
 
 
 # -- stock files, and back
-
-
-def halves(weights):
-    nested = {"image_proj": {}, "ip_adapter": {}}
-    for key, value in weights.items():
-        half, _, name = key.partition(".")
-        nested[half][name] = value
-    return nested
 
 
 def test_a_stock_file_comes_back_bit_for_bit(weights, tmp_path):

@@ -11,15 +11,7 @@ from lcm_lookahead.lookahead.files.block_names import block_names
 from lcm_lookahead.lookahead.files.encoder_file import EncoderFileError
 from lcm_lookahead.lookahead.files.tensors import write_tensors
 from safetensors.torch import save_file
-
-
-def halves(weights):
-    """The nested dict of a stock .bin."""
-    nested = {"image_proj": {}, "ip_adapter": {}}
-    for key, value in weights.items():
-        half, _, name = key.partition(".")
-        nested[half][name] = value
-    return nested
+from stock_files import halves
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Packs of face models, run by the real insightface over the mini pack; drawn faces know where their landmarks are."""
 
 import shutil
-import socket
 import sys
 
 import pytest
@@ -11,6 +10,8 @@ from lcm_lookahead.lookahead.vision.face_models import FaceModelError, FaceModel
 from lcm_lookahead.mini.plan import WEIGHTS
 from lcm_lookahead.mini.world import data
 from lcm_lookahead.mini.world.faces import STYLES, landmarks, render
+from offline import forbid_network
+from sentences import one_sentence
 from torch.nn import functional as F
 
 pytest.importorskip("insightface")
@@ -32,19 +33,9 @@ def drawn():
     return render(faces, 128, seed=4), landmarks(faces, 128) - 0.5
 
 
-def one_sentence(error) -> str:
-    text = str(error.value)
-    assert text.endswith(".") and "\n" not in text and ". " not in text
-    return text
-
-
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
-    def refuse(*_):
-        raise AssertionError("something asked for the network")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    forbid_network(monkeypatch)
 
 
 def test_the_drawn_faces_are_found_where_they_are(models, drawn):

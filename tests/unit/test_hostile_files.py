@@ -35,6 +35,7 @@ from lcm_lookahead.sdxl import images
 from lcm_lookahead.sdxl.images import PictureError
 from lcm_lookahead.tools.common import ROOT, Problem
 from safetensors.torch import save
+from tensors import randn
 
 CASES = 200
 MOST_MEMORY = 1 << 30  # bytes that the largest of all cases may take beyond what was in use
@@ -47,7 +48,7 @@ PACK = WEIGHTS / "insightface/models/mini"
 
 
 def rand(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+    return randn(*shape, seed=sum(shape))
 
 
 def ip_adapter(width: int) -> dict[str, torch.Tensor]:

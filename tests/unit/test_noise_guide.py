@@ -9,12 +9,9 @@ from lcm_lookahead.lookahead.method.noise_guide import (
     move_noise,
     signature,
 )
+from tensors import randn
 
 SIZES = NoiseGuideSizes(identity=12, width=8, hidden=16)
-
-
-def seeded(*shape, seed=1):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture
@@ -32,8 +29,13 @@ def trained(guide):
 
 def latents(height=16, width=16, n=3):
     """z_t, its preview, the noise level and people."""
-    people = torch.nn.functional.normalize(seeded(n, 12, seed=3), dim=-1)
-    return seeded(n, 4, height, width), seeded(n, 4, height, width, seed=2), torch.tensor([0.02, 0.05, 0.1])[:n], people
+    people = torch.nn.functional.normalize(randn(n, 12, seed=3), dim=-1)
+    return (
+        randn(n, 4, height, width, seed=1),
+        randn(n, 4, height, width, seed=2),
+        torch.tensor([0.02, 0.05, 0.1])[:n],
+        people,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -42,7 +44,7 @@ def test_an_untrained_guide_changes_nothing_to_the_bit_and_can_learn(guide, dtyp
     z = z.to(dtype)
     moved = guide_noise(guide, z, preview.to(dtype), alpha_bar, people)
     assert torch.equal(moved.z, z) and moved.z.dtype == dtype and not moved.share.any()
-    (moved.z.float() * seeded(3, 4, 16, 16, seed=9)).sum().backward()
+    (moved.z.float() * randn(3, 4, 16, 16, seed=9)).sum().backward()
     assert guide.conv_out.weight.grad.abs().max() > 0
 
 
@@ -115,7 +117,7 @@ def test_sizes_follow_from_the_weights():
 
 def test_a_signature_tells_recognisers_apart():
     def recogniser(seed):
-        weights = seeded(3 * 32 * 32, 12, seed=seed)
+        weights = randn(3 * 32 * 32, 12, seed=seed)
         return lambda crops: torch.nn.functional.normalize(crops.flatten(1) @ weights, dim=-1)
 
     one, again, other = (signature(recogniser(seed), 32) for seed in (1, 1, 2))

@@ -15,6 +15,7 @@ from lcm_lookahead.lookahead.vision.faces import TEMPLATE, Face
 from lcm_lookahead.mini.plan import WEIGHTS
 from lcm_lookahead.mini.world import data
 from lcm_lookahead.mini.world.faces import STYLES, render
+from tensors import half_masks
 from torch.nn import functional as F
 
 RED, GREEN, BLUE = torch.eye(3)
@@ -230,14 +231,8 @@ def test_places_are_kept_when_previews_become_smaller():
     assert torch.allclose(loss.memory.places[0][0], half[0].points, atol=1e-4)
 
 
-def halves():
-    left = torch.zeros(1, 8, 8)
-    left[:, :, :4] = 1
-    return left, 1 - left
-
-
 def test_masks_say_whose_a_face_is_however_alike_the_other_person_is():
-    left, right = halves()
+    left, right = half_masks(8)
     loss = people_loss([RED, BLUE], BOTH, masks=(left, right))
     assert loss(preview(left=RED, right=BLUE))[0].item() < 0.2
     assert loss(preview(left=BLUE, right=RED))[0].item() > 0.7
@@ -252,13 +247,13 @@ def test_under_one_mask_for_all_or_none_likeness_decides():
 
 
 def test_nobody_has_a_face_outside_of_their_mask():
-    left, _ = halves()
+    left, _ = half_masks(8)
     loss = people_loss([RED, BLUE], [face("right")], masks=(left, torch.zeros(1, 8, 8)))
     assert not loss(preview(right=RED))[1].any()
 
 
 def test_each_image_has_its_own_mask():
-    left, right = halves()
+    left, right = half_masks(8)
     masks = torch.cat([left, right]), torch.cat([right, left])
     loss = people_loss([RED, BLUE], BOTH, masks=masks)
     assert loss(torch.cat([preview(left=RED, right=BLUE), preview(left=BLUE, right=RED)]))[0].max() < 0.2
@@ -297,7 +292,7 @@ def test_two_drawn_people_in_one_picture_are_found_and_told_apart():
     people = tuple(read_references(recogniser, detector, [one[0]], True) for one in photos)
     drawn, swapped = (torch.cat([photos[a, 1], photos[b, 1]], 2)[None] * 2 - 1 for a, b in ((0, 1), (1, 0)))
     assert [len(faces) for faces in detector((drawn + 1) / 2)] == [2]
-    left, right = halves()
+    left, right = half_masks(8)
     matched, masked = (PeopleLoss(recogniser, detector, people, masks=m) for m in ((), (left, right)))
     assert abs(matched(drawn)[0] - matched(swapped)[0]) < 0.02
     assert matched(drawn)[0] + 0.3 < masked(swapped)[0]
