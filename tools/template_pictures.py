@@ -124,10 +124,10 @@ CARDS: dict[str, tuple[tuple[str, ...], str]] = {
     "16": (("face_1.jpg", "face_2.jpg"), "a photo of a face"),
     "18": (("face_1.jpg", "face_2.jpg"), "a photo of a face"),
     "19": (("face_1.jpg",), "an oil painting of a face"),
-    "20": (("face_1.jpg", "face_2.jpg"), "an oil painting of a face; a comic of a face"),
+    "20": (("face_1.jpg", "face_2.jpg"), "a photo of a face; a comic of a face"),
     "21": (
         ("face_1.jpg", "face_3.jpg", "face_2.jpg"),
-        "a photo of a face; an oil painting of a face; a comic of a face",
+        "a pencil drawing of a face; a photo of a face; a comic of a face",
     ),
     "13": (("face_1.jpg", "scene.webp"), "a photo of a face in the snow"),
 }
