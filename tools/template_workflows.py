@@ -266,7 +266,7 @@ WORKFLOWS: dict[str, Template] = {
                 "**Lookahead Guider**: with a few-step LoRA text and full stay between 1 and 1.5 together",
                 "**strength**, **end_percent**: lower, to leave more of the shape to the reference",
                 NULL_TEXT,
-                height=280,
+                height=380,
             ),
         },
         [

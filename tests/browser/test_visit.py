@@ -162,7 +162,7 @@ def test_files_that_are_missing_are_listed_with_their_folders_and_a_download(pag
     said = " ".join(page.complaints())
     keep(page, "missing files")
     assert f"1 Missing Models Download a model, or open the node to replace it. {missing} checkpoints Download" in said
-    assert "nobody_has_this.jpg" in said and "ip-adapter" not in said
+    assert "Reference face - image" in said and "ip-adapter" not in said
 
 
 def test_previews_are_drawn_on_free_ground_in_nodes_2(page, host, keep):
