@@ -300,9 +300,10 @@ def test_a_graph_with_a_blueprint_put_by_hand_draws_a_picture(new_page, host, ke
 @pytest.mark.slow
 @pytest.mark.parametrize("name", GRAPHS)
 def test_a_workflow_opened_as_an_app_asks_for_its_values_without_a_complaint(page, keep, name):
-    """Every workflow is an app in the page's own menu, not only those that have a card as one."""
+    """Every workflow is an app by a button of the page, not only those that have a card as one."""
     graph = load(ROOT / "workflows" / f"{name}.json")
-    page.open({**graph, "extra": {**graph["extra"], "linearMode": True}})
+    page.open({**graph, "extra": {**graph["extra"], "linearMode": False}})
+    page.click("[...document.querySelectorAll('[aria-label=\"Enter app mode\"]')].find(e => e.checkVisibility())")
     page.wait_for("document.querySelector('[data-testid=linear-run-button]')?.checkVisibility()")
     labels = "[...document.querySelectorAll('[data-testid=builder-widget-label]')].map(e => e.innerText)"
     asked = [widget for _, widget in graph["extra"]["linearData"]["inputs"]]
