@@ -41,7 +41,7 @@ matrix: ## every host test on every supported ComfyUI
 	@$(PYTHON) -m tools.start
 	@$(RUN).tools.testing --matrix $(ARGS)
 
-browser: ## the workflows and help pages in ComfyUI's own web page (needs Chromium)
+browser: ## the workflows and help pages in ComfyUI's own web page (needs Chromium; ARGS="-- -m slow": every template run, and as app)
 	@$(PYTHON) -m tools.start
 	@$(RUN).tools.testing --browser $(ARGS)
 

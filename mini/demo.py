@@ -58,8 +58,9 @@ NOTHING = ReferenceWeights("no reference", 0.0, 0.0)
 REFERENCES = (  # titles of the workflows' LoadImage nodes
     *("Reference face", "Reference look", "Reference layout", "Group photo"),
     *("Person on the left", "Person on the right", "Photo 1", "Photo 2", "Photo 3"),
-    *("First person", "Second person"),
+    *("Person in the middle", "First person", "Second person"),
 )
+PROMPTS_OF_PLACES = ("Prompt, left", "Prompt, middle", "Prompt, right")
 # What the mini world is at its best with; the workflow has what SDXL is (where 3, 2, 2 make a guidance of 5, not 3).
 SIZE, STEPS, CFG, SCALES = 128, 20, 3.0, {"text": 1.8, "full": 1.2, "kv": 1.2}
 
@@ -192,7 +193,7 @@ def at_mini_size(api: workflow.Api, reference: str, seed: int, text: str = "a ph
     """A shared workflow for the mini world: its sizes, a prompt in its words, this reference file and seed, and LPIPS
     alone and without its weights."""
     values = {
-        "Prompt": {"text": text},
+        **{title: {"text": text} for title in ("Prompt", *PROMPTS_OF_PLACES)},
         "EmptyLatentImage": {"width": SIZE, "height": SIZE},
         "ImageScale": {"width": SIZE, "height": SIZE},
         "LookaheadCombineLosses": {"weight_b": 0},

@@ -27,7 +27,7 @@ WORKFLOWS = ROOT / "workflows"
 FOLDER = Path("user", "default", "workflows", "mini world")
 # What each node gets there: the encoder that was trained for it, 128 pixels, and the guidance that it looks best at.
 VALUES: dict[str, dict[str, Any]] = {
-    "CLIPTextEncode": {"text": "a photo of a face on a beach"},  # that with the title Prompt
+    "CLIPTextEncode": {"text": "a photo of a face on a beach"},  # those with a title that begins with Prompt
     "LookaheadLoadEncoder": {"encoder_name": Path(TRAINED).name},
     "EmptyLatentImage": {"width": SIZE, "height": SIZE},
     "ImageScale": {"width": SIZE, "height": SIZE},
@@ -59,7 +59,7 @@ def at_mini_size(saved: dict[str, Any]) -> dict[str, Any]:
         for place, name in _widgets(node):
             value = VALUES[node["type"]].get(name)
             if node["type"] == "CLIPTextEncode":
-                fixed = node.get("title") != "Prompt"
+                fixed = not node.get("title", "").startswith("Prompt")
             else:
                 fixed = few and name in ("steps", "cfg", *SCALES)
             other = name == "encoder_name" and node["widgets_values"][place] != STOCK  # a file of another kind
@@ -72,7 +72,7 @@ def at_mini_size(saved: dict[str, Any]) -> dict[str, Any]:
         "id": number,
         "type": "MarkdownNote",
         "title": "The mini world",
-        "pos": [left, top - 260],
+        "pos": [left, top - 280],  # clear of the titles of nodes and groups
         "size": [560, 200],
         "mode": 0,
     }

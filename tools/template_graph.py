@@ -3,6 +3,7 @@ subgraph in ComfyUI's save format."""
 
 from __future__ import annotations
 
+import itertools
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,11 @@ from typing import Any
 #: Of the ids of graphs and subgraphs, by their names: they stay the same whenever the files are written.
 NAMESPACE = uuid.UUID("15d8a7ae-1bce-57e9-80ac-76a2e697c8bd")
 INPUT_NODE, OUTPUT_NODE = -10, -20  # ids of the boxes at the edges of a subgraph
+
+#: The title of the frame around nodes of a type.
+GROUPS = {"CLIPTextEncode": "Prompt"} | dict.fromkeys(
+    ("VAEDecode", "ImageStitch", "PreviewImage", "SaveImage"), "Result"
+)
 
 Entry = dict[str, Any]
 
@@ -71,6 +77,29 @@ def source(link: str) -> tuple[str, str | None]:
     """ "node.output" -> its halves; None for the first output."""
     name, _, output = link.partition(".")
     return name, output or None
+
+
+def group_of(node: Node) -> str:
+    """The group in which a workflow frames a node, with its like beside it in the column; "" for none."""
+    if node.type == "LoadImage" and not node.title.startswith("Picture"):  # a pose, a scene: none of who is drawn
+        return "Reference"
+    return GROUPS.get(node.type, "")
+
+
+def framed(graph: Template) -> list[tuple[str, list[str]]]:
+    """The groups of a workflow: each a title and the names of nodes that stand one below the other.
+
+    What only shows pictures is framed with a node that saves them, not alone.
+    """
+    groups: list[tuple[str, list[str]]] = []
+    for _, names in graph.columns:
+        titles = [group_of(graph.nodes[name]) if name in graph.nodes else "" for name in names]
+        for title, run in itertools.groupby(zip(titles, names, strict=True), key=lambda pair: pair[0]):
+            members = [name for _, name in run]
+            saves = any(graph.nodes[name].type == "SaveImage" for name in members if name in graph.nodes)
+            if title and (saves or title != "Result"):
+                groups.append((title, members))
+    return groups
 
 
 def slot_at(slots: Sequence[Entry], name: str | None) -> int:

@@ -14,6 +14,7 @@ from .template_specs import (
     FACES,
     GUIDED,
     LORA,
+    NULL_TEXT,
     PHOTO,
     PLAIN,
     RECOGNISER,
@@ -82,6 +83,7 @@ GUIDED_WORKFLOWS: dict[str, Template] = {
                 "The image prompt says roughly who it is. At an early step the sampler looks ahead, finds the face, "
                 "and moves the noise until a face recogniser knows the person of **Reference face**.",
                 (*ADAPTER, LORA, TAESD, FACES),
+                NULL_TEXT,
                 GUIDED,
                 RECOGNISER,
                 height=540,
@@ -108,6 +110,7 @@ GUIDED_WORKFLOWS: dict[str, Template] = {
                 (BASE, LORA, TAESD, CLIP),
                 "By words: write them into **text** of the CLIP loss (*an oil painting*), and unlink the picture or "
                 "keep both",
+                NULL_TEXT,
                 GUIDED,
                 height=480,
             ),
@@ -137,6 +140,7 @@ GUIDED_WORKFLOWS: dict[str, Template] = {
                 "(L1) lie where they lie in **Reference layout**. Style and content are the prompt's.",
                 (BASE, LORA, TAESD, VGG),
                 "Colours alone need no further file: give *L1* to the blue node without *Combine*",
+                NULL_TEXT,
                 GUIDED,
                 height=480,
             ),
@@ -214,6 +218,7 @@ GUIDED_WORKFLOWS: dict[str, Template] = {
                 "Say in the prompt that there are **two** people side by side",
                 "**matching** finds whose a face is, in any order of the pictures. Faces swapped all the same? Connect "
                 "the masks of *Lookahead Place Masks* to the loss",
+                NULL_TEXT,
                 GUIDED,
                 RECOGNISER,
                 height=640,

@@ -46,6 +46,7 @@ def examples() -> dict[str, Image.Image]:
         "face_1c": person(0, still=False, seed=8),
         "face_2": person(1),
         "look": person(3, "comic"),
+        "face_3": person(5),
     }
     pictures = {name: as_picture(render(who, SIDE, seed=number)[0]) for number, (name, who) in enumerate(drawn.items())}
     group = [as_picture(render(person(number), 384, seed=number)[0]) for number in (0, 5, 9)]
@@ -105,7 +106,8 @@ def card(result: Image.Image, references: list[Image.Image]) -> Image.Image:
     return shown
 
 
-#: What a workflow's thumbnail is drawn of: pictures of `workflows/input`, and the prompt in the mini world's words.
+#: What a workflow's thumbnail is drawn of: pictures of `workflows/input`, and the prompt in the mini world's words
+#: (from left to right, where each person has its own).
 CARDS: dict[str, tuple[tuple[str, ...], str]] = {
     "01": (("face_1.jpg",), "an oil painting of a face"),
     "02": (("face_1.jpg",), "a comic of a face in the snow"),
@@ -121,6 +123,12 @@ CARDS: dict[str, tuple[tuple[str, ...], str]] = {
     "12": (("face_1.jpg",), "an oil painting of a face"),
     "16": (("face_1.jpg", "face_2.jpg"), "a photo of a face"),
     "18": (("face_1.jpg", "face_2.jpg"), "a photo of a face"),
+    "19": (("face_1.jpg",), "an oil painting of a face"),
+    "20": (("face_1.jpg", "face_2.jpg"), "a photo of a face; a comic of a face"),
+    "21": (
+        ("face_1.jpg", "face_3.jpg", "face_2.jpg"),
+        "a pencil drawing of a face; a photo of a face; a comic of a face",
+    ),
     "13": (("face_1.jpg", "scene.webp"), "a photo of a face in the snow"),
 }
 
@@ -131,6 +139,9 @@ WORDS = {
     "17": ("IP-Adapter", "FaceID Plus v2", "SDXL"),
 }
 
+
+#: Of the mini world's pictures, where several people stand beside each other.
+WIDTHS = {"04": 256, "18": 256, "20": 256, "21": 384}
 
 #: Of the noise, where it is not the usual one: guidance spoils an eye of the mini world's small faces with most.
 NOISES = {"18": 11}
@@ -151,8 +162,10 @@ def draw_card(host: Client, path: Path) -> None:
         "CFGGuider": {"cfg": demo.CFG},
         "LookaheadPreviewGrid": {"steps": demo.STEPS, "cfg": demo.CFG},
     }
-    if path.name[:2] in ("04", "18"):  # two people beside each other
-        settings["EmptyLatentImage"] = {"width": 256}
+    if path.name[:2] in WIDTHS:
+        settings["EmptyLatentImage"] = {"width": WIDTHS[path.name[:2]]}
+    titles = [title for title in demo.PROMPTS_OF_PLACES if workflow.find(api, title)]
+    settings |= {title: {"text": one} for title, one in zip(titles, text.split("; "), strict=bool(titles))}
     if not workflow.find(api, "ControlNetLoader"):  # that one is set for its few-step LoRA
         settings |= {"BasicScheduler": {"steps": demo.STEPS}, "LookaheadGuider": demo.SCALES}
     for node, inputs in settings.items():

@@ -1,4 +1,4 @@
-"""The workflows that save, blend and recognise references; `template_workflows` has the others."""
+"""The workflows that save, blend, recognise and compare references; `template_workflows` has the others."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from .template_graph import Node, Template
 from .template_specs import (
     ADAPTER,
     BASE,
+    CLIP,
     DECODE,
+    FACE,
     FACE_ID,
+    FACE_PART,
     FACES,
     LATENT,
+    OWN,
     PAINTING,
     PHOTO,
     PLAIN,
@@ -147,5 +151,55 @@ REFERENCE_WORKFLOWS: dict[str, Template] = {
         ],
         asks=[("picture", "image"), ("prompt", "text"), ("face", "weight"), ("sampler", "seed")],
         shows=["save"],
+    ),
+    "19 Best of eight": Template(
+        {
+            **PLAIN,
+            **face_nodes("picture"),
+            "picture": picture("face_1.jpg", "Reference face", 320),
+            "faces": Node("LookaheadLoadFaceAnalysis", values={"pack_name": FACES, "device": "cpu"}, height=180),
+            "prompt": prompt(PAINTING),
+            "latent": replace(LATENT, values={**LATENT.values, "batch_size": 8}),
+            "sampler": ksampler("face", "randomize"),
+            "likeness": Node(
+                "LookaheadIdentityScore",
+                links={"face_analysis": "faces", "image": "decode", "reference": "picture"},
+                height=300,  # room for its nine lines
+            ),
+            "follows": Node(
+                "LookaheadPromptScore",
+                values={"clip_name": CLIP, "text": "an oil painting of a person in a red coat"},
+                links={"image": "decode"},
+                height=340,
+            ),
+            "rank": Node(
+                "LookaheadRank",
+                values={"keep": 1, "at_least": 0.2},
+                links={"image": "decode", "scores": "likeness", "limit": "follows"},
+                height=240,
+            ),
+            "all": Node("PreviewImage", "All eight", links={"images": "decode"}, height=240),
+            "save": save("best_of_eight", "rank", 320),
+            "note": note(
+                "Draws eight pictures of **Reference face** and keeps the one that shows the person best, of those "
+                "that follow the words of *Lookahead Prompt Score* well enough.",
+                (*ADAPTER, FACES, CLIP),
+                OWN,
+                "**keep**: 0 saves all eight, the best first",
+                "**at_least**: higher for the words' sake, -1 for likeness alone",
+                "Eight are too many for the card? A smaller **batch_size**, and the best of fewer",
+                height=420,
+            ),
+        },
+        [
+            (320, ["checkpoint", "picture", "faces"]),
+            (340, [FACE, "prompt", "negative", "latent"]),
+            (300, ["sampler", "decode"]),
+            (320, ["likeness", "follows", "rank"]),
+            (380, ["save", "all", "note"]),
+        ],
+        (FACE_PART,),
+        [("picture", "image"), ("prompt", "text"), ("follows", "text"), ("rank", "keep"), ("sampler", "seed")],
+        ["save", "all"],
     ),
 }

@@ -112,6 +112,10 @@ _FILES = {  # a line each in the notes
     f"or [buffalo_l]({MODELS[FACES][0]['url']}) (for research only), and `pip install insightface onnxruntime`",
 }
 ADAPTER = (BASE, ENCODER, VISION)
+NULL_TEXT = (
+    "The **negative prompt** may stay empty; zeros behind it (*ConditioningZeroOut*), as the paper has it, made no "
+    f"difference ([measured]({ADDRESS}/blob/main/docs/null_text.md))"
+)
 RECOGNISER = "for the recogniser of the pack also `pip install onnx` and `pip install --no-deps onnx2torch`"
 GUIDED = (
     "Looking ahead costs about as much as 100 evaluations more (a plain run has 60), and at 1024x1024 up to 5.8 GB "
@@ -143,9 +147,9 @@ def picture(file: str, title: str, height: float = 360) -> Node:
     return Node("LoadImage", title, {"image": f"lookahead_{file}"}, height=height)
 
 
-def prompt(text: str) -> Node:
+def prompt(text: str, title: str = "Prompt") -> Node:
     """The prompt."""
-    return Node("CLIPTextEncode", "Prompt", {"text": text}, {"clip": "checkpoint.CLIP"}, height=130, colour="good")
+    return Node("CLIPTextEncode", title, {"text": text}, {"clip": "checkpoint.CLIP"}, height=130, colour="good")
 
 
 def save(name: str, images: str = "decode", height: float = 400) -> Node:
@@ -154,11 +158,16 @@ def save(name: str, images: str = "decode", height: float = 400) -> Node:
 
 
 def ksampler(
-    source: str, seed: str = "fixed", latent: str = "latent", denoise: float = 1.0, below: float = SAMPLER_ROOM
+    source: str,
+    seed: str = "fixed",
+    latent: str = "latent",
+    denoise: float = 1.0,
+    below: float = SAMPLER_ROOM,
+    positive: str = "prompt",
 ) -> Node:
     """KSampler as SDXL likes it."""
     values = {"seed": 1, "control_after_generate": seed, "steps": 30, "cfg": 5, "sampler_name": "dpmpp_2m"}
-    links = {"model": source, "positive": "prompt", "negative": "negative", "latent_image": latent}
+    links = {"model": source, "positive": positive, "negative": "negative", "latent_image": latent}
     return Node("KSampler", values={**values, "scheduler": "karras", "denoise": denoise}, links=links, below=below)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .template_graph import Node, Template
 from .template_guided import GUIDED_WORKFLOWS
+from .template_people import PEOPLE_WORKFLOWS
 from .template_references import REFERENCE_WORKFLOWS
 from .template_specs import (
     ADAPTER,
@@ -15,6 +16,7 @@ from .template_specs import (
     FACE_TIPS,
     FACES,
     LORA,
+    NULL_TEXT,
     OWN,
     PAINTING,
     PHOTO,
@@ -88,6 +90,7 @@ WORKFLOWS: dict[str, Template] = {
                 "**end** of the KV injection: 0.4 keeps the prompt's style at the same likeness; 1 also brings in "
                 "clothes, light and style of the reference",
                 "**text**, **full**, **kv**: raise text for the prompt's style, full for likeness",
+                NULL_TEXT,
                 "**cache_gb**: 5 keeps all 12 steps, and the next run with this reference and seed is quicker",
                 height=370,
             ),
@@ -125,6 +128,7 @@ WORKFLOWS: dict[str, Template] = {
                 "**end**: 0.6 to begin with; later for more of the reference, earlier for the prompt's style",
                 "**start**: later leaves the layout to the prompt",
                 "Things and pets work as well as faces",
+                NULL_TEXT,
             ),
         },
         [
@@ -152,7 +156,8 @@ WORKFLOWS: dict[str, Template] = {
                 "**overlap** says how far they cross-fade.",
                 ADAPTER,
                 "Say in the prompt that there are **two** people side by side",
-                "Three people, or one above the other: open the blue node and its *Lookahead Place Masks*",
+                "One above the other: open the blue node and its *Lookahead Place Masks*",
+                "A prompt for each, and three people: workflows 20 and 21",
             ),
         },
         [
@@ -202,8 +207,8 @@ WORKFLOWS: dict[str, Template] = {
             "one": picture("face_1.jpg", "Photo 1", 290),
             "two": picture("face_1b.jpg", "Photo 2", 290),
             "three": picture("face_1c.jpg", "Photo 3", 290),
-            "first two": Node("ImageBatch", links={"image1": "one", "image2": "two"}),
-            "all three": Node("ImageBatch", links={"image1": "first two", "image2": "three"}),
+            "first two": Node("ImageBatch", links={"image1": "one", "image2": "two"}, height=90),
+            "all three": Node("ImageBatch", links={"image1": "first two", "image2": "three"}, height=90),
             "prompt": prompt(PAINTING),
             "sampler": ksampler("face"),
             "save": save("several_photos"),
@@ -260,7 +265,8 @@ WORKFLOWS: dict[str, Template] = {
                 (BASE, LORA, CONTROLNET),
                 "**Lookahead Guider**: with a few-step LoRA text and full stay between 1 and 1.5 together",
                 "**strength**, **end_percent**: lower, to leave more of the shape to the reference",
-                height=280,
+                NULL_TEXT,
+                height=380,
             ),
         },
         [
@@ -361,4 +367,5 @@ WORKFLOWS: dict[str, Template] = {
         shows=["written"],
     ),
     **REFERENCE_WORKFLOWS,
+    **PEOPLE_WORKFLOWS,
 }

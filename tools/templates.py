@@ -23,10 +23,14 @@ from ..mini.files.host_models import touch_models
 from . import template_specs as specs
 from . import template_workflows
 from .common import ROOT, run_main, say
-from .template_graph import Entry, Folding, Template, identifier, source
+from .template_graph import Entry, Folding, Template, framed, identifier, source
 
 OURS, COLOURS = "Lookahead", {"ours": ("#223", "#335"), "good": ("#232", "#353"), "bad": ("#322", "#533")}
 TITLE, GAP, BESIDE = 30, 50, 50  # a node's title, which lies above its place; free room above it; and beside it
+#: Of a group's frame: room beside and below its nodes, and above their titles for its own. Below GAP
+#: together, so that two groups one below the other are apart.
+FRAME, FRAME_TOP = 10, 36
+GROUP_COLOURS = {"Reference": "#3f789e", "Prompt": "#8a8", "Result": "#b06634"}  # of the page's own list
 #: Makes the nodes of a graph and joins them; answers the page's own file, and the id of each node.
 BUILD = """(spec => {
   const nodes = {};
@@ -138,7 +142,24 @@ def placed(page: Page, graph: Template, file: Entry, ids: dict[str, int]) -> Ent
     missing = {node["id"] for node in file["nodes"]} - {ids[name] for _, names in graph.columns for name in names}
     if missing:
         raise ValueError(f"no column holds {[by_id[number]['type'] for number in missing]}.")
+    file["groups"] = [
+        group(number, title, [by_id[ids[name]] for name in names])
+        for number, (title, names) in enumerate(framed(graph), 1)
+    ]
     return file
+
+
+def group(number: int, title: str, nodes: list[Entry]) -> Entry:
+    """A frame around nodes that stand one below the other."""
+    left, top = nodes[0]["pos"][0] - FRAME, nodes[0]["pos"][1] - TITLE - FRAME_TOP
+    right, bottom = (max(node["pos"][k] + node["size"][k] for node in nodes) + FRAME for k in (0, 1))
+    return {
+        "id": number,
+        "title": title,
+        "bounding": [left, top, right - left, bottom - top],
+        "color": GROUP_COLOURS[title],
+        "flags": {},
+    }
 
 
 def write(page: Page, name: str, graph: Template) -> list[Path]:

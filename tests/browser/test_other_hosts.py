@@ -11,7 +11,6 @@ from lcm_lookahead.mini.files.host_models import MINI_EXTENSIONS
 from lcm_lookahead.tools.common import ROOT
 from visit import make_small, run, wait_for_picture
 
-pytestmark = pytest.mark.slow  # a host and a browser each
 FIRST = "01 Face under a new prompt"
 # Every loader whose choice is empty, each with a node that makes the host want it.
 LOADERS = """(names => names.map(name => {
@@ -39,6 +38,7 @@ def visit(window, models):
     return opened
 
 
+@pytest.mark.slow  # a host and a browser each
 def test_a_page_without_the_pack_names_it(visit, keep):
     with visit(pack=None) as (_, page):
         page.open(load(ROOT / "workflows" / f"{FIRST}.json"))
@@ -47,6 +47,7 @@ def test_a_page_without_the_pack_names_it(visit, keep):
     assert "lcm-lookahead" in said and "Unknown pack" not in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["LCM-Lookahead-main", "comfyui-lcm-lookahead-0.1.0"])
 def test_a_pack_in_a_folder_of_another_name_opens_and_draws(visit, keep, name):
     with visit(pack_name=name) as (host, page):

@@ -133,19 +133,36 @@ def test_a_template_of_the_dialog_opens_without_a_complaint_readable_and_with_ev
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("nodes_2", [False, True], ids=["classic", "Nodes 2.0"])
 @pytest.mark.parametrize("name", [name for name in GRAPHS if name != FACE_ID_FILE])
-def test_no_node_covers_another_after_a_run_with_live_previews(page, host, keep, name):
+def test_no_node_covers_another_after_a_run_with_live_previews(page, host, keep, name, nodes_2):
+    page.nodes_2(nodes_2)
     open_template(page, host, name)
     make_small(page)
     before = page.boxes()
     run(page, host).check()
     after = page.boxes()
-    keep(page, f"{name} (drawn)")
+    keep(page, f"{name} (drawn{', in Nodes 2.0' if nodes_2 else ''})")
+    assert page.toasts() == [] and page.errors == []
     assert covered(after) == []
     assert all(after[n][3] - before[n][3] < SAMPLER_ROOM for n in after)
-    page.nodes_2(True)
-    keep(page, f"{name} (drawn, Nodes 2.0)")
+    page.nodes_2(not nodes_2)  # as one who tries the other
     assert covered(page.boxes()) == []
+
+
+def test_files_that_are_missing_are_listed_with_their_folders_and_a_download(page, keep):
+    """What the first visitor sees who has no model yet."""
+    missing = "nobody_has_this.safetensors"
+    graph = saved(FIRST, CheckpointLoaderSimple={0: missing}, LoadImage={0: "nobody_has_this.jpg"})
+    (loader,) = [node for node in graph["nodes"] if node["type"] == "CheckpointLoaderSimple"]
+    loader["properties"]["models"] = [
+        {"name": missing, "url": loader["properties"]["models"][0]["url"], "directory": "checkpoints"}
+    ]
+    page.open(graph)
+    said = " ".join(page.complaints())
+    keep(page, "missing files")
+    assert f"1 Missing Models Download a model, or open the node to replace it. {missing} checkpoints Download" in said
+    assert "Reference face - image" in said and "ip-adapter" not in said
 
 
 def test_previews_are_drawn_on_free_ground_in_nodes_2(page, host, keep):
@@ -278,6 +295,22 @@ def test_a_graph_with_a_blueprint_put_by_hand_draws_a_picture(new_page, host, ke
     make_small(page)
     wait_for_picture(page, run(page, host))
     keep(page, f"{name} in a graph")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GRAPHS)
+def test_a_workflow_opened_as_an_app_asks_for_its_values_without_a_complaint(page, keep, name):
+    """Every workflow is an app by a button of the page, not only those that have a card as one."""
+    graph = load(ROOT / "workflows" / f"{name}.json")
+    page.open({**graph, "extra": {**graph["extra"], "linearMode": False}})
+    page.click("[...document.querySelectorAll('[aria-label=\"Enter app mode\"]')].find(e => e.checkVisibility())")
+    page.wait_for("document.querySelector('[data-testid=linear-run-button]')?.checkVisibility()")
+    labels = "[...document.querySelectorAll('[data-testid=builder-widget-label]')].map(e => e.innerText)"
+    asked = [widget for _, widget in graph["extra"]["linearData"]["inputs"]]
+    page.wait_for(f"{labels}.length >= {len(asked)}", 30)
+    keep(page, f"{name} (as an app)")
+    assert page.evaluate(labels) == asked
+    assert page.complaints() == [] and page.toasts() == []
 
 
 @pytest.mark.slow

@@ -148,6 +148,30 @@ def test_every_workflow_of_ours_has_a_thumbnail_and_whole_links(path):
     assert path.with_suffix(".jpg").is_file()
 
 
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).resolve().parents[2] / "workflows").glob("*.json")), ids=lambda p: p.name
+)
+def test_each_group_of_ours_holds_whole_nodes_and_no_two_meet(path):
+    graph = json.loads(path.read_text())
+    title = 30  # of a node, above its place
+    boxes = [
+        (*node["pos"], *(a + b for a, b in zip(node["pos"], node["size"], strict=True))) for node in graph["nodes"]
+    ]
+    frames = [(x, y, x + width, y + height) for x, y, width, height in (g["bounding"] for g in graph["groups"])]
+    for left, top, right, bottom in frames:
+        within = [left <= a and top + 20 <= b - title and c <= right and d <= bottom for a, b, c, d in boxes]
+        outside = [c <= left or right <= a or d <= top or bottom <= b - title for a, b, c, d in boxes]
+        assert any(within) and all(one != other for one, other in zip(within, outside, strict=True))
+    for n, (a, b, c, d) in enumerate(frames):
+        assert all(c <= e or g <= a or d <= f or h <= b for e, f, g, h in frames[n + 1 :])
+
+
+def test_workflows_frame_who_is_drawn_what_is_asked_for_and_what_comes_of_it():
+    path = Path(__file__).resolve().parents[2] / "workflows" / "04 Two people in one picture.json"
+    titles = [group["title"] for group in json.loads(path.read_text())["groups"]]
+    assert titles == ["Reference", "Prompt", "Result"]
+
+
 def test_merged_runs_share_what_is_the_same_in_them_and_nothing_else():
     def run(text, seed):
         return {

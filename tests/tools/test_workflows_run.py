@@ -24,6 +24,7 @@ BOTH = demo.WORKFLOW
 (CONVERT,) = WORKFLOWS.glob("* Convert *.json")
 STEERED = {steering.workflow: steering for steering in demo.STEERED}
 GUIDED = [path for path in FILES if path.stem in STEERED]
+(BEST,) = WORKFLOWS.glob("* Best of eight.json")
 (FILE,) = WORKFLOWS.glob("* A person as a file.json")
 (FACE_ID,) = WORKFLOWS.glob("* Face ID *.json")  # the mini world has no such adapter
 PLAIN = [path for path in FILES if path not in (GRID, CONVERT, FILE, FACE_ID, *GUIDED)]
@@ -80,6 +81,16 @@ def test_a_workflow_draws_a_picture_that_follows_its_reference(host, path):
     one, other = (predicted(host, api, f"reference_{number}.png") for number in range(2))
     assert drawn.std() > 20
     assert abs(one - other).mean() > 3
+
+
+def test_the_best_of_eight_is_the_picture_that_scores_highest(host):
+    api = workflow.override(workflow.convert(BEST, host.object_info()), "LookaheadRank", at_least=-1.0)
+    (best,), _ = run_batch(host, api, "reference_0.png")
+    drawn, outputs = run_batch(host, workflow.override(api, "LookaheadRank", keep=0), "reference_0.png")
+    (ranked,) = [text for out in outputs for text in out.get("text") or [] if text.startswith("best first:")]
+    scores = [float(score) for score in re.findall(r"picture \d+: (-?[\d.]+)", ranked)]
+    assert len(drawn) == 8 and len(scores) > 1 and scores == sorted(scores, reverse=True)
+    assert np.array_equal(best, drawn[0]) and not any(np.array_equal(best, other) for other in drawn[1:])
 
 
 @pytest.mark.parametrize(
