@@ -11,8 +11,14 @@ const COLOURS = {
   LOOKAHEAD_FACE_ANALYSIS: "#7fc8a9",
   LOOKAHEAD_LOSS: "#d1495b",
   LOOKAHEAD_SHORTCUT: "#b58be8",
+  LOOKAHEAD_WEIGHTS: "#8d99e8",
+  LOOKAHEAD_CONCEPT_ENCODER: "#d98c5f",
+  LOOKAHEAD_CONCEPT: "#e88bc4",
+  LOOKAHEAD_SCORES: "#6fc3d0",
+  LOOKAHEAD_NOISE_GUIDE: "#9bc53d",
   LOOKAHEAD_GUIDANCE_REPORT: "#c9c26d",
 };
+const NODE_COLOUR = { color: "#223", bgcolor: "#335" }; // as in the workflows
 const LONG = 20000; // milliseconds that a sentence stays
 
 const isOurs = (type) => typeof type === "string" && type.startsWith("Lookahead");
@@ -86,6 +92,11 @@ function sortTemplates() {
   };
 }
 
+// Nodes of a file keep the colour, or none, that was saved with them.
+function colourNew(node) {
+  if (!app.configuringGraph && !node.color && !node.bgcolor) Object.assign(node, NODE_COLOUR);
+}
+
 app.registerExtension({
   name: "lcm-lookahead",
   init() {
@@ -104,7 +115,10 @@ app.registerExtension({
   },
   // So that a page without the pack can name it, with or without a Manager.
   nodeCreated(node) {
-    if (isOurs(node.comfyClass)) node.properties = { ...REGISTRY, ...node.properties };
+    if (isOurs(node.comfyClass)) {
+      node.properties = { ...REGISTRY, ...node.properties };
+      colourNew(node);
+    }
     sendEmptyChoices(node);
   },
   loadedGraphNode: sendEmptyChoices,
