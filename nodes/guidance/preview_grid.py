@@ -69,10 +69,18 @@ class LookaheadPreviewGrid(io.ComfyNode):
                     tooltip="Guidance of the sampling, not the preview.",
                 ),
                 io.Combo.Input(
-                    "sampler_name", options=comfy.samplers.SAMPLER_NAMES, default="euler", tooltip="The sampler."
+                    "sampler_name",
+                    options=comfy.samplers.SAMPLER_NAMES,
+                    default="euler",
+                    advanced=True,
+                    tooltip="The sampler.",
                 ),
                 io.Combo.Input(
-                    "scheduler", options=comfy.samplers.SCHEDULER_NAMES, default="normal", tooltip="The noise schedule."
+                    "scheduler",
+                    options=comfy.samplers.SCHEDULER_NAMES,
+                    default="normal",
+                    advanced=True,
+                    tooltip="The noise schedule.",
                 ),
                 io.String.Input(
                     "fractions",

@@ -62,12 +62,13 @@ def face_analysis_input() -> io.Input:
     )
 
 
-def recogniser_input() -> io.Input:
+def recogniser_input(advanced: bool | None = None) -> io.Input:
     """The choice of the network that tells people apart."""
     return io.Combo.Input(
         "recogniser",
         options=[OF_THE_PACK, *recogniser_files()],
         default=OF_THE_PACK,
+        advanced=advanced,
         tooltip="The network that tells people apart: that of the face pack (through onnx2torch), or a "
         "file of models/lookahead_losses, such as model_ir_se50.pth, the paper's. It has a licence of its "
         "own.",
