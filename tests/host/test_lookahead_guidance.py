@@ -493,13 +493,6 @@ def test_a_run_by_a_preset_lowers_the_loss(guide, draw, preset):
     assert out.isfinite().all() and best < first
 
 
-def test_no_more_than_five_inputs_are_open_and_new_values_come_last(pack):
-    """Old files keep values by place."""
-    inputs = pack.nodes["LookaheadGuidanceSampler"].define_schema().inputs
-    assert [i.id for i in inputs if not i.advanced] == ["sampler", "shortcut", "loss", "mask", "preset"]
-    assert [i.id for i in inputs][-4:] == ["preset", "best_of", "backward", "noise_guide"]
-
-
 def test_time_travel_goes_back_and_guides_again(guide, draw):
     (sampler, report), (plain, _) = guide(iterations=2, time_travel=2), guide(iterations=2)
     assert relative(draw(sampler), draw(plain)) > 1e-3
