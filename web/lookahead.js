@@ -97,6 +97,44 @@ function colourNew(node) {
   if (!app.configuringGraph && !node.color && !node.bgcolor) Object.assign(node, NODE_COLOUR);
 }
 
+// The preset of a node (nodes/presets.py) takes the place of some of its numbers. So that what stands there is what
+// acts, choosing one writes them, and who changes one by hand leaves the preset. What a file holds stays as it is.
+function followPreset(node) {
+  const { required, optional } = node.constructor.nodeData?.input ?? {};
+  const about = { ...required, ...optional }.preset?.[1];
+  const presets = about?.lookahead_presets;
+  const widget = (name) => node.widgets?.find((one) => one.name === name);
+  const preset = widget("preset");
+  if (!presets || !preset) return;
+  const linked = (name) => node.inputs?.some((input) => input.widget?.name === name && input.link != null);
+  const write = (values, except) => {
+    for (const [name, value] of Object.entries(values)) if (name !== except && widget(name)) widget(name).value = value;
+    node.setDirtyCanvas?.(true, true);
+  };
+  afterChange(preset, () => write(presets[preset.value] ?? {}));
+  for (const name of new Set(Object.values(presets).flatMap(Object.keys)))
+    if (widget(name))
+      afterChange(widget(name), () => {
+        const values = presets[preset.value];
+        // A primitive node sets what it is linked to whenever a prompt is queued.
+        if (!values || widget(name).value === values[name] || linked(name)) return;
+        write(values, name);
+        const lost = about.lookahead_beyond?.[preset.value];
+        const sentence = `the preset ${preset.value} was left, and with it ${lost}, which no number says.`;
+        if (lost) toast("info", nameOf(node.comfyClass), `${name} was changed: ${sentence}`);
+        preset.value = about.default;
+      });
+}
+
+function afterChange(widget, then) {
+  const callback = widget.callback;
+  widget.callback = function (...input) {
+    const result = callback?.apply(this, input);
+    then();
+    return result;
+  };
+}
+
 app.registerExtension({
   name: "lcm-lookahead",
   init() {
@@ -118,6 +156,7 @@ app.registerExtension({
     if (isOurs(node.comfyClass)) {
       node.properties = { ...REGISTRY, ...node.properties };
       colourNew(node);
+      followPreset(node);
     }
     sendEmptyChoices(node);
   },

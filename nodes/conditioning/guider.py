@@ -12,6 +12,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ...lookahead.method.guidance import three_scale_guidance
+from ..presets import told_to_the_page
 from ..schema import schema
 from .kv_injection import ActiveKVInjection
 from .rows import When
@@ -154,8 +155,16 @@ class LookaheadGuider(io.ComfyNode):
                     options=list(PRESETS),
                     default=AS_SET,
                     optional=True,
-                    tooltip="Known good scales (text, full, kv), in place of those above: paper 3, 2, 2; more likeness "
-                    "2, 4, 2; more prompt 4, 1.5, 0.5; faster 3, 3, 0; without KV 5, 0, 0.",
+                    extra_dict=told_to_the_page(
+                        {
+                            name: dict(zip(("text", "full", "kv"), scales, strict=True))
+                            for name, scales in PRESETS.items()
+                            if scales
+                        }
+                    ),
+                    tooltip="Known good scales (text, full, kv), written into the fields above: paper 3, 2, 2; more "
+                    "likeness 2, 4, 2; more prompt 4, 1.5, 0.5; faster 3, 3, 0; without KV 5, 0, 0. A field that you "
+                    "change goes back to as set below.",
                 ),
                 io.Float.Input(
                     "start",
