@@ -3,9 +3,9 @@
 python -m lcm_lookahead.tools.signatures            what differs from the record
 python -m lcm_lookahead.tools.signatures --write    take what was added into the record
 
-The record is `tests/host/signatures.json`. Workflow files hold values and links by place, API graphs by name. So what is recorded stays, in its order; what is new
-comes last. The record cannot be written where that is not so: a renamed node goes through `nodes/replacements.py`, and
-its line is taken out of the record by hand.
+The record is `tests/host/signatures.json`. Workflow files hold values and links by place, API graphs by name. So what
+is recorded stays, in its order; what is new comes last. The record cannot be written where that is not so: a renamed
+node goes through `nodes/replacements.py`, and its line is taken out of the record by hand.
 """
 
 from __future__ import annotations

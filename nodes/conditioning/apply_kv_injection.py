@@ -35,7 +35,15 @@ class LookaheadApplyKVInjection(io.ComfyNode):
             description="Runs the reference through the same SDXL model at every step and lets the picture's "
             "self-attention read what the model sees there: fine detail of the face, and some of the reference's look. "
             "Works without training, better with an encoder trained for it. Use it with the Lookahead Guider.",
-            search_aliases=["reference only", "kv injection", "shared attention", "reference attention", "face"],
+            search_aliases=[
+                "reference only",
+                "kv injection",
+                "shared attention",
+                "reference attention",
+                "face",
+                "consistent character",
+                "consistency",
+            ],
             has_intermediate_output=True,
             inputs=[
                 io.Model.Input("model", tooltip="An SDXL model; LoRAs and other patches may come before or after."),

@@ -93,7 +93,16 @@ class LookaheadIdentityLoss(io.ComfyNode):
             category="lookahead/losses",
             description="How unlike the person in a picture is to the one of the reference, by a face recogniser "
             "(ArcFace). For the Lookahead Guidance Sampler.",
-            search_aliases=["identity loss", "arcface", "face similarity", "likeness", "id loss", "insightface"],
+            search_aliases=[
+                "identity loss",
+                "arcface",
+                "face similarity",
+                "likeness",
+                "id loss",
+                "insightface",
+                "portrait",
+                "person",
+            ],
             inputs=[
                 face_analysis_input(),
                 io.Image.Input(

@@ -39,7 +39,7 @@ class LookaheadCropFace(io.ComfyNode):
             category="lookahead/reference",
             description="Finds the faces in a picture and cuts one of them out as a square, for Encode Lookahead "
             "Reference. The second output shows every face that was found, with its number.",
-            search_aliases=["face crop", "face detailer", "insightface", "align face", "face detection"],
+            search_aliases=["face crop", "face detailer", "insightface", "align face", "face detection", "portrait"],
             inputs=[
                 FACE_ANALYSIS.Input(
                     "face_analysis",

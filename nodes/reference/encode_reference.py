@@ -34,7 +34,16 @@ class LookaheadEncodeReference(io.ComfyNode):
             category="lookahead/reference",
             description="Reads one or several pictures of a person (or thing) with an encoder. Crop to the face first; "
             "a picture that is not square is cropped about its centre.",
-            search_aliases=["ip-adapter encode", "reference image", "face", "image prompt", "identity"],
+            search_aliases=[
+                "ip-adapter encode",
+                "reference image",
+                "face",
+                "image prompt",
+                "identity",
+                "portrait",
+                "person",
+                "personalization",
+            ],
             inputs=[
                 ENCODER.Input(
                     "encoder",
