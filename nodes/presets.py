@@ -13,7 +13,7 @@ from typing import Any
 def told_to_the_page(
     numbers: Mapping[str, Mapping[str, Any]], beyond: Mapping[str, Sequence[str]] | None = None
 ) -> dict[str, Any]:
-    """Further fields of a preset's input, for `extra_dict`.
+    """Gives the further fields of a preset's input, for `extra_dict`.
 
     numbers: of each preset the values that stand for it, by the names of the node's inputs; beyond: what a preset has
     beside them, in words, which is lost when it is left.

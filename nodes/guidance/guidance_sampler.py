@@ -208,7 +208,7 @@ def numbers_of(settings: GuidanceSettings) -> dict[str, Any]:
 
 
 def beyond_numbers(settings: GuidanceSettings) -> list[str]:
-    """What settings have that no input of the node says, in words."""
+    """Lists in words what settings have that no input of the node says."""
     usual = Optimisation()
     return [word for name, word in BEYOND.items() if getattr(settings.optimisation, name) != getattr(usual, name)]
 
