@@ -6,6 +6,7 @@ leaves the preset. What a file holds stays; a graph without the page acts by the
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,3 +23,14 @@ def told_to_the_page(
         "lookahead_presets": {name: dict(values) for name, values in numbers.items()},
         "lookahead_beyond": {name: ", ".join(words) for name, words in (beyond or {}).items() if words},
     }
+
+
+def log_ignored(node: str, preset: str, numbers: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Logs which fields of a node say otherwise than its preset, by which it acts.
+
+    So it is in files from before the page wrote them, in graphs made without the page, and where a subgraph shows the
+    preset outside and the fields inside.
+    """
+    ignored = [f"{name} {value} (not {given[name]})" for name, value in numbers.items() if given[name] != value]
+    if ignored:
+        logging.info("[LCM-Lookahead] %s acts by its preset %s: %s.", node, preset, ", ".join(ignored))

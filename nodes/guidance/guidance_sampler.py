@@ -16,7 +16,7 @@ from ...lookahead.method.guidance_presets import PRESETS, GuidanceSettings
 from ...lookahead.method.latent_optimisation import RAW, RELATIVE, UNIT_RMS, Optimisation
 from ...lookahead.method.schedule import chosen_steps
 from ..losses.lookahead_loss import LookaheadLoss
-from ..presets import told_to_the_page
+from ..presets import log_ignored, told_to_the_page
 from ..schema import schema
 from ..sockets import GUIDANCE_REPORT, LOSS, NOISE_GUIDE, SHORTCUT
 from .guidance_report import GuidanceReport, keep
@@ -452,7 +452,7 @@ class LookaheadGuidanceSampler(io.ComfyNode):
         if mask is not None and not (mask > 0).any():
             logging.warning("[LCM-Lookahead] the mask of the guidance is empty, so nothing is moved: invert it.")
         # What else the optimiser can do is no input, and comes by a preset: the node has numbers enough.
-        settings = PRESETS.get(preset) or GuidanceSettings(
+        settings = own = GuidanceSettings(
             Optimisation(
                 iterations, step_size, normalisation, momentum, clamp, keep_norm, keep_best, backward=backward
             ),
@@ -462,6 +462,9 @@ class LookaheadGuidanceSampler(io.ComfyNode):
             jitter,
             best_of,
         )
+        if preset in PRESETS:
+            settings = PRESETS[preset]
+            log_ignored("Lookahead Guidance Sampler", preset, numbers_of(settings), numbers_of(own))
         guidance = Guidance(
             shortcut=shortcut,
             loss=loss,

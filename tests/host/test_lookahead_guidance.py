@@ -479,10 +479,19 @@ def test_as_set_below_or_no_preset_is_the_node_s_numbers_to_the_bit_and_off_is_n
     assert torch.equal(draw(guide(preset="off")[0]), draw("euler"))
 
 
-def test_a_preset_takes_the_place_of_the_numbers(guide, pack):
-    presets = pack.module("lookahead.method.guidance_presets").PRESETS
+def test_a_preset_takes_the_place_of_the_numbers(guide, pack, caplog):
+    """A field that says otherwise is named in the log."""
+    presets, numbers_of = (
+        pack.module("lookahead.method.guidance_presets").PRESETS,
+        pack.module("nodes.guidance.guidance_sampler").numbers_of,
+    )
     for name, preset in presets.items():
-        assert guide(preset=name, iterations=7, start=0.9, best_of=5)[0].lookahead[0].settings is preset
+        with caplog.at_level(logging.INFO):
+            caplog.clear()
+            assert guide(preset=name, iterations=7, start=0.9, best_of=5)[0].lookahead[0].settings is preset
+            assert f"by its preset {name}: " in caplog.text and "(not 7)" in caplog.text
+            caplog.clear()
+            assert guide(preset=name, **numbers_of(preset))[0].lookahead[0].settings is preset and not caplog.text
 
 
 @pytest.mark.parametrize(
