@@ -11,8 +11,14 @@ const COLOURS = {
   LOOKAHEAD_FACE_ANALYSIS: "#7fc8a9",
   LOOKAHEAD_LOSS: "#d1495b",
   LOOKAHEAD_SHORTCUT: "#b58be8",
+  LOOKAHEAD_WEIGHTS: "#8d99e8",
+  LOOKAHEAD_CONCEPT_ENCODER: "#d98c5f",
+  LOOKAHEAD_CONCEPT: "#e88bc4",
+  LOOKAHEAD_SCORES: "#6fc3d0",
+  LOOKAHEAD_NOISE_GUIDE: "#9bc53d",
   LOOKAHEAD_GUIDANCE_REPORT: "#c9c26d",
 };
+const NODE_COLOUR = { color: "#223", bgcolor: "#335" }; // as in the workflows
 const LONG = 20000; // milliseconds that a sentence stays
 
 const isOurs = (type) => typeof type === "string" && type.startsWith("Lookahead");
@@ -86,6 +92,49 @@ function sortTemplates() {
   };
 }
 
+// Nodes of a file keep the colour, or none, that was saved with them.
+function colourNew(node) {
+  if (!app.configuringGraph && !node.color && !node.bgcolor) Object.assign(node, NODE_COLOUR);
+}
+
+// The preset of a node (nodes/presets.py) takes the place of some of its numbers. So that what stands there is what
+// acts, choosing one writes them, and who changes one by hand leaves the preset. What a file holds stays as it is.
+function followPreset(node) {
+  const { required, optional } = node.constructor.nodeData?.input ?? {};
+  const about = { ...required, ...optional }.preset?.[1];
+  const presets = about?.lookahead_presets;
+  const widget = (name) => node.widgets?.find((one) => one.name === name);
+  const preset = widget("preset");
+  if (!presets || !preset) return;
+  const linked = (name) => node.inputs?.some((input) => input.widget?.name === name && input.link != null);
+  const write = (values, except) => {
+    for (const [name, value] of Object.entries(values)) if (name !== except && widget(name)) widget(name).value = value;
+    node.setDirtyCanvas?.(true, true);
+  };
+  afterChange(preset, () => write(presets[preset.value] ?? {}));
+  for (const name of new Set(Object.values(presets).flatMap(Object.keys)))
+    if (widget(name))
+      afterChange(widget(name), () => {
+        const values = presets[preset.value];
+        // A primitive node sets what it is linked to whenever a prompt is queued.
+        if (!values || widget(name).value === values[name] || linked(name)) return;
+        write(values, name);
+        const lost = about.lookahead_beyond?.[preset.value];
+        const sentence = `the preset ${preset.value} was left, and with it ${lost}, which no number says.`;
+        if (lost) toast("info", nameOf(node.comfyClass), `${name} was changed: ${sentence}`);
+        preset.value = about.default;
+      });
+}
+
+function afterChange(widget, then) {
+  const callback = widget.callback;
+  widget.callback = function (...input) {
+    const result = callback?.apply(this, input);
+    then();
+    return result;
+  };
+}
+
 app.registerExtension({
   name: "lcm-lookahead",
   init() {
@@ -104,7 +153,11 @@ app.registerExtension({
   },
   // So that a page without the pack can name it, with or without a Manager.
   nodeCreated(node) {
-    if (isOurs(node.comfyClass)) node.properties = { ...REGISTRY, ...node.properties };
+    if (isOurs(node.comfyClass)) {
+      node.properties = { ...REGISTRY, ...node.properties };
+      colourNew(node);
+      followPreset(node);
+    }
     sendEmptyChoices(node);
   },
   loadedGraphNode: sendEmptyChoices,

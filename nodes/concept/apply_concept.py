@@ -64,6 +64,7 @@ class LookaheadApplyConcept(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
+                    advanced=True,
                     tooltip="Start of its part of the sampling, a share from 0 (first step) to 1.",
                 ),
                 io.Float.Input(
@@ -72,12 +73,14 @@ class LookaheadApplyConcept(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
+                    advanced=True,
                     tooltip="End of its part of the sampling, a share from 0 to 1 (after the last step).",
                 ),
                 io.Combo.Input(
                     "rows",
                     options=[ALL, CONDITIONAL],
                     default=ALL,
+                    advanced=True,
                     tooltip="Whether the offsets act on the negative prompt too, as a LoRA does, or on the positive "
                     "alone.",
                 ),
@@ -85,6 +88,7 @@ class LookaheadApplyConcept(io.ComfyNode):
                     "blocks",
                     options=[EVERYWHERE, *GROUPS],
                     default=EVERYWHERE,
+                    advanced=True,
                     tooltip="Blocks of the UNet in which it acts: all, or one of its three parts.",
                 ),
                 io.Mask.Input(

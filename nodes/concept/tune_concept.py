@@ -46,7 +46,14 @@ class LookaheadTuneConcept(io.ComfyNode):
                     tooltip="Tuning steps, 0 to 100. More is more like the picture, "
                     "and less ready to follow the prompt.",
                 ),
-                io.Int.Input("batch", default=8, min=1, max=64, tooltip="Noise levels of a step, one after another."),
+                io.Int.Input(
+                    "batch",
+                    default=8,
+                    min=1,
+                    max=64,
+                    advanced=True,
+                    tooltip="Noise levels of a step, one after another.",
+                ),
                 io.Float.Input(
                     "offset_rate",
                     default=0.001,
@@ -54,6 +61,7 @@ class LookaheadTuneConcept(io.ComfyNode):
                     max=0.1,
                     step=0.0001,
                     round=False,
+                    advanced=True,
                     tooltip="Learning rate of the attention offsets, 0 to 0.1.",
                 ),
                 io.Float.Input(
@@ -63,6 +71,7 @@ class LookaheadTuneConcept(io.ComfyNode):
                     max=1.0,
                     step=0.001,
                     round=False,
+                    advanced=True,
                     tooltip="Learning rate of the word, as a share of a component's usual size, 0 to 1.",
                 ),
                 io.Float.Input(
@@ -71,6 +80,7 @@ class LookaheadTuneConcept(io.ComfyNode):
                     min=-1.0,
                     max=1.0,
                     step=0.05,
+                    advanced=True,
                     tooltip="Blend of the two attention paths, 0 to 1, in tuning and so in drawing; -1 keeps the "
                     "concept's.",
                 ),

@@ -31,7 +31,21 @@ class LookaheadApplyImagePrompt(io.ComfyNode):
             category="lookahead/reference",
             description="Makes an SDXL model draw who is in the reference (IP-Adapter's image prompt). Several of "
             "these in a row add up; give each a mask to place several people.",
-            search_aliases=["ip-adapter", "ipadapter apply", "image prompt", "face", "identity", "reference"],
+            search_aliases=[
+                "ip-adapter",
+                "ipadapter apply",
+                "image prompt",
+                "face",
+                "identity",
+                "reference",
+                "portrait",
+                "person",
+                "consistent character",
+                "face swap",
+                "instantid",
+                "pulid",
+                "personalization",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="An SDXL model; LoRAs and other patches may come before or after."),
                 REFERENCE.Input("reference", tooltip="From Encode Lookahead Reference."),

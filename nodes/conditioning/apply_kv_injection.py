@@ -35,7 +35,15 @@ class LookaheadApplyKVInjection(io.ComfyNode):
             description="Runs the reference through the same SDXL model at every step and lets the picture's "
             "self-attention read what the model sees there: fine detail of the face, and some of the reference's look. "
             "Works without training, better with an encoder trained for it. Use it with the Lookahead Guider.",
-            search_aliases=["reference only", "kv injection", "shared attention", "reference attention", "face"],
+            search_aliases=[
+                "reference only",
+                "kv injection",
+                "shared attention",
+                "reference attention",
+                "face",
+                "consistent character",
+                "consistency",
+            ],
             has_intermediate_output=True,
             inputs=[
                 io.Model.Input("model", tooltip="An SDXL model; LoRAs and other patches may come before or after."),
@@ -74,6 +82,7 @@ class LookaheadApplyKVInjection(io.ComfyNode):
                     "blocks",
                     options=[ALL, COARSE, FINE, UP, MIDDLE_UP],
                     default=ALL,
+                    advanced=True,
                     tooltip="Self-attentions that read the reference: all 70, the coarse ones (deepest level: who it "
                     "is and the layout), the fine ones (the other levels: texture, detail), those of the decoder half "
                     "(up), or these with the middle block. Fewer are faster and take less memory.",
@@ -82,6 +91,7 @@ class LookaheadApplyKVInjection(io.ComfyNode):
                     "noise",
                     options=[SHARED, FIXED],
                     default=SHARED,
+                    advanced=True,
                     tooltip="Noise of the reference at each step: the picture's own noise, as in training (where the "
                     "sizes agree, else the picture's seed), or always the same noise. With fixed noise it is "
                     "read once for all pictures of a batch and for all seeds.",
@@ -92,6 +102,7 @@ class LookaheadApplyKVInjection(io.ComfyNode):
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=io.ControlAfterGenerate.fixed,
+                    advanced=True,
                     tooltip="Seed of fixed noise; shared noise does not use it.",
                 ),
                 io.Float.Input(
@@ -100,6 +111,7 @@ class LookaheadApplyKVInjection(io.ComfyNode):
                     min=0.0,
                     max=1024.0,
                     step=0.5,
+                    advanced=True,
                     tooltip="Size of the cache in gigabytes of main memory. It keeps what the reference gave for the "
                     "next run with the same reference, noise and steps. A step at 1024x1024 takes 0.42 GB in 16 bit, "
                     "half of it with precision 8 bit. 0 keeps none.",

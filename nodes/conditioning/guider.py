@@ -12,6 +12,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ...lookahead.method.guidance import three_scale_guidance
+from ..presets import log_ignored, told_to_the_page
 from ..schema import schema
 from .kv_injection import ActiveKVInjection
 from .rows import When
@@ -26,6 +27,9 @@ PRESETS = {  # text, full, kv
     "faster": (3.0, 3.0, 0.0),
     "without KV": (5.0, 0.0, 0.0),
 }
+
+
+NUMBERS = {name: dict(zip(("text", "full", "kv"), scales, strict=True)) for name, scales in PRESETS.items() if scales}
 
 
 class ThreeScaleGuider(comfy.samplers.CFGGuider):
@@ -154,8 +158,10 @@ class LookaheadGuider(io.ComfyNode):
                     options=list(PRESETS),
                     default=AS_SET,
                     optional=True,
-                    tooltip="Known good scales (text, full, kv), in place of those above: paper 3, 2, 2; more likeness "
-                    "2, 4, 2; more prompt 4, 1.5, 0.5; faster 3, 3, 0; without KV 5, 0, 0.",
+                    extra_dict=told_to_the_page(NUMBERS),
+                    tooltip="Known good scales (text, full, kv), written into the fields above: paper 3, 2, 2; more "
+                    "likeness 2, 4, 2; more prompt 4, 1.5, 0.5; faster 3, 3, 0; without KV 5, 0, 0. A field that you "
+                    "change goes back to as set below.",
                 ),
                 io.Float.Input(
                     "start",
@@ -198,6 +204,8 @@ class LookaheadGuider(io.ComfyNode):
     ) -> io.NodeOutput:
         if start > end:
             raise ValueError(f"The start ({start}) is later than the end ({end}): set an end that is not before it.")
+        if preset in NUMBERS:
+            log_ignored("Lookahead Guider", preset, NUMBERS[preset], {"text": text, "full": full, "kv": kv})
         guider = ThreeScaleGuider(model)
         guider.set_conds(positive, negative)
         guider.set_scales(*(PRESETS[preset] or (text, full, kv)), When(start, end))

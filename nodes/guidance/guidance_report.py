@@ -34,7 +34,8 @@ class RunReport:
     """The report of one guided run.
 
     pictures: previews before and after the first and the last guided step, [n, H, W, 3] in 8 bit, at most SHOWN pixels
-    a side; notes: what the user should know of the run, a sentence each; start: what the best of several noises gained.
+    a side; notes: what the user should know of the run, a sentence each; start: what the best of several noises gained;
+    kept: which iterate of a step the run went on from, best or last.
     """
 
     loss: str
@@ -42,6 +43,7 @@ class RunReport:
     pictures: list[tuple[str, Tensor]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     start: str = ""
+    kept: str = ""
 
     def add(self, name: str, image: Tensor) -> None:
         """Keep a preview, IMAGE [n, H, W, 3] in [0, 1]. Of many guided steps those between make way."""
@@ -62,7 +64,7 @@ class RunReport:
             shown = ["none counted" if m is None else f"{m:.4g}" for m in (means[0], means[-1], best)]
             lines.append(
                 f"step {step + 1} (sigma {of_step[0].sigma:.3g}): {self.loss} {shown[0]} -> {shown[1]} (best "
-                f"{shown[2]}) in {len(of_step) - 1} iterations"
+                f"{shown[2]}) in {len(of_step) - 1} iterations" + (f", kept: {self.kept}" if self.kept else "")
             )
         return "\n".join([*(lines or [_UNGUIDED]), *self.notes])
 
@@ -184,7 +186,12 @@ class LookaheadGuidanceReport(io.ComfyNode):
                     display_name="previews",
                     tooltip="The one-step previews before and after the first and the last guided step.",
                 ),
-                io.String.Output("TEXT", display_name="text", tooltip="The mean loss before and after, a line a step."),
+                io.String.Output(
+                    "TEXT",
+                    display_name="text",
+                    tooltip="The mean loss before and after, a line a step, and which iteration was kept: the best or "
+                    "the last.",
+                ),
             ],
         )
 

@@ -16,6 +16,7 @@ from ...lookahead.method.guidance_presets import PRESETS, GuidanceSettings
 from ...lookahead.method.latent_optimisation import RAW, RELATIVE, UNIT_RMS, Optimisation
 from ...lookahead.method.schedule import chosen_steps
 from ..losses.lookahead_loss import LookaheadLoss
+from ..presets import log_ignored, told_to_the_page
 from ..schema import schema
 from ..sockets import GUIDANCE_REPORT, LOSS, NOISE_GUIDE, SHORTCUT
 from .guidance_report import GuidanceReport, keep
@@ -174,6 +175,42 @@ class SplitSampler(comfy.samplers.Sampler):
             run.close()
         keep(report, model_wrap.inner_model.process_latent_out(samples.to(torch.float32)), run.report)
         return samples
+
+
+#: What a preset can have that is no input of the node: a field of `Optimisation` in words
+BEYOND = {
+    "nesterov": "Nesterov's momentum",
+    "decay": "a step size that falls",
+    "sphere": "moves on the sphere of the noise",
+    "judged": "the best iterates judged again",
+    "smoothing": "gradients averaged over several draws",
+}
+
+
+def numbers_of(settings: GuidanceSettings) -> dict[str, Any]:
+    """The inputs of the node that stand for settings, which may have more (`beyond_numbers`)."""
+    o = settings.optimisation
+    return {
+        "start": settings.start,
+        "iterations": o.iterations,
+        "step_size": o.step_size,
+        "guided_steps": settings.steps,
+        "normalisation": o.normalisation,
+        "momentum": o.momentum,
+        "clamp": o.clamp,
+        "keep_norm": o.keep_norm,
+        "keep_best": o.keep_best,
+        "time_travel": settings.time_travel,
+        "jitter": settings.jitter,
+        "best_of": settings.best_of,
+        "backward": o.backward,
+    }
+
+
+def beyond_numbers(settings: GuidanceSettings) -> list[str]:
+    """Lists in words what settings have that no input of the node says."""
+    usual = Optimisation()
+    return [word for name, word in BEYOND.items() if getattr(settings.optimisation, name) != getattr(usual, name)]
 
 
 class LookaheadGuidanceSampler(io.ComfyNode):
@@ -342,9 +379,13 @@ class LookaheadGuidanceSampler(io.ComfyNode):
                     options=[AS_SET, *PRESETS],
                     default=AS_SET,
                     optional=True,
+                    extra_dict=told_to_the_page(
+                        {name: numbers_of(preset) for name, preset in PRESETS.items()},
+                        {name: beyond_numbers(preset) for name, preset in PRESETS.items()},
+                    ),
                     tooltip="How strongly and at which cost to guide: by the numbers of this node (as set below), or "
-                    "by those of a preset; then only preview_cfg, live_previews and checkpointing still act. DPS to "
-                    "TFG-like follow published methods, to compare with.",
+                    "by a preset, which writes its own into the fields. A field that you change goes back to as set "
+                    "below. DPS to TFG-like follow published methods, to compare with.",
                 ),
                 io.Int.Input(
                     "best_of",
@@ -411,7 +452,7 @@ class LookaheadGuidanceSampler(io.ComfyNode):
         if mask is not None and not (mask > 0).any():
             logging.warning("[LCM-Lookahead] the mask of the guidance is empty, so nothing is moved: invert it.")
         # What else the optimiser can do is no input, and comes by a preset: the node has numbers enough.
-        settings = PRESETS.get(preset) or GuidanceSettings(
+        settings = own = GuidanceSettings(
             Optimisation(
                 iterations, step_size, normalisation, momentum, clamp, keep_norm, keep_best, backward=backward
             ),
@@ -421,6 +462,9 @@ class LookaheadGuidanceSampler(io.ComfyNode):
             jitter,
             best_of,
         )
+        if preset in PRESETS:
+            settings = PRESETS[preset]
+            log_ignored("Lookahead Guidance Sampler", preset, numbers_of(settings), numbers_of(own))
         guidance = Guidance(
             shortcut=shortcut,
             loss=loss,

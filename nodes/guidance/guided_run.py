@@ -74,7 +74,7 @@ class GuidedRun:
         self.guidance, self.settings, self.guider = guidance, guidance.settings, guider
         self.seed = seed
         self._noise, self._latent_image = noise, latent_image
-        self.report = RunReport(guidance.loss.name)
+        self.report = RunReport(guidance.loss.name, kept="best" if self.settings.optimisation.keep_best else "last")
         self.previewer = Previewer(guidance.shortcut, guider, guidance.positive, guidance.cfg)
         self.report.notes += self.previewer.notes
         self._memory = MemoryLadder(guidance.checkpointing, self.report.notes)

@@ -44,7 +44,7 @@ class LookaheadPreviewGrid(io.ComfyNode):
             description="Samples a picture and shows what was foretold of it on the way: by the shortcut in one step, "
             "and by the sampled model itself (x0), beside the finished picture and with numbers. Figure 2 of the "
             "paper, from your own model.",
-            search_aliases=["preview", "one-step", "lcm", "alignment", "comparison"],
+            search_aliases=["preview", "one-step", "lcm", "alignment", "comparison", "taesd"],
             inputs=[
                 io.Model.Input("model", tooltip="The model to sample."),
                 SHORTCUT.Input("shortcut", tooltip="How to look ahead, from Lookahead Shortcut."),
@@ -69,10 +69,18 @@ class LookaheadPreviewGrid(io.ComfyNode):
                     tooltip="Guidance of the sampling, not the preview.",
                 ),
                 io.Combo.Input(
-                    "sampler_name", options=comfy.samplers.SAMPLER_NAMES, default="euler", tooltip="The sampler."
+                    "sampler_name",
+                    options=comfy.samplers.SAMPLER_NAMES,
+                    default="euler",
+                    advanced=True,
+                    tooltip="The sampler.",
                 ),
                 io.Combo.Input(
-                    "scheduler", options=comfy.samplers.SCHEDULER_NAMES, default="normal", tooltip="The noise schedule."
+                    "scheduler",
+                    options=comfy.samplers.SCHEDULER_NAMES,
+                    default="normal",
+                    advanced=True,
+                    tooltip="The noise schedule.",
                 ),
                 io.String.Input(
                     "fractions",

@@ -44,7 +44,7 @@ class LookaheadShortcut(io.ComfyNode):
             category="lookahead/sampling",
             description="How to look ahead from the middle of a run: the sampled model with a few-step LoRA (LCM-LoRA, "
             "DMD2, Hyper-SD, Lightning) and a VAE for the previews, best TAESD.",
-            search_aliases=["lcm", "lightning", "turbo", "hyper-sd", "dmd2", "preview", "few-step"],
+            search_aliases=["lcm", "lightning", "turbo", "hyper-sd", "dmd2", "preview", "few-step", "taesd"],
             inputs=[
                 io.Model.Input(
                     "model",

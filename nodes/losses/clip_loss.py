@@ -70,6 +70,7 @@ class LookaheadCLIPLoss(io.ComfyNode):
                 io.String.Input(
                     "neutral",
                     default="",
+                    advanced=True,
                     tooltip="What the picture may be anyway, such as a photo of a face: what text says beyond it is "
                     "rewarded, what both say is not. Empty: the whole text.",
                 ),
@@ -85,6 +86,7 @@ class LookaheadCLIPLoss(io.ComfyNode):
                     default=4,
                     min=0,
                     max=64,
+                    advanced=True,
                     tooltip="How many random views (cut, mirrored, a little brighter or darker) CLIP judges beside the "
                     "whole picture at each iteration. More make it harder to please CLIP with an invisible pattern, "
                     "and take longer.",

@@ -62,12 +62,13 @@ def face_analysis_input() -> io.Input:
     )
 
 
-def recogniser_input() -> io.Input:
+def recogniser_input(advanced: bool | None = None) -> io.Input:
     """The choice of the network that tells people apart."""
     return io.Combo.Input(
         "recogniser",
         options=[OF_THE_PACK, *recogniser_files()],
         default=OF_THE_PACK,
+        advanced=advanced,
         tooltip="The network that tells people apart: that of the face pack (through onnx2torch), or a "
         "file of models/lookahead_losses, such as model_ir_se50.pth, the paper's. It has a licence of its "
         "own.",
@@ -92,7 +93,16 @@ class LookaheadIdentityLoss(io.ComfyNode):
             category="lookahead/losses",
             description="How unlike the person in a picture is to the one of the reference, by a face recogniser "
             "(ArcFace). For the Lookahead Guidance Sampler.",
-            search_aliases=["identity loss", "arcface", "face similarity", "likeness", "id loss", "insightface"],
+            search_aliases=[
+                "identity loss",
+                "arcface",
+                "face similarity",
+                "likeness",
+                "id loss",
+                "insightface",
+                "portrait",
+                "person",
+            ],
             inputs=[
                 face_analysis_input(),
                 io.Image.Input(

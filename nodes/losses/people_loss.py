@@ -43,6 +43,7 @@ class LookaheadPeopleLoss(io.ComfyNode):
             return io.Mask.Input(
                 f"mask_{number}",
                 optional=True,
+                advanced=True,
                 tooltip="Where the face of the person of the same number may be, for example from Lookahead Place "
                 "Masks. Open: anywhere.",
             )
@@ -73,7 +74,7 @@ class LookaheadPeopleLoss(io.ComfyNode):
                     tooltip="What to do with several pictures: they show one person, whose likeness is averaged; or "
                     "the first is for the first image of the batch, the second for the second, and so on.",
                 ),
-                recogniser_input(),
+                recogniser_input(advanced=True),
                 person(3),
                 *(mask(number) for number in PEOPLE),
             ],

@@ -39,7 +39,7 @@ class LookaheadCropFace(io.ComfyNode):
             category="lookahead/reference",
             description="Finds the faces in a picture and cuts one of them out as a square, for Encode Lookahead "
             "Reference. The second output shows every face that was found, with its number.",
-            search_aliases=["face crop", "face detailer", "insightface", "align face", "face detection"],
+            search_aliases=["face crop", "face detailer", "insightface", "align face", "face detection", "portrait"],
             inputs=[
                 FACE_ANALYSIS.Input(
                     "face_analysis",
@@ -66,12 +66,14 @@ class LookaheadCropFace(io.ComfyNode):
                     min=0.0,
                     max=3.0,
                     step=0.05,
+                    advanced=True,
                     tooltip="Margin around the face on each side, as a share of its size, 0 to 3.",
                 ),
                 io.Combo.Input(
                     "alignment",
                     options=[PLAIN, ALIGNED],
                     default=PLAIN,
+                    advanced=True,
                     tooltip="Alignment of the crop. as it is: a square of the picture. upright: turned and scaled so "
                     "that eyes and mouth lie where face recognisers expect them; black where the picture ends.",
                 ),
@@ -81,18 +83,21 @@ class LookaheadCropFace(io.ComfyNode):
                     min=0,
                     max=4096,
                     step=8,
+                    advanced=True,
                     tooltip="Side of the crop in pixels; 0 takes that of the largest crop as it is in its picture.",
                 ),
                 io.Combo.Input(
                     "if_none",
                     options=[ERROR, SKIP, WHOLE],
                     default=ERROR,
+                    advanced=True,
                     tooltip="What to do with a picture that has no such face: stop, leave it out of the batch, or take "
                     "the whole picture (its square about the centre).",
                 ),
                 io.String.Input(
                     "detection_sizes",
                     default=", ".join(map(str, SIZES)),
+                    advanced=True,
                     tooltip="Sizes of the picture in pixels at which faces are looked for, each a multiple of 32. "
                     "Large ones find small faces, small ones a face that fills the picture.",
                 ),
@@ -102,6 +107,7 @@ class LookaheadCropFace(io.ComfyNode):
                     min=0.05,
                     max=0.99,
                     step=0.01,
+                    advanced=True,
                     tooltip="Lowest score of the detector, 0 to 1. Lower it for drawn or hidden faces.",
                 ),
                 BOUNDING_BOX.Input(

@@ -31,7 +31,19 @@ class LookaheadEncodeFace(io.ComfyNode):
             category="lookahead/reference",
             description="Reads the largest face of each picture with an IP-Adapter FaceID Plus v2: who it is by a face "
             "recogniser, and how it looks by CLIP. No crop is needed.",
-            search_aliases=["faceid", "face id", "ip-adapter faceid", "arcface", "insightface", "face", "identity"],
+            search_aliases=[
+                "faceid",
+                "face id",
+                "ip-adapter faceid",
+                "arcface",
+                "insightface",
+                "face",
+                "identity",
+                "instantid",
+                "pulid",
+                "portrait",
+                "person",
+            ],
             inputs=[
                 ENCODER.Input("encoder", tooltip="From Load Lookahead Encoder: ip-adapter-faceid-plusv2_sdxl.bin."),
                 io.ClipVision.Input(

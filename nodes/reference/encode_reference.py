@@ -34,7 +34,16 @@ class LookaheadEncodeReference(io.ComfyNode):
             category="lookahead/reference",
             description="Reads one or several pictures of a person (or thing) with an encoder. Crop to the face first; "
             "a picture that is not square is cropped about its centre.",
-            search_aliases=["ip-adapter encode", "reference image", "face", "image prompt", "identity"],
+            search_aliases=[
+                "ip-adapter encode",
+                "reference image",
+                "face",
+                "image prompt",
+                "identity",
+                "portrait",
+                "person",
+                "personalization",
+            ],
             inputs=[
                 ENCODER.Input(
                     "encoder",
@@ -69,6 +78,7 @@ class LookaheadEncodeReference(io.ComfyNode):
                 io.Conditioning.Input(
                     "conditioning",
                     optional=True,
+                    advanced=True,
                     tooltip="A prompt of your own for the reference, only for KV injection, in place of clip.",
                 ),
                 io.Int.Input(
@@ -77,6 +87,7 @@ class LookaheadEncodeReference(io.ComfyNode):
                     min=0,
                     max=4096,
                     step=8,
+                    advanced=True,
                     tooltip="Side in pixels of the square that the VAE sees of the reference; 0 takes what the encoder "
                     "was trained with (1024 where the file does not say).",
                 ),

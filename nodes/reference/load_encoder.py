@@ -55,7 +55,16 @@ class LookaheadLoadEncoder(io.ComfyNode):
             has_intermediate_output=True,
             description="Loads an encoder: an LCM-Lookahead encoder file, a stock IP-Adapter Plus (Face) or IP-Adapter "
             "FaceID Plus v2 for SDXL. What the file is follows from its contents, not from its name.",
-            search_aliases=["ip-adapter loader", "ipadapter", "face encoder", "lcm lookahead", "identity"],
+            search_aliases=[
+                "ip-adapter loader",
+                "ipadapter",
+                "face encoder",
+                "lcm lookahead",
+                "identity",
+                "faceid",
+                "pulid",
+                "instantid",
+            ],
             inputs=[
                 io.Combo.Input(
                     "encoder_name",

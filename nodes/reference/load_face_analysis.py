@@ -62,7 +62,18 @@ class LookaheadLoadFaceAnalysis(io.ComfyNode):
             has_intermediate_output=True,
             description="Opens a pack of insightface's face models, which find faces and tell people apart. Needs the "
             "packages insightface and onnxruntime; nothing is downloaded. Shows the licence of the pack.",
-            search_aliases=["insightface", "face analysis", "face detector", "buffalo_l", "antelopev2", "auraface"],
+            search_aliases=[
+                "insightface",
+                "face analysis",
+                "face detector",
+                "buffalo_l",
+                "antelopev2",
+                "auraface",
+                "faceid",
+                "instantid",
+                "pulid",
+                "face swap",
+            ],
             inputs=[
                 io.Combo.Input(
                     "pack_name",

@@ -24,7 +24,14 @@ class LookaheadLoadReference(io.ComfyNode):
             has_intermediate_output=True,
             description="Loads a person (or thing) that Save Lookahead Reference has written; no picture and no image "
             "encoder are needed. Shows what the file says of itself.",
-            search_aliases=["load face", "load ip-adapter embeds", "load character", "face model", "load person"],
+            search_aliases=[
+                "load face",
+                "load ip-adapter embeds",
+                "load character",
+                "face model",
+                "load person",
+                "consistent character",
+            ],
             inputs=[
                 io.Combo.Input(
                     "reference_name",

@@ -27,7 +27,14 @@ class LookaheadSaveReference(io.ComfyNode):
             category="lookahead/reference",
             description="Saves a person (or thing) as a small file, without the pictures, so that other graphs and "
             "other people can draw the same one: Load Lookahead Reference gives the same picture to the bit.",
-            search_aliases=["save face", "save ip-adapter embeds", "export character", "face model", "save person"],
+            search_aliases=[
+                "save face",
+                "save ip-adapter embeds",
+                "export character",
+                "face model",
+                "save person",
+                "consistent character",
+            ],
             is_output_node=True,
             inputs=[
                 REFERENCE.Input(

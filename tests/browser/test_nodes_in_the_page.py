@@ -6,6 +6,7 @@ import pytest
 from lcm_lookahead.host.workflow import load
 from lcm_lookahead.tools.common import ROOT
 from lcm_lookahead.tools.help_pictures import PICTURES, inputs_of
+from lcm_lookahead.tools.templates import COLOURS
 from PIL import Image
 
 
@@ -51,3 +52,62 @@ def test_every_node_of_ours_has_a_help_page_and_tooltips(page, host):
             assert page.evaluate(f"[{picture}.naturalWidth, {picture}.naturalHeight]") == list(drawn.size), name
             again = f"python -m lcm_lookahead.tools.help_pictures {name}"
             assert drawn.text["inputs"] == inputs_of(node), f"its picture is of other inputs; draw it again: {again}"
+
+
+ADD = """(type => {
+    const node = LiteGraph.createNode(type);
+    app.graph.add(node);
+    window.field = name => node.widgets.find(widget => widget.name === name);
+    window.set = (name, value) => field(name).setValue(value, { e: {}, node, canvas: app.canvas });
+    window.values = (...names) => names.map(name => field(name).value);
+    return [node.color, node.bgcolor];
+})"""
+
+
+EMPTY = {"id": "b7b2f7e4-44c7-4f3b-a3a4-d9d1a1f0a001", "nodes": [], "links": [], "version": 0.4}
+
+
+def test_a_new_node_has_our_colour_and_its_fields_show_what_its_preset_does(page):
+    page.open(EMPTY)
+    assert page.evaluate(f"{ADD}('LookaheadGuider')") == list(COLOURS["ours"])
+    page.evaluate("set('preset', 'more likeness')")
+    assert page.evaluate("values('text', 'full', 'kv', 'preset')") == [2, 4, 2, "more likeness"]
+    page.evaluate("set('kv', 1)")
+    assert page.evaluate("values('text', 'full', 'kv', 'preset')") == [2, 4, 1, "as set below"]
+    assert page.toasts() == []  # the numbers were all there was to it
+    page.evaluate(f"{ADD}('LookaheadGuidanceSampler')")
+    page.evaluate("set('preset', 'strong')")
+    assert page.evaluate("values('iterations', 'best_of', 'preset')") == [40, 8, "strong"]
+    page.evaluate("field('step_size').value = 1; set('iterations', 30)")  # as in a file whose numbers do not count
+    assert page.evaluate("values('iterations', 'step_size', 'preset')") == [30, 0.03, "as set below"]
+    page.wait_for("document.querySelector('.p-toast-message')")
+    assert "sphere of the noise" in " ".join(page.toasts())
+
+
+def test_in_nodes_2_a_chosen_preset_shows_in_the_fields_and_a_changed_field_leaves_it(page):
+    node = "document.querySelector('[data-node-id]')"
+    page.nodes_2(True)
+    try:
+        page.open(EMPTY)
+        page.evaluate(f"{ADD}('LookaheadGuider')")
+        page.evaluate("(app.graph.nodes[0].pos = [300, 300], app.canvas.ds.offset = [0, 0], app.canvas.ds.scale = 1)")
+        page.click(f"{node}?.querySelector('[data-testid=widget-select-default-trigger]')")
+        page.click("[...document.querySelectorAll('[role=option]')].find(e => e.innerText.includes('more likeness'))")
+        page.wait_for(f"[...{node}.querySelectorAll('input')].map(e => Number(e.value)).join() === '2,4,2'")
+        page.click(f"{node}.querySelectorAll('[data-testid=increment]')[2]")
+        page.wait_for("values('preset')[0] === 'as set below'")
+        assert page.evaluate("values('text', 'full', 'kv')") == [2, 4, 2.1]
+    finally:
+        page.nodes_2(False)
+
+
+def test_a_file_keeps_its_numbers_and_its_colours_beside_a_preset(page):
+    """As files from before have them: numbers that a preset overrides, and nodes without a colour."""
+    page.open(EMPTY)
+    page.evaluate(f"{ADD}('LookaheadGuider')")
+    file = page.saved()
+    file["nodes"][0]["widgets_values"] = [1.5, 1, 0, "paper", 0, 1]
+    del file["nodes"][0]["color"], file["nodes"][0]["bgcolor"]
+    page.open(file)
+    (saved,) = page.saved()["nodes"]
+    assert saved["widgets_values"] == [1.5, 1, 0, "paper", 0, 1] and "color" not in saved

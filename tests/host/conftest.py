@@ -52,6 +52,22 @@ def pack(tmp_path_factory):
     )
 
 
+@pytest.fixture(scope="session")
+def object_info(pack):
+    """What GET /object_info answers for our nodes and the host's first ones, on a machine without model files."""
+    import folder_paths
+
+    classes = pack.host_nodes.NODE_CLASS_MAPPINGS
+    with pytest.MonkeyPatch.context() as patch:
+        empty = {name: ([], endings) for name, (_, endings) in folder_paths.folder_names_and_paths.items()}
+        patch.setattr(folder_paths, "folder_names_and_paths", empty)
+        patch.setattr(folder_paths, "filename_list_cache", {})
+        ours = {id: classes[id].GET_NODE_INFO_V1() for id in pack.nodes}
+        names = ("KSampler", "CheckpointLoaderSimple", "VAELoader")  # of its lists, these have what ours share
+        host = {id: {"input": classes[id].INPUT_TYPES(), "category": classes[id].CATEGORY} for id in names}
+    return ours | host
+
+
 @pytest.fixture(autouse=True)
 def _as_the_host_runs_nodes(pack):
     """The executor runs every node in inference mode."""

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from PIL import Image
 
 
 @pytest.fixture
@@ -242,3 +243,20 @@ def test_which_square_of_a_picture_counts(encode, tools, height, width):
     assert padded.pixels.isfinite().all() and not torch.allclose(
         padded.keys_values, encode(image).keys_values, atol=1e-3
     )
+
+
+def test_a_folder_of_pictures_by_the_host_s_own_nodes_is_one_reference(encode, mini, tools, tmp_path, monkeypatch):
+    """Load Image (from Folder) gives a list, of which Rebatch Images makes a batch."""
+    import folder_paths
+    from comfy_extras.nodes_dataset import LoadImageDataSetFromFolderNode
+    from comfy_extras.nodes_rebatch import ImageRebatch
+
+    monkeypatch.setattr(folder_paths, "get_input_directory", lambda: str(tmp_path))
+    (tmp_path / "person").mkdir()
+    for number in range(3):
+        picture = (tools.picture(number)[0] * 255).round().byte().numpy()
+        Image.fromarray(picture).save(tmp_path / "person" / f"{number}.png")
+    (listed,) = LoadImageDataSetFromFolderNode.execute("person").result
+    ((batch,),) = ImageRebatch.execute(listed, [len(listed)]).result
+    together, one = encode(batch), encode(batch[:1])
+    assert batch.shape[0] == 3 and together.keys_values.shape[-2] == 3 * one.keys_values.shape[-2]

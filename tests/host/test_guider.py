@@ -349,3 +349,18 @@ def test_outside_of_start_and_end_it_does_not_guide(mini, tools, model, texts, w
     with pytest.raises(ValueError) as error:
         at(model, 0.5, start=0.8, end=0.2)
     assert "0.8" in tools.one_sentence(error)
+
+
+def test_the_page_writes_a_preset_s_numbers(mini, texts, pack):
+    """The same scales act, by the preset or by what the page writes into the fields."""
+    node = pack.nodes["LookaheadGuider"]
+    (asked,) = [i for i in node.define_schema().inputs if i.id == "preset"]
+    about = asked.as_dict()
+    assert list(about["lookahead_presets"]) == about["options"][1:] and about["options"][0] == about["default"]
+    for name, numbers in about["lookahead_presets"].items():
+        (by_name,) = node.execute(mini.model, *texts, preset=name).result
+        (by_numbers,) = node.execute(mini.model, *texts, **numbers).result
+        assert [by_name.text, by_name.full, by_name.kv] == [by_numbers.text, by_numbers.full, by_numbers.kv]
+    assert (
+        len({tuple(numbers.values()) for numbers in about["lookahead_presets"].values()}) == len(about["options"]) - 1
+    )

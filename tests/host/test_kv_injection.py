@@ -1,5 +1,7 @@
 """Apply Lookahead KV Injection: what every row of every pass reads, masks, invariants, and what is refused."""
 
+import inspect
+
 import pytest
 import torch
 from tensors import close, randn
@@ -533,3 +535,9 @@ def test_models_that_are_not_sdxl_are_refused(mini, tools, reference):
 
 def test_a_start_after_the_end_is_refused(mini, tools, reference):
     assert "0.8" in refused(tools, mini.model, reference, start=0.8, end=0.2)
+
+
+def test_a_new_node_ends_where_the_figures_are_best_and_an_old_api_graph_where_it_did(pack):
+    node = pack.nodes["LookaheadApplyKVInjection"]
+    (end,) = [asked for asked in node.define_schema().inputs if asked.id == "end"]
+    assert end.default == 0.4 and inspect.signature(node.execute).parameters["end"].default == 1.0

@@ -1,23 +1,6 @@
 """Every text of every node stands in every language, as this host would ask for it."""
 
-import pytest
 from lcm_lookahead.tools import locales
-
-
-@pytest.fixture(scope="module")
-def object_info(pack):
-    """What GET /object_info answers for our nodes and the host's first ones, on a machine without model files."""
-    import folder_paths
-
-    classes = pack.host_nodes.NODE_CLASS_MAPPINGS
-    with pytest.MonkeyPatch.context() as patch:
-        empty = {name: ([], endings) for name, (_, endings) in folder_paths.folder_names_and_paths.items()}
-        patch.setattr(folder_paths, "folder_names_and_paths", empty)
-        patch.setattr(folder_paths, "filename_list_cache", {})
-        ours = {id: classes[id].GET_NODE_INFO_V1() for id in pack.nodes}
-        names = ("KSampler", "CheckpointLoaderSimple", "VAELoader")  # of its lists, these have what ours share
-        host = {id: {"input": classes[id].INPUT_TYPES(), "category": classes[id].CATEGORY} for id in names}
-    return ours | host
 
 
 def test_every_text_is_in_every_language_and_nothing_is_left_over(object_info):

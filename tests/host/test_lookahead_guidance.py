@@ -2,7 +2,9 @@
 
 import gc
 import logging
+import re
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -472,10 +474,44 @@ def test_as_set_below_or_no_preset_is_the_node_s_numbers_to_the_bit_and_off_is_n
     assert torch.equal(draw(guide(preset="off")[0]), draw("euler"))
 
 
-def test_a_preset_takes_the_place_of_the_numbers(guide, pack):
-    presets = pack.module("lookahead.method.guidance_presets").PRESETS
+def test_a_preset_takes_the_place_of_the_numbers(guide, pack, caplog):
+    """A field that says otherwise is named in the log."""
+    presets, numbers_of = (
+        pack.module("lookahead.method.guidance_presets").PRESETS,
+        pack.module("nodes.guidance.guidance_sampler").numbers_of,
+    )
     for name, preset in presets.items():
-        assert guide(preset=name, iterations=7, start=0.9, best_of=5)[0].lookahead[0].settings is preset
+        with caplog.at_level(logging.INFO):
+            caplog.clear()
+            assert guide(preset=name, iterations=7, start=0.9, best_of=5)[0].lookahead[0].settings is preset
+            assert f"by its preset {name}: " in caplog.text and "(not 7)" in caplog.text
+            caplog.clear()
+            assert guide(preset=name, **numbers_of(preset))[0].lookahead[0].settings is preset and not caplog.text
+
+
+@pytest.mark.parametrize(
+    "name", ["off", "gentle", "balanced", "strong", "quick", "best of 16", "DPS", "MPGD", "FreeDoM", "DSG", "ReNO"]
+)
+def test_the_page_writes_a_preset_s_numbers_and_knows_what_no_number_says(guide, pack, name):
+    """By the numbers that the page writes, a run is that of the preset but for what the page says is lost."""
+    preset = pack.module("lookahead.method.guidance_presets").PRESETS[name]
+    (asked,) = [i for i in pack.nodes["LookaheadGuidanceSampler"].define_schema().inputs if i.id == "preset"]
+    about = asked.as_dict()
+    assert set(about["lookahead_presets"]) == set(about["options"]) - {about["default"]}
+    settings = guide(**about["lookahead_presets"][name])[0].lookahead[0].settings
+    beyond = pack.module("nodes.guidance.guidance_sampler").BEYOND
+    usual = {field: getattr(settings.optimisation, field) for field in beyond}
+    assert settings == replace(preset, source="", optimisation=replace(preset.optimisation, **usual))
+    lost = [word for field, word in beyond.items() if getattr(preset.optimisation, field) != usual[field]]
+    assert about["lookahead_beyond"].get(name, "") == ", ".join(lost)
+
+
+def test_the_report_says_whether_the_best_or_the_last_iteration_was_kept(guide, draw, pack):
+    for keep_best, kept in ((True, "best"), (False, "last")):
+        sampler, report = guide(iterations=2, keep_best=keep_best)
+        latent = {"samples": draw(sampler, steps=1)}
+        text = pack.nodes["LookaheadGuidanceReport"].execute(latent, report).result[2]
+        assert re.search(rf"\(best [\d.e-]+\) in 2 iterations, kept: {kept}$", text, re.M)
 
 
 @pytest.mark.parametrize("preset", ["gentle", "strong", "quick", "FreeDoM"])
@@ -486,13 +522,6 @@ def test_a_run_by_a_preset_lowers_the_loss(guide, draw, preset):
     (run,) = report.runs.values()
     first, best = run.iterates[0].losses[0], min(i.losses[0] for i in run.iterates)
     assert out.isfinite().all() and best < first
-
-
-def test_no_more_than_five_inputs_are_open_and_new_values_come_last(pack):
-    """Old files keep values by place."""
-    inputs = pack.nodes["LookaheadGuidanceSampler"].define_schema().inputs
-    assert [i.id for i in inputs if not i.advanced] == ["sampler", "shortcut", "loss", "mask", "preset"]
-    assert [i.id for i in inputs][-4:] == ["preset", "best_of", "backward", "noise_guide"]
 
 
 def test_time_travel_goes_back_and_guides_again(guide, draw):
@@ -657,7 +686,7 @@ def test_progress_previews_and_the_report(guide, draw, pack, monkeypatch):
     curve, previews, text = pack.nodes["LookaheadGuidanceReport"].execute({"samples": out}, report).result
     assert curve.shape == (1, 432, 768, 3) and 0 <= float(curve.min()) < float(curve.max()) <= 1
     assert previews.shape == (4, 64, 64, 3) and relative(previews[:2], previews[2:]) > 1e-4
-    assert text.startswith("step 1 (sigma 14.6): colour ") and text.endswith("in 3 iterations")
+    assert text.startswith("step 1 (sigma 14.6): colour ") and text.endswith("in 3 iterations, kept: best")
     with pytest.raises(ValueError, match="knows no guided run"):
         pack.nodes["LookaheadGuidanceReport"].execute({"samples": out + 1}, report)
 

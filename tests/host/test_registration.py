@@ -194,3 +194,27 @@ def test_what_a_node_shows_stays_when_the_page_is_loaded_again(pack):
             schema = node.define_schema()
             showing[name] = schema.is_output_node or getattr(schema, "has_intermediate_output", True)
     assert len(showing) > 12 and all(showing.values()), showing
+
+
+WORDS = {  # what artists look for, and a node that has to be among what is found
+    "instantid": "LookaheadApplyImagePrompt",
+    "pulid": "LookaheadApplyImagePrompt",
+    "portrait": "LookaheadEncodeReference",
+    "person": "LookaheadEncodeReference",
+    "consistent": "LookaheadApplyImagePrompt",
+    "consistent character": "LookaheadLoadReference",
+    "face swap": "LookaheadApplyImagePrompt",
+    "taesd": "LookaheadShortcut",
+    "faceid": "LookaheadEncodeFace",
+    "face id": "LookaheadEncodeFace",
+    "personalization": "LookaheadPredictConcept",
+}
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_what_artists_look_for_finds_a_node(pack, word):
+    """In the host's search, which looks for a word in names and aliases."""
+    schema = pack.nodes[WORDS[word]].define_schema()
+    if not hasattr(schema, "search_aliases"):
+        pytest.skip("this host knows no aliases")
+    assert any(word in text.lower() for text in (schema.display_name, *schema.search_aliases))

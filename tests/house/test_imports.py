@@ -20,11 +20,12 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "lookahead.losses": ("lookahead.method", "lookahead.files", "lookahead.vision"),
     # the pack
     "nodes.schema": (),
+    "nodes.presets": (),
     "nodes.sockets": (),
     "nodes.folders": (),
     "nodes.versions": (),
     "nodes.reference": ("lookahead", "nodes.schema", "nodes.folders", "nodes.sockets"),
-    "nodes.conditioning": ("lookahead", "nodes.schema", "nodes.sockets", "nodes.reference"),
+    "nodes.conditioning": ("lookahead", "nodes.schema", "nodes.presets", "nodes.sockets", "nodes.reference"),
     "nodes.losses": ("lookahead", "nodes.schema", "nodes.folders", "nodes.sockets", "nodes.reference"),
     "nodes.scores": (
         "lookahead",
@@ -46,6 +47,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "nodes.guidance": (
         "lookahead",
         "nodes.schema",
+        "nodes.presets",
         "nodes.folders",
         "nodes.sockets",
         "nodes.losses",

@@ -45,6 +45,8 @@ def test_the_repository_s_address_stands_in_one_field_and_what_needs_it_begins_w
     for path in sorted((ROOT / "workflows").glob("*.json")):
         found = set(re.findall(rf"{host}/[\w.-]+", path.read_text(encoding="utf-8")))
         assert found == {address}, path.name
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(rf"{host}/[\w.-]+", readme)) == {address} and f"git clone {address} " in readme
 
 
 def test_on_a_package_index_every_link_and_picture_of_the_readme_is_a_whole_address():
