@@ -41,7 +41,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def is_api(workflow: dict[str, Any]) -> bool:
-    """Whether a workflow is in the API format already."""
+    """Says whether a workflow is in the API format already."""
     return bool(workflow) and all(isinstance(node, dict) and "class_type" in node for node in workflow.values())
 
 
