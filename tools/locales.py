@@ -145,7 +145,7 @@ class Locales:
             word = functools.partial(self.translation, code)
             nodes = self.trees["nodeDefs"].items()
             tree = {id: mapped(node, functools.partial(word, id=id)) for id, node in nodes}
-            found[f"{code}/nodeDefs.json"] = written(tree)
+            found[f"{code}/nodeDefs.json"] = written({id: node for id, node in tree.items() if node})
             found[f"{code}/main.json"] = written(mapped(self.trees["main"], word))
         return found
 
@@ -164,8 +164,11 @@ class Locales:
     def faults(self) -> list[str]:
         """All that is wrong, a line each."""
         found = [f"en: the page shows no @ {{ }} | as in {text!r}" for text in self.texts if INSTRUCTIONS.search(text)]
+        codes: dict[str, list[str]] = {}  # what is missing, is so mostly in all languages, and then is one line
         for code in LANGUAGES:
-            found += [f"{code}: {fault}" for fault in (*self._text_faults(code), *self._page_faults(code))]
+            for fault in (*self._text_faults(code), *self._page_faults(code)):
+                codes.setdefault(fault, []).append(code)
+        found += [f"{', '.join(those)}: {fault}" for fault, those in codes.items()]
         for name, text in self.files().items():
             if not (path := self.folder / name).is_file() or path.read_text(encoding="utf-8") != text:
                 found.append(f"locales/{name} is not as nodes and catalogue have it: run tools.locales --write")

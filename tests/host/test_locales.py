@@ -2,22 +2,12 @@
 
 import pytest
 from lcm_lookahead.tools import locales
+from object_info import object_info as object_info_of
 
 
 @pytest.fixture(scope="module")
 def object_info(pack):
-    """What GET /object_info answers for our nodes and the host's first ones, on a machine without model files."""
-    import folder_paths
-
-    classes = pack.host_nodes.NODE_CLASS_MAPPINGS
-    with pytest.MonkeyPatch.context() as patch:
-        empty = {name: ([], endings) for name, (_, endings) in folder_paths.folder_names_and_paths.items()}
-        patch.setattr(folder_paths, "folder_names_and_paths", empty)
-        patch.setattr(folder_paths, "filename_list_cache", {})
-        ours = {id: classes[id].GET_NODE_INFO_V1() for id in pack.nodes}
-        names = ("KSampler", "CheckpointLoaderSimple", "VAELoader")  # of its lists, these have what ours share
-        host = {id: {"input": classes[id].INPUT_TYPES(), "category": classes[id].CATEGORY} for id in names}
-    return ours | host
+    return object_info_of(pack)
 
 
 def test_every_text_is_in_every_language_and_nothing_is_left_over(object_info):
@@ -25,12 +15,29 @@ def test_every_text_is_in_every_language_and_nothing_is_left_over(object_info):
     assert not faults, "\n".join(["see locales/README.md:", *faults])
 
 
-def test_every_input_and_output_has_a_name_and_a_tooltip_in_every_language(object_info):
+def test_every_input_and_output_has_a_name_and_a_tooltip_in_what_the_page_reads(object_info):
     for code in ("en", *locales.LANGUAGES):
         nodes = locales.read(locales.LOCALES / code / "nodeDefs.json")
-        for id, node in object_info.items():
-            if id.startswith(locales.OURS):
-                assert nodes[id]["display_name"] and nodes[id]["description"]
-                sockets = [nodes[id]["inputs"][name] for name, _, _ in locales.inputs(node)]
-                sockets += [nodes[id]["outputs"][str(i)] for i in range(len(node["output"]))]
-                assert all(socket["name"] and socket["tooltip"] for socket in sockets), (code, id)
+        for id, node in nodes.items():
+            assert node["display_name"] and node["description"], (code, id)
+            sockets = [node["inputs"][name] for name, _, _ in locales.inputs(object_info[id])]
+            sockets += [node["outputs"][str(i)] for i in range(len(object_info[id]["output"]))]
+            assert all(socket["name"] and socket["tooltip"] for socket in sockets), (code, id)
+
+
+def test_what_has_no_translation_yet_is_left_to_the_page_s_english(object_info):
+    """A node that was made today, and an input of an older one, beside what is translated."""
+    tool = locales.Locales(object_info)
+    new, old = "LookaheadNewLoss", "LookaheadL1Loss"
+    tool.trees["nodeDefs"][new] = {
+        "display_name": "Lookahead New Loss",
+        "description": "How far the new is.",
+        "inputs": {"newness": {"name": "newness", "tooltip": "How new."}},
+        "outputs": {"0": {"name": "newest", "tooltip": "What is new."}},
+    }
+    tool.trees["nodeDefs"][old]["inputs"]["newness"] = {"name": "newness", "tooltip": "How new."}
+    written = {name: locales.json.loads(text) for name, text in tool.files().items()}
+    assert written["en/nodeDefs.json"][new]["display_name"] == "Lookahead New Loss"
+    for code in locales.LANGUAGES:
+        nodes = written[f"{code}/nodeDefs.json"]
+        assert new not in nodes and "newness" not in nodes[old]["inputs"] and nodes[old]["inputs"]["size"]["tooltip"]
