@@ -56,7 +56,7 @@ def lacking(object_info: Mapping[str, Mapping[str, Any]], locales: Locales, root
 def _picture(id: str, node: Mapping[str, Any], root: Path) -> Iterator[str]:
     path = root / PICTURES.relative_to(ROOT) / f"{id}.png"
     if not path.is_file():
-        yield f"its help has no picture: {RUN}.help_pictures {id}"
+        yield f"its help has no picture: {RUN}.help_pictures {id}, which the page shows by ![...](pictures/{id}.png)"
     else:
         with Image.open(path) as picture:
             if getattr(picture, "text", {}).get("inputs") != inputs_of(node):
@@ -64,7 +64,7 @@ def _picture(id: str, node: Mapping[str, Any], root: Path) -> Iterator[str]:
     page = root / "web" / "docs" / f"{id}.md"
     if not page.is_file():
         yield f"it has no help page: write web/docs/{id}.md as that of a node beside it"
-    elif f"](pictures/{id}.png)" not in page.read_text(encoding="utf-8"):
+    elif path.is_file() and f"](pictures/{id}.png)" not in page.read_text(encoding="utf-8"):
         yield f"its help page does not show its picture: put ![...](pictures/{id}.png) under the first paragraph"
 
 

@@ -89,7 +89,8 @@ def test_every_node_input_and_output_explains_itself(pack, request):
     for node_id, node in pack.nodes.items():
         schema = node.define_schema()
         assert schema.node_id == node_id and schema.description.endswith(".") and schema.display_name
-        assert schema.category.startswith("lookahead/") and getattr(schema, "search_aliases", ["x"])
+        assert schema.category.startswith("lookahead/"), node_id
+        assert getattr(schema, "search_aliases", ["a host that has none"]), f"{node_id} has no search_aliases"
         for part in [*schema.inputs, *schema.outputs]:
             assert part.tooltip and part.tooltip.endswith("."), (node_id, part.id)
         page = request.config.rootpath / "web" / "docs" / f"{node_id}.md"
