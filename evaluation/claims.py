@@ -17,6 +17,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ..lookahead.files.atomic import first_line
 from .pages import templates
 from .stats import Interval
 
@@ -145,7 +146,7 @@ def read(path: Path = CLAIMS) -> dict[str, PaperClaim]:
     try:
         listed = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ClaimError(f"{path} cannot be read as a list of claims ({str(error).splitlines()[0]}).") from None
+        raise ClaimError(f"{path} cannot be read as a list of claims ({first_line(error)}).") from None
     if not isinstance(listed, dict):
         raise ClaimError(f"{path} is no list of claims: write them by name, as {CLAIMS.name} has them.")
     out = {}

@@ -29,7 +29,7 @@ class Progress:
 
 @dataclass
 class Result:
-    """How a run ended. `status` is "success", "error" or "interrupted"."""
+    """It says how a run ended. `status` is "success", "error" or "interrupted"."""
 
     prompt_id: str
     status: str
@@ -79,7 +79,7 @@ class Client:
         """Raise a Problem when the server is known to have ended; whoever owns its process knows."""
 
     def last_words(self) -> str:
-        """What to quote of the server's log when it is silent; nothing where there is no log."""
+        """Returns what to quote of the server's log when it is silent; nothing where there is no log."""
         return ""
 
     def call(self, path: str, data: Any = None, timeout: float = 60) -> Any:

@@ -348,7 +348,7 @@ class Page:
         return self.evaluate(f"{TOASTS}.map(e => e.innerText.trim())")
 
     def screenshot(self):
-        """What the window shows, as a picture of PIL."""
+        """Takes a picture (PIL) of what the window shows."""
         from PIL import Image
 
         data = self.call("Page.captureScreenshot", format="png")["data"]
@@ -370,7 +370,7 @@ class Page:
         return groups + nodes + self.errors
 
     def api(self) -> dict[str, dict[str, Any]]:
-        """What the page would queue for the open workflow."""
+        """Returns what the page would queue for the open workflow."""
         return self.evaluate("window.app.graphToPrompt().then(prompt => prompt.output)")
 
     def saved(self) -> dict[str, Any]:

@@ -32,7 +32,7 @@ EXTENSIONS = (ROOT / "host" / "custom_nodes" / "cpu_torchvision",)
 
 @functools.lru_cache(maxsize=1)
 def has_gpu() -> bool:
-    """Whether the host can run on an accelerator. Asks torch only where its build could have one."""
+    """Says whether the host can run on an accelerator. Asks torch only where its build could have one."""
     if VENV.exists() and cpu_torch():
         return False
     code = "import torch, sys; sys.exit(0 if torch.cuda.is_available() or torch.backends.mps.is_available() else 1)"

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..lookahead.files.atomic import first_line
 from ..tools.common import Problem
 
 Api = dict[str, dict[str, Any]]
@@ -25,9 +26,7 @@ def load(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise Problem(f"the workflow {path} cannot be read: {error.strerror}.") from None
     except (ValueError, RecursionError) as error:
-        raise Problem(
-            f"the workflow {path} is not JSON ({_first_line(error)}): export it again from ComfyUI."
-        ) from None
+        raise Problem(f"the workflow {path} is not JSON ({first_line(error)}): export it again from ComfyUI.") from None
     if not isinstance(workflow, dict) or not (isinstance(workflow.get("nodes"), list) or is_api(workflow)):
         raise Problem(f"{path} is no ComfyUI workflow: it has neither a list of nodes nor nodes by id.")
     for node_id, node in workflow.items() if is_api(workflow) else ():
@@ -42,7 +41,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def is_api(workflow: dict[str, Any]) -> bool:
-    """Whether a workflow is in the API format already."""
+    """Says whether a workflow is in the API format already."""
     return bool(workflow) and all(isinstance(node, dict) and "class_type" in node for node in workflow.values())
 
 
@@ -56,12 +55,12 @@ def to_api(workflow: dict[str, Any], object_info: dict[str, Any]) -> Api:
             workflow = convert_ui_to_api(workflow, object_info)
         except WorkflowConversionError as error:
             raise Problem(
-                f"the workflow cannot be converted ({_first_line(error)}): export it again from ComfyUI."
+                f"the workflow cannot be converted ({first_line(error)}): export it again from ComfyUI."
             ) from None
         except Exception as error:
             # The converter believes in what a file says, as in a node that is null or a subgraph in itself.
             raise Problem(
-                f"the workflow cannot be converted ({type(error).__name__}: {_first_line(error)}): it is damaged; "
+                f"the workflow cannot be converted ({type(error).__name__}: {first_line(error)}): it is damaged; "
                 "export it again from ComfyUI."
             ) from error
     if any(not isinstance(node["class_type"], str) for node in workflow.values()):
@@ -106,11 +105,6 @@ def override(api: Api, where: str, **inputs: Any) -> Api:
                 )
             present[name] = value
     return changed
-
-
-def _first_line(error: Exception) -> str:
-    """What another package says in a sentence of ours."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:200]
 
 
 def _is_link(value: object) -> bool:

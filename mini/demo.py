@@ -41,7 +41,7 @@ STOCK = "ip-adapter-plus-face_sdxl_vit-h.safetensors"  # what training began wit
 
 @dataclass(frozen=True)
 class ReferenceWeights:
-    """What conditions a row of the sheet on its reference: weights of either node, and the encoder file."""
+    """A row of the sheet is conditioned on its reference by these: weights of either node, and the encoder file."""
 
     title: str
     image_prompt: float
@@ -126,7 +126,7 @@ def identity_to(reference: Image.Image, _: str) -> Callable[[Image.Image], str]:
 
 
 def chance_of(_: Image.Image, style: str) -> Callable[[Image.Image], str]:
-    """How sure a scorer of styles is that a picture has this one, in words."""
+    """Says in words how sure a scorer of styles is that a picture has this one."""
     import torch
 
     from .files.weights import evaluators
@@ -176,7 +176,7 @@ GUIDED: dict[str, tuple[dict[str, str], str]] = {
 
 @dataclass(frozen=True)
 class Extent:
-    """How much is drawn: columns and rows of the sheet of references, then those of the sheet of guidance."""
+    """It says how much is drawn: columns and rows of the sheet of references, then those of the sheet of guidance."""
 
     prompts: tuple[str, ...] = PROMPTS
     arms: tuple[str, ...] = tuple(ARMS)

@@ -63,7 +63,7 @@ class DrawnPeople:
 
     @property
     def loader(self) -> Drawer:
-        """What draws the pictures of a batch (`recipe.ReadAhead`)."""
+        """Makes what draws the pictures of a batch (`recipe.ReadAhead`)."""
         return Drawer(self.faces)
 
     def batch(self, targets: Sequence[int], numbers: Sequence[int], device: torch.device) -> Batch:

@@ -84,7 +84,7 @@ def identity_of(plan: PicturePlan) -> Batch:
 
 
 def nuisance_of(plan: PicturePlan) -> Batch:
-    """How the picture is taken: style and place as the plan says, a smile where it asks for one."""
+    """Says how the picture is taken: style and place as the plan says, a smile where it asks for one."""
     numbers = torch.Generator().manual_seed(plan.seed)
     style, place = _index(STYLES, "style", _bare(plan.style)), _index(PLACES, "context", plan.context)
     nuisance = sample_nuisance(1, numbers, torch.tensor([style]), torch.tensor([place]))

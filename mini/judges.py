@@ -75,7 +75,7 @@ def place_of(text: str) -> int:
 
 
 def target_of(faces: Faces, prompt: Prompt, number: int) -> Faces:
-    """The same person as the prompt asks for; pose and light are drawn, the same for a person under all prompts."""
+    """Makes the same person as the prompt asks for; pose and light are drawn, a person's the same under all prompts."""
     numbers = torch.Generator().manual_seed(TARGETS + number)
     style = torch.tensor([STYLES.index(style_of(prompt.text) or "photo")])
     place = torch.tensor([place_of(prompt.text)])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from pathlib import Path
 
 import folder_paths
+
+from ..lookahead.files.atomic import atomic
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "workflows" / "input"
 
@@ -24,12 +25,8 @@ def put_examples(source: Path = EXAMPLES) -> None:
         for picture in sorted(source.glob("lookahead_*")):
             place = target / picture.name
             if not place.exists():
-                part = place.with_name(f".{picture.name}.{os.getpid()}")
-                try:
+                with atomic(place) as part:
                     shutil.copyfile(picture, part)
-                    os.replace(part, place)
-                finally:
-                    part.unlink(missing_ok=True)
     except OSError as error:
         logging.info(
             "[LCM-Lookahead] the example pictures of the workflows could not be put into %s: %s.",

@@ -7,7 +7,7 @@ import sys
 from comfy_api.latest import ComfyExtension, io
 
 from .concept.apply_concept import LookaheadApplyConcept
-from .concept.concept_files import register_concept_folder
+from .concept.concept_files import CONCEPTS
 from .concept.encode_concept_prompt import LookaheadEncodeConceptPrompt
 from .concept.load_concept import LookaheadLoadConcept
 from .concept.load_concept_encoder import LookaheadLoadConceptEncoder
@@ -20,6 +20,7 @@ from .conditioning.guider import LookaheadGuider
 from .conditioning.place_masks import LookaheadPlaceMasks
 from .conditioning.weights import LookaheadWeights
 from .examples import put_examples
+from .folders import register
 from .guidance.guidance_report import LookaheadGuidanceReport
 from .guidance.guidance_sampler import LookaheadGuidanceSampler
 from .guidance.load_noise_guide import LookaheadLoadNoiseGuide
@@ -30,7 +31,7 @@ from .losses.combine_losses import LookaheadCombineLosses
 from .losses.identity_loss import LookaheadIdentityLoss
 from .losses.l1_loss import LookaheadL1Loss
 from .losses.lpips_loss import LookaheadLPIPSLoss
-from .losses.network import register_folder
+from .losses.network import FOLDER as LOSSES
 from .losses.people_loss import LookaheadPeopleLoss
 from .notices import tell_the_page
 from .reference.combine_references import LookaheadCombineReferences
@@ -38,10 +39,12 @@ from .reference.convert_encoder import LookaheadConvertEncoder
 from .reference.crop_face import LookaheadCropFace
 from .reference.encode_face import LookaheadEncodeFace
 from .reference.encode_reference import LookaheadEncodeReference
-from .reference.load_encoder import LookaheadLoadEncoder, register_folders
-from .reference.load_face_analysis import LookaheadLoadFaceAnalysis, register_insightface_folder
+from .reference.load_encoder import FOLDERS as ENCODERS
+from .reference.load_encoder import LookaheadLoadEncoder
+from .reference.load_face_analysis import FOLDER as FACE_PACKS
+from .reference.load_face_analysis import LookaheadLoadFaceAnalysis
 from .reference.load_reference import LookaheadLoadReference
-from .reference.reference_files import register_reference_folder
+from .reference.reference_files import FOLDER as REFERENCES
 from .reference.save_reference import LookaheadSaveReference
 from .replacements import register_replacements
 from .scores.identity_score import LookaheadIdentityScore
@@ -54,11 +57,8 @@ class LookaheadExtension(ComfyExtension):
     """All nodes of this pack."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        register_folders()  # here, since the oldest supported hosts do not call on_load
-        register_folder()
-        register_insightface_folder()
-        register_reference_folder()
-        register_concept_folder()
+        for folder in (*ENCODERS, LOSSES, FACE_PACKS, REFERENCES, CONCEPTS):
+            register(folder)  # here, since the oldest supported hosts do not call on_load
         await register_replacements()
         put_examples()
         tell_the_page()

@@ -13,6 +13,11 @@ import folder_paths
 _logged: set[str] = set()
 
 
+def register(folder: str) -> None:
+    """Make the folder `folder` in the host's `models` known to the host, beside what users configured for it."""
+    folder_paths.add_model_folder_path(folder, os.path.join(folder_paths.models_dir, folder))
+
+
 def file_names(folder: str, endings: tuple[str, ...]) -> list[str]:
     """Names of the files in a model folder of the host that end so, in any case."""
     try:

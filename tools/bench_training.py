@@ -13,7 +13,6 @@ import gc
 import json
 import sys
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -292,37 +291,11 @@ def _peak(device: Any, cost: ArmCost) -> Iterator[None]:
         yield
         cost.peak = torch.cuda.max_memory_allocated()
         return
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
+    from ..trainer.ledger import ByteCounter
 
-    class Count(TorchDispatchMode):
-        """Adds up the storages that operations return, and takes off those that are freed."""
-
-        alive, most, seen = 0, 0, weakref.WeakSet()
-
-        def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            given = {t.untyped_storage()._cdata for t in tree_leaves(args) if isinstance(t, torch.Tensor)}
-            out = operation(*args, **(kwargs or {}))
-            for tensor in tree_leaves(out):
-                if isinstance(tensor, torch.Tensor):
-                    storage = tensor.untyped_storage()
-                    if storage._cdata not in given and storage not in self.seen:
-                        self._add(storage)
-            return out
-
-        def _add(self, storage: Any) -> None:
-            size = storage.nbytes()
-            self.seen.add(storage)
-            self.alive += size
-            self.most = max(self.most, self.alive)
-            weakref.finalize(storage, self._free, size)
-
-        def _free(self, size: int) -> None:
-            self.alive -= size
-
-    with Count() as count:
+    with ByteCounter() as counted:
         yield
-    cost.peak = count.most
+    cost.peak = counted.peak
 
 
 if __name__ == "__main__":

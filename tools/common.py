@@ -35,12 +35,12 @@ def venv_python(venv: Path = VENV) -> Path:
 
 
 def site_packages(venv: Path = VENV) -> list[Path]:
-    """Where the environment's packages lie (one folder; none before it is made)."""
+    """Finds where the environment's packages lie (one folder; none before it is made)."""
     return list(venv.glob("Lib/site-packages" if os.name == "nt" else "lib/python*/site-packages"))
 
 
 def cpu_torch(venv: Path = VENV) -> bool:
-    """Whether the environment's torch is a build for CPUs only. Reads its version file: importing torch takes seconds.
+    """Says whether the environment's torch is a build for CPUs only, by its version file: an import takes seconds.
 
     A ROCm or XPU build counts as an accelerator build, though its CUDA version is None.
     """
@@ -56,7 +56,7 @@ def cpu_torch(venv: Path = VENV) -> bool:
 
 
 def disk_full(error: BaseException) -> bool:
-    """Whether an error says that the disk, or the user's share of it, is full."""
+    """Says whether an error tells that the disk, or the user's share of it, is full."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 

@@ -28,8 +28,9 @@ PER_PERSON = 4
 
 
 def measure(arm: str, people: int) -> dict[str, Any]:
-    """Of each person: mean cosine of two pictures (`identity`; NaN without two faces), mean probability of the asked
-    style, mean distance of two faces' middles as a share of the picture (`layout`), share of pictures with a face."""
+    """Measures of each person: mean cosine of two pictures (`identity`; NaN without two faces), mean probability of
+    the asked style, mean distance of two faces' middles as a share of the picture (`layout`), share of pictures with a
+    face."""
     import torch
 
     from ..cli.engine import read_engine

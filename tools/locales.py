@@ -95,7 +95,7 @@ def numbers(text: str) -> collections.Counter[str]:
 
 
 def names(term: str, text: str) -> bool:
-    """Whether a text names a term, as a word of its own."""
+    """Says whether a text names a term, as a word of its own."""
     return bool(re.search(rf"(?<![A-Za-z0-9_/]){re.escape(term)}(?![A-Za-z0-9_/])", text))
 
 
@@ -115,7 +115,7 @@ def written(tree: Tree) -> str:
 
 
 def fingerprint(page: Path) -> str:
-    """What a page says, in few letters; how its lines are broken does not matter."""
+    """Sums up what a page says in few letters; how its lines are broken does not matter."""
     return hashlib.sha256(" ".join(page.read_text(encoding="utf-8").split()).encode()).hexdigest()[:12]
 
 
@@ -139,13 +139,13 @@ class Locales:
         self.ids = {name for node in nodes.values() for name in node["inputs"] if "_" in name}
 
     def files(self) -> dict[str, str]:
-        """What the folders of the languages hold: the text of each file by its path."""
+        """Makes what the folders of the languages hold: the text of each file by its path."""
         found = {f"en/{name}.json": written(tree) for name, tree in self.trees.items()}
         for code in LANGUAGES:
             word = functools.partial(self.translation, code)
             nodes = self.trees["nodeDefs"].items()
             tree = {id: mapped(node, functools.partial(word, id=id)) for id, node in nodes}
-            found[f"{code}/nodeDefs.json"] = written(tree)
+            found[f"{code}/nodeDefs.json"] = written({id: node for id, node in tree.items() if node})
             found[f"{code}/main.json"] = written(mapped(self.trees["main"], word))
         return found
 
@@ -164,8 +164,11 @@ class Locales:
     def faults(self) -> list[str]:
         """All that is wrong, a line each."""
         found = [f"en: the page shows no @ {{ }} | as in {text!r}" for text in self.texts if INSTRUCTIONS.search(text)]
+        codes: dict[str, list[str]] = {}  # what is missing, is so mostly in all languages, and then is one line
         for code in LANGUAGES:
-            found += [f"{code}: {fault}" for fault in (*self._text_faults(code), *self._page_faults(code))]
+            for fault in (*self._text_faults(code), *self._page_faults(code)):
+                codes.setdefault(fault, []).append(code)
+        found += [f"{', '.join(those)}: {fault}" for fault, those in codes.items()]
         for name, text in self.files().items():
             if not (path := self.folder / name).is_file() or path.read_text(encoding="utf-8") != text:
                 found.append(f"locales/{name} is not as nodes and catalogue have it: run tools.locales --write")
@@ -189,7 +192,7 @@ class Locales:
             yield from (f"{fault}, in the translation of {special!r}" for fault in odds)
 
     def at_odds(self, code: str, text: str, translation: str) -> Iterator[str]:
-        """What a translation has not kept of an English text."""
+        """Yields what a translation has not kept of an English text."""
         if not translation.strip() or translation != translation.strip():
             yield "nothing, or blanks at an end"
         if INSTRUCTIONS.search(translation):
@@ -259,12 +262,12 @@ def sockets_of(node: Tree) -> Tree:
 
 
 def shape(page: str) -> list[str]:
-    """How the lines of a page begin that make up its form."""
+    """Lists how the lines of a page begin that make up its form."""
     return [first for line in page.splitlines() if (first := line.partition(" ")[0][:3]) in LINES]
 
 
 def difference(here: list[str], there: list[str]) -> str:
-    """What one list has more often than the other; "" where they hold the same."""
+    """Says what one list has more often than the other; "" where they hold the same."""
     mine, theirs = collections.Counter(here), collections.Counter(there)
     return " ".join([*(f"+{item}" for item in mine - theirs), *(f"-{item}" for item in theirs - mine)])
 

@@ -70,7 +70,7 @@ def fingerprint(root: Path = ROOT) -> str:
 
 
 def read_stamp(venv: Path) -> dict[str, str]:
-    """What the stamp in an environment says; empty without one."""
+    """Reads what the stamp in an environment says; empty without one."""
     try:
         return json.loads((venv / STAMP).read_text())
     except (OSError, ValueError):

@@ -38,7 +38,7 @@ from .template_specs import (
 def guided(
     name: str, loss: dict[str, Node], source: str, more: dict[str, Node], text: str, how: Node
 ) -> dict[str, Node]:
-    """What the guided workflows share: the graph around the loss (the node `loss`), drawn by the model of `source`."""
+    """Makes what guided workflows share: the graph around the loss (node `loss`), drawn by the model of `source`."""
     return {
         **PLAIN,
         **more,

@@ -231,7 +231,7 @@ def kv_node(model_: str, end: float) -> Node:
 
 
 def face_kv_nodes() -> dict[str, Node]:
-    """The same with KV injection."""
+    """Makes the graph of `face_nodes` with KV injection."""
     return {**face_nodes("", ""), "kv": kv_node("face", 0.4)}
 
 

@@ -64,7 +64,7 @@ def version_of_pack() -> str:
 
 
 def properties(node: Entry, version: str) -> Entry:
-    """What a file says of where a node comes from and which model files it names."""
+    """Makes what a file says of where a node comes from and which model files it names."""
     if node["type"] in specs.NOTES:
         return {}
     ours = node["type"].startswith(OURS) or "-" in node["type"]  # a subgraph's type is a UUID

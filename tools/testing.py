@@ -69,18 +69,18 @@ class Job:
     environment: dict[str, str] = field(default_factory=dict)
 
     def folder(self) -> Path:
-        """Where it runs; it is made where it is not there."""
+        """Returns where it runs, which is made where it is not there."""
         return ROOT
 
     def command(self, extra: Sequence[str] = ()) -> list[str]:
-        """What is run. extra: arguments for pytest."""
+        """Makes what is run. extra: arguments for pytest."""
         paths = [path for path in self.paths if (ROOT / path).exists()]
         # The program, not `python -m pytest`: that would put this folder, with its `nodes`, in front of the host's.
         command = [_program("pytest"), *paths, "-q", f"--junitxml={self.report}"]
         return [*command, *(["-m", self.marks] if self.marks else []), *extra]
 
     def result(self, status: int, seconds: float) -> JobResult:
-        """How it ended, by its report."""
+        """Says how it ended, by its report."""
         return JobResult(self.name, status, **counts(self.report), seconds=seconds, slowest=slowest(self.report))
 
     @property
@@ -90,23 +90,23 @@ class Job:
 
     @property
     def report(self) -> Path:
-        """Where its JUnit report is written."""
+        """Its JUnit report is written here."""
         return CACHE / f"report-{self.file_name}.xml"
 
     @property
     def output(self) -> Path:
-        """Where what it prints is written when another job runs at the same time."""
+        """All that it prints is written here when another job runs at the same time."""
         return CACHE / f"output-{self.file_name}.txt"
 
     @property
     def threads(self) -> int:
-        """How many threads its tests compute with."""
+        """Its tests compute with so many threads."""
         return int(self.environment.get("OMP_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or 1)
 
 
 @dataclass(frozen=True)
 class JobResult:
-    """How a job ended. status: the process's exit status; slowest: (seconds, test) of its slowest tests."""
+    """It says how a job ended. status: the process's exit status; slowest: (seconds, test) of its slowest tests."""
 
     name: str
     status: int
@@ -119,7 +119,7 @@ class JobResult:
 
     @property
     def good(self) -> bool:
-        """Whether all went well; a process that ran no test at all did not."""
+        """Says whether all went well; a process that ran no test at all did not."""
         return self.status == 0 and self.passed > 0 and self.failed == self.errors == 0
 
 
@@ -141,7 +141,7 @@ class Check(Job):
 
 @dataclass(frozen=True)
 class TypeCheck(Check):
-    """mypy over the rooms of `paths`.
+    """mypy over the rooms, or modules, of `paths`.
 
     The package is the repository's own folder, whatever the clone is called, and its editable install is a hook of the
     import system, which mypy cannot follow. So it runs in a folder where the package lies under its name.
@@ -162,7 +162,8 @@ class TypeCheck(Check):
         return folder
 
 
-LINT, TYPES = Check("ruff"), TypeCheck("types", ("lookahead", "sdxl", "trainer", "evaluation", "cli"))
+TYPED = ("lookahead", "sdxl", "trainer", "evaluation", "cli", "mini.studies", "mini.judges")
+LINT, TYPES = Check("ruff"), TypeCheck("types", TYPED)
 
 
 def _program(name: str) -> str:
@@ -226,7 +227,7 @@ def run_all(jobs: Sequence[Job], extra: Sequence[str] = ()) -> list[JobResult]:
 
 
 def progress(job: Job) -> str:
-    """How far a job that prints into its file is, in words; nothing before its first line."""
+    """Says in words how far a job is that prints into its file; nothing before its first line."""
     percent = re.findall(r"\[ *(\d+)%\]", job.output.read_text(errors="replace") if job.output.is_file() else "")
     return f"{job.name} {percent[-1]} %" if percent else ""
 
@@ -248,7 +249,7 @@ def in_the_page() -> Job:
 
 
 def ordinary_jobs(version: str | None) -> list[Job]:
-    """What `make test` runs, longest first. version: the only host to test on, instead of the newest and the oldest."""
+    """Lists what `make test` runs, longest first. version: the only host to test on, not the newest and the oldest."""
     chosen = version or os.environ.get("COMFYUI_DIR")
     jobs = [on_host(version or NEWEST)]
     if not chosen:
@@ -262,7 +263,7 @@ def ordinary_jobs(version: str | None) -> list[Job]:
 
 
 def jobs_of_a_processor(name: str) -> list[Job]:
-    """What `make portable` runs with one of PROCESSORS: all, on the newest host; with "own" the slow tests too."""
+    """Lists what `make portable` runs on one of PROCESSORS: all, on the newest host; on "own" the slow tests too."""
     environment, of_host = PROCESSORS[name], on_host(os.environ.get("HOST_VERSION") or NEWEST)
     marks = QUICK if environment else EVERYTHING
     return [

@@ -1,9 +1,9 @@
-"""Bytes and FLOP of what runs on torch's meta device, counted as it goes, with the casts and kernels of a GPU."""
+"""Bytes of what runs, counted as it goes; on torch's meta device also FLOP, with the casts and kernels of a GPU."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from typing import Any
 
 import torch
@@ -12,21 +12,60 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 
-class Ledger(TorchDispatchMode):
-    """Counts what happens within: bytes of the tensors that are made (`live` now, `peak` at most), and `work` in FLOP.
+class ByteCounter(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made within, on any device: `live` now, `peak` at most.
 
-    before: tensors that are there already, whose views are nothing new.
+    before: tensors that are there already, whose views are nothing new; so are the views of an operation's own inputs.
     """
 
     def __init__(self, before: Iterable[Tensor] = ()):
         super().__init__()
-        self.live = self.peak = self.work = 0
+        self.live = self.peak = 0
+        self._known = {tensor.untyped_storage()._cdata for tensor in before}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = {value.untyped_storage()._cdata for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        self._count(out, given)
+        return out
+
+    def _count(self, out: object, given: Set[int] = frozenset()) -> None:
+        """Add what an operation gave that was not there before."""
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._known and storage._cdata not in given:
+                    self._add(storage)
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        self._known.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+class Ledger(ByteCounter):
+    """Counts what happens within on the meta device: bytes as `ByteCounter` does, and `work` in FLOP.
+
+    An operation that was seen with inputs of the same shapes is not run again: it has results of the same shapes.
+    """
+
+    def __init__(self, before: Iterable[Tensor] = ()):
+        super().__init__(before)
+        self.work = 0
         self._fresh: dict[object, bool] = {}
         self._seen: dict[object, tuple[int, object]] = {}
-        self._known = {tensor.untyped_storage()._cdata for tensor in before}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -48,23 +87,8 @@ class Ledger(TorchDispatchMode):
             if fresh:
                 self._seen[key] = work, tuple(map(_fresh, out)) if isinstance(out, tuple) else _fresh(out)
         self.work += work
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self._known:
-                    self._add(storage)
+        self._count(out)
         return out
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        self._known.add(key)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._free, key, size)
-
-    def _free(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
 
 
 class _Fresh:

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from pydantic import Field
 
+from ...lookahead.files.atomic import first_line
 from ...trainer.config import ConfigError, Count, Section, read_values, set_value, validated
 from .library import EvaluationError
 from .measures import MEASURES, MeasureKind
@@ -118,7 +119,7 @@ def read_prompts(source: str | Mapping[str, Sequence[str]]) -> dict[str, list[st
     try:
         lists = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise EvaluationError(f"{path} is no YAML ({str(error).splitlines()[0]}): write lists by kind.") from None
+        raise EvaluationError(f"{path} is no YAML ({first_line(error)}): write lists by kind.") from None
     if not isinstance(lists, dict) or not all(
         isinstance(v, list) and all(isinstance(t, str) for t in v) for v in lists.values()
     ):

@@ -1,4 +1,4 @@
-"""Cutouts (also augmentations, or random views): a loss that sees an image in several of them is not fooled by
+"""Random views (cutouts, also augmentations): a loss that sees an image in several of them is not fooled by
 adversarial texture."""
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from ..vision.images import cover
 
 @dataclass(frozen=True)
 class Cutouts:
-    """Cutouts are random crops of pictures, mirrored and changed in colour. What fools a network in the whole picture
+    """Random views are crops of pictures, mirrored and changed in colour. What fools a network in the whole picture
     seldom fools it in all of them.
 
-    count: cutouts beside the whole picture. smallest: least side of one, as a part of the shorter side; each side is
+    count: views beside the whole picture. smallest: least side of one, as a part of the shorter side; each side is
     drawn evenly from there to 1. flip: mirror every other one, by chance. colour: brightness is changed by up to this,
     contrast by up to this part.
     """

@@ -19,7 +19,7 @@ class LPIPSLoss:
     distance: pictures a and b [n, 3, h, w] in [-1, 1] -> n numbers: `perceptual.lpips_network`.
     references: [m, 3, H, W] in [-1, 1]; cropped about the centre to the preview's shape. size: both are made smaller so
     that the shorter side has this many pixels (LPIPS was fitted on small patches, and memory grows with the area); 0,
-    or a smaller preview, stays as it is. Cutouts are cut from both alike.
+    or a smaller preview, stays as it is. Random views are cut from both alike.
     """
 
     distance: Callable[[Tensor, Tensor], Tensor]

@@ -37,7 +37,7 @@ class Optimisation:
     the step size falls to zero over the iterations, as a cosine. sphere: gradient and momentum are projected on the
     tangent of the noise's sphere, and each step ends on it; in the place of keep_norm, which holds signal and noise
     together. judged: so many of the best iterates are judged again without chance, since a lucky draw (of the LoRA's
-    scale, of cutouts) is no better picture; 0 believes each loss as it was measured. backward: the gradient goes back
+    scale, of views) is no better picture; 0 believes each loss as it was measured. backward: the gradient goes back
     through the network that looks ahead; without, that of the preview is carried to the latent as it is (`carried`),
     and an iteration takes one forward pass of the network. smoothing: over so many evaluations, each by chance of its
     own, loss and gradient of an iteration are averaged.

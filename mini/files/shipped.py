@@ -38,7 +38,7 @@ def table() -> list[File]:
 
 
 def manifest(weights: Path = WEIGHTS) -> list[dict[str, Any]]:
-    """What is there: file, bytes, parameters, sha256, title, licence, stages with their steps, model."""
+    """Lists what is there: file, bytes, parameters, sha256, title, licence, stages with their steps, model."""
     path = weights / MANIFEST
     return json.loads(path.read_text()) if path.exists() else []
 
@@ -75,7 +75,7 @@ def _steps(log: Path) -> int | None:
 
 
 def parameters(path: Path) -> int:
-    """How many numbers a file of weights holds."""
+    """Counts the numbers that a file of weights holds."""
     if path.suffix in (".json", ""):
         return 0
     if path.suffix == ".onnx":

@@ -118,7 +118,7 @@ class MiniControlNet(MiniSDXL):
 
 
 def is_mini_vision(state_dict: dict) -> bool:
-    """Whether a state dict is the mini image encoder: width, patch, positions and number of layers are its own."""
+    """Tells the mini image encoder by its state dict: width, patch, positions and number of layers are its own."""
     patches = state_dict.get("vision_model.embeddings.patch_embedding.weight")
     positions = state_dict.get("vision_model.embeddings.position_embedding.weight")
     layer = "vision_model.encoder.layers.{}.layer_norm1.weight"

@@ -69,7 +69,7 @@ def roc(report: dict[str, Any]) -> str | None:
 
 
 def weight(report: dict[str, Any]) -> str | None:
-    """What the image prompt's weight does; None where it was not measured."""
+    """Draws what the image prompt's weight does; None where it was not measured."""
     curves = {
         title: points
         for title, points in report["measures"]["backbone"].get("curves", {}).items()

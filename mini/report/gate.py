@@ -32,7 +32,7 @@ def prompts_of(kind: int, count: int) -> list[str]:
 
 @torch.no_grad()
 def check(lora: Path, judge: Path, samples: int, sheet: Path | None = None, steps: int = STEPS) -> dict[str, float]:
-    """By class, the share of `samples` drawn by the base with the LoRA `lora` that the judge names rightly.
+    """Measures by class which share of `samples`, drawn by the base with the LoRA `lora`, the judge names rightly.
 
     sheet: a PNG to write, a row a class; steps: of DDIM. Raises FileNotFoundError where a stage has not ended yet.
     """

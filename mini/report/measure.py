@@ -50,7 +50,7 @@ def held_out(folder: Path, plan: Plan) -> data.Pictures:
 
 
 def drawings(folder: Path) -> Path:
-    """Where the report's pictures are kept."""
+    """The report's pictures are kept in this folder."""
     (folder / "report").mkdir(exist_ok=True)
     return folder / "report"
 
@@ -108,7 +108,7 @@ def autoencoder(folder: Path, plan: Plan) -> Measurement:
 
 @torch.no_grad()
 def judges(folder: Path, plan: Plan) -> Measurement:
-    """How well do the evaluation recogniser and the scorer know drawn pictures of people they have not seen?"""
+    """Measures how well evaluation recogniser and scorer know drawn pictures of people they have not seen."""
     pictures = held_out(folder, plan)
     recogniser, scorer = evaluators.load(folder)
     people, per_person = plan.held_out_people, pictures.per_person
@@ -227,7 +227,7 @@ def samples(folder: Path, plan: Plan) -> Measurement:
 
 
 def read_attributes(vector: Tensor) -> dict[str, Tensor]:
-    """What predicted identity vectors [n, IDENTITY_SIZE] (faces.identity_vector's layout) say: choices [n]."""
+    """Reads what predicted identity vectors [n, IDENTITY_SIZE] (faces.identity_vector's layout) say: choices [n]."""
     sizes = [len(w) for w in DISCRETE.values()]
     parts = dict(zip(DISCRETE, vector[:, len(CONTINUOUS) :].split(sizes, 1), strict=True))
     said = {name: parts[name].argmax(1) for name in READ}

@@ -32,7 +32,7 @@ _EMPTY_SEED = 4000  # far from the seeds of training
 
 
 class Found(NamedTuple):
-    """What was found in n pictures: the best face of each, zeros where there is none."""
+    """It holds what was found in n pictures: the best face of each, zeros where there is none."""
 
     faces: Tensor  # int64 [n], how many
     score: Tensor  # [n]

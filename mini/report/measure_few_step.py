@@ -74,7 +74,7 @@ def open_world(folder: Path, plan: Plan) -> World:
 
 
 def shipped_world(weights: Path = WEIGHTS) -> World:
-    """The same from the shipped files; the held-out people are there by their captions alone, not drawn."""
+    """Opens the world of the shipped files; the held-out people are there by their captions alone, not drawn."""
     made = models.load(weights)
     loras = {}
     for name, file in LORAS.items():
@@ -257,7 +257,7 @@ def sharpness(picture: Tensor) -> Tensor:
 
 @torch.no_grad()
 def spread(world: World, prompts: int = 24, seeds: int = 6, seed: int = 13) -> Figures:
-    """How much pictures of one long caption differ between seeds: mean over pairs, interval by drawing prompts.
+    """Measures how pictures of one long caption differ between seeds: mean over pairs, interval by drawing prompts.
 
     Identity cosine (higher is less spread) and root mean square distance of pixels and latents (lower is less). The
     cosine between prompts tells whether a generator still heeds them; sharpness, that its sameness is no blur.

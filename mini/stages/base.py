@@ -63,7 +63,7 @@ def condition(context: Tensor, pooled: Tensor) -> Condition:
 
 
 def alpha_bar(device: torch.device | str = "cpu") -> Tensor:
-    """Of all timesteps, [1000]."""
+    """Returns alpha_bar of all timesteps, [1000]."""
     return alphas_cumprod().float().to(device)
 
 

@@ -38,7 +38,7 @@ class Scenes(NamedTuple):
 
 
 class SceneParts(NamedTuple):
-    """What scenes are made of: drawn pictures with what is known about them, and pictures without a person."""
+    """Scenes are made of these: drawn pictures with what is known about them, and pictures without a person."""
 
     pictures: Pictures
     box: Tensor  # [pictures, 4]

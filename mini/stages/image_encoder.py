@@ -72,7 +72,7 @@ def load(folder: Path) -> CLIPVisionModelWithProjection:
 
 @torch.no_grad()
 def features(encoder: CLIPVisionModelWithProjection, picture: Tensor) -> Tensor:
-    """What the image prompt reads: penultimate hidden states [n, 1 + patches, hidden] of pictures in [0, 1]."""
+    """Returns what the image prompt reads: penultimate hidden states [n, 1 + patches, hidden] of pictures in [0, 1]."""
     return encoder(pixel_values=preprocess(picture), output_hidden_states=True).hidden_states[-2]
 
 

@@ -35,13 +35,14 @@ _S = SIZES["image_prompt"]
 
 
 def build(unet: UNet2DConditionModel) -> Encoder:
-    """What is trained: the Resampler, and a key and a value projection for every cross-attention."""
+    """Builds what is trained: the Resampler, and a key and a value projection for every cross-attention."""
     dim, width = _S["heads"] * _S["head_dim"], SIZES["clip_vision"]["hidden_size"]
     sizes = ResamplerSizes(_S["tokens"], dim, _S["depth"], _S["heads"], width, CONTEXT, _S["ff_mult"] * dim)
     adapter = Encoder(unet, sizes, kv_rank=0, export_rank=0)
     for path, projections in zip(adapter.paths, adapter.ip_adapter, strict=True):
         attention = unet.get_submodule(path).attn2
-        # A start that the frozen layers understand: they know text tokens, and speak softly at first.
+        # The text's own projections, since the frozen layers know what these give; values at 0.3 of them, so that the
+        # untrained tokens change the picture little at first.
         projections.to_k_ip.weight.data.copy_(attention.to_k.weight)
         projections.to_v_ip.weight.data.copy_(0.3 * attention.to_v.weight)
     return adapter

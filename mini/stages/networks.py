@@ -62,7 +62,7 @@ class EvaluationRecogniser(nn.Module):
 
 
 class ThingJudge(nn.Module):
-    """What is it? Predicts the parameters that a thing was drawn with (`things.identity_vector`), its class first."""
+    """Predicts the parameters that a thing was drawn with (`things.identity_vector`), its class first."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -72,7 +72,7 @@ def train_decoder(folder: Path, pictures: Pictures, latents: Tensor, plan: Plan)
 
 
 def sharpen(folder: Path, pictures: Pictures, latents: Tensor, plan: Plan) -> None:
-    """The same once more, from the start of the schedule and with less noise."""
+    """Trains the same once more, from the start of the schedule and with less noise."""
     _train_decoder("sharpen", folder, pictures, latents, plan.seed + 7, plan.sharpen_steps, LAST_NOISE)
 
 

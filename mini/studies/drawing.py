@@ -63,7 +63,8 @@ def graph(references: list[str], seed: int, arms: dict[str, ReferenceArm], style
     nodes = Graph()
     add = nodes.add
     base = add("base", "CheckpointLoaderSimple", ckpt_name="sd_xl_base_1.0.safetensors")
-    clip, vae = ["base", 1], ["base", 2]
+    clip: Link = ["base", 1]
+    vae: Link = ["base", 2]
     vision = add("vision", "CLIPVisionLoader", clip_name="CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors")
     faces = nodes.pictures(references)
     read = {"clip_vision": vision, "image": faces, "vae": vae, "clip": clip, "size": SIZE, "several": "one per picture"}

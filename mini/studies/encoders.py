@@ -51,8 +51,8 @@ def parse(chosen: Sequence[str]) -> dict[str, list[TrainedEncoder]]:
     runs: dict[str, list[TrainedEncoder]] = {}
     for one in chosen:
         name, equals, rest = one.partition("=")
-        file, weight = re.fullmatch(r"(.*?)(?:@(\d*\.?\d+))?", rest).groups()
-        run = TrainedEncoder(Path(file), float(weight or 1))
+        weighed = re.fullmatch(r"(.*)@(\d*\.?\d+)", rest)
+        run = TrainedEncoder(Path(weighed[1]), float(weighed[2])) if weighed else TrainedEncoder(Path(rest))
         if not equals or not run.file.is_file():
             raise Problem(
                 f"--encoders got {one!r}: give NAME=FILE or NAME=FILE@WEIGHT, with the encoder file of a run."
@@ -64,7 +64,7 @@ def parse(chosen: Sequence[str]) -> dict[str, list[TrainedEncoder]]:
 
 
 def with_kv(file: Path) -> bool:
-    """Whether an encoder file has a trained KV encoder."""
+    """Says whether an encoder file has a trained KV encoder."""
     return bool(encoder_file.read(file).kv)
 
 
@@ -83,7 +83,7 @@ def arms_of(runs: dict[str, list[TrainedEncoder]]) -> tuple[dict[str, ReferenceA
 def pictures(
     references: int, arms: dict[str, ReferenceArm], names: dict[str, Path], first: int = 0
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """As `draw`; what was drawn before, in the same surroundings, is taken from the cache."""
+    """Draws as `draw` does; what was drawn before, in the same surroundings, is taken from the cache."""
     around = surroundings()
 
     def place(arm: ReferenceArm) -> Path:
@@ -104,7 +104,7 @@ def pictures(
 
 
 def judge(faces: Tensor, drawn: dict[str, Tensor]) -> Scores:
-    """What the judges say of faces [n, 3, H, W] and what was drawn of them, [n, styles, 3, H, W] by arm."""
+    """Measures what the judges say of faces [n, 3, H, W] and what was drawn of them, [n, styles, 3, H, W] by arm."""
     recogniser, scorer = evaluators()
     asked = torch.tensor([ALL_STYLES.index(s) for s in STYLES])
     scores = {}

@@ -53,11 +53,14 @@ PLACES = ("in a forest", "on a beach", "in a city", "at night", "in the snow")
 
 @dataclass(frozen=True)
 class GuidanceArm:
-    """How pictures are guided: kind of preview, inputs of the guidance sampler that are not its defaults, and whether
-    the null text is zeros, else the encoding of an empty prompt."""
+    """It says how pictures are guided.
+
+    kind: of preview; settings: inputs of the guidance sampler that are not its defaults; zeros: whether the null text
+    is zeros, else the encoding of an empty prompt.
+    """
 
     kind: str = NONE
-    settings: dict[str, float | str] = field(default_factory=dict)
+    settings: Mapping[str, float | str] = field(default_factory=dict)
     zeros: bool = False
 
 
@@ -80,7 +83,7 @@ def style_of(batch: int) -> str:
 
 
 def words_of(batch: int) -> str:
-    """What the CLIP loss asks for: a style and a place."""
+    """Says what the CLIP loss asks for: a style and a place."""
     return f"{prompt_of(style_of(batch))} {PLACES[batch % len(PLACES)]}"
 
 
@@ -89,7 +92,8 @@ def graph(loss: str, references: Sequence[str], batch: int, seed: int, arms: dic
     nodes = Graph()
     add = nodes.add
     base = add("base", "CheckpointLoaderSimple", ckpt_name="sd_xl_base_1.0.safetensors")
-    clip, vae = ["base", 1], ["base", 2]
+    clip: Link = ["base", 1]
+    vae: Link = ["base", 2]
     lcm = add(
         "LCM",
         "LoraLoaderModelOnly",
@@ -166,25 +170,25 @@ def draw(loss: str, arms: dict[str, GuidanceArm], count: int) -> tuple[Tensor, d
 
 
 def measure(loss: str, references: Tensor, drawn: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """By arm, a value a picture [n] for each measure: what the loss is about, and what guidance may damage."""
+    """Measures a value a picture [n], by arm and measure: what the loss is about, and what guidance may damage."""
     recogniser, scorer = evaluators()
     batches = [number // BATCH for number in range(len(references))]
     style = torch.tensor([ALL_STYLES.index(style_of(b)) for b in batches])
     place = torch.tensor([ALL_PLACES.index(PLACES[b % len(PLACES)]) for b in batches])
-    judge = lpips_network("alex", None) if loss == LPIPS else None
+    lpips = lpips_network("alex", None) if loss == LPIPS else None
     values = {}
     with torch.no_grad():
         targets = recogniser.embed(references)
         for arm, pictures in drawn.items():
             styles, places = (part.argmax(1) for part in scorer(pictures))
-            if loss == IDENTITY:
-                figures = {"similarity to the reference": (recogniser.embed(pictures) * targets).sum(1)}
+            if lpips is not None:
+                figures = {"LPIPS distance (alex)": lpips(pictures * 2 - 1, references * 2 - 1).flatten()}
+                figures["PSNR at 16 pixels (dB)"] = _psnr(pictures, references)
                 figures["style of the prompt"] = (styles == style).float()
             elif loss == CLIP:
                 figures = {"style asked for": (styles == style).float(), "place asked for": (places == place).float()}
             else:
-                figures = {"LPIPS distance (alex)": judge(pictures * 2 - 1, references * 2 - 1).flatten()}
-                figures["PSNR at 16 pixels (dB)"] = _psnr(pictures, references)
+                figures = {"similarity to the reference": (recogniser.embed(pictures) * targets).sum(1)}
                 figures["style of the prompt"] = (styles == style).float()
             figures["fine detail"] = _detail(pictures)
             values[arm] = figures
@@ -211,7 +215,7 @@ def intervals(
     baselines: Mapping[str, str] = BASELINES,
     over: str = "x0",
 ) -> Table:
-    """By arm and measure, the mean with its interval; for all arms but the first also what they gain over it.
+    """Gives the mean with its interval, by arm and measure; for all arms but the first also what they gain over it.
 
     together: how many neighbours are no independent pictures, and are drawn as one; baselines: what else an arm is
     compared with, which the figure calls `over`.

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,7 +50,7 @@ COLOUR = "distance of the mean colour to the reference's"
 
 
 def measure(faces: Tensor, drawn: Mapping[str, Tensor]) -> Table:
-    """By arm its figures, and "<arm> - <other>" the paired differences of AGAINST.
+    """Gives each arm's figures, and under "<arm> - <other>" the paired differences of AGAINST.
 
     faces: [n, 3, H, W]; drawn: [n, styles, 3, H, W], both in [0, 1].
     """
@@ -66,9 +67,16 @@ def measure(faces: Tensor, drawn: Mapping[str, Tensor]) -> Table:
             values[arm] = {SIMILARITY: own, STYLE: hits, COLOUR: colour}
     figures = {arm: {name: share(value) for name, value in of_arm.items()} for arm, of_arm in values.items()}
     for arm, other in AGAINST.items():
-        by_person = {name: [values[one][name].mean(1).double().numpy() for one in (arm, other)] for name in values[arm]}
-        figures[f"{arm} - {other}"] = {name: paired.difference(*pair) for name, pair in by_person.items()}
+        figures[f"{arm} - {other}"] = {
+            name: paired.difference(_by_person(value), _by_person(values[other][name]))
+            for name, value in values[arm].items()
+        }
     return figures
+
+
+def _by_person(value: Tensor) -> paired.Column:
+    """The mean over the styles of values [n, styles], [n] in float64."""
+    return np.asarray(value.mean(1).double().numpy())
 
 
 def page(figures: Table, references: int) -> str:

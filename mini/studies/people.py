@@ -35,7 +35,7 @@ ORDERS = ("connected from left to right", "connected from right to left")
 
 @dataclass(frozen=True)
 class PeopleArm:
-    """How pictures are guided: the loss's matching ("" for no guidance), and whether it has masks."""
+    """It says how pictures are guided: the loss's matching ("" for no guidance), and whether it has masks."""
 
     matching: str = ""
     masks: bool = False
@@ -124,7 +124,7 @@ def graph(left: list[str], right: list[str], batch: int, arms: dict[str, PeopleA
 
 
 def crossed(batch: int) -> bool:
-    """Whether the loss has the person on the right as its first."""
+    """Says whether the loss has the person on the right as its first."""
     return batch % 2 == 1
 
 
@@ -157,7 +157,7 @@ def draw(pairs: int) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def similarities(references: Tensor, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
-    """By arm, the similarity of each half to both people of its pair: [pairs, halves, people], by the judge."""
+    """Measures by arm how similar each half is to both people of its pair: [pairs, halves, people], by the judge."""
     recogniser, _ = evaluators()
     with torch.no_grad():
         people = recogniser.embed(references.flatten(0, 1)).unflatten(0, references.shape[:2])
@@ -167,7 +167,7 @@ def similarities(references: Tensor, drawn: dict[str, Tensor]) -> dict[str, Tens
 
 
 def scores(similarity: Tensor) -> dict[str, Tensor]:
-    """What is measured of each pair [n], of similarities [n, halves, people]."""
+    """Counts what is measured of each pair [n], from similarities [n, halves, people]."""
     own, other = similarity.diagonal(dim1=1, dim2=2), similarity.flip(2).diagonal(dim1=1, dim2=2)
     swapped = (other.sum(1) > own.sum(1)).float()
     return {OWN: own.mean(1), WEAKER: own.amin(1), OTHER: other.mean(1), SWAPPED: swapped}

@@ -30,7 +30,7 @@ Similarities = dict[str, dict[str, Tensor]]
 
 
 def measure(faces: Tensor, drawn: dict[str, Tensor], styles: tuple[str, ...]) -> tuple[Table, Similarities]:
-    """By arm, figures (`Interval`s over references) and the similarities (own, other) that they come from."""
+    """Gives by arm figures (`Interval`s over references) and the similarities (own, other) that they come from."""
     recogniser, scorer = evaluators()
     figures, similarities = {}, {}
     asked = torch.tensor([ALL_STYLES.index(s) for s in styles])
@@ -68,7 +68,7 @@ def page(figures: Table, references: int) -> str:
 
 
 def histograms(similarities: Similarities, path: Path) -> None:
-    """How similarity to the own and to other references is distributed, a panel an arm."""
+    """Draws how similarity to the own and to other references is distributed, a panel an arm."""
     plt = pyplot()
     figure, axes = plt.subplots(1, len(similarities), figsize=(3.4 * len(similarities), 2.6), sharey=True)
     for axis, (arm, values) in zip(axes, similarities.items(), strict=True):

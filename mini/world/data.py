@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...lookahead.files.atomic import atomic
 from . import things
 from .faces import STYLES, Faces, captions, identity_vector, render, sample_identities, sample_nuisance, skin_class
 
@@ -105,13 +106,12 @@ def _draw(
     path: Path, render: Callable[[slice, int], Tensor], count: int, size: int, seed: int, chunk: int = 120
 ) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name("part-" + path.name)
-    out = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=(count, 3, size, size))
-    for start in range(0, count, chunk):
-        rows = slice(start, min(start + chunk, count))
-        out[rows] = (render(rows, seed + start) * 255).round().byte().numpy()
-        if start % (chunk * 25) == 0:
-            print(f"{path.stem}: {start}/{count} drawn", flush=True)
-    out.flush()
-    del out
-    part.replace(path)
+    with atomic(path) as part:
+        out = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=(count, 3, size, size))
+        for start in range(0, count, chunk):
+            rows = slice(start, min(start + chunk, count))
+            out[rows] = (render(rows, seed + start) * 255).round().byte().numpy()
+            if start % (chunk * 25) == 0:
+                print(f"{path.stem}: {start}/{count} drawn", flush=True)
+        out.flush()
+        del out  # a file that is mapped cannot be renamed everywhere

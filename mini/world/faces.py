@@ -112,7 +112,7 @@ def sample_identities(n: int, generator: torch.Generator) -> Batch:
 def sample_nuisance(
     n: int, generator: torch.Generator, style: Tensor | None = None, place: Tensor | None = None
 ) -> Batch:
-    """How n pictures are taken; style [n] and place [n] (indices into STYLES and PLACES) are drawn when not given."""
+    """Draws how n pictures are taken, also style [n] and place [n] (indices into STYLES and PLACES) unless given."""
     nuisance = {k: _uniform(n, low, high, generator) for k, (low, high) in NUISANCE.items()}
     nuisance["background"] = torch.rand(n, 3, generator=generator) * 0.6 + 0.3
     nuisance["clothes"] = torch.rand(n, 3, generator=generator)
@@ -124,7 +124,7 @@ def sample_nuisance(
 
 
 def frontal(nuisance: Batch) -> Batch:
-    """The same pictures taken straight on: a portrait as one would choose for a reference."""
+    """Returns the same pictures taken straight on: a portrait as one would choose for a reference."""
     still = {k: torch.zeros_like(nuisance[k]) for k in ("shift_x", "rotation", "yaw")}
     return {**nuisance, **still, "scale": torch.full_like(nuisance["scale"], 1.22)}
 
@@ -210,7 +210,7 @@ def render(faces: Faces, size: int = 128, seed: int = 0, device: torch.device | 
 
 @torch.no_grad()
 def render_empty(nuisance: Batch, size: int = 128, seed: int = 0) -> Tensor:
-    """The same places in the same styles without a person: float32 [n, 3, size, size] in [0, 1]."""
+    """Draws the same places in the same styles without a person: float32 [n, 3, size, size] in [0, 1]."""
     picture = (draw_place(nuisance, size) * _column(nuisance["gain"])[:, None]).clamp(0, 1)
     return stylise(picture, nuisance["style"], torch.Generator().manual_seed(seed))
 

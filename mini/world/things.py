@@ -75,7 +75,7 @@ def sample_things(n: int, generator: torch.Generator, kind: Tensor | None = None
 def sample_nuisance(
     n: int, generator: torch.Generator, style: Tensor | None = None, place: Tensor | None = None
 ) -> Batch:
-    """How n pictures are taken; style [n] and place [n] (indices into STYLES and PLACES) are drawn when not given."""
+    """Draws how n pictures are taken, also style [n] and place [n] (indices into STYLES and PLACES) unless given."""
     nuisance = {k: torch.rand(n, generator=generator) * (high - low) + low for k, (low, high) in NUISANCE.items()}
     nuisance["mirror"] = torch.randint(2, (n,), generator=generator) * 2.0 - 1
     nuisance["background"] = torch.rand(n, 3, generator=generator) * 0.6 + 0.3
@@ -87,7 +87,7 @@ def sample_nuisance(
 
 
 def straight(nuisance: Batch) -> Batch:
-    """The same pictures with the thing upright in the middle: as one would take a picture of it for reference."""
+    """Returns the same pictures with the thing upright in the middle, as one would take its picture for reference."""
     still = {k: torch.zeros_like(nuisance[k]) for k in ("shift_x", "shift_y", "rotation")}
     return {
         **nuisance,

@@ -7,7 +7,6 @@ import os
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
-import folder_paths
 import torch
 from torch import Tensor
 
@@ -17,11 +16,6 @@ from ...lookahead.method.concept import Prediction, average
 
 CONCEPTS = "lookahead_concepts"
 ENCODERS = "lookahead"
-
-
-def register_concept_folder() -> None:
-    """Make `models/lookahead_concepts` known to the host, beside what users configured for it."""
-    folder_paths.add_model_folder_path(CONCEPTS, os.path.join(folder_paths.models_dir, CONCEPTS))
 
 
 class LoadedConceptEncoder:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ...lookahead.method.concept import Concept
+from ...lookahead.method.schedule import to_ve
 from ..conditioning.effect import UNetPass
 from ..conditioning.rows import RowLayout
 from ..conditioning.unet_blocks import self_attentions
@@ -77,7 +78,7 @@ class HostPredictor:
         sizes = {"width": self._size, "height": self._size, "target_width": self._size, "target_height": self._size}
         y = base.encode_adm(pooled_output=pooled.to(self.device), device=self.device, crop_w=0, crop_h=0, **sizes)
         sigma = self._model.get_model_object("model_sampling").sigmas.clone().to(x)[t]
-        noised = x * (1 + sigma.view(-1, 1, 1, 1) ** 2).sqrt()  # as the host noises: variance exploding
+        noised = to_ve(x, sigma)
         options = self._options(concept, noised, hard)
         clean = base.apply_model(noised, sigma, c_crossattn=soft.to(self.device), y=y, transformer_options=options)
         return (noised - clean) / sigma.view(-1, 1, 1, 1)

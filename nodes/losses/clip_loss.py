@@ -14,7 +14,7 @@ from ...lookahead.losses.base import Combined, Loss
 from ...lookahead.losses.cutouts import Cutouts
 from ...lookahead.losses.embedding import EmbeddingLoss
 from ...lookahead.vision import clip
-from ..folders import file_names, nothing_chosen, searched
+from ..folders import file_names, nothing_chosen, searched, there
 from ..schema import schema
 from ..sockets import LOSS
 from .lookahead_loss import LookaheadLoss
@@ -33,6 +33,22 @@ def clip_path(name: str) -> str:
             f"CLIP) into {where}."
         )
     return path
+
+
+def clip_found(name: str | None) -> bool | str:
+    """Answers for `validate_inputs` whether a CLIP file is there: True, also where it comes by a link, or a
+    sentence that says what is missing."""
+    if not name:
+        return nothing_chosen(file_names(FOLDER, ("",)), "CLIP file", folder_paths.get_folder_paths(FOLDER), name)
+    return there(clip_path, name)
+
+
+def clip_fingerprint(name: str | None) -> str:
+    """Tells a CLIP file from what replaced it, for `fingerprint_inputs`."""
+    try:
+        return fingerprint(clip_path(name))
+    except (OSError, TypeError):  # missing, or it comes by a link
+        return str(name)
 
 
 class LookaheadCLIPLoss(io.ComfyNode):
@@ -100,23 +116,12 @@ class LookaheadCLIPLoss(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, clip_name: str | None = None) -> bool | str:
         """Say where the file was looked for, instead of the host's 'value not in list'."""
-        if not clip_name:
-            return nothing_chosen(
-                file_names(FOLDER, ("",)), "CLIP file", folder_paths.get_folder_paths(FOLDER), clip_name
-            )
-        try:
-            clip_path(clip_name)
-        except FileNotFoundError as error:
-            return str(error)
-        return True
+        return clip_found(clip_name)
 
     @classmethod
     def fingerprint_inputs(cls, clip_name: str, **settings) -> str:
         """Load again when the file was replaced."""
-        try:
-            return fingerprint(clip_path(clip_name))
-        except (OSError, TypeError):  # missing, or it comes by a link
-            return str(clip_name)
+        return clip_fingerprint(clip_name)
 
     @classmethod
     def execute(

@@ -20,11 +20,6 @@ EXTENSIONS = (".safetensors", ".pth", ".pt", ".bin")
 AVERAGE, ONE_EACH = "average", "one per picture"
 
 
-def register_folder() -> None:
-    """Make `models/lookahead_losses` known to the host, beside what users configured for it."""
-    folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))
-
-
 class GradientPatcher(comfy.model_patcher.ModelPatcher):
     """A frozen network of plain torch modules that gradients pass through.
 

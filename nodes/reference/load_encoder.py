@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import folder_paths
 from comfy_api.latest import io, ui
 
@@ -14,12 +12,6 @@ from .face_id_encoder import load
 
 FOLDERS = ("lookahead", "ipadapter")
 EXTENSIONS = (".safetensors", ".bin")
-
-
-def register_folders() -> None:
-    """Make `models/lookahead` and `models/ipadapter` known to the host, beside what users configured for them."""
-    for name in FOLDERS:
-        folder_paths.add_model_folder_path(name, os.path.join(folder_paths.models_dir, name))
 
 
 def encoder_names() -> list[str]:

@@ -17,11 +17,6 @@ FOLDER = "insightface"
 CPU, GPU = "cpu", "gpu"
 
 
-def register_insightface_folder() -> None:
-    """Make `models/insightface` known to the host, beside what users configured for it."""
-    folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))
-
-
 def packs() -> dict[str, Path]:
     """Every pack by its name: folders of .onnx files in `insightface/models`, or in a configured folder itself."""
     found: dict[str, Path] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import comfy.model_management
@@ -15,11 +14,6 @@ from .subject import Reference, Subject
 
 FOLDER = "lookahead_references"
 EXTENSION = ".safetensors"
-
-
-def register_reference_folder() -> None:
-    """Make `models/lookahead_references` known to the host, beside what users configured for it."""
-    folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))
 
 
 def reference_names() -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import comfy.model_management
-import folder_paths
 import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
@@ -13,9 +12,9 @@ from torch.nn import functional as F
 
 from ...lookahead.vision import clip
 from ...lookahead.vision.images import cover
-from ..folders import file_names, nothing_chosen
-from ..losses.clip_loss import FOLDER, clip_path, token_ids
-from ..losses.network import GradientPatcher, fingerprint
+from ..folders import file_names
+from ..losses.clip_loss import FOLDER, clip_fingerprint, clip_found, clip_path, token_ids
+from ..losses.network import GradientPatcher
 from ..reference.images import split_alpha
 from ..schema import schema
 from ..sockets import SCORES
@@ -57,23 +56,12 @@ class LookaheadPromptScore(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, clip_name: str | None = None) -> bool | str:
         """Say where the file was looked for, instead of the host's 'value not in list'."""
-        if not clip_name:
-            return nothing_chosen(
-                file_names(FOLDER, ("",)), "CLIP file", folder_paths.get_folder_paths(FOLDER), clip_name
-            )
-        try:
-            clip_path(clip_name)
-        except FileNotFoundError as error:
-            return str(error)
-        return True
+        return clip_found(clip_name)
 
     @classmethod
     def fingerprint_inputs(cls, clip_name: str, **_) -> str:
         """Judge again when the file was replaced."""
-        try:
-            return fingerprint(clip_path(clip_name))
-        except (OSError, TypeError):  # missing, or it comes by a link
-            return str(clip_name)
+        return clip_fingerprint(clip_name)
 
     @classmethod
     def execute(cls, clip_name: str, image: Tensor, text: str = "") -> io.NodeOutput:

@@ -3,9 +3,10 @@
 import re
 
 import pytest
+from lcm_lookahead.host.page import TOASTS
 from lcm_lookahead.host.workflow import load
 from lcm_lookahead.tools.common import ROOT
-from lcm_lookahead.tools.help_pictures import PICTURES, inputs_of
+from lcm_lookahead.tools.help_pictures import PICTURES
 from lcm_lookahead.tools.templates import COLOURS
 from PIL import Image
 
@@ -46,12 +47,11 @@ def test_every_node_of_ours_has_a_help_page_and_tooltips(page, host):
         shown = words(page.help_of(name))
         assert shown.startswith(node["display_name"]) and title == f"# {node['display_name']}"
         assert words(text) in shown
-        picture = "document.querySelector('.node-help-content img')"
-        page.wait_for(f"{picture}?.complete")
-        with Image.open(PICTURES / f"{name}.png") as drawn:
-            assert page.evaluate(f"[{picture}.naturalWidth, {picture}.naturalHeight]") == list(drawn.size), name
-            again = f"python -m lcm_lookahead.tools.help_pictures {name}"
-            assert drawn.text["inputs"] == inputs_of(node), f"its picture is of other inputs; draw it again: {again}"
+        if (PICTURES / f"{name}.png").exists():  # tests/host/test_completeness.py names those that lack it
+            picture = "document.querySelector('.node-help-content img')"
+            page.wait_for(f"{picture}?.complete")
+            with Image.open(PICTURES / f"{name}.png") as drawn:
+                assert page.evaluate(f"[{picture}.naturalWidth, {picture}.naturalHeight]") == list(drawn.size), name
 
 
 ADD = """(type => {
@@ -80,7 +80,7 @@ def test_a_new_node_has_our_colour_and_its_fields_show_what_its_preset_does(page
     assert page.evaluate("values('iterations', 'best_of', 'preset')") == [40, 8, "strong"]
     page.evaluate("field('step_size').value = 1; set('iterations', 30)")  # as in a file whose numbers do not count
     assert page.evaluate("values('iterations', 'step_size', 'preset')") == [30, 0.03, "as set below"]
-    page.wait_for("document.querySelector('.p-toast-message')")
+    page.wait_for(f"{TOASTS}.length")
     assert "sphere of the noise" in " ".join(page.toasts())
 
 

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from host_tools import HostTools
+from object_info import object_info as object_info_of
 from worlds import ROOT, SIZES, World, make_world
 
 runpy.run_path(str(ROOT / "host/custom_nodes/cpu_torchvision/prestartup_script.py"))  # for diffusers in the tests
@@ -55,17 +56,7 @@ def pack(tmp_path_factory):
 @pytest.fixture(scope="session")
 def object_info(pack):
     """What GET /object_info answers for our nodes and the host's first ones, on a machine without model files."""
-    import folder_paths
-
-    classes = pack.host_nodes.NODE_CLASS_MAPPINGS
-    with pytest.MonkeyPatch.context() as patch:
-        empty = {name: ([], endings) for name, (_, endings) in folder_paths.folder_names_and_paths.items()}
-        patch.setattr(folder_paths, "folder_names_and_paths", empty)
-        patch.setattr(folder_paths, "filename_list_cache", {})
-        ours = {id: classes[id].GET_NODE_INFO_V1() for id in pack.nodes}
-        names = ("KSampler", "CheckpointLoaderSimple", "VAELoader")  # of its lists, these have what ours share
-        host = {id: {"input": classes[id].INPUT_TYPES(), "category": classes[id].CATEGORY} for id in names}
-    return ours | host
+    return object_info_of(pack)
 
 
 @pytest.fixture(autouse=True)

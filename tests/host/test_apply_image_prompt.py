@@ -1,5 +1,6 @@
 """Apply Lookahead Image Prompt: what it refuses; and how all nodes present themselves."""
 
+import ast
 import dataclasses
 import logging
 
@@ -7,44 +8,6 @@ import pytest
 import torch
 
 pytestmark = pytest.mark.contract
-
-IDS = {
-    "LookaheadLoadEncoder",
-    "LookaheadEncodeReference",
-    "LookaheadApplyImagePrompt",
-    "LookaheadApplyKVInjection",
-    "LookaheadGuider",
-    "LookaheadShortcut",
-    "LookaheadGuidanceSampler",
-    "LookaheadGuidanceReport",
-    "LookaheadPreviewGrid",
-    "LookaheadLoadFaceAnalysis",
-    "LookaheadCropFace",
-    "LookaheadIdentityLoss",
-    "LookaheadPeopleLoss",
-    "LookaheadCLIPLoss",
-    "LookaheadLPIPSLoss",
-    "LookaheadL1Loss",
-    "LookaheadCombineLosses",
-    "LookaheadConvertEncoder",
-    "LookaheadSaveReference",
-    "LookaheadLoadReference",
-    "LookaheadCombineReferences",
-    "LookaheadWeights",
-    "LookaheadEncodeFace",
-    "LookaheadPlaceMasks",
-    "LookaheadLoadConceptEncoder",
-    "LookaheadLoadNoiseGuide",
-    "LookaheadPredictConcept",
-    "LookaheadTuneConcept",
-    "LookaheadEncodeConceptPrompt",
-    "LookaheadApplyConcept",
-    "LookaheadSaveConcept",
-    "LookaheadLoadConcept",
-    "LookaheadIdentityScore",
-    "LookaheadPromptScore",
-    "LookaheadRank",
-}
 
 
 def test_models_that_are_not_sdxl_are_refused(mini, tools):
@@ -94,12 +57,40 @@ def test_a_start_after_the_end_is_refused(mini, tools):
 # -- how the nodes present themselves
 
 
+def declared(folder):
+    """The ids of the nodes that the files of a folder declare: of each, one class of the same name."""
+    ids = []
+    for path in folder.rglob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and any(ast.unparse(base) == "io.ComfyNode" for base in node.bases):
+                ids.append(node.name)
+    return sorted(ids)
+
+
+def test_every_node_that_a_file_declares_is_registered(pack, request):
+    root = request.config.rootpath
+    extension = ast.parse((root / "nodes" / "extension.py").read_text(encoding="utf-8"))
+    (listed,) = (
+        [name.id for name in node.value.elts]
+        for node in ast.walk(extension)
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "nodes"
+    )
+    assert sorted(pack.nodes) == sorted(listed) == declared(root / "nodes")
+
+
+def test_no_node_lost_its_id(pack, request):
+    """Graphs name a node by its id: what had a help page and is none any more is an id that old graphs still have."""
+    pages = {page.stem for page in (request.config.rootpath / "web" / "docs").glob("*.md")}
+    renamed = {one.old for one in pack.module("nodes.replacements").RENAMED}
+    assert pages - renamed == set(pack.nodes)
+
+
 def test_every_node_input_and_output_explains_itself(pack, request):
-    assert set(pack.nodes) == IDS
     for node_id, node in pack.nodes.items():
         schema = node.define_schema()
         assert schema.node_id == node_id and schema.description.endswith(".") and schema.display_name
-        assert schema.category.startswith("lookahead/") and getattr(schema, "search_aliases", ["x"])
+        assert schema.category.startswith("lookahead/"), node_id
+        assert getattr(schema, "search_aliases", ["a host that has none"]), f"{node_id} has no search_aliases"
         for part in [*schema.inputs, *schema.outputs]:
             assert part.tooltip and part.tooltip.endswith("."), (node_id, part.id)
         page = request.config.rootpath / "web" / "docs" / f"{node_id}.md"

@@ -45,8 +45,8 @@ def test_folders_that_a_user_configured_stay_and_are_searched(pack, tmp_path, mi
     save_file(mini.encoder, own / "far.safetensors")
     folder_paths.add_model_folder_path("ipadapter", str(own), is_default=True)
     try:
-        load.register_folders()
-        load.register_folders()
+        pack.module("nodes.folders").register("ipadapter")
+        pack.module("nodes.folders").register("ipadapter")
         paths = folder_paths.get_folder_paths("ipadapter")
         assert paths == [str(own), str(pack.base / "models" / "ipadapter")]
         assert "far.safetensors" in load.encoder_names() and load.encoder_path("far.safetensors").startswith(str(own))

@@ -45,7 +45,7 @@ def test_every_room_and_every_folder_of_modules_is_on_the_page():
     tree = PAGE.split("```")[1]
     top = {p.parent.name for p in ROOT.glob("*/__init__.py")}
     assert top <= set(re.findall(r"^(\w+)/", tree, re.M)) | {"web"}
-    for room in ("lookahead", "nodes", "trainer"):
+    for room in ("lookahead", "nodes", "evaluation", "trainer", "mini"):
         folders = {p.parent.name for p in (ROOT / room).glob("*/__init__.py")}
         below = tree.split(f"\n{room}/")[1].split("\n\n")[0]
         assert all(f"{folder}/" in below for folder in folders), (room, folders)

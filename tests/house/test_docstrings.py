@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = ("lookahead", "nodes", "sdxl", "trainer", "evaluation", "cli")
+ROOMS = ("lookahead", "nodes", "sdxl", "trainer", "evaluation", "cli", "mini", "host", "tools")
 # A sentence that begins so is a clause without its verb: "Whether it acts", "What travels as X", "As its neighbour".
 CLAUSE = re.compile(r"(As|Beside|By|From|How|Of|That of|The same|What|Where|Whether|With)\b")
 

@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 ROOMS: dict[str, tuple[str, ...]] = {
     # the library: torch alone
     "lookahead.method": (),
-    "lookahead.files": ("lookahead.method",),
+    "lookahead.files.atomic": (),  # the standard library alone: also for rooms that see nothing else of the library
+    "lookahead.files": ("lookahead.method", "lookahead.files.atomic"),
     "lookahead.vision": ("lookahead.method", "lookahead.files"),
     "lookahead.losses": ("lookahead.method", "lookahead.files", "lookahead.vision"),
     # the pack
@@ -53,7 +54,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "nodes.losses",
         "nodes.conditioning",
     ),
-    "nodes": ("nodes",),
+    "nodes": ("nodes", "lookahead.files.atomic"),
     # SDXL in diffusers, and what is built on it
     "sdxl": ("lookahead",),
     "evaluation": ("lookahead", "sdxl"),
@@ -68,11 +69,11 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "tools.common": (),
     "tools.setup": ("tools.common",),
     "tools.start": ("tools.common", "tools.setup"),
-    "host": ("tools.common", "tools.setup"),
+    "host": ("lookahead.files.atomic", "tools.common", "tools.setup"),
     # the harness stands on the trainer's readers and counters, and draws in a host
     "evaluation.harness": ("lookahead", "sdxl", "evaluation.*", "trainer", "host", "tools.common"),
     # the mini world: people are drawn, networks trained on them and stored in public formats, measured, then used
-    "mini.world": (),
+    "mini.world": ("lookahead.files.atomic",),
     "mini.plan": ("mini.world",),
     "mini.files.checkpoint": ("lookahead",),
     "mini.stages": ("lookahead", "sdxl", "evaluation", "mini.world", "mini.plan", "mini.files.checkpoint"),
@@ -116,7 +117,7 @@ FORBIDDEN = {
     "cli": HOST,
     "tools": {"peft"},
 }
-OPTIONAL = {"cv2", "dreamsim", "insightface", "lpips", "onnx", "onnx2torch", "onnxruntime", "skimage"}
+OPTIONAL = {"cv2", "insightface", "lpips", "onnx", "onnx2torch", "onnxruntime", "skimage"}
 OPTIONAL |= {"datatrove", "ray"}
 LOADED_BY_THE_HOST = ("host/custom_nodes", "mini/host_extension")  # folders that are packages of the host, not of ours
 PARTS = tuple(dict.fromkeys(room.split(".")[0] for room in ROOMS))

@@ -57,7 +57,8 @@ class Probing(Protocol):
 def sample(step: Step, encoder: Encoder, batch: Batch, noise: Tensor, steps: int, guidance: float) -> Tensor:
     """Latents [B, 4, h, w] drawn from noise of that shape by DDIM (eta 0) with the base itself, as users draw them.
 
-    The shortcut model would need fewer steps; but it is what training pulls at, and what is measured must not be.
+    The shortcut model would need fewer steps, but the lookahead loss is a loss on its predictions: pictures of the base
+    show what the encoder learned, and not how far the shortcut model's previews were optimised.
     With a KV encoder the guidance is that of three scales (`three_scale_guidance`), else the usual one.
     """
     roles = step.roles
