@@ -74,21 +74,25 @@ def pixels(done, method, backend, weight=1.0):
 
 
 def test_both_back_ends_draw_the_same_from_the_same_noise(done):
+    """Measured: 0.50 of 255 apart with each method, half a level, where the adapter makes 46. In four steps rounding
+    leads nowhere else: with an older processor's instructions all figures of this file are the same to 0.2."""
     assert not done.missing()
     apart = np.abs(pixels(done, "nothing", "host") - pixels(done, "adapter", "host")).mean()
     for method in ("nothing", "adapter", "with KV"):
         difference = np.abs(pixels(done, method, "host") - pixels(done, method, "diffusers")).mean()
-        assert difference < min(3.0, 0.25 * apart), method  # of 255
+        assert difference < 1.5 and apart > 10, method  # of 255
 
 
 def test_guidance_and_workflows_are_the_host_s_alone_and_change_the_picture(done):
+    """Measured: guidance changes it by 18 of 255."""
     assert {a.method for a in done.all_arms() if a.backend == "diffusers"} == {"nothing", "adapter", "with KV"}
-    assert np.abs(pixels(done, "guided", "host") - pixels(done, "nothing", "host")).mean() > 0.5
+    assert np.abs(pixels(done, "guided", "host") - pixels(done, "nothing", "host")).mean() > 3
 
 
 def test_a_concept_of_the_reference_is_made_tuned_and_drawn_in_the_place_of_the_noun(done):
+    """Measured: 16 of 255 beside the noun alone, 4.0 between whole and half weight."""
     plain, whole, half = pixels(done, "nothing", "host"), *(pixels(done, "concept", "host", w) for w in (1.0, 0.5))
-    assert np.abs(whole - plain).mean() > 1 and np.abs(half - whole).mean() > 0.5
+    assert np.abs(whole - plain).mean() > 3 and np.abs(half - whole).mean() > 1
     assert not any(arm.method == "concept" and arm.backend == "diffusers" for arm in done.all_arms())
 
 
@@ -104,8 +108,9 @@ def test_a_prompt_without_the_noun_of_a_concept_is_refused(done):
 
 
 def test_a_workflow_file_is_drawn_with_this_picture_prompt_seed_and_weight(done):
+    """Measured: the weight changes it by 46 of 255."""
     drawn = [pixels(done, "workflow", "host", weight) for weight in (1.0, 0.0)]
-    assert drawn[0].shape == (128, 128, 3) and np.abs(drawn[0] - drawn[1]).mean() > 1
+    assert drawn[0].shape == (128, 128, 3) and np.abs(drawn[0] - drawn[1]).mean() > 10
     (job,) = done.jobs()
     line = done.store.drawn[done.key("workflow", job, 1.0, "host")]
     assert line["backend"].startswith("host, ComfyUI 0.") and line["seconds"] > 0
