@@ -63,7 +63,7 @@ def options_of(spec: list[Any]) -> list[str]:
 
 
 def broken(recorded: Mapping[str, Signature], now: Mapping[str, Signature]) -> list[str]:
-    """What files from before would miss, a line each."""
+    """Lists what files from before would miss, a line each."""
     found = []
     for name, old in recorded.items():
         if name not in now:
