@@ -1,7 +1,6 @@
 """What is in the repository, and what of it goes into the published pack."""
 
 import ast
-import os
 import re
 import stat
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pathspec
 import pytest
+from registry import write_archive
 
 ROOT = Path(__file__).resolve().parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -102,16 +102,8 @@ def test_the_published_pack_holds_all_that_it_needs(published, tracked):
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory, tracked):
     """The archive that the registry's own tool builds, and what it holds by name."""
-    os.environ["DO_NOT_TRACK"] = "1"
-    from comfy_cli.file_utils import zip_files
-
     path = tmp_path_factory.mktemp("archive") / "node.zip"
-    before = os.getcwd()
-    os.chdir(ROOT)
-    try:
-        zip_files(str(path), PYPROJECT["tool"]["comfy"]["includes"])
-    finally:
-        os.chdir(before)
+    write_archive(path)
     with zipfile.ZipFile(path) as file:
         return path, {entry.filename: (entry, file.read(entry)) for entry in file.infolist()}
 
