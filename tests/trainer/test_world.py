@@ -65,7 +65,7 @@ def test_the_identity_loss_of_a_preview_is_low_for_the_person_and_high_for_anoth
 
 
 def test_the_command_trains_and_writes_an_encoder_file(tmp_path, capsys):
-    arguments = [f"out={tmp_path}", "data.people=3", "batch=2", "steps=2", "validate_every=0"]
+    arguments = [f"out={tmp_path}", "data.people=3", "batch=2", "steps=2", "validate_every=0", "precision=fp32"]
     main.main(["train", str(CONFIGS / "mini.yaml"), *arguments])
     assert (tmp_path / "mini_encoder.safetensors").exists() and "Written" in capsys.readouterr().out
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
