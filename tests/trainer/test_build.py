@@ -13,7 +13,7 @@ from lcm_lookahead.mini import build as build_module
 from lcm_lookahead.mini.build import build, stages
 from lcm_lookahead.mini.files import derived, models, shipped, weights
 from lcm_lookahead.mini.plan import QUICK
-from lcm_lookahead.mini.report import gate, measure, measure_faces, measure_few_step, report
+from lcm_lookahead.mini.report import gate, measure, measure_faces, measure_few_step, page, report
 from lcm_lookahead.mini.stages import base, stage, things
 from lcm_lookahead.mini.world.things import CLASSES
 from lcm_lookahead.sdxl import lora
@@ -89,18 +89,18 @@ def test_the_report_of_a_tiny_build_measures_everything_once(built, monkeypatch,
 
 def check_report(folder):
     """Everything was measured, and the page shows each figure, each interval and each shipped file's hash."""
-    made, page = json.loads((folder / "report.json").read_text()), (folder / "report.html").read_text()
+    made, shown = json.loads((folder / "report.json").read_text()), (folder / "report.html").read_text()
     assert set(made["measures"]) == set(report.MEASURES)
     for m in made["measures"].values():
         assert "missing" not in m, m
-        assert f"<h3>{m['title']}</h3>" in page and m["figures"]
+        assert f"<h3>{m['title']}</h3>" in shown and m["figures"]
         for name, figure in m["figures"].items():
-            assert html.escape(name) in page
-            assert all(html.escape(text) in page for text in page._value(figure))
+            assert html.escape(name) in shown
+            assert all(html.escape(text) in shown for text in page._value(figure))
     listed = shipped.manifest(folder / "weights")
-    assert len(listed) == len(shipped.table()) and all(entry["sha256"] in page for entry in listed)
+    assert len(listed) == len(shipped.table()) and all(entry["sha256"] in shown for entry in listed)
     assert set(made["stages"]) == set(stages(folder, TINY))
-    assert "Not drawn yet" not in page and "nothing to draw" not in page
+    assert "Not drawn yet" not in shown and "nothing to draw" not in shown
 
 
 def test_a_stage_that_does_not_exist_is_named_with_those_that_do(tmp_path):
