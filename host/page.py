@@ -51,7 +51,7 @@ FLAGS = (
     "--remote-debugging-port=0",
 )
 #: Answers what a first visit asks; all else is as a first visitor has it.
-SETTINGS = {"Comfy.TutorialCompleted": True}
+SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.OnboardingCoachmarks.Seen": ["appMode"]}
 READY = "window.app?.extensionManager && window.app.graph?.nodes.length"  # its default workflow comes last
 OPENED = "window.app.extensionManager.workflow.activeWorkflow.path"
 TITLE = 30  # height of a node's title, which lies above its position

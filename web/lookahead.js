@@ -68,11 +68,31 @@ function showRefusals() {
   };
 }
 
-// The page itself shows the text of one node of its own only.
+// The page itself shows the text of one node of its own only, and newer ones take away all texts when a run ends.
+const texts = new Map(); // of the last run, by node
+let ranIn; // the workflow that the run belongs to
+
+const activeWorkflow = () => app.extensionManager?.workflow?.activeWorkflow;
+
 function showText({ detail }) {
-  const id = detail.display_node ?? detail.node;
+  const nodeId = String(detail.display_node ?? detail.node);
   const text = [detail.output?.text ?? []].flat().join("\n");
-  if (text && isOurs(findNode(id)?.type)) api.dispatchCustomEvent("progress_text", { nodeId: String(id), text });
+  if (!text || !isOurs(findNode(nodeId)?.type)) return;
+  texts.set(nodeId, text);
+  api.dispatchCustomEvent("progress_text", { nodeId, text });
+}
+
+function forgetTexts() {
+  texts.clear();
+  ranIn = activeWorkflow();
+}
+
+function showTextsAgain() {
+  setTimeout(() => {
+    if (ranIn !== activeWorkflow()) return; // its nodes are other ones
+    for (const [nodeId, text] of texts)
+      if (isOurs(findNode(nodeId)?.type)) api.dispatchCustomEvent("progress_text", { nodeId, text });
+  });
 }
 
 // The page leaves the value of an empty list out, of which the host says "Required input is missing"; an empty name
@@ -142,7 +162,10 @@ app.registerExtension({
   },
   setup() {
     api.addEventListener("execution_error", showError);
+    api.addEventListener("execution_start", forgetTexts);
     api.addEventListener("executed", showText);
+    for (const end of ["execution_success", "execution_error", "execution_interrupted"])
+      api.addEventListener(end, showTextsAgain);
     api.addEventListener("lookahead_notice", ({ detail }) => toast("warn", "LCM-Lookahead", detail.text));
     showRefusals();
   },

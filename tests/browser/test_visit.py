@@ -189,7 +189,7 @@ def test_the_provenance_of_an_encoder_stands_on_its_node_after_a_run(page, host,
     text = f"{node}.widgets.find(w => w.name.startsWith('$$'))?.value"
     page.wait_for(text)
     (said,) = result.outputs[str(page.evaluate(f"{node}.id"))]["text"]
-    keep(page, "provenance")
+    keep(page, "provenance")  # which takes a while: newer pages take texts away when a run ends
     assert page.evaluate(text) == said and said.startswith(trained) and "licence of that recogniser: Apache-2.0" in said
     assert covered(page.boxes()) == []
 
