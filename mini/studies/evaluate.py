@@ -35,6 +35,7 @@ def evaluate(study: str, out: Path, references: int | None = None, trained: Sequ
         raise Problem(f"--references is {references}, too few for figures with intervals: give at least {FEWEST}.")
     if first and (first < 0 or study != "encoders"):
         raise Problem(f"--first is {first}: give a number from 0, and only beside --encoders.")
+    out.mkdir(parents=True, exist_ok=True)  # before hours of drawing, after which pictures and page are written
     if study == "encoders":
         from . import encoders
 

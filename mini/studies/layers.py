@@ -104,5 +104,5 @@ def evaluate(references: int, out: Path) -> None:
     """Draw, measure and write layers.md, .json and .jpg (some people in the last style) into `out`."""
     faces, drawn = draw(references, {NOTHING: ReferenceArm(), **LAYERS, **ADAIN}, STYLES)
     figures = measure(faces, drawn)
-    sheet({"reference": faces, **{arm: pictures[:, -1] for arm, pictures in drawn.items()}}, out / "layers.jpg")
     write_page(out, "layers", figures, page(figures, references))
+    sheet({"reference": faces, **{arm: pictures[:, -1] for arm, pictures in drawn.items()}}, out / "layers.jpg")

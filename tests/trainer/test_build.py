@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import html
 import json
 
 import pytest
@@ -17,6 +16,7 @@ from lcm_lookahead.mini.report import gate, measure, measure_faces, measure_few_
 from lcm_lookahead.mini.stages import base, stage, things
 from lcm_lookahead.mini.world.things import CLASSES
 from lcm_lookahead.sdxl import lora
+from markupsafe import escape
 from PIL import Image
 from safetensors import safe_open
 
@@ -95,8 +95,8 @@ def check_report(folder):
         assert "missing" not in m, m
         assert f"<h3>{m['title']}</h3>" in shown and m["figures"]
         for name, figure in m["figures"].items():
-            assert html.escape(name) in shown
-            assert all(html.escape(text) in shown for text in page._value(figure))
+            assert escape(name) in shown
+            assert all(escape(text) in shown for text in page._value(figure))
     listed = shipped.manifest(folder / "weights")
     assert len(listed) == len(shipped.table()) and all(entry["sha256"] in shown for entry in listed)
     assert set(made["stages"]) == set(stages(folder, TINY))
