@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import inspect
 import logging
 
 import pytest
@@ -109,3 +110,9 @@ def test_nothing_is_printed(mini, tools, capsys, caplog):
         model = tools.apply(mini.model, tools.reference(mini, tools.picture(1)))
         tools.sample(model, mini.text(1), mini.text(2), torch.zeros(1, 4, 16, 16), steps=2)
     assert capsys.readouterr().out == "" and "LCM-Lookahead" not in caplog.text
+
+
+def test_a_new_node_begins_where_the_figures_are_better_and_an_old_api_graph_where_it_did(pack):
+    node = pack.nodes["LookaheadApplyImagePrompt"]
+    (weight,) = [asked for asked in node.define_schema().inputs if asked.id == "weight"]
+    assert weight.default == 0.75 and inspect.signature(node.execute).parameters["weight"].default == 1.0
