@@ -156,7 +156,7 @@ function afterChange(widget, then) {
 }
 
 app.registerExtension({
-  name: "lcm-lookahead",
+  name: "lcmlookahead.page",
   init() {
     sortTemplates();
   },

@@ -12,7 +12,7 @@ const labelOf = (node, input, value) => {
 };
 
 app.registerExtension({
-  name: "LCM-Lookahead.optionLabels",
+  name: "lcmlookahead.optionLabels",
 
   async init() {
     try {

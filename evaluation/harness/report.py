@@ -29,7 +29,7 @@ from .scenes import PictureJob
 SHOWN = 3  # people in the grid
 FEWEST = 10  # people, of whom an interval of 95 % covers as often
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
-ARROWS = {HIGHER: "↑", LOWER: "↓"}
+ARROWS = {HIGHER: "\u2191", LOWER: "\u2193"}  # arrows up and down
 
 
 def write(run: EvaluationRun) -> Path:
@@ -159,7 +159,7 @@ def latex(found: Figures) -> str:
     def safe(text: str) -> str:
         for plain, escaped in (("\\", r"\textbackslash{}"), ("&", r"\&"), ("%", r"\%"), ("_", r"\_"), ("#", r"\#")):
             text = text.replace(plain, escaped)
-        return text.replace("↑", r"$\uparrow$").replace("↓", r"$\downarrow$")
+        return text.replace(ARROWS[HIGHER], r"$\uparrow$").replace(ARROWS[LOWER], r"$\downarrow$")
 
     def cell(interval: Interval) -> str:
         if np.isnan(interval.value):

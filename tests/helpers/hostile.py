@@ -218,7 +218,7 @@ def renamed(data: bytes, rng: random.Random, _) -> bytes:
     tensors = _tensors(data)
     key = rng.choice(list(tensors))
     value = tensors.pop(key)
-    strange = ["", "x" * 100_000, "a\nb. C", "\x00", "𝔘.weight", "../../etc/passwd", f"{key}.", key.upper()]
+    strange = ["", "x" * 100_000, "a\nb. C", "\x00", "\U0001d518.weight", "../../etc/passwd", f"{key}.", key.upper()]
     numbered = [f"ip_adapter.{10**12}.to_k_ip.weight", "ip_adapter.1.to_k_ip.weight", "layers.10.0.to_q.weight"]
     if rng.random() < 0.8:
         tensors[rng.choice(strange + numbered)] = value

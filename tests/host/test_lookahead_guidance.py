@@ -514,7 +514,7 @@ def test_the_report_says_whether_the_best_or_the_last_iteration_was_kept(guide, 
         assert re.search(rf"\(best [\d.e-]+\) in 2 iterations, kept: {kept}$", text, re.M)
 
 
-@pytest.mark.parametrize("preset", ["gentle", "strong", "quick", "FreeDoM"])
+@pytest.mark.parametrize("preset", ["gentle", pytest.param("strong", marks=pytest.mark.slow), "quick", "FreeDoM"])
 def test_a_run_by_a_preset_lowers_the_loss(guide, draw, preset):
     """The strong one by a re-noised preview too; FreeDoM's goes back in time."""
     sampler, report = guide(preset=preset)
