@@ -66,8 +66,8 @@ def evaluate(
         int | None,
         typer.Option(
             help="Of a study: held-out people (with --people pairs of them) to draw, at least 10.",
-            show_default="100; with --knobs or --null-text 20, --guidance, --presets or --encoders 96, --people or "
-            "--layers 48",
+            show_default="100; with --knobs, --null-text or --layers 20, --guidance, --presets or --encoders 96, "
+            "--people 48",
         ),
     ] = None,
     first: Annotated[int, typer.Option(help="With --encoders: number of the first of the people, from 0.")] = 0,

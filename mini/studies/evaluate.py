@@ -15,7 +15,7 @@ PEOPLE = {
     "encoders": 96,
     "null-text": 20,
     "people": 48,
-    "layers": 48,
+    "layers": 20,
 }  # by study, how many unless said
 FEWEST = 10  # fewer make no interval, and a draw may hold one person alone
 

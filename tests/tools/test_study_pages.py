@@ -4,7 +4,7 @@ import json
 
 import pytest
 from lcm_lookahead.evaluation.stats import Interval
-from lcm_lookahead.mini.studies import encoders, guidance, knobs, null_text, reference
+from lcm_lookahead.mini.studies import encoders, guidance, knobs, layers, null_text, reference
 from lcm_lookahead.tools.common import ROOT
 
 DOCS = ROOT / "docs"
@@ -25,6 +25,7 @@ PAGES = {
     "knobs": lambda found: knobs.page(found, 20),
     "guidance": lambda found: guidance.page(found, 96),
     "encoders": encoders_page,
+    "layers": lambda found: layers.page(found, 20),
     "null_text": lambda found: null_text.page(found, 10),
 }
 
