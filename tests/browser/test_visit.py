@@ -143,7 +143,8 @@ def test_no_node_covers_another_after_a_run_with_live_previews(page, host, keep,
     run(page, host).check()
     after = page.boxes()
     keep(page, f"{name} (drawn{', in Nodes 2.0' if nodes_2 else ''})")
-    assert page.toasts() == [] and page.errors == []
+    said = [text for text in page.toasts() if "fewer faces" not in text]  # what four steps draw is chance
+    assert said == [] and page.errors == []
     assert covered(after) == []
     assert all(after[n][3] - before[n][3] < SAMPLER_ROOM for n in after)
     page.nodes_2(not nodes_2)  # as one who tries the other
