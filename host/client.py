@@ -29,7 +29,7 @@ class Progress:
 
 @dataclass
 class Result:
-    """It says how a run ended. `status` is "success", "error" or "interrupted"."""
+    """Tells how a run ended. `status` is "success", "error" or "interrupted"."""
 
     prompt_id: str
     status: str

@@ -68,29 +68,29 @@ function showRefusals() {
   };
 }
 
-// The page itself shows the text of one node of its own only, and newer ones take away all texts when a run ends.
-const texts = new Map(); // of the last run, by node
+// The page itself shows the text of one node of its own only, and newer ones take away all texts when a run ends, also
+// of nodes that did not run again.
+const texts = new WeakMap(); // by workflow, then by node
 let ranIn; // the workflow that the run belongs to
 
 const activeWorkflow = () => app.extensionManager?.workflow?.activeWorkflow;
 
+function beginRun() {
+  ranIn = activeWorkflow();
+}
+
 function showText({ detail }) {
   const nodeId = String(detail.display_node ?? detail.node);
   const text = [detail.output?.text ?? []].flat().join("\n");
-  if (!text || !isOurs(findNode(nodeId)?.type)) return;
-  texts.set(nodeId, text);
+  const workflow = ranIn ?? activeWorkflow(); // a page that was loaded during the run has not seen it begin
+  if (!text || workflow !== activeWorkflow() || !isOurs(findNode(nodeId)?.type)) return;
+  if (workflow) texts.set(workflow, (texts.get(workflow) ?? new Map()).set(nodeId, text));
   api.dispatchCustomEvent("progress_text", { nodeId, text });
-}
-
-function forgetTexts() {
-  texts.clear();
-  ranIn = activeWorkflow();
 }
 
 function showTextsAgain() {
   setTimeout(() => {
-    if (ranIn !== activeWorkflow()) return; // its nodes are other ones
-    for (const [nodeId, text] of texts)
+    for (const [nodeId, text] of texts.get(activeWorkflow()) ?? [])
       if (isOurs(findNode(nodeId)?.type)) api.dispatchCustomEvent("progress_text", { nodeId, text });
   });
 }
@@ -162,7 +162,7 @@ app.registerExtension({
   },
   setup() {
     api.addEventListener("execution_error", showError);
-    api.addEventListener("execution_start", forgetTexts);
+    api.addEventListener("execution_start", beginRun);
     api.addEventListener("executed", showText);
     for (const end of ["execution_success", "execution_error", "execution_interrupted"])
       api.addEventListener(end, showTextsAgain);

@@ -1,4 +1,4 @@
-"""The embedding loss: CLIP with pictures or words."""
+"""The embedding loss: CLIP with pictures or words, and DreamSim."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class PictureEncoder(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class EmbeddingLoss:
-    """1 - cosine of a picture's embedding and a target, from 0 to 2: CLIP with pictures or words.
+    """1 - cosine of a picture's embedding and a target, from 0 to 2: CLIP with pictures or words, and DreamSim.
 
     targets: [m, channels]; embeddings of reference pictures or of texts (`clip.embed_texts`), or the way from one text
     to another (`clip.directions`). A picture that is not square is cropped about its centre.

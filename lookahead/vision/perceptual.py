@@ -1,4 +1,4 @@
-"""The perceptual distance LPIPS by its own package; weights come from the user's folder alone."""
+"""Perceptual distances by their own packages, `lpips` and `dreamsim`; weights come from the user's folder alone."""
 
 from __future__ import annotations
 
@@ -66,3 +66,46 @@ def random_weights(shapes: dict[str, torch.Size], seed: int) -> dict[str, Tensor
     g = torch.Generator().manual_seed(seed)
     scaled = {name: math.sqrt(2 / s[1:].numel()) if len(s) > 1 else 0.0 for name, s in shapes.items()}
     return {name: torch.randn(s, generator=g) * scaled[name] for name, s in shapes.items()}
+
+
+# What each kind of DreamSim reads from its folder; with all of it there, the package has nothing to download.
+DREAMSIM = {
+    "ensemble": (
+        "dino_vitb16_pretrain.pth",
+        "clip_vitb16_pretrain.pth.tar",
+        "open_clip_vitb16_pretrain.pth.tar",
+        "ensemble_lora",
+        "facebookresearch_dino_main",
+        "checkpoints/dino_vitbase16_pretrain.pth",
+    ),
+    "clip_vitb32": ("clip_vitb32_pretrain.pth.tar", "clip_vitb32_single_lora"),
+    "open_clip_vitb32": ("open_clip_vitb32_pretrain.pth.tar", "open_clip_vitb32_single_lora"),
+}
+
+
+class DreamSimPictures(nn.Module):
+    """DreamSim (Fu et al. 2023, arXiv 2306.09344) for `losses.EmbeddingLoss`: pictures -> what its distance compares.
+
+    folder: what the package unpacked there when it was once called with `cache_dir` (for "ensemble" with torch.hub's
+    files of DINO, which that call fetches too). Raises ImportError or FileNotFoundError, one sentence, where the
+    package or a file is missing; nothing is downloaded.
+    """
+
+    size = 224
+
+    def __init__(self, folder: str | os.PathLike[str], kind: str = "ensemble"):
+        super().__init__()
+        if importlib.util.find_spec("dreamsim") is None:
+            raise ImportError("DreamSim needs the package dreamsim: run `pip install dreamsim` in this Python.")
+        missing = [name for name in DREAMSIM[kind] if not (Path(folder) / name).exists()]
+        if missing:
+            raise FileNotFoundError(
+                f"{folder} lacks {missing[0]}, which DreamSim ({kind}) reads: call dreamsim.dreamsim(dreamsim_type="
+                f"{kind!r}, cache_dir=...) once where there is a network, and put here what it leaves in that folder."
+            )
+        from dreamsim import dreamsim
+
+        self.model, _ = dreamsim(pretrained=True, device="cpu", cache_dir=str(folder), dreamsim_type=kind)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        return self.model.embed(pictures)

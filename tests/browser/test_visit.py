@@ -192,6 +192,10 @@ def test_the_provenance_of_an_encoder_stands_on_its_node_after_a_run(page, host,
     (said,) = result.outputs[str(page.evaluate(f"{node}.id"))]["text"]
     keep(page, "provenance")  # which takes a while: newer pages take texts away when a run ends
     assert page.evaluate(text) == said and said.startswith(trained) and "licence of that recogniser: Apache-2.0" in said
+    make_small(page)  # another seed: the loader does not run again
+    run(page, host).check()
+    keep(page, "provenance, second run")
+    assert page.evaluate(text) == said
     assert covered(page.boxes()) == []
 
 

@@ -117,7 +117,7 @@ FORBIDDEN = {
     "cli": HOST,
     "tools": {"peft"},
 }
-OPTIONAL = {"cv2", "insightface", "lpips", "onnx", "onnx2torch", "onnxruntime", "skimage"}
+OPTIONAL = {"cv2", "dreamsim", "insightface", "lpips", "onnx", "onnx2torch", "onnxruntime", "skimage"}
 OPTIONAL |= {"datatrove", "ray"}
 LOADED_BY_THE_HOST = ("host/custom_nodes", "mini/host_extension")  # folders that are packages of the host, not of ours
 PARTS = tuple(dict.fromkeys(room.split(".")[0] for room in ROOMS))

@@ -426,7 +426,15 @@ def test_weights_that_say_nothing_are_refused(weights):
 # packages that are not there
 
 
-def test_a_missing_package_is_said_with_what_to_install(monkeypatch):
-    monkeypatch.setattr(perceptual.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="pip install lpips"):
-        perceptual.lpips_network("vgg")
+@pytest.mark.parametrize("package", ["lpips", "dreamsim"])
+def test_a_missing_package_is_said_with_what_to_install(package, monkeypatch, tmp_path):
+    find = perceptual.importlib.util.find_spec
+    monkeypatch.setattr(perceptual.importlib.util, "find_spec", lambda name: None if name == package else find(name))
+    with pytest.raises(ImportError, match=f"pip install {package}"):
+        perceptual.lpips_network("vgg") if package == "lpips" else perceptual.DreamSimPictures(tmp_path)
+
+
+def test_dreamsim_without_its_files_says_which_and_downloads_nothing(monkeypatch, tmp_path):
+    monkeypatch.setattr(perceptual.importlib.util, "find_spec", lambda name: object())
+    with pytest.raises(FileNotFoundError, match="open_clip_vitb32_pretrain.pth.tar"):
+        perceptual.DreamSimPictures(tmp_path, "open_clip_vitb32")
