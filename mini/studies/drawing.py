@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import os
 from dataclasses import dataclass, replace
@@ -172,6 +173,21 @@ def surroundings() -> str:
     """All besides a study's graphs and people that its pictures depend on: weights, settings, host and our sources."""
     files = [WEIGHTS / "manifest.json", Path(__file__), Path(__file__).with_name("study.py")]
     files += [ROOT / "mini/files/host_models.py"]
-    files += [file for folder in ("lookahead", "nodes", "host") for file in sorted((ROOT / folder).rglob("*.py"))]
-    sources = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    files += [
+        file
+        for folder in ("lookahead", "nodes", "host", "mini/world")
+        for file in sorted((ROOT / folder).rglob("*.py"))
+    ]
+    sources = [hashlib.sha256(_computed(file)).hexdigest() for file in files]
     return repr((sources, os.environ.get("COMFYUI_DIR"), os.environ.get("HOST_VERSION"), STYLES))
+
+
+def _computed(file: Path) -> bytes:
+    """A file as far as it computes: of a source without comments, docstrings and layout, which draw nothing."""
+    if file.suffix != ".py":
+        return file.read_bytes()
+    tree = ast.parse(file.read_bytes())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node, clean=False):
+            node.body[0] = ast.Pass()
+    return ast.dump(tree).encode()
