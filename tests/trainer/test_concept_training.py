@@ -33,7 +33,7 @@ def pictures(tmp_path_factory):
     """Twelve photos of drawn things, no labels."""
     folder = tmp_path_factory.mktemp("things") / "pictures"
     folder.mkdir()
-    for n, picture in enumerate(things.render(drawn_things.concept_things(12), 128)):
+    for n, picture in enumerate(things.render(drawn_things.concept_things(12, drawn_things.SEED), 128)):
         save(picture, folder / f"{n:02}.png")
     return folder
 
@@ -212,7 +212,7 @@ def loss_of(predict, concept, frozen, pictures):
     views = frozen.latents(torch.cat([square, square.flip(-1)]))
     total = 0.0
     for number in range(4):
-        t, x, noise = concept_tuning._noised(views, alphas_cumprod().float(), Tuning(2, 2), number)
+        t, x, noise = concept_tuning.noised_sample(views, alphas_cumprod().float(), Tuning(2, 2), number)
         total += float((predict(concept, x, t, number) - noise).square().mean())
     return total
 
