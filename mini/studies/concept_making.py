@@ -124,6 +124,10 @@ class Start(Protocol):
     def key(self) -> str:
         """All that it depends on beside the base."""
 
+    @property
+    def argument(self) -> str:
+        """What `started` makes it of again."""
+
     def make(self, frozen: Frozen, chunk: Chunk) -> list[Concept]:
         """The concepts of a chunk, untuned."""
 
@@ -137,6 +141,10 @@ class FromEncoder:
     @property
     def key(self) -> str:
         return f"encoder {sha256(self.file)}"
+
+    @property
+    def argument(self) -> str:
+        return str(self.file)
 
     @property
     def tuning(self) -> Tuning:
@@ -161,6 +169,10 @@ class FromWord:
     def key(self) -> str:
         return f"word, rank {self.rank}"
 
+    @property
+    def argument(self) -> str:
+        return str(self.rank)
+
     def make(self, frozen: Frozen, chunk: Chunk) -> list[Concept]:
         tables, made = word_tables(frozen.text), []
         for noun, seed in zip(chunk.nouns, chunk.seeds, strict=True):
@@ -172,6 +184,11 @@ class FromWord:
             word_l, word_g = (table[token].detach().float().clone() for table in tables)
             made.append(Concept(word_l, word_g, noun, token, offsets, 1.0, {"size": str(IMAGE_SIZE)}))
         return made
+
+
+def started(argument: str) -> Start:
+    """A beginning by its `argument`: a rank, or the file of an encoder."""
+    return FromWord(int(argument)) if argument.isdecimal() else FromEncoder(Path(argument))
 
 
 # --- all of them at once

@@ -53,6 +53,10 @@ class Group(Protocol):
 
     seed: int
 
+    @property
+    def classes(self) -> int:
+        """How many classes take turns."""
+
     def noun(self, number: int) -> str:
         """The name of its class."""
 
@@ -69,6 +73,10 @@ class ThingGroup:
 
     seed: int
     kinds: Sequence[int]
+
+    @property
+    def classes(self) -> int:
+        return len(self.kinds)
 
     def noun(self, number: int) -> str:
         return things.CLASSES[self._kind(number)]
@@ -92,6 +100,7 @@ class FaceGroup:
     """People, whose class is a face."""
 
     seed: int
+    classes: int = 1
 
     def noun(self, number: int) -> str:
         return FACE

@@ -7,12 +7,11 @@ import torch
 from concept_oracle import random_offsets
 from lcm_lookahead.lookahead.files.concept_file import write_concept_encoder
 from lcm_lookahead.lookahead.method.concept import Concept, ConceptEncoder, ConceptSizes
-from lcm_lookahead.lookahead.method.concept_tuning import MOST_STEPS, Tuning
+from lcm_lookahead.lookahead.method.concept_tuning import Tuning
 from lcm_lookahead.mini.drawn_people import model_folder
 from lcm_lookahead.mini.plan import WEIGHTS
-from lcm_lookahead.mini.studies import concept_making, concept_set
-from lcm_lookahead.mini.studies.concept_making import Concepts, Drawn, FromEncoder, FromWord, Maker, Tuned
-from lcm_lookahead.mini.studies.concept_set import PEOPLE, PROMPTS, SEEN, UNSEEN, Chunk
+from lcm_lookahead.mini.studies.concept_making import Concepts, FromEncoder, Maker
+from lcm_lookahead.mini.studies.concept_set import PROMPTS, SEEN, Chunk
 from lcm_lookahead.sdxl.concept import dictionary_of, projections, token_of
 from lcm_lookahead.sdxl.concept_maker import ConceptTuner
 from lcm_lookahead.sdxl.concept_pipeline import ConceptPipeline
