@@ -271,7 +271,7 @@ class Maker:
                     raise RuntimeError(f"the loss of step {step + 1} is not finite: lower the rates ({tuning})")
                 values.sum().backward()
         with torch.enable_grad():
-            pulls = [word_pull(*pair, word, tuning) for *pair, word in zip(leaves.l, leaves.g, words, strict=True)]
+            pulls = [word_pull(*three, tuning) for three in zip(leaves.l, leaves.g, words, strict=True)]
             torch.stack(pulls).sum().backward()
         leaves.optimiser.step()
 

@@ -49,9 +49,11 @@ PROMPTS = (
 
 
 class Group(Protocol):
-    """Concepts of one kind, by number. seed: apart from those of all other groups."""
+    """Concepts of one kind, by number."""
 
-    seed: int
+    @property
+    def seed(self) -> int:
+        """The first seed, apart from those of all other groups."""
 
     @property
     def classes(self) -> int:

@@ -9,7 +9,7 @@ Similarity, style and place are judged by networks that took part in no other tr
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,8 @@ BUDGETS: dict[int, int | None] = {1: None, 10: 24, 50: 12}
 SWEPT = {1: 8, 10: 8, 50: 3}  # concepts on which a rate is chosen, of other seeds
 OWN_FACTORS = (1 / 3, 1.0, 3.0)  # of our own tuning rates, in the same sweep
 
+#: Pictures -> what is said of each
+Network = Callable[[Tensor], Tensor]
 #: By measure, values [concepts, pictures]
 Values = dict[str, Tensor]
 
@@ -107,23 +109,24 @@ class Judges:
 
     def __init__(self) -> None:
         judge = thing_judge(derived.stage_or_shipped("things_judge", THINGS_JUDGE))
-        self.likeness = {SEEN: judge, UNSEEN: judge, PEOPLE: evaluators()[0]}
-        self.kinds = {SEEN: judge.kinds, UNSEEN: judge.kinds, PEOPLE: _unknown}
-        self.of_faces = evaluators()[1]  # shown beside it, to say why there is another
+        recogniser, self.of_faces = evaluators()
+        self.embed: dict[str, Network] = {SEEN: judge.embed, UNSEEN: judge.embed, PEOPLE: recogniser.embed}
+        self.kinds: dict[str, Network] = {SEEN: judge.kinds, UNSEEN: judge.kinds, PEOPLE: _unknown}
+        # The scorer of faces is shown beside it, to say why there is another.
         self.scorer = things_scorer(derived.stage_or_shipped("things_scorer", THINGS_SCORER))
 
     @torch.no_grad()
     def values(self, chunk: Chunk, pictures: Tensor) -> Values:
         """What they say of pictures [n, prompts, 3, H, W] of a chunk."""
         shape, flat = pictures.shape[:2], pictures.flatten(0, 1)
-        net = self.likeness[chunk.group]
-        references = net.embed(chunk.pictures)
+        embed = self.embed[chunk.group]
+        references = embed(chunk.pictures)
         nouns = torch.tensor([CLASSES.index(noun) if noun in CLASSES else -1 for noun in chunk.nouns])
         style, place = (said.argmax(1).unflatten(0, shape) for said in self.scorer(flat))
         asked = [torch.tensor([named.index(a) for a in those]) for named, those in _ASKED]
         right = [(said == wanted).float() for said, wanted in zip((style, place), asked, strict=True)]
         return {
-            SIMILARITY: (net.embed(flat).unflatten(0, shape) * references[:, None]).sum(2),
+            SIMILARITY: (embed(flat).unflatten(0, shape) * references[:, None]).sum(2),
             PROMPT: (right[0] + right[1]) / 2,
             STYLE: right[0],
             PLACE: right[1],
@@ -143,10 +146,10 @@ class Judges:
         found = []
         for group, members in GROUPS.items():
             mine = [n for n, chunk in enumerate(of) if chunk.group == group]
-            net, further = self.likeness[group], members.classes if alike else 1
-            references = torch.cat([net.embed(of[n].pictures) for n in mine])
+            embed, further = self.embed[group], members.classes if alike else 1
+            references = torch.cat([embed(of[n].pictures) for n in mine])
             drawn = torch.cat([truths[n] for n in mine])
-            seen = net.embed(drawn.flatten(0, 1)).unflatten(0, drawn.shape[:2])
+            seen = embed(drawn.flatten(0, 1)).unflatten(0, drawn.shape[:2])
             similarity = (seen * references.roll(-further, 0)[:, None]).sum(2)
             found.append(similarity if further % len(references) else torch.full_like(similarity, torch.nan))
         return torch.cat(found)
