@@ -48,7 +48,7 @@ from ...tools.common import CACHE, ROOT
 from ..files import models
 from ..files.weights import CHECKPOINT, CLIP_VISION
 from ..plan import IMAGE_SIZE
-from .concept_set import PROMPTS, Asked, Chunk
+from .concept_set import PROMPTS, Asked, ConceptChunk
 from .study import CFG
 
 STEPS = 20  # of DDIM
@@ -106,7 +106,7 @@ class Concepts(NamedTuple):
 
     @classmethod
     def read(cls, path: Path) -> Concepts:
-        """What `write` has kept, in 32 bit."""
+        """Reads what `write` has kept, in 32 bit."""
         tensors, metadata = read_tensors(path)
         ids = tensors.pop("word_ids")
         whole = {name: tensor.float() for name, tensor in tensors.items()}
@@ -118,7 +118,7 @@ class Concepts(NamedTuple):
 
 
 class Start(Protocol):
-    """What concepts are before they are tuned."""
+    """A start says what concepts are before they are tuned."""
 
     @property
     def key(self) -> str:
@@ -126,9 +126,9 @@ class Start(Protocol):
 
     @property
     def argument(self) -> str:
-        """What `started` makes it of again."""
+        """The word that `started` makes it of again."""
 
-    def make(self, frozen: Frozen, chunk: Chunk) -> list[Concept]:
+    def make(self, frozen: Frozen, chunk: ConceptChunk) -> list[Concept]:
         """The concepts of a chunk, untuned."""
 
 
@@ -153,7 +153,7 @@ class FromEncoder:
         nothing = torch.empty(0)
         return Tuning.of(Concept(nothing, nothing, "", 0, {}, float(about.get("blend", 0.25)), about))
 
-    def make(self, frozen: Frozen, chunk: Chunk) -> list[Concept]:
+    def make(self, frozen: Frozen, chunk: ConceptChunk) -> list[Concept]:
         network, words, about = read_concept_encoder(self.file)
         size, known = int(about.get("size", IMAGE_SIZE)), {k: about[k] for k in KEPT if k in about}
         return [predict_concept(network, words, frozen, p, size, self.tuning.blend, known) for p in chunk.pictures]
@@ -173,7 +173,7 @@ class FromWord:
     def argument(self) -> str:
         return str(self.rank)
 
-    def make(self, frozen: Frozen, chunk: Chunk) -> list[Concept]:
+    def make(self, frozen: Frozen, chunk: ConceptChunk) -> list[Concept]:
         tables, made = word_tables(frozen.text), []
         for noun, seed in zip(chunk.nouns, chunk.seeds, strict=True):
             token, numbers = token_of(frozen.text, noun), torch.Generator().manual_seed(seed)
@@ -405,45 +405,45 @@ def _place(*parts: object) -> Path:
 
 
 @dataclass(frozen=True)
-class Tuned:
+class TunedConcepts:
     """Concepts of one beginning, tuned in one way, for some number of steps. tuning.steps is not read."""
 
     start: Start
     tuning: Tuning
     step: int
 
-    def place(self, base: Path, chunk: Chunk) -> Path:
-        """Where the concepts of a chunk are kept."""
+    def place(self, base: Path, chunk: ConceptChunk) -> Path:
+        """The file of a chunk's concepts."""
         return _place(*self._key(base, chunk), self.step).with_suffix(".concepts.safetensors")
 
-    def state(self, base: Path, chunk: Chunk) -> Path:
-        """Where a tuning that is under way is kept."""
+    def state(self, base: Path, chunk: ConceptChunk) -> Path:
+        """The file of a tuning that is under way."""
         return _place(*self._key(base, chunk)).with_suffix(".state")
 
-    def _key(self, base: Path, chunk: Chunk) -> tuple[object, ...]:
+    def _key(self, base: Path, chunk: ConceptChunk) -> tuple[object, ...]:
         # What nothing is tuned by does not count
         settings = sorted(asdict(replace(self.tuning, steps=0)).items()) if self.step else ()
         return "tuned", base_key(base), self.start.key, settings, chunk
 
 
 @dataclass(frozen=True)
-class Drawn:
+class DrawnConcepts:
     """Pictures of tuned concepts at a blend."""
 
-    tuned: Tuned
+    tuned: TunedConcepts
     blend: float
 
-    def place(self, base: Path, chunk: Chunk) -> Path:
-        """Where the pictures of a chunk are kept."""
+    def place(self, base: Path, chunk: ConceptChunk) -> Path:
+        """The file of a chunk's pictures."""
         name = self.tuned.place(base, chunk).name
         return _place("drawn", name, self.blend, STEPS, CFG, PROMPTS).with_suffix(".pictures.safetensors")
 
-    def pictures(self, base: Path, chunk: Chunk) -> Tensor:
-        """What was drawn of a chunk, [n, prompts, 3, H, W] in [0, 1]."""
+    def pictures(self, base: Path, chunk: ConceptChunk) -> Tensor:
+        """The pictures that were drawn of a chunk, [n, prompts, 3, H, W] in [0, 1]."""
         return read_tensors(self.place(base, chunk))[0]["pictures"].float() / 255
 
 
-def make_tuned(maker: Maker, base: Path, tuned: Sequence[Tuned], chunk: Chunk) -> None:
+def make_tuned(maker: Maker, base: Path, tuned: Sequence[TunedConcepts], chunk: ConceptChunk) -> None:
     """Tune a chunk as far as each of `tuned` says, which differ in their steps alone; what is there stays."""
     missing = {one.step: one for one in tuned if not one.place(base, chunk).exists()}
     if not missing:
@@ -459,7 +459,7 @@ def make_tuned(maker: Maker, base: Path, tuned: Sequence[Tuned], chunk: Chunk) -
         concepts.write(place)
 
 
-def make_drawn(maker: Maker, base: Path, drawn: Drawn, chunk: Chunk) -> None:
+def make_drawn(maker: Maker, base: Path, drawn: DrawnConcepts, chunk: ConceptChunk) -> None:
     """Draw a chunk of concepts that were tuned before, unless it is there."""
     place = drawn.place(base, chunk)
     if place.exists():

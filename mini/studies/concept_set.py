@@ -57,7 +57,7 @@ class Group(Protocol):
 
     @property
     def classes(self) -> int:
-        """How many classes take turns."""
+        """The number of classes that take turns."""
 
     def noun(self, number: int) -> str:
         """The name of its class."""
@@ -66,7 +66,7 @@ class Group(Protocol):
         """The one photo of it, [3, size, size] in [0, 1]."""
 
     def truth(self, number: int, asked: Asked, seed: int) -> Tensor:
-        """The same thing or person, drawn by the world itself in a style and place: [3, size, size] in [0, 1]."""
+        """Draws the same thing or person by the world itself, in a style and place: [3, size, size] in [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ GROUPS: dict[str, Group] = {
 
 
 @dataclass(frozen=True)
-class Chunk:
+class ConceptChunk:
     """Some concepts of one group, by their numbers."""
 
     group: str
@@ -154,7 +154,7 @@ class Chunk:
         return torch.stack([GROUPS[self.group].picture(number) for number in self.numbers])
 
     def truth(self) -> Tensor:
-        """What a perfect method would draw under the prompts, [n, prompts, 3, size, size]."""
+        """Draws what a perfect method would draw under the prompts, [n, prompts, 3, size, size]."""
         of_group = GROUPS[self.group]
         return torch.stack(
             [
@@ -179,10 +179,10 @@ def parts(count: int) -> dict[str, int]:
     return out
 
 
-def chunks(count: int, first: int = 0) -> list[Chunk]:
+def chunks(count: int, first: int = 0) -> list[ConceptChunk]:
     """The first `count` concepts, or those from number `first` of each group on, group by group."""
     return [
-        Chunk(group, tuple(range(begin, min(begin + CHUNK, first + size))))
+        ConceptChunk(group, tuple(range(begin, min(begin + CHUNK, first + size))))
         for group, size in parts(count).items()
         for begin in range(first, first + size, CHUNK)
     ]

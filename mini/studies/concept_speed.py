@@ -29,7 +29,7 @@ from ...sdxl.cpu_attention import cpu_attention
 from ...tools.common import Problem
 from . import concept_making
 from .concept_making import Maker, Start, base_key, code, started
-from .concept_set import SEEN, Chunk
+from .concept_set import SEEN, ConceptChunk
 
 REPEATS = 3
 STEPS = 12  # of tuning, in one measurement
@@ -54,7 +54,7 @@ def measure(base: Path, start: Start, tuning: Tuning, repeats: int = REPEATS, st
     """Measure in this process, by the one thread of the caller."""
     maker = Maker(base)
     maker.close()
-    loaded, chunk = _peak(), Chunk(SEEN, (0,))
+    loaded, chunk = _peak(), ConceptChunk(SEEN, (0,))
     picture, made = chunk.pictures[0], list[Concept]()
     predict = _seconds(lambda: made.append(start.make(maker.frozen, chunk)[0]), repeats)
     predicted, settings = _peak(), replace(tuning, steps=steps)
@@ -64,7 +64,7 @@ def measure(base: Path, start: Start, tuning: Tuning, repeats: int = REPEATS, st
 
 
 def of(base: Path, start: Start, tuning: Tuning) -> Speed:
-    """What `measure` finds in a process of its own; kept, since the baselines' steps follow from it."""
+    """Gives what `measure` finds in a process of its own; kept, since the baselines' steps follow from it."""
     settings = json.dumps(asdict(tuning), sort_keys=True)
     key = repr((code(), base_key(base), start.key, settings, STEPS, REPEATS))
     place = concept_making.STORE / f"speed-{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"

@@ -32,16 +32,16 @@ from . import concept_speed
 from .concept_making import (
     STEPS,
     Concepts,
-    Drawn,
+    DrawnConcepts,
     FromEncoder,
     FromWord,
     Maker,
     Start,
-    Tuned,
+    TunedConcepts,
     make_drawn,
     make_tuned,
 )
-from .concept_set import FACE, GROUPS, PEOPLE, PROMPTS, SEEN, SWEPT_FROM, UNSEEN, Chunk, chunks
+from .concept_set import FACE, GROUPS, PEOPLE, PROMPTS, SEEN, SWEPT_FROM, UNSEEN, ConceptChunk, chunks
 from .concept_speed import Speed
 from .study import CFG, Figures, pyplot, render, save_figure, to_image, write_page
 
@@ -104,7 +104,7 @@ def baselines(rank: int) -> dict[str, Baseline]:
 # --- judges
 
 
-class Judges:
+class ConceptJudges:
     """The networks that measure: likeness by group of concepts, style and place of all."""
 
     def __init__(self) -> None:
@@ -116,8 +116,8 @@ class Judges:
         self.scorer = things_scorer(derived.stage_or_shipped("things_scorer", THINGS_SCORER))
 
     @torch.no_grad()
-    def values(self, chunk: Chunk, pictures: Tensor) -> Values:
-        """What they say of pictures [n, prompts, 3, H, W] of a chunk."""
+    def values(self, chunk: ConceptChunk, pictures: Tensor) -> Values:
+        """Gives what they say of pictures [n, prompts, 3, H, W] of a chunk."""
         shape, flat = pictures.shape[:2], pictures.flatten(0, 1)
         embed = self.embed[chunk.group]
         references = embed(chunk.pictures)
@@ -135,12 +135,12 @@ class Judges:
 
     @torch.no_grad()
     def named_by_the_scorer_of_faces(self, pictures: Tensor) -> Tensor:
-        """Whether the scorer that was trained on faces alone names the style of pictures [n, prompts, 3, H, W]."""
+        """Says whether the scorer that was trained on faces alone names the style of pictures [n, prompts, 3, H, W]."""
         said = self.of_faces(pictures.flatten(0, 1))[0].argmax(1).unflatten(0, pictures.shape[:2])
         return (said == torch.tensor([STYLES.index(asked.style) for asked in PROMPTS])).float()
 
     @torch.no_grad()
-    def strangers(self, of: Sequence[Chunk], truths: Sequence[Tensor], alike: bool) -> Tensor:
+    def strangers(self, of: Sequence[ConceptChunk], truths: Sequence[Tensor], alike: bool) -> Tensor:
         """The similarity of the drawn truth to another concept of its group, [concepts, prompts]: one of the same class
         where `alike`, else the next. NaN where there is no other."""
         found = []
@@ -195,7 +195,7 @@ class Bench:
 
     base: Path
     part: tuple[int, int] = (0, 1)
-    judges: Judges = field(default_factory=Judges)
+    judges: ConceptJudges = field(default_factory=ConceptJudges)
     _maker: Maker | None = None
 
     @property
@@ -204,15 +204,15 @@ class Bench:
         self._maker = self._maker or Maker(self.base)
         return self._maker
 
-    def make(self, what: str, drawn: Sequence[Drawn], of: Sequence[Chunk]) -> None:
+    def make(self, what: str, drawn: Sequence[DrawnConcepts], of: Sequence[ConceptChunk]) -> None:
         """Tune and draw what is not in the cache. what: for the lines of progress."""
-        by_tuning: dict[tuple[object, ...], list[Drawn]] = {}
+        by_tuning: dict[tuple[object, ...], list[DrawnConcepts]] = {}
         for one in drawn:
             key = (one.tuned.start.key, replace(one.tuned.tuning, steps=0))
             by_tuning.setdefault(key, []).append(one)
         units = [(those, chunk) for those in by_tuning.values() for chunk in of]
 
-        def missing(unit: tuple[list[Drawn], Chunk]) -> bool:
+        def missing(unit: tuple[list[DrawnConcepts], ConceptChunk]) -> bool:
             return not all(one.place(self.base, unit[1]).exists() for one in unit[0])
 
         left = [unit for unit in units if missing(unit)]
@@ -228,8 +228,8 @@ class Bench:
                 make_drawn(self.maker, self.base, one, chunk)
             say(f"{what}: {number} of {len(left)} chunks made in {watch.seconds:.0f} s ({chunk.group})")
 
-    def values(self, runs: Sequence[Drawn], of: Sequence[Chunk]) -> Values:
-        """What the judges say of what was made, the runs beside each other."""
+    def values(self, runs: Sequence[DrawnConcepts], of: Sequence[ConceptChunk]) -> Values:
+        """Gives what the judges say of what was made, the runs beside each other."""
         parts = [joined([self.judges.values(chunk, run.pictures(self.base, chunk)) for chunk in of], 0) for run in runs]
         return joined(parts, 1)
 
@@ -252,23 +252,32 @@ def parse(chosen: Sequence[str]) -> dict[str, list[FromEncoder]]:
     return runs
 
 
-def arms_of(files: Mapping[str, Sequence[FromEncoder]], steps: Sequence[int]) -> dict[str, dict[int, list[Drawn]]]:
-    """By arm and tuning steps, the runs; the main one's with one path behind the others."""
+def arms_of(
+    files: Mapping[str, Sequence[FromEncoder]], steps: Sequence[int]
+) -> dict[str, dict[int, list[DrawnConcepts]]]:
+    """Lists the runs by arm and tuning steps; the main one's with one path behind the others."""
     arms = {
-        name: {step: [Drawn(Tuned(s, s.tuning, step), s.tuning.blend) for s in starts] for step in steps}
+        name: {
+            step: [DrawnConcepts(TunedConcepts(s, s.tuning, step), s.tuning.blend) for s in starts] for step in steps
+        }
         for name, starts in files.items()
     }
     main = next(iter(files.values()))
-    arms[ONE_PATH] = {step: [Drawn(Tuned(s, replace(s.tuning, blend=1.0), step), 1.0) for s in main] for step in steps}
+    arms[ONE_PATH] = {
+        step: [DrawnConcepts(TunedConcepts(s, replace(s.tuning, blend=1.0), step), 1.0) for s in main] for step in steps
+    }
     return arms
 
 
-def blends_of(main: Sequence[FromEncoder], step: int) -> dict[float, list[Drawn]]:
-    """By blend of the drawing, the main arm's runs, tuned with one path."""
-    return {blend: [Drawn(Tuned(s, replace(s.tuning, blend=1.0), step), blend) for s in main] for blend in BLENDS}
+def blends_of(main: Sequence[FromEncoder], step: int) -> dict[float, list[DrawnConcepts]]:
+    """Lists the main arm's runs by blend of the drawing, tuned with one path."""
+    return {
+        blend: [DrawnConcepts(TunedConcepts(s, replace(s.tuning, blend=1.0), step), blend) for s in main]
+        for blend in BLENDS
+    }
 
 
-def groups_of(of: Sequence[Chunk]) -> list[str]:
+def groups_of(of: Sequence[ConceptChunk]) -> list[str]:
     """The group of each concept."""
     return [chunk.group for chunk in of for _ in chunk.numbers]
 
@@ -277,24 +286,24 @@ def groups_of(of: Sequence[Chunk]) -> list[str]:
 
 
 def score(values: Values) -> float:
-    """What a rate is chosen by: the mean of similarity and prompt."""
+    """A rate is chosen by this: the mean of similarity and prompt."""
     return float((values[SIMILARITY] + values[PROMPT]).mean() / 2)
 
 
-def sweep(bench: Bench, what: str, settings: Mapping[str, Drawn], count: int) -> dict[str, float]:
+def sweep(bench: Bench, what: str, settings: Mapping[str, DrawnConcepts], count: int) -> dict[str, float]:
     """The score of each setting, on `count` concepts that take part in nothing else."""
     of = chunks(count, SWEPT_FROM)
     bench.make(what, list(settings.values()), of)
     return {name: score(bench.values([drawn], of)) for name, drawn in settings.items()}
 
 
-def drawn_of(baseline: Baseline, rate: float, batch: int, steps: int) -> Drawn:
-    """What a baseline draws after so many steps."""
-    return Drawn(Tuned(baseline.start, baseline.tuning(rate, batch), steps), 1.0)
+def drawn_of(baseline: Baseline, rate: float, batch: int, steps: int) -> DrawnConcepts:
+    """Says what a baseline draws after so many steps."""
+    return DrawnConcepts(TunedConcepts(baseline.start, baseline.tuning(rate, batch), steps), 1.0)
 
 
 def steps_of(budget: int, ours: Speed, theirs: Speed) -> int:
-    """How many tuning steps of another take `budget` times our time, with the prediction and the usual steps."""
+    """Counts the tuning steps of another that take `budget` times our time, with the prediction and the usual steps."""
     return max(1, round((budget * ours.seconds(USUAL) - theirs.predict) / theirs.step))
 
 
@@ -331,8 +340,8 @@ def compare(
     if not BUDGETS:
         return {}, sweeps, speeds
     own = {
-        f"{factor:g} x its own": Drawn(
-            Tuned(
+        f"{factor:g} x its own": DrawnConcepts(
+            TunedConcepts(
                 first,
                 replace(
                     first.tuning,
@@ -360,7 +369,7 @@ def compare(
             rate, steps = best(found[name][budget]), steps_of(budget, speeds[OURS], speeds[name])
             drawn = drawn_of(known[name], float(rate), batch, steps)
             bench.make(f"{name}, {budget} times the time", [drawn], of)
-            ours = [Drawn(Tuned(s, s.tuning, step), s.tuning.blend) for s in main]
+            ours = [DrawnConcepts(TunedConcepts(s, s.tuning, step), s.tuning.blend) for s in main]
             bench.make(f"{OURS} beside it", ours, of)
             values, groups = [bench.values(runs, of) for runs in ([drawn], ours)], groups_of(of)
             results[name][str(budget)] = {
@@ -378,8 +387,8 @@ def compare(
 # --- words
 
 
-def words_of(bench: Bench, runs: Sequence[Drawn], of: Sequence[Chunk]) -> dict[str, Figures]:
-    """By group, how often the hard word is the class's name, and the cosine of the soft word to that name."""
+def words_of(bench: Bench, runs: Sequence[DrawnConcepts], of: Sequence[ConceptChunk]) -> dict[str, Figures]:
+    """Measures by group how often the hard word is the class's name, and the cosine of the soft word to that name."""
     text = bench.maker.frozen.text
     rows = {}
     for noun in dict.fromkeys(noun for chunk in of for noun in chunk.nouns):
@@ -406,7 +415,7 @@ def above(one: Interval, other: Interval) -> bool:
 
 
 def verdict(compared: Mapping[str, Any], arm: Mapping[str, Figures], speeds: Mapping[str, Speed]) -> list[str]:
-    """What the figures say of the aim: above both baselines at equal time, in likeness and in following the prompt."""
+    """Puts into words what the figures say of the aim: above both baselines at equal time, in likeness and in following the prompt."""
     keys = [f"{measure}, {ALL}" for measure in (SIMILARITY, PROMPT)]
     said, met = [], []
     for name, budgets in compared.items():
@@ -493,7 +502,9 @@ def curves(found: Mapping[str, Any], path: Path) -> None:
     save_figure(figure, path)
 
 
-def sheet(bench: Bench, arms: Mapping[str, Mapping[str, Drawn]], of: Sequence[Chunk], path: Path) -> None:
+def sheet(
+    bench: Bench, arms: Mapping[str, Mapping[str, DrawnConcepts]], of: Sequence[ConceptChunk], path: Path
+) -> None:
     """A row an arm and number of steps: the first concept of each group, its photo, and what was drawn of it."""
     firsts = [next(chunk for chunk in of if chunk.group == group) for group in GROUPS]
     headings = ["photo", *(a.style for a in PROMPTS)] * len(firsts)
@@ -555,9 +566,9 @@ def evaluate(
 
 def summary(
     bench: Bench,
-    of: Sequence[Chunk],
-    arms: Mapping[str, Mapping[int, Sequence[Drawn]]],
-    blends: Mapping[float, Sequence[Drawn]],
+    of: Sequence[ConceptChunk],
+    arms: Mapping[str, Mapping[int, Sequence[DrawnConcepts]]],
+    blends: Mapping[float, Sequence[DrawnConcepts]],
     step: int,
 ) -> dict[str, Any]:
     """The figures of arms and blends, with ceiling, chance and paired differences."""

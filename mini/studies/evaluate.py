@@ -25,7 +25,7 @@ FEWEST_CONCEPTS = 6  # of these a study is tried with
 
 @dataclass(frozen=True)
 class ConceptOptions:
-    """What the study of concepts is given beside its files (`concepts.evaluate`). tuning_steps: numbers with commas
+    """The study of concepts is given these beside its files (`concepts.evaluate`). tuning_steps: numbers with commas
     between."""
 
     tuning_steps: str | None = None

@@ -16,8 +16,15 @@ from lcm_lookahead.mini.drawn_people import model_folder
 from lcm_lookahead.mini.plan import WEIGHTS
 from lcm_lookahead.mini.stages.networks import StyleScorer, ThingJudge
 from lcm_lookahead.mini.studies import concept_making, concepts
-from lcm_lookahead.mini.studies.concept_making import Concepts, Drawn, FromEncoder, FromWord, Maker, Tuned
-from lcm_lookahead.mini.studies.concept_set import PEOPLE, PROMPTS, SEEN, SWEPT_FROM, UNSEEN, Chunk, chunks
+from lcm_lookahead.mini.studies.concept_making import (
+    Concepts,
+    DrawnConcepts,
+    FromEncoder,
+    FromWord,
+    Maker,
+    TunedConcepts,
+)
+from lcm_lookahead.mini.studies.concept_set import PEOPLE, PROMPTS, SEEN, SWEPT_FROM, UNSEEN, ConceptChunk, chunks
 from lcm_lookahead.mini.studies.concept_speed import Speed
 from lcm_lookahead.mini.studies.evaluate import ConceptOptions
 from lcm_lookahead.mini.studies.evaluate import evaluate as study
@@ -30,7 +37,7 @@ from lcm_lookahead.tools.common import Problem
 from tensors import relative
 
 TUNING = Tuning(2, 2, 3e-3, 0.05, 0.4)
-PAIR = Chunk(SEEN, (0, 1))
+PAIR = ConceptChunk(SEEN, (0, 1))
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +108,7 @@ def test_concepts_drawn_together_are_each_drawn_as_the_pipeline_does(maker, blen
 
 
 def test_a_tuning_that_was_stopped_goes_on_with_the_same_bits(maker, monkeypatch, tmp_path):
-    begun, chunk = FromWord(1), Chunk(PEOPLE, (0,))
+    begun, chunk = FromWord(1), ConceptChunk(PEOPLE, (0,))
     start, tuning = Concepts.stacked(begun.make(maker.frozen, chunk)), Tuning(batch=1, blend=1.0, offset_rate=0.01)
     whole = dict(maker.tune(start, chunk.pictures, tuning, (1, 3)))
     monkeypatch.setattr(concept_making, "SAVE_SECONDS", -1)
@@ -149,12 +156,12 @@ def test_a_larger_study_begins_with_the_concepts_of_a_smaller_one_in_the_same_sh
 
 
 def test_things_are_of_their_group_s_classes_in_turn_and_a_picture_is_a_function_of_its_number():
-    assert Chunk(SEEN, tuple(range(8))).nouns == CLASSES[:8] and Chunk(UNSEEN, (0, 1, 2)).nouns == (
+    assert ConceptChunk(SEEN, tuple(range(8))).nouns == CLASSES[:8] and ConceptChunk(UNSEEN, (0, 1, 2)).nouns == (
         *CLASSES[8:],
         "clock",
     )
     for group in (SEEN, PEOPLE):
-        several, one = Chunk(group, (3, 4)), Chunk(group, (4,))
+        several, one = ConceptChunk(group, (3, 4)), ConceptChunk(group, (4,))
         assert torch.equal(several.pictures[1], one.pictures[0]) and torch.equal(several.noise()[1], one.noise()[0])
         assert torch.equal(several.truth()[1], one.truth()[0])
         assert not torch.equal(several.noise()[0], several.noise()[1])
@@ -163,7 +170,7 @@ def test_things_are_of_their_group_s_classes_in_turn_and_a_picture_is_a_function
 # --- the cache
 
 
-ARM = Drawn(Tuned(FromWord(2), TUNING, 5), 0.4)
+ARM = DrawnConcepts(TunedConcepts(FromWord(2), TUNING, 5), 0.4)
 
 
 @pytest.fixture
@@ -180,14 +187,14 @@ def test_all_that_pictures_depend_on_is_in_their_name(base):
         replace(ARM, tuned=replace(ARM.tuned, tuning=replace(TUNING, offset_rate=0.5))),
     ]
     places = [one.place(base, PAIR) for one in (ARM, *others)]
-    places += [ARM.place(base, Chunk(SEEN, (0,))), ARM.place(base / "other", PAIR)]
+    places += [ARM.place(base, ConceptChunk(SEEN, (0,))), ARM.place(base / "other", PAIR)]
     assert len(set(places)) == 7
     same = replace(ARM, tuned=replace(ARM.tuned, tuning=replace(TUNING, steps=9)))  # which nothing reads
     assert same.place(base, PAIR) == places[0]
 
 
 def test_untuned_concepts_are_the_same_whatever_they_would_be_tuned_by(base):
-    untuned = [Tuned(FromWord(2), t, 0) for t in (TUNING, replace(TUNING, blend=1.0))]
+    untuned = [TunedConcepts(FromWord(2), t, 0) for t in (TUNING, replace(TUNING, blend=1.0))]
     assert untuned[0].place(base, PAIR) == untuned[1].place(base, PAIR)
 
 
@@ -235,7 +242,7 @@ def test_what_is_there_is_not_made_again_and_each_process_begins_with_its_part(b
 
 @pytest.fixture
 def judges():
-    made = object.__new__(concepts.Judges)
+    made = object.__new__(concepts.ConceptJudges)
     judge = ThingJudge().eval()
     made.embed, made.kinds = {SEEN: judge.embed}, {SEEN: judge.kinds}
     made.scorer = made.of_faces = StyleScorer().eval()
@@ -252,7 +259,7 @@ def test_a_picture_of_the_concept_itself_is_as_similar_as_can_be(judges):
 
 def test_strangers_are_others_of_the_group_and_of_the_class_where_they_are_to_be(judges, monkeypatch):
     monkeypatch.setattr(concepts, "GROUPS", {SEEN: concepts.GROUPS[SEEN]})
-    of = [Chunk(SEEN, tuple(range(8))), Chunk(SEEN, tuple(range(8, 16)))]
+    of = [ConceptChunk(SEEN, tuple(range(8))), ConceptChunk(SEEN, tuple(range(8, 16)))]
     pictures = torch.cat([chunk.pictures for chunk in of])
     embedded = judges.embed[SEEN](pictures)
     truths = [chunk.pictures[:, None] for chunk in of]
