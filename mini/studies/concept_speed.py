@@ -96,10 +96,10 @@ def _peak() -> float:
 
 def main(base: str, start: str, settings: str, repeats: str) -> None:
     """Print what `measure` finds."""
-    torch.set_num_threads(1)
-    found = measure(Path(base), started(start), Tuning(**json.loads(settings)), int(repeats))
+    found = measure(Path(base), started(start), Tuning(**json.loads(settings)), int(repeats), STEPS)
     print(json.dumps(found._asdict()))
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     main(*sys.argv[1:])

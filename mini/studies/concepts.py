@@ -415,7 +415,7 @@ def above(one: Interval, other: Interval) -> bool:
 
 
 def verdict(compared: Mapping[str, Any], arm: Mapping[str, Figures], speeds: Mapping[str, Speed]) -> list[str]:
-    """Puts into words what the figures say of the aim: above both baselines at equal time, in likeness and in following the prompt."""
+    """Puts into words what the figures say of the aim: above both baselines at equal time, in both measures."""
     keys = [f"{measure}, {ALL}" for measure in (SIMILARITY, PROMPT)]
     said, met = [], []
     for name, budgets in compared.items():

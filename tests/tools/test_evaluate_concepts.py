@@ -15,7 +15,7 @@ from lcm_lookahead.lookahead.method.concept_tuning import Tuning
 from lcm_lookahead.mini.drawn_people import model_folder
 from lcm_lookahead.mini.plan import WEIGHTS
 from lcm_lookahead.mini.stages.networks import StyleScorer, ThingJudge
-from lcm_lookahead.mini.studies import concept_making, concepts
+from lcm_lookahead.mini.studies import concept_making, concept_speed, concepts
 from lcm_lookahead.mini.studies.concept_making import (
     Concepts,
     DrawnConcepts,
@@ -408,3 +408,15 @@ def read(value):
     if isinstance(value, list):
         return Interval(*value) if len(value) == 3 and not isinstance(value[0], str) else value
     return {name: read(part) for name, part in value.items()} if isinstance(value, dict) else value
+
+
+def test_seconds_and_memory_are_measured_of_one_concept_alone(monkeypatch, capsys):
+    monkeypatch.setattr(concept_speed, "STEPS", 1)
+    settings = json.dumps({"batch": 1, "blend": 1.0, "word_weight": 0.0})
+    concept_speed.main(str(WEIGHTS), FromWord().argument, settings, "1")
+    found = Speed(**json.loads(capsys.readouterr().out.splitlines()[-1]))
+    assert found.step > found.predict > 0 and 0 < found.loaded_gb <= found.predict_gb <= found.tune_gb < 20
+    assert (
+        concept_making.started("4") == FromWord(4)
+        and concept_making.started("a.safetensors").argument == "a.safetensors"
+    )
