@@ -70,7 +70,10 @@ def evaluate(
     ] = False,
     tuning_steps: Annotated[
         str | None,
-        typer.Option(help="With --concepts: tuning steps to draw at, commas between.", show_default="0,2,5,12,25"),
+        typer.Option(
+            help="With --concepts: tuning steps to draw at, commas between; FILE@0,12 for an arm.",
+            show_default="0,2,5,12,25",
+        ),
     ] = None,
     base: Annotated[
         Path | None,

@@ -9,6 +9,7 @@ Similarity, style and place are judged by networks that took part in no other tr
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -239,42 +240,65 @@ class Bench:
             self._maker.close()
 
 
-def parse(chosen: Sequence[str]) -> dict[str, list[FromEncoder]]:
-    """NAME=FILE in turn -> the runs of each name. Raises Problem for what is no file."""
-    runs: dict[str, list[FromEncoder]] = {}
+@dataclass(frozen=True)
+class EncoderArm:
+    """An arm has concept encoders, one a training seed, and tuning steps at which it is drawn."""
+
+    starts: tuple[FromEncoder, ...]
+    steps: tuple[int, ...]
+
+    def drawn(self, step: int, tuned: float | None = None, blend: float | None = None) -> list[DrawnConcepts]:
+        """The runs after so many steps, tuned and drawn at blends that are given, else at each file's own."""
+        runs = []
+        for start in self.starts:
+            own = start.tuning if tuned is None else replace(start.tuning, blend=tuned)
+            runs.append(DrawnConcepts(TunedConcepts(start, own, step), own.blend if blend is None else blend))
+        return runs
+
+
+def parse(chosen: Sequence[str], steps: Sequence[int] = TUNING_STEPS) -> dict[str, EncoderArm]:
+    """NAME=FILE or NAME=FILE@STEPS in turn -> the arm of each name. STEPS, as 0,12, are for the whole arm, in the place
+    of `steps`. All are drawn untuned, and after the main one's usual steps. Raises Problem for what is no file."""
+    arms: dict[str, EncoderArm] = {}
     for one in chosen:
-        name, equals, file = one.partition("=")
-        if not equals or not name or not Path(file).is_file():
-            raise Problem(f"--concepts got {one!r}: give NAME=FILE, with the concept encoder that a run has exported.")
-        runs.setdefault(name, []).append(FromEncoder(Path(file)))
-    if not runs:
+        name, equals, rest = one.partition("=")
+        own = re.fullmatch(r"(.*)@(\d+(?:,\d+)*)", rest)
+        file = Path(own[1] if own else rest)
+        if not equals or not name or not file.is_file():
+            raise Problem(
+                f"--concepts got {one!r}: give NAME=FILE or NAME=FILE@0,12, with the concept encoder of a run."
+            )
+        before = arms.get(name, EncoderArm((), tuple(steps)))
+        at = tuple(map(int, own[2].split(","))) if own else before.steps
+        arms[name] = EncoderArm((*before.starts, FromEncoder(file)), at)
+    if not arms:
         raise Problem("--concepts needs a concept encoder: give NAME=FILE, the main one first.")
-    return runs
+    usual = usual_step(next(iter(arms.values())))
+    return {name: replace(arm, steps=tuple(sorted({0, usual, *arm.steps}))) for name, arm in arms.items()}
 
 
-def arms_of(
-    files: Mapping[str, Sequence[FromEncoder]], steps: Sequence[int]
-) -> dict[str, dict[int, list[DrawnConcepts]]]:
+def usual_step(main: EncoderArm) -> int:
+    """The tuning steps at which arms are compared: the usual ones, else the most that the main arm has."""
+    return USUAL if USUAL in main.steps else max(main.steps)
+
+
+def arms_of(files: Mapping[str, EncoderArm]) -> dict[str, dict[int, list[DrawnConcepts]]]:
     """Lists the runs by arm and tuning steps; the main one's with one path behind the others."""
-    arms = {
-        name: {
-            step: [DrawnConcepts(TunedConcepts(s, s.tuning, step), s.tuning.blend) for s in starts] for step in steps
-        }
-        for name, starts in files.items()
-    }
+    arms = {name: {step: arm.drawn(step) for step in arm.steps} for name, arm in files.items()}
     main = next(iter(files.values()))
-    arms[ONE_PATH] = {
-        step: [DrawnConcepts(TunedConcepts(s, replace(s.tuning, blend=1.0), step), 1.0) for s in main] for step in steps
-    }
-    return arms
+    return arms | {ONE_PATH: {step: main.drawn(step, tuned=1.0) for step in main.steps}}
 
 
-def blends_of(main: Sequence[FromEncoder], step: int) -> dict[float, list[DrawnConcepts]]:
+def blends_of(main: EncoderArm, step: int) -> dict[float, list[DrawnConcepts]]:
     """Lists the main arm's runs by blend of the drawing, tuned with one path."""
-    return {
-        blend: [DrawnConcepts(TunedConcepts(s, replace(s.tuning, blend=1.0), step), blend) for s in main]
-        for blend in BLENDS
-    }
+    return {blend: main.drawn(step, tuned=1.0, blend=blend) for blend in BLENDS}
+
+
+def pairs_of(names: Sequence[str]) -> list[tuple[str, str]]:
+    """The arms that are compared: each with the main one, which is the first, and neighbours with each other."""
+    main, *others = names
+    trained = [name for name in others if name != ONE_PATH]
+    return [*((main, other) for other in others), *zip(trained, trained[1:], strict=False)]
 
 
 def groups_of(of: Sequence[ConceptChunk]) -> list[str]:
@@ -328,10 +352,11 @@ def best(scores: Mapping[str, float]) -> str:
 
 
 def compare(
-    bench: Bench, main: Sequence[FromEncoder], references: int, step: int
+    bench: Bench, main: EncoderArm, references: int, step: int
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Speed]]:
     """The baselines by name and budget, each with ours on the same concepts; the sweeps of rates; the speeds."""
-    first, network = main[0], read_concept_encoder(main[0].file)[0]
+    first = main.starts[0]
+    network = read_concept_encoder(first.file)[0]
     known = baselines(network.sizes.rank if network.names else 4)
     batch = first.tuning.batch
     speeds = {OURS: concept_speed.of(bench.base, first, first.tuning)}
@@ -369,7 +394,7 @@ def compare(
             rate, steps = best(found[name][budget]), steps_of(budget, speeds[OURS], speeds[name])
             drawn = drawn_of(known[name], float(rate), batch, steps)
             bench.make(f"{name}, {budget} times the time", [drawn], of)
-            ours = [DrawnConcepts(TunedConcepts(s, s.tuning, step), s.tuning.blend) for s in main]
+            ours = main.drawn(step)
             bench.make(f"{OURS} beside it", ours, of)
             values, groups = [bench.values(runs, of) for runs in ([drawn], ours)], groups_of(of)
             results[name][str(budget)] = {
@@ -533,13 +558,13 @@ def evaluate(
 ) -> None:
     """Tune, draw, measure and write concepts.md, .json, .png and .jpg into `out`.
 
-    trained: NAME=FILE in turn, the main one first; tuning_steps: at which everything is drawn; base: folder of the base
-    that draws things; part: see `Bench`.
+    trained: NAME=FILE or NAME=FILE@STEPS in turn, the main one first; tuning_steps: at which all others are drawn;
+    base: folder of the base that draws things; part: see `Bench`.
     """
-    files, steps = parse(trained), sorted({0, *tuning_steps})
+    files = parse(trained, tuning_steps)
     bench, of = Bench(base or derived.things_base(), part), chunks(references)
-    step = USUAL if USUAL in steps else steps[-1]
-    arms, main = arms_of(files, steps), next(iter(files.values()))
+    arms, main = arms_of(files), next(iter(files.values()))
+    step = usual_step(main)
     blends = blends_of(main, step)
     try:
         for name, by_step in arms.items():
@@ -548,7 +573,7 @@ def evaluate(
         compared, sweeps, speeds = compare(bench, main, references, step)
         found = summary(bench, of, arms, blends, step)
         found |= {
-            "files": {name: [start.file.name for start in starts] for name, starts in files.items()},
+            "files": {name: [start.file.name for start in arm.starts] for name, arm in files.items()},
             "references": references,
             "baselines": compared,
             "sweeps": sweeps,
@@ -581,7 +606,6 @@ def summary(
     }
     values = {name: {n: bench.values(runs, of) for n, runs in by_step.items()} for name, by_step in arms.items()}
     names = list(arms)
-    pairs = zip(names, names[1:], strict=False)
     return {
         "step": step,
         "steps": STEPS,
@@ -594,8 +618,9 @@ def summary(
         "gains": {
             name: {str(n): figures(minus(v, s[0]), groups) for n, v in s.items() if n} for name, s in values.items()
         },
-        "neighbours": {
-            f"{other} - {one}": figures(minus(values[other][step], values[one][step]), groups) for one, other in pairs
+        "pairs": {
+            f"{other} - {one}": figures(minus(values[other][step], values[one][step]), groups)
+            for one, other in pairs_of(names)
         },
         "blends": {f"{blend:g}": figures(bench.values(runs, of), groups) for blend, runs in blends.items()},
         "words": {name: words_of(bench, arms[name][0], of) for name in names if name != ONE_PATH},

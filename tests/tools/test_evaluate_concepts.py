@@ -335,9 +335,11 @@ def test_what_is_no_file_is_said(text):
 
 
 def test_arms_follow_their_files_and_the_main_one_has_one_path_too(encoder):
-    files = concepts.parse([f"a={encoder}", f"b={encoder}", f"a={encoder}"])
-    arms = concepts.arms_of(files, (0, 3))
+    files = concepts.parse([f"a={encoder}", f"b={encoder}@1", f"a={encoder}"], (3,))
+    arms = concepts.arms_of(files)
     assert [*arms] == ["a", "b", concepts.ONE_PATH] and [len(arms[name][3]) for name in arms] == [2, 1, 2]
+    assert [*arms["a"]] == [*arms[concepts.ONE_PATH]] == [0, 3] and [*arms["b"]] == [0, 1, 3]
+    assert concepts.pairs_of([*arms, "c"]) == [("a", "b"), ("a", concepts.ONE_PATH), ("a", "c"), ("b", "c")]
     (drawn,) = arms["b"][3]
     assert drawn.blend == drawn.tuned.tuning.blend == 0.4 and drawn.tuned.tuning.batch == 2
     assert all(one.blend == one.tuned.tuning.blend == 1 for one in arms[concepts.ONE_PATH][3])
@@ -381,7 +383,7 @@ def test_the_page_says_what_its_figures_say():
         "scorer_of_faces": of_arm,
         "arms": {"main": {"0": of_arm, "12": {**of_arm, f"similarity, {UNSEEN}": interval(0.875)}}},
         "gains": {"main": {"12": of_arm}},
-        "neighbours": {},
+        "pairs": {"other - main": of_arm},
         "blends": {"0.25": of_arm},
         "words": {"main": words},
         "words_tuned": {"main": words},
