@@ -79,6 +79,10 @@ def evaluate(
         Path | None,
         typer.Option(help="With --concepts: folder of the base.", show_default="that of `mini things`"),
     ] = None,
+    baselines: Annotated[
+        bool,
+        typer.Option("--baselines/--no-baselines", help="With --concepts: the ways without an encoder too, or not."),
+    ] = True,
     references: Annotated[
         int | None,
         typer.Option(
@@ -127,8 +131,8 @@ def evaluate(
     from .generate import asked_worker
 
     options = None
-    if concepts or tuning_steps is not None or base is not None:
-        options = ConceptOptions(tuning_steps, base, asked_worker(worker) if worker else (0, 1))
+    if concepts or tuning_steps is not None or base is not None or not baselines:
+        options = ConceptOptions(tuning_steps, base, asked_worker(worker) if worker else (0, 1), baselines)
     study(chosen[0] if chosen else "reference", out, references, given, first, options)
 
 

@@ -352,17 +352,24 @@ def best(scores: Mapping[str, float]) -> str:
 
 
 def compare(
-    bench: Bench, main: EncoderArm, references: int, step: int
+    bench: Bench,
+    files: Mapping[str, EncoderArm],
+    references: int,
+    step: int,
+    budgets: Mapping[int, int | None],
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Speed]]:
     """The baselines by name and budget, each with ours on the same concepts; the sweeps of rates; the speeds."""
+    main = next(iter(files.values()))
     first = main.starts[0]
     network = read_concept_encoder(first.file)[0]
     known = baselines(network.sizes.rank if network.names else 4)
     batch = first.tuning.batch
     speeds = {OURS: concept_speed.of(bench.base, first, first.tuning)}
+    for name, arm in list(files.items())[1:]:
+        speeds[name] = concept_speed.of(bench.base, arm.starts[0], arm.starts[0].tuning)
     speeds |= {name: concept_speed.of(bench.base, b.start, b.tuning(1e-3, batch)) for name, b in known.items()}
     sweeps: dict[str, Any] = {}
-    if not BUDGETS:
+    if not budgets:
         return {}, sweeps, speeds
     own = {
         f"{factor:g} x its own": DrawnConcepts(
@@ -380,16 +387,16 @@ def compare(
         for factor in OWN_FACTORS
     }
     sweeps[OURS] = {"1": sweep(bench, "our own rates", own, SWEPT[1])}
-    short = [budget for budget in BUDGETS if budget < 50]
+    short = [budget for budget in budgets if budget < 50]
     found = {name: rates(bench, name, b, short, batch, speeds) for name, b in known.items()}
     # The stronger of the two kinds of LoRA, over the budgets at which both were tried.
     lora = max((LORA, LORA_WORD), key=lambda name: sum(max(s.values()) for s in found[name].values()))
-    long = [budget for budget in BUDGETS if budget >= 50]
+    long = [budget for budget in budgets if budget >= 50]
     results: dict[str, Any] = {}
     for name in (INVERSION, lora):
         found[name] |= rates(bench, name, known[name], long, batch, speeds)
         results[name] = {}
-        for budget, count in BUDGETS.items():
+        for budget, count in budgets.items():
             of = chunks(min(references, count or references))
             rate, steps = best(found[name][budget]), steps_of(budget, speeds[OURS], speeds[name])
             drawn = drawn_of(known[name], float(rate), batch, steps)
@@ -555,11 +562,12 @@ def evaluate(
     tuning_steps: Sequence[int] = TUNING_STEPS,
     base: Path | None = None,
     part: tuple[int, int] = (0, 1),
+    with_baselines: bool = True,
 ) -> None:
     """Tune, draw, measure and write concepts.md, .json, .png and .jpg into `out`.
 
     trained: NAME=FILE or NAME=FILE@STEPS in turn, the main one first; tuning_steps: at which all others are drawn;
-    base: folder of the base that draws things; part: see `Bench`.
+    base: folder of the base that draws things; part: see `Bench`; with_baselines: else the page has the arms alone.
     """
     files = parse(trained, tuning_steps)
     bench, of = Bench(base or derived.things_base(), part), chunks(references)
@@ -570,7 +578,7 @@ def evaluate(
         for name, by_step in arms.items():
             bench.make(name, [run for runs in by_step.values() for run in runs], of)
         bench.make(BLENDED, [run for runs in blends.values() for run in runs], of)
-        compared, sweeps, speeds = compare(bench, main, references, step)
+        compared, sweeps, speeds = compare(bench, files, references, step, BUDGETS if with_baselines else {})
         found = summary(bench, of, arms, blends, step)
         found |= {
             "files": {name: [start.file.name for start in arm.starts] for name, arm in files.items()},

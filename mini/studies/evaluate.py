@@ -31,6 +31,7 @@ class ConceptOptions:
     tuning_steps: str | None = None
     base: Path | None = None
     part: tuple[int, int] = (0, 1)
+    baselines: bool = True
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -75,7 +76,7 @@ def evaluate(
     if references < fewest:
         raise Problem(f"--references is {references}, too few for figures with intervals: give at least {fewest}.")
     if concepts is not None and study != "concepts":
-        raise Problem("--tuning-steps and --base are for --concepts alone: leave them out.")
+        raise Problem("--tuning-steps, --base and --no-baselines are for --concepts alone: leave them out.")
     if first and (first < 0 or study != "encoders"):
         raise Problem(f"--first is {first}: give a number from 0, and only beside --encoders.")
     out.mkdir(parents=True, exist_ok=True)  # before hours of drawing, after which pictures and page are written
@@ -111,7 +112,7 @@ def evaluate(
         from . import concepts as of_concepts
 
         given = concepts or ConceptOptions()
-        of_concepts.evaluate(references, out, trained, given.steps, given.base, given.part)
+        of_concepts.evaluate(references, out, trained, given.steps, given.base, given.part, given.baselines)
     else:
         from . import reference
 
