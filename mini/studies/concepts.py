@@ -62,6 +62,8 @@ OWN_FACTORS = (1 / 3, 1.0, 3.0)  # of our own tuning rates, in the same sweep
 
 #: Pictures -> what is said of each
 Network = Callable[[Tensor], Tensor]
+#: By arm and what it is shown after, its pictures
+Shown = dict[str, dict[str, DrawnConcepts]]
 #: By measure, values [concepts, pictures]
 Values = dict[str, Tensor]
 
@@ -301,6 +303,11 @@ def pairs_of(names: Sequence[str]) -> list[tuple[str, str]]:
     return [*((main, other) for other in others), *zip(trained, trained[1:], strict=False)]
 
 
+def members_of(of: Sequence[ConceptChunk]) -> list[tuple[str, int]]:
+    """The group and number of each concept."""
+    return [(chunk.group, number) for chunk in of for number in chunk.numbers]
+
+
 def groups_of(of: Sequence[ConceptChunk]) -> list[str]:
     """The group of each concept."""
     return [chunk.group for chunk in of for _ in chunk.numbers]
@@ -357,8 +364,9 @@ def compare(
     references: int,
     step: int,
     budgets: Mapping[int, int | None],
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, Speed]]:
-    """The baselines by name and budget, each with ours on the same concepts; the sweeps of rates; the speeds."""
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Speed], Shown]:
+    """The baselines by name and budget, each with ours on the same concepts; the sweeps of rates; the speeds; what of
+    the baselines can be shown."""
     main = next(iter(files.values()))
     first = main.starts[0]
     network = read_concept_encoder(first.file)[0]
@@ -370,9 +378,9 @@ def compare(
     speeds |= {name: concept_speed.of(bench.base, b.start, b.tuning(1e-3, batch)) for name, b in known.items()}
     sweeps: dict[str, Any] = {}
     if not budgets:
-        return {}, sweeps, speeds
+        return {}, sweeps, speeds, {}
     own = {
-        f"{factor:g} x its own": DrawnConcepts(
+        f"{factor:.3g} x its own": DrawnConcepts(
             TunedConcepts(
                 first,
                 replace(
@@ -393,6 +401,9 @@ def compare(
     lora = max((LORA, LORA_WORD), key=lambda name: sum(max(s.values()) for s in found[name].values()))
     long = [budget for budget in budgets if budget >= 50]
     results: dict[str, Any] = {}
+    shown: Shown = {}
+    whole = chunks(references)
+    ours = bench.values(main.drawn(step), whole)
     for name in (INVERSION, lora):
         found[name] |= rates(bench, name, known[name], long, batch, speeds)
         results[name] = {}
@@ -401,9 +412,11 @@ def compare(
             rate, steps = best(found[name][budget]), steps_of(budget, speeds[OURS], speeds[name])
             drawn = drawn_of(known[name], float(rate), batch, steps)
             bench.make(f"{name}, {budget} times the time", [drawn], of)
-            ours = main.drawn(step)
-            bench.make(f"{OURS} beside it", ours, of)
-            values, groups = [bench.values(runs, of) for runs in ([drawn], ours)], groups_of(of)
+            if of == whole:
+                shown.setdefault(name, {})[f"{budget} x the time"] = drawn
+            chosen = torch.tensor([members_of(whole).index(member) for member in members_of(of)])
+            values = bench.values([drawn], of), {measure: of_all[chosen] for measure, of_all in ours.items()}
+            groups = groups_of(of)
             results[name][str(budget)] = {
                 "steps": steps,
                 "rate": float(rate),
@@ -413,7 +426,7 @@ def compare(
                 "gain": figures(minus(values[1], values[0]), groups),
             }
     sweeps |= {name: {str(b): scores for b, scores in of_name.items()} for name, of_name in found.items()}
-    return results, sweeps, speeds
+    return results, sweeps, speeds, shown
 
 
 # --- words
@@ -534,12 +547,10 @@ def curves(found: Mapping[str, Any], path: Path) -> None:
     save_figure(figure, path)
 
 
-def sheet(
-    bench: Bench, arms: Mapping[str, Mapping[str, DrawnConcepts]], of: Sequence[ConceptChunk], path: Path
-) -> None:
+def sheet(bench: Bench, arms: Shown, of: Sequence[ConceptChunk], path: Path) -> None:
     """A row an arm and number of steps: the first concept of each group, its photo, and what was drawn of it."""
     firsts = [next(chunk for chunk in of if chunk.group == group) for group in GROUPS]
-    headings = ["photo", *(a.style for a in PROMPTS)] * len(firsts)
+    headings = ["the concept", *(a.style for a in PROMPTS)] * len(firsts)
 
     def row(label: str, drawn: Sequence[Tensor]) -> list[Cell]:
         cells = []
@@ -578,7 +589,7 @@ def evaluate(
         for name, by_step in arms.items():
             bench.make(name, [run for runs in by_step.values() for run in runs], of)
         bench.make(BLENDED, [run for runs in blends.values() for run in runs], of)
-        compared, sweeps, speeds = compare(bench, files, references, step, BUDGETS if with_baselines else {})
+        compared, sweeps, speeds, beside = compare(bench, files, references, step, BUDGETS if with_baselines else {})
         found = summary(bench, of, arms, blends, step)
         found |= {
             "files": {name: [start.file.name for start in arm.starts] for name, arm in files.items()},
@@ -589,8 +600,10 @@ def evaluate(
             "verdict": verdict(compared, found["arms"][next(iter(arms))], speeds),
         }
         out.mkdir(parents=True, exist_ok=True)
-        shown = {name: {f"{n} steps": runs[0] for n, runs in s.items() if n in (0, step)} for name, s in arms.items()}
-        sheet(bench, shown, of, out / "concepts.jpg")
+        shown: Shown = {
+            name: {f"{n} steps": runs[0] for n, runs in s.items() if n in (0, step)} for name, s in arms.items()
+        }
+        sheet(bench, shown | beside, of, out / "concepts.jpg")
         curves(found, out / "concepts.png")
         write_page(out, "concepts", found, page(found))
     finally:

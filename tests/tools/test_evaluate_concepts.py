@@ -150,6 +150,7 @@ def test_a_larger_study_begins_with_the_concepts_of_a_smaller_one_in_the_same_sh
     count = {group: sum(len(c) for c in whole if c.group == group) for group in (SEEN, UNSEEN, PEOPLE)}
     assert count == {SEEN: 64, UNSEEN: 32, PEOPLE: 48}
     assert all(sum(len(c) for c in chunks(n)) == n for n in range(6, 145))
+    assert all(numbers(chunks(n)) < numbers(chunks(n + 1)) for n in range(6, 144))
     seeds = [seed for chunk in (*whole, *chunks(8, SWEPT_FROM)) for seed in chunk.seeds]
     assert len(set(seeds)) == len(seeds)
 
@@ -391,14 +392,14 @@ def test_the_page_says_what_its_figures_say():
                 "1": {"steps": 9, "rate": 0.003, "concepts": 144, **dict.fromkeys(("figures", "ours", "gain"), of_arm)}
             }
         },
-        "sweeps": {"LoRA": {"1": {"0.003": 0.5}}},
+        "sweeps": {"LoRA": {"1": {"0.003": 0.5, "0.01": 0.25}}},
         "speeds": {name: speed._asdict() for name, speed in SPEEDS.items()},
         "verdict": ["All is well."],
     }
     text = concepts.page(found)
     assert "| main, 12 steps | 0.500 [0.480, 0.520] | 0.500 [0.480, 0.520] | 0.875 [0.855, 0.895] |" in text
     assert "**All is well.**" in text and "9 steps at rate 0.003, 144 concepts" in text and "\n\n\n" not in text
-    assert "| LoRA | 1 | 0.003: 0.500 |" in text and "| ours | 1.00 | 1.00 | 13.0 |" in text
+    assert "| LoRA | 1 | 0.003: **0.500**, 0.01: 0.250 |" in text and "| ours | 1.00 | 1.00 | 13.0 |" in text
     assert text == concepts.page(read(json.loads(json.dumps(found))))
     without = concepts.page({**found, "baselines": {}, "sweeps": {}, "verdict": []})
     assert "## Baselines" not in without and "no verdict" in without and "\n\n\n" not in without
