@@ -29,7 +29,7 @@ def assemble_concept(config: ConceptConfig) -> tuple[ConceptRecipe, ConceptPictu
     words = concept_words(frozen.text, config.token.dictionary, base.nouns if base else ())
     dictionary = concept.dictionary_of(frozen.text, words)
     sizes = ConceptSizes(
-        concept.projections(frozen.unet),
+        concept.projections(frozen.unet) if config.model.offsets else {},
         image_width=frozen.vision.config.hidden_size,
         unet_width=concept.unet_width(frozen.unet) if config.model.features == "clip+unet" else 0,
         hidden=config.model.hidden,

@@ -21,8 +21,8 @@ def evaluate(
         list[str] | None,
         typer.Argument(
             metavar="PROTOCOL.yaml [section.key=value] | NAME=FILE[@WEIGHT]",
-            help="A protocol, with values that take its own's place. With --encoders: files by arm. With --presets: "
-            "some of them.",
+            help="A protocol, with values that take its own's place. With --encoders and --concepts: files by arm. "
+            "With --presets: some of them.",
             show_default=False,
         ),
     ] = None,
@@ -38,7 +38,10 @@ def evaluate(
     ] = 1,
     worker: Annotated[
         str | None,
-        typer.Option(metavar="I/N", help="Draw and judge every N-th person from the I-th on, counted from 0."),
+        typer.Option(
+            metavar="I/N",
+            help="Draw and judge every N-th person from the I-th on, counted from 0. With --concepts: first.",
+        ),
     ] = None,
     knobs: Annotated[bool, typer.Option("--knobs", help="Study one knob at a time instead.")] = False,
     guidance: Annotated[
@@ -62,12 +65,31 @@ def evaluate(
     layers: Annotated[
         bool, typer.Option("--layers", help="Study the presets by layer, and AdaIN in KV injection, instead.")
     ] = False,
+    concepts: Annotated[
+        bool, typer.Option("--concepts", help="Study concept encoders (DATE) against tuning without one instead.")
+    ] = False,
+    tuning_steps: Annotated[
+        str | None,
+        typer.Option(
+            help="With --concepts: tuning steps to draw at, commas between; FILE@0,12 for an arm.",
+            show_default="0,2,5,12,25",
+        ),
+    ] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(help="With --concepts: folder of the base.", show_default="that of `mini things`"),
+    ] = None,
+    baselines: Annotated[
+        bool,
+        typer.Option("--baselines/--no-baselines", help="With --concepts: the ways without an encoder too, or not."),
+    ] = True,
     references: Annotated[
         int | None,
         typer.Option(
-            help="Of a study: held-out people (with --people pairs of them) to draw, at least 10.",
+            help="Of a study: held-out people (with --people pairs of them, with --concepts things and people) to "
+            "draw, at least 10 (--concepts 6).",
             show_default="100; with --knobs, --null-text or --layers 20, --guidance, --presets or --encoders 96, "
-            "--people 48",
+            "--people 48, --concepts 144",
         ),
     ] = None,
     first: Annotated[int, typer.Option(help="With --encoders: number of the first of the people, from 0.")] = 0,
@@ -90,6 +112,7 @@ def evaluate(
         "encoders": encoders,
         "null-text": null_text,
         "layers": layers,
+        "concepts": concepts,
     }
     chosen = [name for name, on in studies.items() if on]
     if len(chosen) > 1:
@@ -97,15 +120,20 @@ def evaluate(
     given = list(arguments or ())
     if given and not chosen and given[0].endswith((".yaml", ".yml")):
         return by_protocol(given[0], given[1:], full, out, worker, processes, card if dry_run else None, dry_run)
-    if encoders != bool(given) and not presets:
-        raise typer.BadParameter("--encoders goes with files: give both, or neither, or a PROTOCOL.yaml.")
+    if (encoders or concepts) != bool(given) and not presets:
+        raise typer.BadParameter("--encoders and --concepts go with files: give both, or neither, or a PROTOCOL.yaml.")
     from ..lookahead.files.atomic import check_writable
 
     out = out or ROOT / "docs"
     check_writable(out, folder=True)
+    from ..mini.studies.evaluate import ConceptOptions
     from ..mini.studies.evaluate import evaluate as study
+    from .generate import asked_worker
 
-    study(chosen[0] if chosen else "reference", out, references, given, first)
+    options = None
+    if concepts or tuning_steps is not None or base is not None or not baselines:
+        options = ConceptOptions(tuning_steps, base, asked_worker(worker) if worker else (0, 1), baselines)
+    study(chosen[0] if chosen else "reference", out, references, given, first, options)
 
 
 def by_protocol(

@@ -101,6 +101,11 @@ def stages(folder: Path, plan: Plan) -> dict[str, Callable[[], None]]:
         shown = data.thing_pictures(folder, "things_judge", plan.judged_things, IMAGE_SIZE)
         evaluators.train_thing_judge(folder, shown, plan)
 
+    def train_things_scorer() -> None:
+        shown = data.thing_pictures(folder, "things_judge", plan.judged_things, IMAGE_SIZE)
+        faces = data.pictures(folder, "evaluation", plan.scored_people, plan.styles, IMAGE_SIZE)
+        evaluators.train_things_scorer(folder, shown, faces, plan)
+
     return {
         "vae": lambda: vae.train(folder, people("train"), plan),
         "base": train_base,
@@ -119,6 +124,7 @@ def stages(folder: Path, plan: Plan) -> dict[str, Callable[[], None]]:
         "controlnet": train_controlnet,
         "clip": lambda: clip.train(folder, people("train"), plan),
         "things_judge": train_things_judge,
+        "things_scorer": train_things_scorer,
         "things_lora": train_things_lora,
     }
 

@@ -29,6 +29,7 @@ class Plan:
     things: int = 6000  # pictures of things, for the base
     things_faces: int = 300  # people whose pictures keep the base's faces what they are while it learns things
     judged_things: int = 8000  # pictures of things for their judge
+    scored_people: int = 500  # whose pictures stand beside these, for the scorer of styles and places of both
     vae_steps: int = 4000
     decoder_steps: int = 4000
     sharpen_steps: int = 4000
@@ -47,6 +48,7 @@ class Plan:
     style_lora_steps: int = 400
     things_lora_steps: int = 4000
     things_judge_steps: int = 1500
+    things_scorer_steps: int = 1500
     report_people: int = 100  # whose pictures go through the autoencoder
     report_samples: int = 30  # of the base, a style
     report_photos: int = 100  # of the base, for what is found in them
@@ -80,6 +82,8 @@ QUICK = replace(
     judged_things=3000,
     things_lora_steps=2000,
     things_judge_steps=500,
+    scored_people=250,
+    things_scorer_steps=600,
     report_people=40,
     report_samples=12,
     report_photos=40,

@@ -189,7 +189,8 @@ def _sizes(tensors: Mapping[str, Tensor]) -> ConceptSizes:
     keys = [key.removeprefix("basis_a.") for key in tensors if key.startswith("basis_a.")]
     if strange := [key for key in keys if not _NAME.fullmatch(key.replace("/", "."))]:
         raise ValueError(f"{strange[0]} is no attention projection of SDXL")
-    basis, rank, _ = tensors[f"basis_a.{keys[0]}"].shape
+    # Without a basis the encoder predicts words alone.
+    basis, rank, _ = tensors[f"basis_a.{keys[0]}"].shape if keys else (1, 1, 0)
     projections = {
         key.replace("/", "."): (tensors[f"basis_a.{key}"].shape[2], tensors[f"basis_b.{key}"].shape[1]) for key in keys
     }

@@ -211,9 +211,10 @@ def concept_of(
 class ConceptSizes:
     """Sizes of a concept encoder. The defaults are SDXL's with CLIP ViT-H/14.
 
-    projections: name -> (in, out); image_width: of the image encoder's features; unet_width: of the UNet's pooled
-    features, 0 for none (SDXL's down half and middle have 7040); hidden: of the trunk; word_l, word_g: of the text
-    encoders' words; rank: of the offsets; basis: how many matrices are mixed for each projection.
+    projections: name -> (in, out), none for an encoder of words alone; image_width: of the image encoder's features;
+    unet_width: of the UNet's pooled features, 0 for none (SDXL's down half and middle have 7040); hidden: of the trunk;
+    word_l, word_g: of the text encoders' words; rank: of the offsets; basis: how many matrices are mixed for each
+    projection.
     """
 
     projections: Mapping[str, tuple[int, int]]
@@ -253,7 +254,7 @@ class ConceptEncoder(nn.Module):
         )
         self.head_l, self.head_g = (operations.Linear(sizes.hidden, w) for w in (sizes.word_l, sizes.word_g))
         self.coefficients_a, self.coefficients_b = (
-            operations.Linear(sizes.hidden, len(self.names) * k) for _ in range(2)
+            operations.Linear(sizes.hidden, len(self.names) * k) if self.names else None for _ in range(2)
         )
         self.register_buffer("centre_l", torch.zeros(sizes.word_l))
         self.register_buffer("centre_g", torch.zeros(sizes.word_g))
@@ -285,10 +286,11 @@ class ConceptEncoder(nn.Module):
         for head in (self.head_l, self.head_g):
             nn.init.normal_(head.weight, std=0.01)
             nn.init.zeros_(head.bias)
-        nn.init.normal_(self.coefficients_a.weight, std=0.01)
-        nn.init.constant_(self.coefficients_a.bias, self.sizes.basis**-0.5)
-        nn.init.zeros_(self.coefficients_b.weight)
-        nn.init.zeros_(self.coefficients_b.bias)
+        if self.coefficients_a is not None and self.coefficients_b is not None:
+            nn.init.normal_(self.coefficients_a.weight, std=0.01)
+            nn.init.constant_(self.coefficients_a.bias, self.sizes.basis**-0.5)
+            nn.init.zeros_(self.coefficients_b.weight)
+            nn.init.zeros_(self.coefficients_b.bias)
         for a in self.basis_a.values():
             nn.init.normal_(a, std=a.shape[-1] ** -0.5)
         for b in self.basis_b.values():
@@ -324,6 +326,13 @@ class ConceptEncoder(nn.Module):
         if unet is not None and self.norm_unet is not None:
             parts.append(self.norm_unet(unet))
         features = self.trunk(torch.cat(parts, dim=-1))
+        word_l = self.centre_l.to(features) + self.head_l(features)
+        word_g = self.centre_g.to(features) + self.head_g(features)
+        return Prediction(word_l, word_g, self._offsets(features))
+
+    def _offsets(self, features: Tensor) -> Offsets:
+        if self.coefficients_a is None or self.coefficients_b is None:
+            return {}
         c_a, c_b = (
             layer(features).unflatten(-1, (len(self.names), self.sizes.basis))
             for layer in (self.coefficients_a, self.coefficients_b)
@@ -333,9 +342,7 @@ class ConceptEncoder(nn.Module):
             key = name.replace(".", "/")
             a, b = self.basis_a[key].to(c_a), self.basis_b[key].to(c_b)
             offsets[name] = (torch.einsum("nk,kri->nri", c_a[:, m], a), torch.einsum("nk,kor->nor", c_b[:, m], b))
-        word_l = self.centre_l.to(features) + self.head_l(features)
-        word_g = self.centre_g.to(features) + self.head_g(features)
-        return Prediction(word_l, word_g, offsets)
+        return offsets
 
 
 def offset_penalty(offsets: Offsets) -> Tensor:

@@ -95,12 +95,12 @@ def tune(
         total = 0.0
         for n in range(tuning.batch):
             number = step * tuning.batch + n
-            t, x, noise = _noised(views, alpha_bar, tuning, number)
+            t, x, noise = noised_sample(views, alpha_bar, tuning, number)
             loss = (predict(tuned, x, t, number).float() - noise).square().mean() / tuning.batch
             backward(loss)
             total += float(loss.detach())
         if real_word is not None:
-            backward(_pull(word_l, word_g, real_word, tuning))
+            backward(word_pull(word_l, word_g, real_word, tuning))
         if not total < float("inf"):
             raise ConceptError(
                 f"The loss of tuning step {step + 1} is not finite: lower the rates, or tune in a higher precision."
@@ -121,8 +121,8 @@ def _leaf(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.detach().to(device, torch.float32, copy=True).clone().requires_grad_()
 
 
-def _noised(views: Tensor, alpha_bar: Tensor, tuning: Tuning, number: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Time step, noised view and noise of one sample. The time steps of a batch are spread over the schedule."""
+def noised_sample(views: Tensor, alpha_bar: Tensor, tuning: Tuning, number: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Gives time step, noised view and noise of one sample. The time steps of a batch are spread over the schedule."""
     numbers = torch.Generator().manual_seed((tuning.seed * 1_000_003 + number) % 2**63)
     place = (number % tuning.batch + float(torch.rand((), generator=numbers))) / tuning.batch
     view = int(torch.randint(len(views), (), generator=numbers))
@@ -131,7 +131,9 @@ def _noised(views: Tensor, alpha_bar: Tensor, tuning: Tuning, number: int) -> tu
     return t, add_noise(views[view : view + 1].float(), noise, alpha_bar[t]), noise
 
 
-def _pull(word_l: Tensor, word_g: Tensor, real_word: Dictionary, tuning: Tuning) -> Tensor:
+def word_pull(word_l: Tensor, word_g: Tensor, real_word: Dictionary, tuning: Tuning) -> Tensor:
+    """Weighs the pull of a soft word [w_L], [w_G] to its real word (a dictionary of one), and of its norm to that of
+    the real one."""
     real = real_word._replace(rows_l=real_word.rows_l.to(word_l), rows_g=real_word.rows_g.to(word_g))
     words = word_l[None], word_g[None]
     contrast = word_contrast(*words, real, temperature=tuning.temperature, negatives=False)

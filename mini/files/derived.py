@@ -5,11 +5,16 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from ...lookahead.files.tensors import sha256
+from ...tools.common import CACHE, ROOT, Problem
 from ..plan import WEIGHTS
 from ..stages import stage, things
 from . import models
 from .checkpoint import sdxl_checkpoint
 from .weights import CHECKPOINT, CLIP_VISION
+
+BUILD = ROOT / ".mini"  # where `lookahead mini build` leaves its results
+THINGS_LORA = "mini_things_lora.safetensors"
 
 
 def write_things_base(lora: Path, to: Path, weights: Path = WEIGHTS) -> Path:
@@ -32,3 +37,27 @@ def write_things_base(lora: Path, to: Path, weights: Path = WEIGHTS) -> Path:
         to / CHECKPOINT, stage.half(tensors), {"format": "pt", "modelspec.title": "mini SDXL of things"}
     )
     return to / CHECKPOINT
+
+
+def things_base() -> Path:
+    """The folder of the base that draws things: of a build, else made of the shipped LoRA. Raises Problem for none."""
+    built, shipped = BUILD / "things", WEIGHTS / THINGS_LORA
+    if (built / CHECKPOINT).is_file():
+        return built
+    if not shipped.is_file():
+        raise Problem(
+            "There is no base that draws things: run `lookahead mini build --only things_lora` to its end, then "
+            "`lookahead mini things`."
+        )
+    made = CACHE / "mini" / f"things-{sha256(shipped)[:16]}"
+    if not (made / CHECKPOINT).is_file():
+        write_things_base(shipped, made)
+    return made
+
+
+def stage_or_shipped(name: str, shipped: str) -> Path:
+    """The result of a stage of the build, else the shipped file. Raises Problem where there is neither."""
+    for path in (BUILD / f"{name}.safetensors", WEIGHTS / shipped):
+        if path.is_file():
+            return path
+    raise Problem(f"There is no {name}.safetensors: run `lookahead mini build --only {name}` to its end.")

@@ -5,24 +5,28 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..plan import WEIGHTS
 from ..stages import stage, vae
 from ..stages.face_networks import FaceDetector, FaceRecogniser
-from ..stages.networks import EvaluationRecogniser, StyleScorer
+from ..stages.networks import EvaluationRecogniser, StyleScorer, ThingJudge
 from . import insightface_pack
 from .checkpoint import sdxl_checkpoint
 from .shipped import LICENCE, File, table, write_manifest
+
+Network = TypeVar("Network", bound=nn.Module)
 
 CHECKPOINT = "mini_sdxl.safetensors"
 CLIP_VISION = "mini_clip_vision.safetensors"
 IMAGE_PROMPT = "mini_ip_adapter_plus_face.safetensors"
 RECOGNISER = "mini_evaluation_recogniser.safetensors"
 STYLE_SCORER = "mini_evaluation_style_scorer.safetensors"
+THINGS_JUDGE, THINGS_SCORER = "mini_things_judge.safetensors", "mini_things_scorer.safetensors"
 FACE_RECOGNISER = "mini_face_recogniser.safetensors"
 LORAS = {  # by the stage that trains it
     "lcm_lora": "mini_lcm_lora.safetensors",
@@ -108,9 +112,21 @@ def read_face_recogniser(path: Path) -> FaceRecogniser | None:
 
 def evaluators(weights: Path = WEIGHTS) -> tuple[EvaluationRecogniser, StyleScorer]:
     """The two networks that only measure, from the shipped files."""
-    nets = EvaluationRecogniser(), StyleScorer()
-    for net, name in zip(nets, (RECOGNISER, STYLE_SCORER), strict=True):
-        stored = stage.read_tensors(weights / name)
-        net.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in stored.items()})
-        net.eval().requires_grad_(False)
-    return nets
+    return _read(EvaluationRecogniser(), weights / RECOGNISER), _read(StyleScorer(), weights / STYLE_SCORER)
+
+
+def thing_judge(path: Path) -> ThingJudge:
+    """The judge of drawn things, from the stage's result or the shipped file."""
+    return _read(ThingJudge(), path)
+
+
+def things_scorer(path: Path) -> StyleScorer:
+    """The scorer of styles and places that knows things and faces, from the stage's result or the shipped file."""
+    return _read(StyleScorer(), path)
+
+
+def _read(net: Network, path: Path) -> Network:
+    stored = stage.read_tensors(path)
+    net.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in stored.items()})
+    net.eval().requires_grad_(False)
+    return net

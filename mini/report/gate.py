@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from ..files import models
+from ..files.weights import thing_judge
 from ..stages import base, stage, things
-from ..stages.networks import ThingJudge
 from ..world.faces import PLACES, STYLES
 from ..world.sheet import save_grid
 from ..world.things import CLASSES
@@ -41,9 +41,7 @@ def check(lora: Path, judge: Path, samples: int, sheet: Path | None = None, step
             raise FileNotFoundError(f"There is no {path}: run `lookahead mini build --only {path.stem}` to its end.")
     unet, text, vae = models.load()
     things.merge(stage.read_tensors(lora), unet, text)
-    net = ThingJudge()
-    net.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in stage.read_tensors(judge).items()})
-    net.eval()
+    net = thing_judge(judge)
     named, shown = {}, []
     for kind, noun in enumerate(CLASSES):
         numbers, said, pictures = torch.Generator().manual_seed(SEED + kind), [], []

@@ -62,7 +62,39 @@ def train_thing_judge(folder: Path, pictures: Pictures, plan: Plan) -> None:
     _train("things_judge", folder, net, loss, pictures, plan.things_judge_steps, plan.seed + 14)
 
 
+def train_things_scorer(folder: Path, things: Pictures, faces: Pictures, plan: Plan) -> None:
+    """Style and place of pictures of things and of faces: the scorer of faces alone takes a thing's flat paint for
+    another style. Half of each batch are things."""
+    style, place = (torch.cat([p.labels[k] for p in (things, faces)]) for k in ("style", "place"))
+
+    def picked(numbers: torch.Generator) -> Tensor:
+        half = BATCH // 2
+        of_things = torch.randint(len(things), (half,), generator=numbers)
+        return torch.cat([of_things, len(things) + torch.randint(len(faces), (BATCH - half,), generator=numbers)])
+
+    def images(index: Tensor, device: torch.device) -> Tensor:
+        of_things = index < len(things)
+        return torch.cat(
+            [things.images(index[of_things], device), faces.images(index[~of_things] - len(things), device)]
+        )
+
+    def loss(net: StyleScorer, x: Tensor, index: Tensor) -> Tensor:
+        s, p = (y.float() for y in net(x))
+        return F.cross_entropy(s, style[index].to(x.device)) + F.cross_entropy(p, place[index].to(x.device))
+
+    steps, seed = plan.things_scorer_steps, plan.seed + 15
+    _train_on("things_scorer", folder, StyleScorer(), loss, picked, images, steps, seed)
+
+
 def _train(name: str, folder: Path, net: nn.Module, loss, pictures: Pictures, steps: int, seed: int) -> None:
+    def picked(numbers: torch.Generator) -> Tensor:
+        return torch.randint(len(pictures), (BATCH,), generator=numbers)
+
+    _train_on(name, folder, net, loss, picked, pictures.images, steps, seed)
+
+
+def _train_on(name: str, folder: Path, net: nn.Module, loss, picked, images, steps: int, seed: int) -> None:
+    """picked: a step's generator -> numbers of pictures; images: these and a device -> [n, 3, h, w]."""
     out = folder / f"{name}.safetensors"
     if out.exists():
         return
@@ -75,8 +107,8 @@ def _train(name: str, folder: Path, net: nn.Module, loss, pictures: Pictures, st
 
     def loss_of_step(step: int) -> Tensor:
         numbers = stage.numbers_of_step(seed, step)
-        index = torch.randint(len(pictures), (BATCH,), generator=numbers)
-        x = disturb(pictures.images(index, device), numbers)
+        index = picked(numbers)
+        x = disturb(images(index, device), numbers)
         with stage.autocast(device):
             return loss(net, x, index)
 

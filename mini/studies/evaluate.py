@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from ...tools.common import Problem
@@ -16,23 +17,66 @@ PEOPLE = {
     "null-text": 20,
     "people": 48,
     "layers": 20,
+    "concepts": 144,
 }  # by study, how many unless said
 FEWEST = 10  # fewer make no interval, and a draw may hold one person alone
+FEWEST_CONCEPTS = 6  # of these a study is tried with
 
 
-def evaluate(study: str, out: Path, references: int | None = None, trained: Sequence[str] = (), first: int = 0) -> None:
+@dataclass(frozen=True)
+class ConceptOptions:
+    """The study of concepts is given these beside its files (`concepts.evaluate`). tuning_steps: numbers with commas
+    between."""
+
+    tuning_steps: str | None = None
+    base: Path | None = None
+    part: tuple[int, int] = (0, 1)
+    baselines: bool = True
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The tuning steps at which concepts are drawn. Raises Problem for what is no list of numbers."""
+        from .concepts import TUNING_STEPS
+
+        if self.tuning_steps is None:
+            return TUNING_STEPS
+        try:
+            steps = tuple(int(step) for step in self.tuning_steps.split(","))
+        except ValueError:
+            steps = (-1,)
+        if min(steps) < 0:
+            raise Problem(
+                f"--tuning-steps is {self.tuning_steps!r}: give whole numbers from 0 with commas between, such as "
+                "0,2,5,12,25."
+            )
+        return steps
+
+
+def evaluate(
+    study: str,
+    out: Path,
+    references: int | None = None,
+    trained: Sequence[str] = (),
+    first: int = 0,
+    concepts: ConceptOptions | None = None,
+) -> None:
     """Run a study and write its page into `out`.
 
     Args:
         study: one of PEOPLE.
         out: the folder of the page, its JSON file and pictures.
-        references: how many held-out people (for "people" pairs of them); default: that of the study.
-        trained: for "encoders" NAME=FILE[@WEIGHT] in turn; for "presets" names of some.
+        references: how many held-out people (for "people" pairs of them, for "concepts" things and people); default:
+            that of the study.
+        trained: for "encoders" NAME=FILE[@WEIGHT] in turn, for "concepts" NAME=FILE; for "presets" names of some.
         first: for "encoders" alone, number of the first of the people.
+        concepts: for "concepts" alone.
     """
     references = PEOPLE[study] if references is None else references
-    if references < FEWEST:
-        raise Problem(f"--references is {references}, too few for figures with intervals: give at least {FEWEST}.")
+    fewest = FEWEST_CONCEPTS if study == "concepts" else FEWEST
+    if references < fewest:
+        raise Problem(f"--references is {references}, too few for figures with intervals: give at least {fewest}.")
+    if concepts is not None and study != "concepts":
+        raise Problem("--tuning-steps, --base and --no-baselines are for --concepts alone: leave them out.")
     if first and (first < 0 or study != "encoders"):
         raise Problem(f"--first is {first}: give a number from 0, and only beside --encoders.")
     out.mkdir(parents=True, exist_ok=True)  # before hours of drawing, after which pictures and page are written
@@ -64,6 +108,11 @@ def evaluate(study: str, out: Path, references: int | None = None, trained: Sequ
         from . import layers
 
         layers.evaluate(references, out)
+    elif study == "concepts":
+        from . import concepts as of_concepts
+
+        given = concepts or ConceptOptions()
+        of_concepts.evaluate(references, out, trained, given.steps, given.base, given.part, given.baselines)
     else:
         from . import reference
 

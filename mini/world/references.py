@@ -1,10 +1,12 @@
-"""Reference pictures for demos and measurements: portraits of held-out people, whom nothing was trained on."""
+"""Reference pictures for demos and measurements: portraits of held-out people, whom nothing was trained on, and one
+photo each of things and people that become concepts."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from . import things
 from .data import SEEDS
 from .faces import STYLES, Faces, frontal, render, sample_identities, sample_nuisance
 
@@ -26,3 +28,27 @@ def reference_faces(people: int, size: int = 128, first: int = 0, style: str = "
     """Pictures [people, 3, size, size] in [0, 1] of `reference_people`."""
     everyone = reference_people(people, first, style)
     return torch.cat([render(one, size, seed=number) for number, one in enumerate(everyone, first)])
+
+
+def concept_things(count: int, seed: int, kind: Tensor | None = None) -> things.Things:
+    """Things, each in one photo on a plain ground, upright in the middle, as one would take it for reference.
+
+    kind: int64 [count], by default drawn among the classes that training sees.
+    """
+    numbers = torch.Generator().manual_seed(seed)
+    identity = things.sample_things(count, numbers, kind)
+    nuisance = things.sample_nuisance(count, numbers, *_plain_photos(count))
+    return things.Things(identity, things.straight(nuisance))
+
+
+def concept_people(count: int, seed: int) -> Faces:
+    """People, each in one photo on a plain ground, from the front."""
+    numbers = torch.Generator().manual_seed(seed)
+    identity = sample_identities(count, numbers)
+    return Faces(identity, frontal(sample_nuisance(count, numbers, *_plain_photos(count))))
+
+
+def _plain_photos(count: int) -> tuple[Tensor, Tensor]:
+    """Style and place of each."""
+    plain = torch.zeros(count, dtype=torch.long)
+    return plain + STYLES.index("photo"), plain

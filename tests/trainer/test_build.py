@@ -30,7 +30,7 @@ TINY = dataclasses.replace(
     report_references=8,
     report_prompts=2,
     **{f.name: 2 for f in dataclasses.fields(QUICK) if f.name.endswith("_steps")},
-    **{name: 20 for name in ("people", "portraits", "evaluation_people", "things", "judged_things")},
+    **{name: 20 for name in ("people", "portraits", "evaluation_people", "things", "judged_things", "scored_people")},
     things_faces=2,
     held_out_people=40,
 )

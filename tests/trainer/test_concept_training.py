@@ -33,7 +33,7 @@ def pictures(tmp_path_factory):
     """Twelve photos of drawn things, no labels."""
     folder = tmp_path_factory.mktemp("things") / "pictures"
     folder.mkdir()
-    for n, picture in enumerate(things.render(drawn_things.concept_things(12), 128)):
+    for n, picture in enumerate(things.render(drawn_things.concept_things(12, drawn_things.SEED), 128)):
         save(picture, folder / f"{n:02}.png")
     return folder
 
@@ -170,6 +170,18 @@ def in_sdxl_direction(predicted, n):
     return word_direction(predicted.word_l[n], predicted.word_g[n])
 
 
+def test_an_encoder_of_words_alone_trains_and_its_concepts_have_no_offsets_to_tune(pictures, tmp_path, frozen):
+    model = {"base": "mini", "offsets": False, "hidden": 16}
+    config = ConceptConfig.from_values(values(pictures, tmp_path, model=model, steps=1, validate_every=0))
+    network, words, about = read_concept_encoder(train(config, *assemble_concept.assemble_concept(config)))
+    assert network.sizes.projections == {} and json.loads(about["config"])["model"]["offsets"] is False
+    assert not any(name.startswith(("basis", "coefficients")) for name in network.state_dict())
+    made = predict_concept(network, words, frozen, in_picture(pictures), 128, 0.4)
+    with tuner(frozen) as maker:
+        tuned, _ = maker.tune(made, in_picture(pictures), Tuning(1, 1, 3e-3, 0.05, 0.4))
+    assert made.offsets == tuned.offsets == {} and not torch.equal(made.word_l, tuned.word_l)
+
+
 def test_an_encoder_that_reads_the_unet_trains_and_predicts_and_stops_at_another_base(pictures, tmp_path, frozen):
     model = {"base": "mini", "rank": 2, "basis": 2, "hidden": 16, "features": "clip+unet"}
     config = ConceptConfig.from_values(values(pictures, tmp_path, model=model, steps=1, validate_every=0))
@@ -212,7 +224,7 @@ def loss_of(predict, concept, frozen, pictures):
     views = frozen.latents(torch.cat([square, square.flip(-1)]))
     total = 0.0
     for number in range(4):
-        t, x, noise = concept_tuning._noised(views, alphas_cumprod().float(), Tuning(2, 2), number)
+        t, x, noise = concept_tuning.noised_sample(views, alphas_cumprod().float(), Tuning(2, 2), number)
         total += float((predict(concept, x, t, number) - noise).square().mean())
     return total
 

@@ -26,6 +26,9 @@ class ConceptModels(BaseModels):
     features: Literal["clip", "clip+unet"] = Field(
         "clip", description="what the encoder reads of a picture: CLIP alone, or the UNet's view of the noised one too"
     )
+    offsets: bool = Field(
+        True, description="predict attention offsets; without, a concept is its word alone (an ablation)"
+    )
     rank: Count = Field(4, description="rank of the predicted attention offsets")
     basis: Count = Field(16, description="matrices that are mixed into each offset, a basis of its own for each")
     hidden: Count = Field(1280, description="width of the encoder's trunk")

@@ -62,10 +62,11 @@ def _models(shapes: ConceptShapes, dtype: torch.dtype) -> Frozen:
     return Frozen(unet, PromptEncoder(configs.tokenizers(), first, second), vae, vision)
 
 
-def _sizes(frozen: Frozen, rank: int, basis: int, hidden: int) -> ConceptSizes:
+def _sizes(frozen: Frozen, rank: int, basis: int, hidden: int, offsets: bool = True) -> ConceptSizes:
     first, second = (model.config.hidden_size for model in (frozen.text.first, frozen.text.second))
     width = frozen.vision.config.hidden_size
-    return ConceptSizes(projections(frozen.unet), width, 0, hidden, first, second, rank, basis)
+    changed = projections(frozen.unet) if offsets else {}
+    return ConceptSizes(changed, width, 0, hidden, first, second, rank, basis)
 
 
 def _concept(sizes: ConceptSizes) -> Concept:
@@ -154,7 +155,7 @@ def training_memory(config: ConceptConfig, processes: int = 1, shapes: ConceptSh
     shapes, dtype, model = shapes or ConceptShapes(), DTYPES[config.precision], config.model
     frozen = _models(shapes, dtype)
     with torch.device("meta"):
-        encoder = ConceptEncoder(_sizes(frozen, model.rank, model.basis, model.hidden))
+        encoder = ConceptEncoder(_sizes(frozen, model.rank, model.basis, model.hidden, model.offsets))
     rows = max(1, config.batch // (processes * config.accumulate))
     peak, _, _ = _tuned_sample(
         shapes, config.data.size, model.rank, config.precision, config.checkpointing, config.blend

@@ -48,7 +48,8 @@ class ConceptRecipe:
         rest: list[nn.Parameter] = []
         for name, parameter in self.trained.named_parameters():
             (basis if name.startswith(("basis_", "coefficients_")) else rest).append(parameter)
-        return [(basis, settings.basis_rate), (rest, settings.rate)]
+        groups = [(basis, settings.basis_rate), (rest, settings.rate)]
+        return [group for group in groups if group[0]]  # an encoder of words alone has no basis
 
     @torch.no_grad()
     def measure(self, source: Source, device: torch.device) -> None:

@@ -125,7 +125,8 @@ class ConceptStep(nn.Module):
         words, dictionary = self._soft(predicted), self.words(predicted.word_l)
         share = contrast_weight(step, config.steps, token.warmup, token.ramp)
         out: dict[str, tuple[float, Tensor]] = {"norms": (token.norm_weight, norm_penalty(*words, dictionary))}
-        out["offsets"] = config.offset_weight, offset_penalty(predicted.offsets)
+        if predicted.offsets:
+            out["offsets"] = config.offset_weight, offset_penalty(predicted.offsets)
         if token.regulariser == "contrast":
             k = contrast_neighbours(step, config.steps, min(token.neighbours, max(1, len(dictionary.ids) // 3)))
             contrast = word_contrast(*words, dictionary, k, token.temperature, token.negatives)
