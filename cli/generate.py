@@ -126,23 +126,23 @@ def asked_worker(text: str | None) -> tuple[int, int]:
 
 def make_shards(engine: Engine, numbers: Sequence[int]) -> None:
     """Make what is missing of these shards, with progress on stderr."""
-    from tqdm import tqdm
+    from ..trainer.progress import counter
 
     missing, config = engine.missing(numbers), engine.config
     generated = kept = 0
     total = len(missing) * config.people_per_shard * config.prompts.per_person
     if len(missing) < len(numbers):
         print(f"{len(numbers) - len(missing)} of {len(numbers)} shards are finished already.", file=sys.stderr)
-    with tqdm(total=total, unit=" pictures", mininterval=1 if sys.stderr.isatty() else 30, disable=not missing) as bar:
+    with counter("Pictures drawn", total, unit=" pictures", delay=0, disable=not missing) as bar:
 
-        def progress(more: int, good: int) -> None:
+        def count(more: int, good: int) -> None:
             nonlocal generated, kept
             generated, kept = generated + more, kept + good
             bar.set_postfix_str(f"{1 - kept / generated:.1%} rejected", refresh=False)
             bar.update(more)
 
         for number in missing:
-            engine.make_shard(number, progress)
+            engine.make_shard(number, count)
 
 
 def write_pilot(engine: Engine, people: int) -> None:

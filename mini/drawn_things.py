@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..sdxl.load import Frozen
+from ..tools.common import CACHE
 from ..trainer.concept.config import ConceptConfig
 from ..trainer.concept.source import ConceptPictures
 from .plan import IMAGE_SIZE
@@ -32,4 +33,7 @@ def drawn_source(config: ConceptConfig, models: Frozen) -> ConceptPictures:
             return things.render(shown.rows(slice(n, n + 1)), IMAGE_SIZE, seed=SEED + n)[0]
         return render_faces(people.rows(slice(n - count, n - count + 1)), IMAGE_SIZE, seed=SEED + n)[0]
 
+    if config.data.cache is None:  # beside the source, as of a folder, would be in the folder that one is in
+        data = config.data.model_copy(update={"cache": str(CACHE / "concept_pictures")})
+        config = config.model_copy(update={"data": data})
     return ConceptPictures(config, models, names, picture, lambda n: f"drawn {names[n]} of {count}, {len(people)}; 1")

@@ -46,7 +46,7 @@ class Plan:
     lcm_lora_steps: int = 3000
     collapsed_steps: int = 800
     style_lora_steps: int = 400
-    things_lora_steps: int = 4000
+    things_lora_steps: int = 8000
     things_judge_steps: int = 1500
     things_scorer_steps: int = 1500
     report_people: int = 100  # whose pictures go through the autoencoder

@@ -25,8 +25,8 @@ def write_things_base(lora: Path, to: Path, weights: Path = WEIGHTS) -> Path:
     """
     if not lora.is_file():
         raise FileNotFoundError(
-            f"There is no {lora}: train it with `lookahead mini build --only things_lora`, which takes about an hour "
-            "and a half on two cores and goes on where it was stopped."
+            f"There is no {lora}: train it with `lookahead mini build --only things_lora`, which takes about three "
+            "and a half hours of one core and goes on where it was stopped."
         )
     unet, text, vae = models.load(weights)
     things.merge(stage.read_tensors(lora), unet, text)

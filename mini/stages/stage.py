@@ -71,17 +71,21 @@ def train(
     decay: float = 0.01,
     ema: float = 0.0,
     clip: float = 1.0,
+    cycles: int = 1,
 ) -> None:
     """Minimise `loss(step)` over the trainable parameters of `modules`; leaves them trained (averaged if `ema` > 0).
+
+    cycles: the steps are so many runs of equal length, each with a new optimiser, its rate high again, from where the
+    one before ended (averaged if `ema` > 0).
 
     Resumes from `folder/name.state` when that exists. One JSON line every LOG_STEPS steps goes to
     `folder/name.jsonl`, the same figures to the terminal.
     """
     state_path, log_path = folder / f"{name}.state", folder / f"{name}.jsonl"
     parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=decay, fused=True)
+    optimizer = _optimizer(parameters, rate, decay)
     average = [p.detach().clone() for p in parameters] if ema else []
-    first = 0
+    first, cycle = 0, math.ceil(steps / cycles)
     if state_path.exists():
         state = torch.load(state_path, map_location=parameters[0].device, weights_only=True)
         first = state["step"]
@@ -93,15 +97,18 @@ def train(
     started = saved_at = time.monotonic()
     total = 0.0
     for step in range(first, steps):
+        if step and step % cycle == 0:
+            _put(average, parameters)
+            optimizer = _optimizer(parameters, rate, decay)
         for group in optimizer.param_groups:
-            group["lr"] = rate * cosine(step, steps)
+            group["lr"] = rate * cosine(step % cycle, cycle)
         value = loss(step)
         optimizer.zero_grad(set_to_none=True)
         value.backward()
         nn.utils.clip_grad_norm_(parameters, clip)
         optimizer.step()
         if ema:
-            keep = min(ema, (1 + step) / (10 + step))
+            keep = min(ema, (1 + step % cycle) / (10 + step % cycle))
             torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - keep)
         total += value.item()
         done, now = step + 1 - first, time.monotonic()
@@ -117,8 +124,18 @@ def train(
             saved_at = now
     # The stage writes its result next and only then removes this (`finish`): a stop in between costs nothing.
     _save_state(state_path, steps, modules.values(), optimizer, average)
-    for p, a in zip(parameters, average, strict=bool(ema)):
-        p.data.copy_(a)
+    _put(average, parameters)
+
+
+def _optimizer(parameters: list[nn.Parameter], rate: float, decay: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=decay, fused=True)
+
+
+def _put(average: list[Tensor], parameters: list[nn.Parameter]) -> None:
+    """Put the averages, where there are any, in the parameters' place."""
+    if average:
+        for p, a in zip(parameters, average, strict=True):
+            p.data.copy_(a)
 
 
 def finish(name: str, folder: Path) -> None:

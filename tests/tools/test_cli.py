@@ -65,8 +65,8 @@ def test_every_command_says_what_it_takes(command, capsys):
         (["mini", "sheet", "--people", "0"], "people"),
         (["evaluate", "--knobs", "--guidance"], "give one of them"),
         (["evaluate", "--presets", "--guidance"], "give one of them"),
-        (["evaluate", "--encoders"], "goes with files"),
-        (["evaluate", "a=b.safetensors"], "goes with files"),
+        (["evaluate", "--encoders"], "go with files"),
+        (["evaluate", "a=b.safetensors"], "go with files"),
     ],
 )
 def test_arguments_that_are_not_as_the_help_says_end_with_status_2(arguments, says, capsys):

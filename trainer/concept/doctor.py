@@ -6,11 +6,10 @@ import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
 from ...lookahead.method.concept_input import ConceptError, check_picture
 from ...sdxl.images import PictureError, read
-from .source import QUIET, picture_files
+from ..progress import progress
+from .source import picture_files
 
 SHOWN = 10  # of a kind
 
@@ -48,7 +47,7 @@ class PictureReport:
 def examine_pictures(folder: Path, size: int) -> PictureReport:
     """Look at every picture of a folder. Raises ConceptDataError, one sentence, where there are none."""
     report, seen = PictureReport(folder, size), set()
-    for path in tqdm(picture_files(folder), "Pictures read", delay=QUIET):
+    for path in progress(picture_files(folder), "Pictures read"):
         name = path.relative_to(folder).as_posix()
         report.pictures += 1
         try:

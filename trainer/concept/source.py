@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ...lookahead.files.tensors import EncoderFileError, read_tensors, write_tensors
 from ...lookahead.method.concept_input import ConceptError, check_picture
@@ -20,12 +19,12 @@ from ...sdxl.concept import image_features
 from ...sdxl.concept_maker import squared
 from ...sdxl.images import PictureError, read
 from ...sdxl.load import Frozen
+from ..progress import progress
 from .config import ConceptConfig, picture_cache
 from .step import ConceptBatch
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif")
 HELD_OUT = 16  # pictures at most, a tenth of the data at most
-QUIET = 10  # seconds of work without a progress bar
 
 
 class ConceptDataError(ValueError):
@@ -64,7 +63,7 @@ class ConceptPictures:
     def prepare(self, device: torch.device) -> None:
         """Compute what is not kept yet, of all pictures."""
         missing = [n for n in (*self.targets, *self.unseen) if not self._path(n).exists()]
-        for n in tqdm(missing, "Pictures encoded", delay=QUIET):
+        for n in progress(missing, "Pictures encoded"):
             self._seen(n, device)
         for model in (self.models.vae, self.models.vision):  # 3 GB of SDXL that training has no use for
             model.to("cpu")

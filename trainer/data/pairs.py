@@ -20,12 +20,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from ...lookahead.files.atomic import atomic
 from ...lookahead.losses.identity import largest
 from ...lookahead.vision.faces import Detector, Face
 from ...sdxl.images import PictureError, read
+from ..progress import progress
 from .metadata import DataError as DataError  # which other modules know from here
 from .metadata import read_captions, read_metadata, same_name
 from .references import References, copies
@@ -36,7 +36,6 @@ OTHERS = tuple(
     ".heic .heif .hif .gif .jxl .jp2 .psd .svg .ico .tga .exr .hdr .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf".split()
 )
 SHORTEST_SIDE = 32  # pixels; below that there is nothing to see a person from
-QUIET = 10  # seconds of work without a progress bar
 _LOOK = 16  # side of the small grey picture that copies are told by
 
 
@@ -165,7 +164,7 @@ def scan(
     kept: dict[str, Seen] = {}
     new: list[Seen] = []
     total = 0
-    for entry in tqdm(entries, "Images scanned", delay=QUIET, disable=not report):
+    for entry in progress(entries, "Images scanned", disable=not report):
         path = folder / entry.file
         stat = path.stat()
         seen = before.get(entry.file)
@@ -263,7 +262,7 @@ def make_pairs(entries: Sequence[Entry], seen: Mapping[str, Seen], faces: bool) 
         by_person.setdefault(entry.person, []).append(entry)
     fits: dict[str, References] = {}
     members: dict[str, list[int]] = {}  # of each picture that is a reference, the list of its person's
-    for theirs in tqdm(by_person.values(), "References chosen, people", delay=QUIET):
+    for theirs in progress(by_person.values(), "References chosen, people"):
         alike = copies([seen[e.file].look for e in theirs])
         able = [n for n, e in enumerate(theirs) if e.reference and (seen[e.file].face or not faces)]
         used = [n for n in able if len(alike[n]) < len(theirs)]  # somebody else is no copy of it

@@ -17,14 +17,14 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 
 from ..ahead import Ahead
 from ..lookahead.config import Config
+from ..progress import counter
 from ..seeds import order
 from .features import FeatureReader, Item, PreparedFeatures, Tensors, View, features_folder, finished, write_features
 from .loader import PairLoader
-from .pairs import QUIET, DataError
+from .pairs import DataError
 from .pictures import Crop, PeoplePictures
 
 STRETCH = 256  # places of pictures whose features go into one shard
@@ -160,7 +160,7 @@ def make(
     seen: dict[Item, Tensors] = {}
     with (
         reader.reading(device),
-        tqdm(total=sum(map(len, asked)), desc="Pictures seen", unit=" pictures", delay=QUIET) as bar,
+        counter("Pictures seen", sum(map(len, asked)), unit=" pictures") as bar,
     ):
         try:
             for job, crops in read:
