@@ -7,7 +7,6 @@ longer one takes over what a shorter one has made.
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import time
 from collections.abc import Iterator, Sequence
@@ -49,7 +48,7 @@ from ..files import models
 from ..files.weights import CHECKPOINT, CLIP_VISION
 from ..plan import IMAGE_SIZE
 from .concept_set import PROMPTS, Asked, ConceptChunk
-from .study import CFG
+from .study import CFG, without_words
 
 STEPS = 20  # of DDIM
 TOGETHER = 4  # concepts drawn in one pass of the UNet, each under all prompts
@@ -376,21 +375,6 @@ def code() -> str:
     for name in SOURCES:
         digest.update(without_words((ROOT / name).read_text(encoding="utf-8")).encode())
     return digest.hexdigest()
-
-
-def without_words(source: str) -> str:
-    """A module as what it does: its syntax tree without comments and docstrings."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if (
-            isinstance(body, list)
-            and body
-            and isinstance(body[0], ast.Expr)
-            and isinstance(body[0].value, ast.Constant)
-        ):
-            del body[0]
-    return ast.dump(tree)
 
 
 @cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import os
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from ...tools.common import ROOT, Stopwatch, say
 from ..files.host_models import mini_host
 from ..plan import WEIGHTS
 from ..world.references import reference_faces
-from .study import CFG, SIZE, STYLES, prompt_of, saved_pictures, to_image
+from .study import CFG, SIZE, STYLES, prompt_of, saved_pictures, to_image, without_words
 
 SAMPLER, SCHEDULER, STEPS = "dpmpp_2m", "karras", 20
 MEASURED_WITH = {"sampler": SAMPLER, "scheduler": SCHEDULER, "steps": STEPS}  # for the pages
@@ -183,11 +182,5 @@ def surroundings() -> str:
 
 
 def _computed(file: Path) -> bytes:
-    """A file as far as it computes: of a source without comments, docstrings and layout, which draw nothing."""
-    if file.suffix != ".py":
-        return file.read_bytes()
-    tree = ast.parse(file.read_bytes())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node, clean=False):
-            node.body[0] = ast.Pass()
-    return ast.dump(tree).encode()
+    """A file as far as it computes: comments, docstrings and layout of a source draw nothing."""
+    return without_words(file.read_text(encoding="utf-8")).encode() if file.suffix == ".py" else file.read_bytes()

@@ -28,6 +28,7 @@ from lcm_lookahead.mini.studies.concept_set import PEOPLE, PROMPTS, SEEN, SWEPT_
 from lcm_lookahead.mini.studies.concept_speed import Speed
 from lcm_lookahead.mini.studies.evaluate import ConceptOptions
 from lcm_lookahead.mini.studies.evaluate import evaluate as study
+from lcm_lookahead.mini.studies.study import without_words
 from lcm_lookahead.mini.world.things import CLASSES
 from lcm_lookahead.sdxl.concept import dictionary_of, projections, token_of
 from lcm_lookahead.sdxl.concept_maker import ConceptTuner
@@ -200,7 +201,7 @@ def test_untuned_concepts_are_the_same_whatever_they_would_be_tuned_by(base):
 
 def test_words_about_the_code_do_not_count_and_the_code_does():
     one, same, other = (
-        concept_making.without_words(text)
+        without_words(text)
         for text in (
             'def f():\n    """One."""\n    return 1',
             "def f():  # two\n    return 1",
