@@ -32,7 +32,7 @@ def progress(work: Iterable[T], what: str, **options: Any) -> tqdm[T]:
 
 def counter(what: str, total: int, **options: Any) -> tqdm[NoReturn]:
     """The same for work that is counted as it is done, by `update`."""
-    return cast("tqdm[NoReturn]", tqdm(None, what, total, **_shown(options)))
+    return tqdm(None, what, total, **_shown(options))
 
 
 def _shown(options: Mapping[str, Any]) -> dict[str, Any]:

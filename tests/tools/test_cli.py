@@ -103,8 +103,8 @@ def test_options_and_files_of_a_study_come_in_any_order(monkeypatch, tmp_path):
     )
     main.main(["evaluate", "--presets", "quick", "strong", "--references", "20", "--out", str(tmp_path)])
     main.main(["evaluate", "--knobs"])
-    assert calls[0] == ("encoders", tmp_path, 20, ["a=b", "c=d@0.5"], 3)
-    assert calls[1] == ("presets", tmp_path, 20, ["quick", "strong"], 0)
+    assert calls[0] == ("encoders", tmp_path, 20, ["a=b", "c=d@0.5"], 3, None)
+    assert calls[1] == ("presets", tmp_path, 20, ["quick", "strong"], 0, None)
     assert calls[2][0] == "knobs" and calls[2][2] is None
 
 
