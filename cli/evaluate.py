@@ -40,7 +40,8 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="I/N",
-            help="Draw and judge every N-th person from the I-th on, counted from 0. With --concepts: first.",
+            help="Draw and judge every N-th person from the I-th on, counted from 0. With --concepts: begin with every "
+            "N-th chunk of concepts, and go on with what no other process has made.",
         ),
     ] = None,
     knobs: Annotated[bool, typer.Option("--knobs", help="Study one knob at a time instead.")] = False,
@@ -121,7 +122,10 @@ def evaluate(
     if given and not chosen and given[0].endswith((".yaml", ".yml")):
         return by_protocol(given[0], given[1:], full, out, worker, processes, card if dry_run else None, dry_run)
     if (encoders or concepts) != bool(given) and not presets:
-        raise typer.BadParameter("--encoders and --concepts go with files: give both, or neither, or a PROTOCOL.yaml.")
+        raise typer.BadParameter(
+            "--encoders and --concepts go with files (NAME=FILE), and files go with one of the two; a protocol is a "
+            "file that ends in .yaml."
+        )
     from ..lookahead.files.atomic import check_writable
 
     out = out or ROOT / "docs"
@@ -131,7 +135,7 @@ def evaluate(
     from .generate import asked_worker
 
     options = None
-    if concepts or tuning_steps is not None or base is not None or not baselines:
+    if concepts or worker or tuning_steps is not None or base is not None or not baselines:
         options = ConceptOptions(tuning_steps, base, asked_worker(worker) if worker else (0, 1), baselines)
     study(chosen[0] if chosen else "reference", out, references, given, first, options)
 

@@ -19,7 +19,9 @@ Folder = Annotated[
 
 def folder_of(folder: Path | None, quick: bool) -> Path:
     """The folder of a build; plans are kept apart, since a stage of one must not go on from the other's."""
-    return folder or Path(".mini-quick" if quick else ".mini")
+    from ..mini.plan import BUILD, QUICK_BUILD
+
+    return folder or (QUICK_BUILD if quick else BUILD)
 
 
 @app.command()

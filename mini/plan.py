@@ -10,6 +10,7 @@ from typing import Any
 from .world.faces import STYLES
 
 HERE = Path(__file__).parent
+BUILD, QUICK_BUILD = Path(".mini"), Path(".mini-quick")  # of `lookahead mini build`, in the folder one is in
 WEIGHTS = HERE / "weights"
 SIZES: dict[str, Any] = json.loads((HERE / "sizes.json").read_text())
 IMAGE_SIZE: int = SIZES["image_size"]

@@ -6,14 +6,13 @@ import shutil
 from pathlib import Path
 
 from ...lookahead.files.tensors import sha256
-from ...tools.common import CACHE, ROOT, Problem
-from ..plan import WEIGHTS
+from ...tools.common import CACHE, Problem
+from ..plan import BUILD, WEIGHTS
 from ..stages import stage, things
 from . import models
 from .checkpoint import sdxl_checkpoint
 from .weights import CHECKPOINT, CLIP_VISION
 
-BUILD = ROOT / ".mini"  # where `lookahead mini build` leaves its results
 THINGS_LORA = "mini_things_lora.safetensors"
 
 

@@ -74,7 +74,7 @@ def train(
     ids, own = [tokenize(tokens, pictures.long) for pictures, _ in (things, faces)], tokenize(tokens, faces[0].short)
     empty = tokenize(tokens, [""])
     noised = base.Noising(device)
-    hard = torch.tensor([any(word in HARD for word in text.split()) for text in things[0].long])
+    hard = torch.isin(things[0].labels["kind"], torch.tensor([CLASSES.index(name) for name in HARD]))
     every = torch.arange(len(things[0]))
     places = (every, every.repeat_interleave(torch.where(hard, OFTEN, 1)))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,12 +13,13 @@ from torch import Tensor
 
 from ...host.graph import Graph, Link
 from ...host.server import link
+from ...lookahead.files.tensors import read_tensors, write_tensors
 from ...lookahead.method.layer_weights import EVEN
-from ...tools.common import ROOT, Stopwatch, say
+from ...tools.common import CACHE, ROOT, Stopwatch, say
 from ..files.host_models import mini_host
 from ..plan import WEIGHTS
 from ..world.references import reference_faces
-from .study import CFG, SIZE, STYLES, prompt_of, saved_pictures, to_image, without_words
+from .study import CFG, SIZE, STYLES, complete, prompt_of, saved_pictures, to_image, without_words
 
 SAMPLER, SCHEDULER, STEPS = "dpmpp_2m", "karras", 20
 MEASURED_WITH = {"sampler": SAMPLER, "scheduler": SCHEDULER, "steps": STEPS}  # for the pages
@@ -166,6 +168,35 @@ def draw(
             done = min(begin + BATCH, references)
             say(f"{done} of {references} references drawn in {watch.seconds:.0f} s")
     return faces, {name: torch.cat(drawn[distinct[arm]]) for name, arm in arms.items()}
+
+
+def draw_kept(
+    what: str, work: Sequence[tuple[Graph, Sequence[str]]], inputs: Mapping[str, Tensor]
+) -> list[dict[str, Tensor]]:
+    """Pictures [n, 3, H, W] in [0, 1] that the host draws, a graph after the other, by SaveImage node. What was drawn
+    before, in the same surroundings, is taken from the cache, so that a run that was stopped goes on.
+
+    what: for the lines of progress; work: graphs (inputs that are not given take their defaults) and their SaveImage
+    nodes; inputs: pictures [3, H, W] of the host's input folder by name, which must say who is on it.
+    """
+    around, folder = surroundings(), CACHE / "evaluated"
+    keys = [hashlib.sha256(repr((around, nodes)).encode()).hexdigest() for nodes, _ in work]
+    places = [folder / f"{key[:24]}.safetensors" for key in keys]
+    missing = [(place, *each) for place, each in zip(places, work, strict=True) if not place.exists()]
+    say(f"{what}: {len(missing)} of {len(work)} graphs are to be drawn")
+    if missing:
+        folder.mkdir(parents=True, exist_ok=True)
+        watch = Stopwatch()
+        with mini_host() as host:
+            for name, picture in inputs.items():
+                to_image(picture).save(host.folder("input") / name)
+            for done, (place, nodes, shown) in enumerate(missing, 1):
+                result = host.run(complete(nodes, host.object_info()), timeout=7200).check()
+                drawn = {name: (saved_pictures(host, result, name) * 255).round().byte() for name in shown}
+                write_tensors(place, drawn, {})
+                say(f"{what}: {done} of {len(missing)} graphs drawn in {watch.seconds:.0f} s")
+    stored = [read_tensors(place)[0] for place in places]
+    return [{name: pictures.float() / 255 for name, pictures in of_one.items()} for of_one in stored]
 
 
 def surroundings() -> str:

@@ -76,7 +76,10 @@ def evaluate(
     if references < fewest:
         raise Problem(f"--references is {references}, too few for figures with intervals: give at least {fewest}.")
     if concepts is not None and study != "concepts":
-        raise Problem("--tuning-steps, --base and --no-baselines are for --concepts alone: leave them out.")
+        raise Problem(
+            "--tuning-steps, --base, --no-baselines and, of the studies, --worker are for --concepts alone: leave "
+            "them out."
+        )
     if first and (first < 0 or study != "encoders"):
         raise Problem(f"--first is {first}: give a number from 0, and only beside --encoders.")
     out.mkdir(parents=True, exist_ok=True)  # before hours of drawing, after which pictures and page are written

@@ -8,7 +8,6 @@ presets of the guidance by the identity loss into docs/guidance_presets.md likew
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,6 @@ from torch.nn import functional
 from ...evaluation.stats import Interval
 from ...evaluation.stats import share as share_of_rows
 from ...host.graph import Graph, Link
-from ...lookahead.files.tensors import read_tensors, write_tensors
 from ...lookahead.method.guidance_presets import (
     BALANCED,
     DPS,
@@ -36,14 +34,13 @@ from ...lookahead.method.guidance_presets import (
     best_of_as_many,
 )
 from ...lookahead.vision.perceptual import lpips_network
-from ...tools.common import CACHE, Problem, Stopwatch, say
-from ..files.host_models import mini_host
+from ...tools.common import Problem
 from ..files.weights import evaluators
 from ..world.faces import PLACES as ALL_PLACES
 from ..world.faces import STYLES as ALL_STYLES
 from ..world.references import reference_faces
-from .drawing import null_text, surroundings
-from .study import CFG, SIZE, STYLES, Table, complete, prompt_of, render, saved_pictures, sheet, to_image, write_page
+from .drawing import draw_kept, null_text
+from .study import CFG, SIZE, STYLES, Table, prompt_of, render, sheet, write_page
 
 SAMPLER, SCHEDULER, STEPS = "ddim", "ddim_uniform", 50  # the paper's
 BATCH = 8  # pictures drawn at once, each towards a reference of its own
@@ -154,41 +151,18 @@ def _loss(nodes: Graph, loss: str, pictures: Link, batch: int) -> Link:
 
 
 def draw(loss: str, arms: dict[str, GuidanceArm], count: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """References [count, 3, 128, 128], and by arm what the host drew towards them, of the same shape. What was drawn
-    before, in the same surroundings, is taken from the cache, batch by batch and arm by arm."""
-    references, around = reference_faces(count), surroundings()
-    batches = [
-        [f"face-{number}.png" for number in range(begin, min(begin + BATCH, count))] for begin in range(0, count, BATCH)
-    ]
-
-    def of_arms(batch: int, names: Sequence[str]) -> Graph:
-        return graph(loss, batches[batch], batch, 1000 * batch, {name: arms[name] for name in names})
-
-    def place(batch: int, name: str) -> Path:
-        key = hashlib.sha256(repr((around, arms[name], of_arms(batch, [name]))).encode()).hexdigest()
-        return CACHE / "evaluated" / f"{key[:24]}.safetensors"
-
-    places = {name: [place(batch, name) for batch in range(len(batches))] for name in arms}
-    missing = {
-        batch: names
-        for batch in range(len(batches))
-        if (names := [name for name in arms if not places[name][batch].exists()])
-    }
-    say(f"{loss}: {len(missing)} of {len(batches)} batches are to be drawn")
-    if missing:
-        (CACHE / "evaluated").mkdir(parents=True, exist_ok=True)
-        watch = Stopwatch()
-        with mini_host() as host:
-            for number, face in enumerate(references):
-                to_image(face).save(host.folder("input") / f"face-{number}.png")
-            for batch, names in missing.items():
-                for name in names:
-                    result = host.run(complete(of_arms(batch, [name]), host.object_info()), timeout=7200).check()
-                    pictures = (saved_pictures(host, result, name) * 255).round().byte()
-                    write_tensors(places[name][batch], {"pictures": pictures}, {})
-                say(f"{loss}: batch {batch + 1} of {len(batches)} drawn in {watch.seconds:.0f} s")
-    stored = {name: [read_tensors(place)[0]["pictures"] for place in of_arm] for name, of_arm in places.items()}
-    return references, {name: torch.cat(pictures).float() / 255 for name, pictures in stored.items()}
+    """References [count, 3, 128, 128], and by arm what the host drew towards them, of the same shape."""
+    references = reference_faces(count)
+    files = [f"face-{number}.png" for number in range(count)]
+    batches = list(enumerate(files[begin : begin + BATCH] for begin in range(0, count, BATCH)))
+    # A graph an arm, so that another arm draws none of these again.
+    asked = [(name, batch, names) for batch, names in batches for name in arms]
+    work = [(graph(loss, names, batch, 1000 * batch, {name: arms[name]}), (name,)) for name, batch, names in asked]
+    drawn = draw_kept(loss, work, dict(zip(files, references, strict=True)))
+    by_arm: dict[str, list[Tensor]] = {name: [] for name in arms}
+    for (name, _, _), pictures in zip(asked, drawn, strict=True):
+        by_arm[name].append(pictures[name])
+    return references, {name: torch.cat(pictures) for name, pictures in by_arm.items()}
 
 
 def measure(loss: str, references: Tensor, drawn: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:

@@ -8,7 +8,6 @@ looks at either half. Writes people.md, .json and .jpg; what was drawn before is
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,13 +16,10 @@ from torch import Tensor
 
 from ...evaluation.stats import proportion, share
 from ...host.graph import Graph
-from ...lookahead.files.tensors import read_tensors, write_tensors
-from ...tools.common import CACHE, Stopwatch, say
-from ..files.host_models import mini_host
 from ..files.weights import evaluators
 from ..world.references import reference_faces
-from .drawing import MEASURED_WITH, SAMPLER, SCHEDULER, STEPS, STOCK, surroundings
-from .study import CFG, SIZE, Figures, Table, complete, prompt_of, render, saved_pictures, to_image, write_page
+from .drawing import MEASURED_WITH, SAMPLER, SCHEDULER, STEPS, STOCK, draw_kept
+from .study import CFG, SIZE, Figures, Table, prompt_of, render, to_image, write_page
 
 BATCH = 4  # pairs drawn at once
 WEIGHT = 0.6  # of the image prompts, as in the guided workflows
@@ -130,30 +126,17 @@ def crossed(batch: int) -> bool:
 
 def draw(pairs: int) -> tuple[Tensor, dict[str, Tensor]]:
     """References [pairs, 2, 3, 128, 128], left and right, and by arm what was drawn of them, [pairs, 3, 128, 256]."""
-    references, around = reference_faces(2 * pairs).unflatten(0, (pairs, 2)), surroundings()
-    graphs = {}
+    references = reference_faces(2 * pairs).unflatten(0, (pairs, 2))
+    work = []
     for begin in range(0, pairs, BATCH):
         numbers = range(begin, min(begin + BATCH, pairs))
-        sides = [[f"face-{number}-{side}.png" for number in numbers] for side in range(2)]
-        nodes = graph(sides[0], sides[1], begin // BATCH, ARMS)
-        key = hashlib.sha256(repr((around, nodes)).encode()).hexdigest()
-        graphs[CACHE / "evaluated" / f"{key[:24]}.safetensors"] = nodes
-    missing = {place: nodes for place, nodes in graphs.items() if not place.exists()}
-    say(f"{len(missing)} of {len(graphs)} batches of {BATCH} pairs are to be drawn")
-    if missing:
-        (CACHE / "evaluated").mkdir(parents=True, exist_ok=True)
-        watch = Stopwatch()
-        with mini_host() as host:
-            for number, pair in enumerate(references):
-                for side, face in enumerate(pair):
-                    to_image(face).save(host.folder("input") / f"face-{number}-{side}.png")
-            for done, (place, nodes) in enumerate(missing.items(), 1):
-                result = host.run(complete(nodes, host.object_info()), timeout=7200).check()
-                drawn = {name: (saved_pictures(host, result, name) * 255).round().byte() for name in ARMS}
-                write_tensors(place, drawn, {})
-                say(f"{done} of {len(missing)} batches drawn in {watch.seconds:.0f} s")
-    stored = [read_tensors(place)[0] for place in graphs]
-    return references, {name: torch.cat([one[name] for one in stored]).float() / 255 for name in ARMS}
+        left, right = ([f"face-{number}-{side}.png" for number in numbers] for side in range(2))
+        work.append((graph(left, right, begin // BATCH, ARMS), tuple(ARMS)))
+    inputs = {
+        f"face-{number}-{side}.png": face for number, pair in enumerate(references) for side, face in enumerate(pair)
+    }
+    drawn = draw_kept("people", work, inputs)
+    return references, {name: torch.cat([one[name] for one in drawn]) for name in ARMS}
 
 
 def similarities(references: Tensor, drawn: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -2,18 +2,21 @@
 
 import contextlib
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from lcm_lookahead.host import workflow
+from lcm_lookahead.host.graph import Graph
 from lcm_lookahead.lookahead.losses import embedding, identity, lpips
 from lcm_lookahead.lookahead.vision import arcface, clip, perceptual
 from lcm_lookahead.lookahead.vision.face_models import FaceModels
 from lcm_lookahead.mini import demo
 from lcm_lookahead.mini.files.host_models import mini_host
 from lcm_lookahead.mini.plan import WEIGHTS
+from lcm_lookahead.mini.studies import drawing
 from PIL import Image
 from samples import standard_errors
 
@@ -214,3 +217,30 @@ def test_the_preview_grid_shows_that_the_shortcut_foretells_better_than_x0(host)
         found.append([rmse[row] for row in (("0 %", "shortcut"), ("0 %", "x0"), ("50 %", "x0"))])
     shortcut, x0, later = torch.tensor(found).T
     assert standard_errors(x0 - shortcut) > 4 and standard_errors(x0 - later) > 4
+
+
+def test_what_a_study_has_drawn_is_not_drawn_again_and_a_change_of_its_graph_is(host, monkeypatch, tmp_path):
+    """Here, since a host runs."""
+    started = []
+
+    def running(**_):
+        started.append(1)
+        return nullcontext(host)
+
+    monkeypatch.setattr(drawing, "mini_host", running)
+    monkeypatch.setattr(drawing, "CACHE", tmp_path)
+    faces = {"study-0.png": torch.full((3, 16, 16), 0.2), "study-1.png": torch.full((3, 16, 16), 0.6)}
+
+    def graph(file):
+        nodes = Graph()
+        nodes.add("drawn", "SaveImage", images=nodes.add("face", "LoadImage", image=file), filename_prefix="study")
+        return nodes, ("drawn",)
+
+    work = [graph(file) for file in faces]
+    first = drawing.draw_kept("faces", work[:1], faces)
+    both = drawing.draw_kept("faces", work, faces)
+    again = drawing.draw_kept("faces", work, faces)
+    assert len(started) == 2, "the third found all there"
+    for one, face in zip(both, faces.values(), strict=True):
+        assert torch.allclose(one["drawn"], face[None], atol=1 / 255)
+    assert torch.equal(first[0]["drawn"], both[0]["drawn"]) and torch.equal(again[1]["drawn"], both[1]["drawn"])

@@ -17,5 +17,5 @@ def test_lines_are_seldom_and_of_short_work_nothing_is_said(capfd):
         pass
     assert capfd.readouterr().err == ""
     for _ in progress(range(1000), "Pictures read", delay=0):
-        time.sleep(0.0001)
+        time.sleep(0.001)  # for ten states and more of a bar in a terminal
     assert len(capfd.readouterr().err.splitlines()) <= 2
