@@ -36,7 +36,7 @@ class ConceptOptions:
     @property
     def steps(self) -> tuple[int, ...]:
         """The tuning steps at which concepts are drawn. Raises Problem for what is no list of numbers."""
-        from .concepts import TUNING_STEPS
+        from .concept_bench import TUNING_STEPS
 
         if self.tuning_steps is None:
             return TUNING_STEPS

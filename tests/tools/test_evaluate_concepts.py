@@ -15,7 +15,8 @@ from lcm_lookahead.lookahead.method.concept_tuning import Tuning
 from lcm_lookahead.mini.drawn_people import model_folder
 from lcm_lookahead.mini.plan import WEIGHTS
 from lcm_lookahead.mini.stages.networks import StyleScorer, ThingJudge
-from lcm_lookahead.mini.studies import concept_making, concept_speed, concepts
+from lcm_lookahead.mini.studies import concept_baselines, concept_bench, concept_making, concept_page, concept_speed
+from lcm_lookahead.mini.studies.concept_bench import CLASS, ONE_PATH, PLACE, PROMPT, SIMILARITY, STYLE
 from lcm_lookahead.mini.studies.concept_making import (
     Concepts,
     DrawnConcepts,
@@ -24,7 +25,16 @@ from lcm_lookahead.mini.studies.concept_making import (
     Maker,
     TunedConcepts,
 )
-from lcm_lookahead.mini.studies.concept_set import PEOPLE, PROMPTS, SEEN, SWEPT_FROM, UNSEEN, ConceptChunk, chunks
+from lcm_lookahead.mini.studies.concept_set import (
+    GROUPS,
+    PEOPLE,
+    PROMPTS,
+    SEEN,
+    SWEPT_FROM,
+    UNSEEN,
+    ConceptChunk,
+    chunks,
+)
 from lcm_lookahead.mini.studies.concept_speed import Speed
 from lcm_lookahead.mini.studies.evaluate import ConceptOptions
 from lcm_lookahead.mini.studies.evaluate import evaluate as study
@@ -229,12 +239,12 @@ class StubMaker:
 def test_what_is_there_is_not_made_again_and_each_process_begins_with_its_part(base, monkeypatch):
     stub = StubMaker()
     for name in ("make_tuned", "make_drawn"):
-        monkeypatch.setattr(concepts, name, getattr(stub, name))
+        monkeypatch.setattr(concept_bench, name, getattr(stub, name))
     wanted, of = [ARM, replace(ARM, tuned=replace(ARM.tuned, step=2))], chunks(144)
-    concepts.Bench(base, (1, 2), judges=None, _maker=stub).make("x", wanted, of)
+    concept_bench.Bench(base, (1, 2), judges=None, _maker=stub).make("x", wanted, of)
     assert [chunk for _, chunk in stub.tuned] == [*of[1::2], *of[::2]]
     assert all(steps == [5, 2] for steps, _ in stub.tuned) and len(stub.drawn) == 2 * len(of)
-    concepts.Bench(base, judges=None, _maker=stub).make("x", [*wanted, replace(ARM, blend=1.0)], of[:1])
+    concept_bench.Bench(base, judges=None, _maker=stub).make("x", [*wanted, replace(ARM, blend=1.0)], of[:1])
     assert len(stub.drawn) == 2 * len(of) + 3 and stub.tuned[-1] == ([5, 2, 5], of[0])
 
 
@@ -243,7 +253,7 @@ def test_what_is_there_is_not_made_again_and_each_process_begins_with_its_part(b
 
 @pytest.fixture
 def judges():
-    made = object.__new__(concepts.ConceptJudges)
+    made = object.__new__(concept_bench.ConceptJudges)
     judge = ThingJudge().eval()
     made.embed, made.kinds = {SEEN: judge.embed}, {SEEN: judge.kinds}
     made.scorer = made.of_faces = StyleScorer().eval()
@@ -253,13 +263,13 @@ def judges():
 def test_a_picture_of_the_concept_itself_is_as_similar_as_can_be(judges):
     shown = PAIR.pictures[:, None].expand(2, len(PROMPTS), -1, -1, -1)
     found = judges.values(PAIR, shown)
-    assert torch.allclose(found[concepts.SIMILARITY], torch.ones(2, 4), atol=1e-5)
-    right = (found[concepts.STYLE] + found[concepts.PLACE]) / 2
-    assert torch.equal(found[concepts.PROMPT], right) and found[concepts.CLASS].shape == (2, 4)
+    assert torch.allclose(found[SIMILARITY], torch.ones(2, 4), atol=1e-5)
+    right = (found[STYLE] + found[PLACE]) / 2
+    assert torch.equal(found[PROMPT], right) and found[CLASS].shape == (2, 4)
 
 
 def test_strangers_are_others_of_the_group_and_of_the_class_where_they_are_to_be(judges, monkeypatch):
-    monkeypatch.setattr(concepts, "GROUPS", {SEEN: concepts.GROUPS[SEEN]})
+    monkeypatch.setattr(concept_bench, "GROUPS", {SEEN: GROUPS[SEEN]})
     of = [ConceptChunk(SEEN, tuple(range(8))), ConceptChunk(SEEN, tuple(range(8, 16)))]
     pictures = torch.cat([chunk.pictures for chunk in of])
     embedded = judges.embed[SEEN](pictures)
@@ -275,17 +285,15 @@ def interval(value, width=0.02):
 
 
 def budget(ours, theirs):
-    keys = [f"{name}, all" for name in (concepts.SIMILARITY, concepts.PROMPT)]
+    keys = [f"{name}, all" for name in (SIMILARITY, PROMPT)]
     return {
         "ours": dict(zip(keys, map(interval, ours), strict=True)),
         "figures": dict(zip(keys, map(interval, theirs), strict=True)),
     }
 
 
-SPEEDS = {name: Speed(1.0, step, 1.0, 1.0, 1.0) for name, step in ((concepts.OURS, 1.0), ("LoRA", 2.0))}
-STEPS = {
-    str(n): {f"{concepts.SIMILARITY}, all": interval(value)} for n, value in ((0, 0.2), (2, 0.45), (5, 0.5), (12, 0.6))
-}
+SPEEDS = {name: Speed(1.0, step, 1.0, 1.0, 1.0) for name, step in ((concept_baselines.OURS, 1.0), ("LoRA", 2.0))}
+STEPS = {str(n): {f"{SIMILARITY}, all": interval(value)} for n, value in ((0, 0.2), (2, 0.45), (5, 0.5), (12, 0.6))}
 
 
 @pytest.mark.parametrize(
@@ -297,33 +305,31 @@ STEPS = {
     ],
 )
 def test_the_verdict_follows_from_the_intervals(theirs, aim, words):
-    said = concepts.verdict({"LoRA": {"1": budget((0.6, 0.8), theirs)}}, STEPS, SPEEDS)
+    said = concept_page.verdict({"LoRA": {"1": budget((0.6, 0.8), theirs)}}, STEPS, SPEEDS)
     assert aim in said[0] and words in said[1]
-    assert concepts.verdict({}, STEPS, SPEEDS) == []
+    assert concept_page.verdict({}, STEPS, SPEEDS) == []
 
 
 def test_the_time_to_the_same_similarity_is_said_both_ways():
     budgets = {"1": budget((0.6, 0.8), (0.42, 0.5)), "10": budget((0.6, 0.8), (0.62, 0.5))}
-    said = concepts.verdict({"LoRA": budgets}, STEPS, SPEEDS)[-1]
+    said = concept_page.verdict({"LoRA": budgets}, STEPS, SPEEDS)[-1]
     assert "at 10 times the time" in said and "after 2 steps, in 4.3 times less time" in said  # 13 s against 3
     budgets["10"] = budget((0.6, 0.8), (0.5, 0.5))
-    assert "not as similar as ours at 10 times" in concepts.verdict({"LoRA": budgets}, STEPS, SPEEDS)[-1]
+    assert "not as similar as ours at 10 times" in concept_page.verdict({"LoRA": budgets}, STEPS, SPEEDS)[-1]
 
 
 def test_steps_of_a_baseline_take_as_long_as_ours_with_the_prediction():
     ours, theirs = Speed(2.0, 1.0, 1, 1, 1), Speed(0.0, 2.0, 1, 1, 1)
-    assert [concepts.steps_of(times, ours, theirs) for times in (1, 10)] == [7, 70]
+    assert [concept_baselines.steps_of(times, ours, theirs) for times in (1, 10)] == [7, 70]
 
 
 def test_differences_are_paired_and_of_the_runs_that_both_have():
     spread = torch.linspace(0, 0.5, 20)[:, None].expand(20, 8)  # concepts differ far more than arms do
-    one, other = (
-        {n: spread[:, :w] + shift for n in (concepts.SIMILARITY, concepts.PROMPT)} for w, shift in ((8, 0.1), (4, 0))
-    )
-    found = concepts.figures(concepts.minus(one, other), [SEEN] * 12 + [PEOPLE] * 8)
-    value, low, high = found[f"{concepts.SIMILARITY}, {SEEN}"]
+    one, other = ({n: spread[:, :w] + shift for n in (SIMILARITY, PROMPT)} for w, shift in ((8, 0.1), (4, 0)))
+    found = concept_bench.figures(concept_bench.minus(one, other), [SEEN] * 12 + [PEOPLE] * 8)
+    value, low, high = found[f"{SIMILARITY}, {SEEN}"]
     assert value == pytest.approx(0.1) and high - low < 1e-6
-    assert f"{concepts.SIMILARITY}, {UNSEEN}" not in found
+    assert f"{SIMILARITY}, {UNSEEN}" not in found
 
 
 # --- what is given
@@ -332,19 +338,19 @@ def test_differences_are_paired_and_of_the_runs_that_both_have():
 @pytest.mark.parametrize("text", ["nothing", "a=", "a=/no/such/file.safetensors", ""])
 def test_what_is_no_file_is_said(text):
     with pytest.raises(Problem, match="give NAME=FILE"):
-        concepts.parse([text] if text else [])
+        concept_bench.parse([text] if text else [])
 
 
 def test_arms_follow_their_files_and_the_main_one_has_one_path_too(encoder):
-    files = concepts.parse([f"a={encoder}", f"b={encoder}@1", f"a={encoder}"], (3,))
-    arms = concepts.arms_of(files)
-    assert [*arms] == ["a", "b", concepts.ONE_PATH] and [len(arms[name][3]) for name in arms] == [2, 1, 2]
-    assert [*arms["a"]] == [*arms[concepts.ONE_PATH]] == [0, 3] and [*arms["b"]] == [0, 1, 3]
-    assert concepts.pairs_of([*arms, "c"]) == [("a", "b"), ("a", concepts.ONE_PATH), ("a", "c"), ("b", "c")]
+    files = concept_bench.parse([f"a={encoder}", f"b={encoder}@1", f"a={encoder}"], (3,))
+    arms = concept_bench.arms_of(files)
+    assert [*arms] == ["a", "b", ONE_PATH] and [len(arms[name][3]) for name in arms] == [2, 1, 2]
+    assert [*arms["a"]] == [*arms[ONE_PATH]] == [0, 3] and [*arms["b"]] == [0, 1, 3]
+    assert concept_bench.pairs_of([*arms, "c"]) == [("a", "b"), ("a", ONE_PATH), ("a", "c"), ("b", "c")]
     (drawn,) = arms["b"][3]
     assert drawn.blend == drawn.tuned.tuning.blend == 0.4 and drawn.tuned.tuning.batch == 2
-    assert all(one.blend == one.tuned.tuning.blend == 1 for one in arms[concepts.ONE_PATH][3])
-    blends = concepts.blends_of(files["a"], 3)
+    assert all(one.blend == one.tuned.tuning.blend == 1 for one in arms[ONE_PATH][3])
+    blends = concept_bench.blends_of(files["a"], 3)
     assert {one.tuned.tuning.blend for runs in blends.values() for one in runs} == {1.0}
     assert [*blends] == [runs[0].blend for runs in blends.values()] == [0.25, 0.5, 0.75, 1.0]
 
@@ -367,12 +373,10 @@ def test_options_of_concepts_are_for_them_alone(tmp_path):
 
 
 def test_the_page_says_what_its_figures_say():
-    names = [
-        f"{m}, {g}" for m, g in itertools.product(("similarity", "prompt", "style", "place", "class"), concepts.GROUPS)
-    ]
+    names = [f"{m}, {g}" for m, g in itertools.product(("similarity", "prompt", "style", "place", "class"), GROUPS)]
     names += [f"{m}, all" for m in ("similarity", "prompt", "style", "place")]
     of_arm = {name: interval(0.5) for name in names}
-    words = {group: {"share": interval(0.75), "cosine": interval(0.25)} for group in concepts.GROUPS}
+    words = {group: {"share": interval(0.75), "cosine": interval(0.25)} for group in GROUPS}
     found = {
         "step": 12,
         "steps": 20,
@@ -397,12 +401,12 @@ def test_the_page_says_what_its_figures_say():
         "speeds": {name: speed._asdict() for name, speed in SPEEDS.items()},
         "verdict": ["All is well."],
     }
-    text = concepts.page(found)
+    text = concept_page.page(found)
     assert "| main, 12 steps | 0.500 [0.480, 0.520] | 0.500 [0.480, 0.520] | 0.875 [0.855, 0.895] |" in text
     assert "**All is well.**" in text and "9 steps at rate 0.003, 144 concepts" in text and "\n\n\n" not in text
     assert "| LoRA | 1 | 0.003: **0.500**, 0.01: 0.250 |" in text and "| ours | 1.00 | 1.00 | 13.0 |" in text
-    assert text == concepts.page(read(json.loads(json.dumps(found))))
-    without = concepts.page({**found, "baselines": {}, "sweeps": {}, "verdict": []})
+    assert text == concept_page.page(read(json.loads(json.dumps(found))))
+    without = concept_page.page({**found, "baselines": {}, "sweeps": {}, "verdict": []})
     assert "## Baselines" not in without and "no verdict" in without and "\n\n\n" not in without
 
 
