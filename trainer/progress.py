@@ -31,7 +31,7 @@ def progress(work: Iterable[T], what: str, **options: Any) -> tqdm[T]:
 
 
 def counter(what: str, total: int, **options: Any) -> tqdm[NoReturn]:
-    """The same for work that is counted as it is done, by `update`."""
+    """Shows the progress of work that is counted as it is done, by `update`."""
     return tqdm(None, what, total, **_shown(options))
 
 
