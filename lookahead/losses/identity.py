@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from ..vision.arcface import Recogniser
 from ..vision.faces import Detector, Face, align, area, nearest, rescale_landmarks, samples_for, usable
 from .base import clamp_preview, select_references
+from .face_views import FaceViews
 
 # Where the face of a preview is taken to be when none is found in it: where it was last in this image, else where the
 # reference has it; where it was last alone; nowhere.
@@ -36,6 +37,21 @@ def embed(recogniser: Recogniser, pictures: Tensor, points: Tensor) -> Tensor:
     """
     size = recogniser.size
     return recogniser(align(pictures, points, size=size, samples=samples_for(points, size)))
+
+
+def see(
+    recogniser: Recogniser,
+    pictures: Tensor,
+    points: Tensor,
+    views: FaceViews | None,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """The mean of the unit vectors of a face's views, [n, d], whose product with a reference is the mean cosine; the
+    unit vector of its one crop (`embed`) where there are no views or nothing to draw them from.
+    """
+    if views is None or not views.count or generator is None:
+        return embed(recogniser, pictures, points)
+    return views.embed(recogniser, pictures, points, generator).mean(1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +111,9 @@ class IdentityLoss:
     cut out by a similarity without reflection, and recognised; the gradient goes through recogniser and cut to the
     pixels. Whoever calls has the recogniser, a module, on the previews' device. Only a loss of one run (`bind_rng`)
     remembers, in its `memory`, where a face was last, and warns once where previews show no face (training counts).
+
+    views: the value is the mean over so many random views of the face (`FaceViews`), which a pattern that pleases the
+    recogniser in one crop seldom outlives; drawn from the run's generator, so without `bind_rng` the plain crop counts.
     """
 
     recogniser: Recogniser
@@ -102,14 +121,16 @@ class IdentityLoss:
     references: FaceReferences
     fallback: str = REFERENCE
     memory: Memory | None = None
+    views: FaceViews | None = None
+    generator: torch.Generator | None = None
 
     def __post_init__(self) -> None:
         if self.fallback not in FALLBACKS:
             raise ValueError(f"The fallback is {self.fallback!r}: use one of {', '.join(FALLBACKS)}.")
 
     def bind_rng(self, generator: torch.Generator | None = None) -> IdentityLoss:
-        """Gives the loss a memory for one run; it draws nothing."""
-        return replace(self, memory=Memory())
+        """Gives the loss a memory for one run; its views are drawn from the generator."""
+        return replace(self, memory=Memory(), generator=generator)
 
     def __call__(self, preview: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Computes `Loss`. A preview without a face (`fallback`) is not valid: its value is 0, without a gradient."""
@@ -124,8 +145,8 @@ class IdentityLoss:
                 int((~valid).sum()),
                 len(valid),
             )
-        embeddings = embed(self.recogniser, pictures, points)
-        values = 1 - (embeddings * select_references(self.references.embeddings, embeddings, rows)).sum(-1)
+        seen = see(self.recogniser, pictures, points, self.views, self.generator)
+        values = 1 - (seen * select_references(self.references.embeddings, seen, rows)).sum(-1)
         valid = valid.to(values.device)
         return torch.where(valid, values, 0.0), valid
 

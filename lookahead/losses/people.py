@@ -14,7 +14,8 @@ from torch import Tensor
 from ..vision.arcface import Recogniser
 from ..vision.faces import Detector, Face, area, rescale_landmarks, usable
 from .base import UNLIKE, clamp_preview
-from .identity import FaceReferences, embed
+from .face_views import FaceViews
+from .identity import FaceReferences, embed, see
 
 # Which face is whose, at first: by total likeness, or the people from left to right.
 LIKENESS, ORDER = "likeness", "order"
@@ -70,7 +71,7 @@ class PeopleLoss:
     (`schedule.lora_scale`): the momentum of one person would move the other's face, and the best iterate would be
     chosen among values of different people. A person whose face is lost has it where it was last; one who never had a
     face counts as `UNLIKE` without a gradient, since a picture must not gain by losing somebody, and that is logged
-    once a run. Faces beyond the people are left alone.
+    once a run. Faces beyond the people are left alone. views: as in `IdentityLoss`.
     """
 
     recogniser: Recogniser
@@ -79,6 +80,8 @@ class PeopleLoss:
     matching: str = LIKENESS
     masks: tuple[Tensor | None, ...] = ()
     memory: Assignments | None = None
+    views: FaceViews | None = None
+    generator: torch.Generator | None = None
 
     def __post_init__(self) -> None:
         if not self.people:
@@ -92,8 +95,8 @@ class PeopleLoss:
             )
 
     def bind_rng(self, generator: torch.Generator | None = None) -> PeopleLoss:
-        """Gives the loss a memory for one run; it draws nothing."""
-        return replace(self, memory=Assignments())
+        """Gives the loss a memory for one run; its views are drawn from the generator."""
+        return replace(self, memory=Assignments(), generator=generator)
 
     def __call__(self, preview: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Computes `Loss`. A preview in which nobody has a face is not valid: its value is 0, without a gradient."""
@@ -111,7 +114,7 @@ class PeopleLoss:
         if found:
             numbers, people, points = zip(*found, strict=True)
             pairs = torch.tensor([numbers, people], device=pictures.device)
-            faces = embed(self.recogniser, pictures[pairs[0]], torch.stack(points))
+            faces = see(self.recogniser, pictures[pairs[0]], torch.stack(points), self.views, self.generator)
             own = torch.stack([self._embedding(person, images[n]) for n, person, _ in found])
             values = values.index_put((pairs[0], pairs[1]), 1 - (faces * own.to(faces)).sum(-1))
         valid = torch.tensor([bool(places) for places in whose], device=pictures.device)

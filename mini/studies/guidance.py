@@ -9,7 +9,7 @@ presets of the guidance by the identity loss into docs/guidance_presets.md likew
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -55,12 +55,13 @@ class GuidanceArm:
     """It says how pictures are guided.
 
     kind: of preview; settings: inputs of the guidance sampler that are not its defaults; zeros: whether the null text
-    is zeros, else the encoding of an empty prompt.
+    is zeros, else the encoding of an empty prompt; views: of the face, for the identity loss.
     """
 
     kind: str = NONE
     settings: Mapping[str, float | str] = field(default_factory=dict)
     zeros: bool = False
+    views: int = 0
 
 
 EARLY = {"start": 0.04}  # two of 50 steps are done, instead of six
@@ -74,6 +75,8 @@ PRESETS_SHOWN = (GENTLE, BALANCED, STRONG, QUICK)
 BY_X0 = (DPS, MPGD, FREEDOM, DSG)  # the methods of their papers; the other presets look ahead
 CUSTOM = "the node's own numbers"
 AS_MANY = "the best of as many"
+VIEWS = 4  # of the face, as in the workflows
+ONE_CROP = f"{BALANCED}, one crop"  # what the views are worth
 
 
 def style_of(batch: int) -> str:
@@ -100,7 +103,8 @@ def graph(loss: str, references: Sequence[str], batch: int, seed: int, arms: dic
         lora_name="lcm-lora-sdxl.safetensors",
         strength_model=1.0,
     )
-    measure = _loss(nodes, loss, nodes.pictures(references), batch)
+    pictures = nodes.pictures(references)
+    losses = {views: _loss(nodes, loss, pictures, batch, views) for views in {arm.views for arm in arms.values()}}
     latent = add("latent", "EmptyLatentImage", width=SIZE, height=SIZE, batch_size=len(references))
     prompt = "" if loss == CLIP else prompt_of(style_of(batch))  # CLIP is to say it all
     positive = add("positive", "CLIPTextEncode", clip=clip, text=prompt)
@@ -123,7 +127,7 @@ def graph(loss: str, references: Sequence[str], batch: int, seed: int, arms: dic
                 "LookaheadGuidanceSampler",
                 sampler=plain,
                 shortcut=shortcut,
-                loss=measure,
+                loss=losses[arm.views],
                 **arm.settings,
             )
         drawn = add(
@@ -140,11 +144,12 @@ def graph(loss: str, references: Sequence[str], batch: int, seed: int, arms: dic
     return nodes
 
 
-def _loss(nodes: Graph, loss: str, pictures: Link, batch: int) -> Link:
+def _loss(nodes: Graph, loss: str, pictures: Link, batch: int, views: int) -> Link:
     add = nodes.add
     if loss == IDENTITY:
         faces = add("faces", "LookaheadLoadFaceAnalysis", pack_name="buffalo_l", device="cpu")
-        return add("loss", "LookaheadIdentityLoss", face_analysis=faces, image=pictures, several="one per picture")
+        read = {"face_analysis": faces, "image": pictures, "several": "one per picture"}
+        return add(f"loss {views}", "LookaheadIdentityLoss", **read, views=views)
     if loss == CLIP:
         return add("loss", "LookaheadCLIPLoss", clip_name="clip-vit-large-patch14.safetensors", text=words_of(batch))
     return add("loss", "LookaheadLPIPSLoss", image=pictures, size=SIZE, weights="random")
@@ -273,12 +278,15 @@ def preset_arms(names: Sequence[str]) -> tuple[dict[str, GuidanceArm], dict[str,
         settings = PRESETS.get(name, GuidanceSettings())
         iteration = ITERATION["x0" if kind == X0 else "lookahead"]
         baseline = best_of_as_many(settings, iteration, STEPS)
-        arms[name] = GuidanceArm(kind, {} if name == CUSTOM else {"preset": name})
+        arms[name] = GuidanceArm(kind, {"preset": name}, views=VIEWS) if name != CUSTOM else GuidanceArm(kind)
         baselines[name] = f"best of {baseline.best_of}"
         arms[baselines[name]] = GuidanceArm(
-            LOOKAHEAD, {"start": baseline.start, "iterations": 0, "best_of": baseline.best_of}
+            LOOKAHEAD, {"start": baseline.start, "iterations": 0, "best_of": baseline.best_of}, views=VIEWS
         )
         costs |= {name: settings.evaluations(iteration, STEPS), baselines[name]: float(baseline.best_of)}
+    if BALANCED in names:
+        arms[ONE_CROP] = replace(arms[BALANCED], views=0)
+        costs[ONE_CROP] = costs[BALANCED]
     return arms, baselines, costs
 
 

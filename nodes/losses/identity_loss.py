@@ -8,6 +8,7 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
+from ...lookahead.losses.face_views import FaceViews
 from ...lookahead.losses.identity import LAST, NONE, REFERENCE, FaceReferences, IdentityLoss, read_references
 from ...lookahead.vision import arcface
 from ...lookahead.vision.face_models import FaceModels
@@ -75,6 +76,21 @@ def recogniser_input(advanced: bool | None = None) -> io.Input:
     )
 
 
+def views_input() -> io.Input:
+    """The number of random views of a face that a loss looks at; files from before it have 0."""
+    return io.Int.Input(
+        "views",
+        default=0,
+        min=0,
+        max=32,
+        optional=True,
+        advanced=True,
+        tooltip="How many random views of the face (moved and turned a little, in another light, with grain) are "
+        "judged at each iteration, instead of its one crop. With 4 the picture itself becomes more like the person, "
+        "for a recogniser is easily pleased by a pattern in one crop. 0: the one crop.",
+    )
+
+
 def fingerprint_of_recogniser(name: str | None) -> str:
     """Changes when the file of the recogniser was replaced; None: it comes by a link."""
     by_link = name is None
@@ -126,6 +142,7 @@ class LookaheadIdentityLoss(io.ComfyNode):
                     "else at its place in the reference; where it was last, else the preview does not count; or it "
                     "never counts.",
                 ),
+                views_input(),
             ],
             outputs=[
                 LOSS.Output("LOSS", display_name="loss", tooltip="For the Lookahead Guidance Sampler, or to combine."),
@@ -145,9 +162,10 @@ class LookaheadIdentityLoss(io.ComfyNode):
         several: str = AVERAGE,
         recogniser: str = OF_THE_PACK,
         no_face: str = next(iter(FALLBACKS)),
+        views: int = 0,
     ) -> io.NodeOutput:
         with torch.inference_mode(False):
             patcher = open_recogniser(face_analysis, recogniser)
             references = read_person(patcher, face_analysis, image, several)
-        loss = IdentityLoss(patcher.model, face_analysis, references, FALLBACKS[no_face])
+        loss = IdentityLoss(patcher.model, face_analysis, references, FALLBACKS[no_face], views=FaceViews(views))
         return io.NodeOutput(LookaheadLoss(loss, (patcher,), "identity"))

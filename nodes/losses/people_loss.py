@@ -6,6 +6,7 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
+from ...lookahead.losses.face_views import FaceViews
 from ...lookahead.losses.identity import NoFaceError
 from ...lookahead.losses.people import INSIDE, LIKENESS, ORDER, PeopleLoss
 from ...lookahead.vision.face_models import FaceModels
@@ -18,6 +19,7 @@ from .identity_loss import (
     open_recogniser,
     read_person,
     recogniser_input,
+    views_input,
 )
 from .lookahead_loss import LookaheadLoss
 from .network import AVERAGE, ONE_EACH
@@ -77,6 +79,7 @@ class LookaheadPeopleLoss(io.ComfyNode):
                 recogniser_input(advanced=True),
                 person(3),
                 *(mask(number) for number in PEOPLE),
+                views_input(),
             ],
             outputs=[
                 LOSS.Output("LOSS", display_name="loss", tooltip="For the Lookahead Guidance Sampler, or to combine."),
@@ -95,6 +98,7 @@ class LookaheadPeopleLoss(io.ComfyNode):
         matching: str = next(iter(MATCHINGS)),
         several: str = AVERAGE,
         recogniser: str = OF_THE_PACK,
+        views: int = 0,
         **given: Tensor | None,
     ) -> io.NodeOutput:
         numbers = [number for number in PEOPLE if given.get(f"person_{number}") is not None]
@@ -108,7 +112,9 @@ class LookaheadPeopleLoss(io.ComfyNode):
                 except NoFaceError as error:
                     text = str(error)
                     raise NoFaceError(f"For person_{number}: {text[0].lower()}{text[1:]}") from None
-        loss = PeopleLoss(patcher.model, face_analysis, tuple(people), MATCHINGS[matching], masks)
+        loss = PeopleLoss(
+            patcher.model, face_analysis, tuple(people), MATCHINGS[matching], masks, views=FaceViews(views)
+        )
         return io.NodeOutput(LookaheadLoss(loss, (patcher,), f"identity of {len(people)} people"))
 
 

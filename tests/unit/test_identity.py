@@ -5,11 +5,12 @@ import logging
 import pytest
 import torch
 from lcm_lookahead.lookahead.losses.base import Combined, bind_rng
+from lcm_lookahead.lookahead.losses.face_views import FaceViews
 from lcm_lookahead.lookahead.losses.identity import FaceReferences, IdentityLoss, NoFaceError, embed, read_references
 from lcm_lookahead.lookahead.losses.l1 import L1Loss
 from lcm_lookahead.lookahead.vision.arcface import read
 from lcm_lookahead.lookahead.vision.face_models import FaceModels
-from lcm_lookahead.lookahead.vision.faces import Face
+from lcm_lookahead.lookahead.vision.faces import Face, misfit, umeyama
 from lcm_lookahead.mini.plan import WEIGHTS
 from lcm_lookahead.mini.world import data
 from lcm_lookahead.mini.world.faces import STYLES, render
@@ -133,6 +134,56 @@ def test_one_preview_s_gradient_does_not_depend_on_the_others(identity, drawn):
     alone = preview(drawn[2:3, 0]).requires_grad_()
     loss(alone)[0].sum().backward()
     assert torch.allclose(x.grad[1], alone.grad[0], atol=1e-6)
+
+
+def test_views_repeat_with_the_run_s_seed_and_change_from_call_to_call(identity, drawn):
+    x, loss = preview(drawn[1:3, 0]), identity([drawn[0, 0]], views=FaceViews(3))
+    first, second = (bind_rng(loss, torch.Generator().manual_seed(5))(x)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, bind_rng(loss, torch.Generator().manual_seed(6))(x)[0])
+    run = bind_rng(loss, torch.Generator().manual_seed(5))
+    assert torch.equal(run(x)[0], first) and not torch.equal(run(x)[0], first)
+
+
+def test_without_views_or_a_run_the_one_crop_counts(identity, recogniser, detector, drawn):
+    x = preview(drawn[1:3, 0])
+    plain = identity([drawn[0, 0]])
+    values = plain(x)[0]
+    assert torch.equal(identity([drawn[0, 0]], views=FaceViews(0))(x)[0], values)
+    assert torch.equal(IdentityLoss(recogniser, detector, plain.references, views=FaceViews(3))(x)[0], values)
+    still = FaceViews(3, turn=0.0, scale=0.0, shift=0.0, light=0.0, grain=0.0)
+    assert torch.allclose(identity([drawn[0, 0]], views=still)(x)[0], values, atol=1e-5)
+
+
+def test_a_view_is_a_small_similarity_of_the_crop(recogniser):
+    place, g = face(0).points.expand(200, -1, -1), torch.Generator().manual_seed(0)
+    views = FaceViews(1)
+    matrix = umeyama(views._moved(place, g), place[0])
+    turn = torch.atan2(matrix[:, 1, 0], matrix[:, 0, 0]).abs()
+    zoom = matrix[:, :, 0].norm(dim=1).log().abs()
+    assert 0.9 * views.turn < turn.max() <= views.turn + 1e-4
+    assert 0.9 * views.scale < zoom.max() <= views.scale + 1e-4
+    assert misfit(views._moved(place, g)).allclose(misfit(place), rtol=1e-3)
+    size = 2 * (place[0] - place[0].mean(0)).norm(dim=-1).mean()
+    assert (views._moved(place, g) - place).mean(1).abs().max() <= views.shift * size + 1e-3
+
+
+def test_what_descends_over_views_pleases_views_that_it_has_not_seen(identity, drawn):
+    """Eight pictures of other people, each moved as far in its pixels: what pleases one crop holds less outside of it
+    (.21 without views, .16 with them, standard error of the difference .011)."""
+
+    def seen_otherwise(views):
+        loss, x = identity(drawn[:, 0], average=False, views=views), preview(drawn[:, 1].roll(1, 0))
+        for _ in range(16):
+            x.requires_grad_()
+            slope = torch.autograd.grad(loss(x)[0].sum(), x)[0]
+            x = (x - 1.6 * slope / slope.flatten(1).norm(dim=1).view(-1, 1, 1, 1)).detach().clamp(-1, 1)
+        fresh = identity(drawn[:, 0], average=False, views=FaceViews(16))
+        return bind_rng(fresh, torch.Generator().manual_seed(99))(x)[0]
+
+    plain, viewed = seen_otherwise(None), seen_otherwise(FaceViews(4))
+    gain = plain - viewed
+    assert gain.mean() > 3 * gain.std() / len(gain) ** 0.5
 
 
 class Seen:
