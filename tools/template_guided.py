@@ -74,11 +74,7 @@ GUIDED_WORKFLOWS: dict[str, Template] = {
             "ahead_identity",
             {
                 "faces": Node("LookaheadLoadFaceAnalysis", values={"pack_name": FACES, "device": "cpu"}, height=180),
-                "loss": Node(
-                    "LookaheadIdentityLoss",
-                    values={"views": 4},
-                    links={"face_analysis": "faces", "image": "picture"},
-                ),
+                "loss": Node("LookaheadIdentityLoss", links={"face_analysis": "faces", "image": "picture"}),
             },
             "face",
             {**face_nodes("picture", weight=0.6), "picture": picture("face_1.jpg", "Reference face", 330)},
@@ -203,7 +199,6 @@ GUIDED_WORKFLOWS: dict[str, Template] = {
                 "faces": Node("LookaheadLoadFaceAnalysis", values={"pack_name": FACES, "device": "cpu"}, height=180),
                 "loss": Node(
                     "LookaheadPeopleLoss",
-                    values={"views": 4},
                     links={"face_analysis": "faces", "person_1": "first", "person_2": "second"},
                 ),
             },

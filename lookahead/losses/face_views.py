@@ -7,9 +7,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..vision.arcface import Recogniser
 from ..vision.faces import align, samples_for
+
+GRAIN = 2  # pixels of the crop that a grain measures
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,9 @@ class FaceViews:
         n = len(crops)
         part = 1 + self.light * _even(n, 1, 1, 1, generator=generator)
         colour = self.light / 2 * _even(n, 3, 1, 1, generator=generator)
-        grain = self.grain * torch.randn(crops.shape, generator=generator)
+        size = crops.shape[-1]
+        grain = self.grain * torch.randn(n, 3, size // GRAIN, size // GRAIN, generator=generator)
+        grain = F.interpolate(grain, (size, size), mode="bilinear")
         return crops * part.to(crops) + (colour + grain).to(crops)
 
 

@@ -75,8 +75,8 @@ PRESETS_SHOWN = (GENTLE, BALANCED, STRONG, QUICK)
 BY_X0 = (DPS, MPGD, FREEDOM, DSG)  # the methods of their papers; the other presets look ahead
 CUSTOM = "the node's own numbers"
 AS_MANY = "the best of as many"
-VIEWS = 4  # of the face, as in the workflows
-ONE_CROP = f"{BALANCED}, one crop"  # what the views are worth
+VIEWS = 4  # of the face, in place of its one crop
+VIEWED = f"{BALANCED}, {VIEWS} views"
 
 
 def style_of(batch: int) -> str:
@@ -278,15 +278,14 @@ def preset_arms(names: Sequence[str]) -> tuple[dict[str, GuidanceArm], dict[str,
         settings = PRESETS.get(name, GuidanceSettings())
         iteration = ITERATION["x0" if kind == X0 else "lookahead"]
         baseline = best_of_as_many(settings, iteration, STEPS)
-        arms[name] = GuidanceArm(kind, {"preset": name}, views=VIEWS) if name != CUSTOM else GuidanceArm(kind)
+        arms[name] = GuidanceArm(kind, {} if name == CUSTOM else {"preset": name})
         baselines[name] = f"best of {baseline.best_of}"
         arms[baselines[name]] = GuidanceArm(
-            LOOKAHEAD, {"start": baseline.start, "iterations": 0, "best_of": baseline.best_of}, views=VIEWS
+            LOOKAHEAD, {"start": baseline.start, "iterations": 0, "best_of": baseline.best_of}
         )
         costs |= {name: settings.evaluations(iteration, STEPS), baselines[name]: float(baseline.best_of)}
     if BALANCED in names:
-        arms[ONE_CROP] = replace(arms[BALANCED], views=0)
-        costs[ONE_CROP] = costs[BALANCED]
+        arms[VIEWED], costs[VIEWED] = replace(arms[BALANCED], views=VIEWS), costs[BALANCED]
     return arms, baselines, costs
 
 

@@ -86,8 +86,8 @@ def views_input() -> io.Input:
         optional=True,
         advanced=True,
         tooltip="How many random views of the face (moved and turned a little, in another light, with grain) are "
-        "judged at each iteration, instead of its one crop. With 4 the picture itself becomes more like the person, "
-        "for a recogniser is easily pleased by a pattern in one crop. 0: the one crop.",
+        "judged at each iteration, instead of its one crop, so that a pattern in one crop pleases the recogniser less. "
+        "0: the one crop.",
     )
 
 
