@@ -26,6 +26,7 @@ from .stages import (
     lcm,
     style_lora,
     things,
+    things_vision,
     vae,
 )
 from .world import data
@@ -106,6 +107,13 @@ def stages(folder: Path, plan: Plan) -> dict[str, Callable[[], None]]:
         faces = data.pictures(folder, "evaluation", plan.scored_people, plan.styles, IMAGE_SIZE)
         evaluators.train_things_scorer(folder, shown, faces, plan)
 
+    def train_things_vision() -> None:
+        own = (folder / "image_encoder.safetensors").exists()
+        start = image_encoder.load(folder) if own else models.load_image_encoder()
+        shown = data.thing_pictures(folder, "things", plan.things, IMAGE_SIZE)
+        faces = data.pictures(folder, "train", plan.things_faces, plan.styles, IMAGE_SIZE)
+        things_vision.train(folder, start, shown, faces, plan)
+
     return {
         "vae": lambda: vae.train(folder, people("train"), plan),
         "base": train_base,
@@ -126,6 +134,7 @@ def stages(folder: Path, plan: Plan) -> dict[str, Callable[[], None]]:
         "things_judge": train_things_judge,
         "things_scorer": train_things_scorer,
         "things_lora": train_things_lora,
+        "things_vision": train_things_vision,
     }
 
 

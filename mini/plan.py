@@ -50,6 +50,7 @@ class Plan:
     things_lora_steps: int = 8000
     things_judge_steps: int = 1500
     things_scorer_steps: int = 1500
+    things_vision_steps: int = 3000
     report_people: int = 100  # whose pictures go through the autoencoder
     report_samples: int = 30  # of the base, a style
     report_photos: int = 100  # of the base, for what is found in them
@@ -85,6 +86,7 @@ QUICK = replace(
     things_judge_steps=500,
     scored_people=250,
     things_scorer_steps=600,
+    things_vision_steps=800,
     report_people=40,
     report_samples=12,
     report_photos=40,

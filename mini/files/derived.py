@@ -40,9 +40,14 @@ def write_things_base(lora: Path, to: Path, weights: Path = WEIGHTS) -> Path:
 
 def things_base() -> Path:
     """The folder of the base that draws things: of a build, else made of the shipped LoRA. Raises Problem for none."""
-    built, shipped = BUILD / "things", WEIGHTS / THINGS_LORA
-    if (built / CHECKPOINT).is_file():
-        return built
+    built = BUILD / "things"
+    return built if (built / CHECKPOINT).is_file() else shipped_things_base().parent
+
+
+def shipped_things_base() -> Path:
+    """The checkpoint of the shipped base that draws things, made when it is first asked for. Raises Problem where its
+    LoRA is not there."""
+    shipped = WEIGHTS / THINGS_LORA
     if not shipped.is_file():
         raise Problem(
             "There is no base that draws things: run `lookahead mini build --only things_lora` to its end, then "
@@ -51,7 +56,7 @@ def things_base() -> Path:
     made = CACHE / "mini" / f"things-{sha256(shipped)[:16]}"
     if not (made / CHECKPOINT).is_file():
         write_things_base(shipped, made)
-    return made
+    return made / CHECKPOINT
 
 
 def stage_or_shipped(name: str, shipped: str) -> Path:
