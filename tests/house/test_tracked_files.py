@@ -57,7 +57,7 @@ def test_the_search_finds_such_lines(tmp_path, monkeypatch):
 
 def test_no_file_is_large_and_the_mini_weights_are_small(tracked):
     sizes = {path: path.stat().st_size for path in tracked}
-    assert sum(sizes.values()) < 80e6
+    assert sum(sizes.values()) < 90e6
     mini = ROOT / "mini"
     assert sum(size for path, size in sizes.items() if path.is_relative_to(mini / "weights")) < 75e6
     kinds = (".safetensors", ".onnx", ".pt", ".bin")
