@@ -45,7 +45,7 @@ class KnownBase:
 
 
 def _mini(base: str) -> KnownBase | None:
-    """The mini world: `mini`, or a folder that holds the files of a build."""
+    """The mini world: `mini`, `mini_things` (which draws things too), or a folder that holds the files of a build."""
     from ..mini import drawn_people
     from ..mini.files import insightface_pack, shipped
     from ..mini.files.weights import CHECKPOINT
@@ -53,6 +53,10 @@ def _mini(base: str) -> KnownBase | None:
     from ..mini.world.things import CLASSES
 
     weights = WEIGHTS if base == "mini" else Path(base).expanduser()
+    if base == "mini_things":
+        from ..mini.files.derived import things_base  # it takes the networks of the build
+
+        weights = things_base()
     if base != "mini" and not (weights / CHECKPOINT).is_file():
         return None
     folder = drawn_people.model_folder(weights)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from ...lookahead.files.tensors import sha256
@@ -13,14 +12,15 @@ from . import models
 from .checkpoint import sdxl_checkpoint
 from .weights import CHECKPOINT, CLIP_VISION
 
-THINGS_LORA = "mini_things_lora.safetensors"
+THINGS_LORA, THINGS_VISION = "mini_things_lora.safetensors", "mini_things_clip_vision.safetensors"
 
 
 def write_things_base(lora: Path, to: Path, weights: Path = WEIGHTS) -> Path:
     """Merge what the stage `things_lora` has made into a copy of a mini SDXL; returns the checkpoint's path.
 
-    The folder `to` then stands for a base (`model.base: <to>`), with the image encoder beside the checkpoint. `lora` is
-    the stage's result or the shipped file. Raises FileNotFoundError, one sentence, where one of the two is missing.
+    The folder `to` then stands for a base (`model.base: <to>`), with the image encoder that knows things beside the
+    checkpoint. `lora` is the stage's result or the shipped file, and its image encoder lies beside it, else in
+    `weights`. Raises FileNotFoundError, one sentence, where one of them is missing.
     """
     if not lora.is_file():
         raise FileNotFoundError(
@@ -31,7 +31,9 @@ def write_things_base(lora: Path, to: Path, weights: Path = WEIGHTS) -> Path:
     things.merge(stage.read_tensors(lora), unet, text)
     tensors = sdxl_checkpoint(unet.state_dict(), text.l.state_dict(), text.g.state_dict(), vae.state_dict())
     to.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(weights / CLIP_VISION, to / CLIP_VISION)
+    built = lora.with_name("things_vision.safetensors")
+    vision = stage.read_tensors(built if built.is_file() else weights / THINGS_VISION)
+    stage.write_tensors(to / CLIP_VISION, stage.half(vision), {"format": "pt"})
     stage.write_tensors(
         to / CHECKPOINT, stage.half(tensors), {"format": "pt", "modelspec.title": "mini SDXL of things"}
     )
@@ -47,13 +49,13 @@ def things_base() -> Path:
 def shipped_things_base() -> Path:
     """The checkpoint of the shipped base that draws things, made when it is first asked for. Raises Problem where its
     LoRA is not there."""
-    shipped = WEIGHTS / THINGS_LORA
-    if not shipped.is_file():
+    shipped, vision = WEIGHTS / THINGS_LORA, WEIGHTS / THINGS_VISION
+    if not (shipped.is_file() and vision.is_file()):
         raise Problem(
-            "There is no base that draws things: run `lookahead mini build --only things_lora` to its end, then "
-            "`lookahead mini things`."
+            "There is no base that draws things: run `lookahead mini build --only things_lora,things_vision` to its "
+            "end, then `lookahead mini things`."
         )
-    made = CACHE / "mini" / f"things-{sha256(shipped)[:16]}"
+    made = CACHE / "mini" / f"things-{sha256(shipped)[:12]}-{sha256(vision)[:12]}"
     if not (made / CHECKPOINT).is_file():
         write_things_base(shipped, made)
     return made / CHECKPOINT

@@ -77,8 +77,11 @@ def test_colours_are_the_colour_wheel_s():
     assert torch.allclose(wheel, expected, atol=1e-5)
 
 
-def test_concept_pictures_are_photos_on_a_plain_ground_of_the_classes_that_training_sees():
+def test_concept_pictures_are_photos_on_one_light_ground_of_the_classes_that_training_sees():
     shown = drawn_things.concept_things(60, drawn_things.SEED)
+    people = drawn_things.concept_people(20, drawn_things.SEED)
+    grounds = torch.cat([shown.nuisance["background"], people.nuisance["background"]])
+    assert (grounds == grounds[0]).all() and grounds[0].min() > 0.8
     assert set(shown.identity["kind"].tolist()) <= set(range(len(CLASSES) - things.HELD_OUT))
     assert set(shown.nuisance["style"].tolist()) == {0} == set(shown.nuisance["place"].tolist())
     held_out = drawn_things.concept_things(4, seed=1, kind=torch.tensor([8, 9, 8, 9]))
