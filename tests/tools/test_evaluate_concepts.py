@@ -89,10 +89,10 @@ def test_concepts_tuned_together_are_each_tuned_as_alone(maker, encoder):
         for n, concept in enumerate(begun):
             expected, _ = alone.tune(concept, PAIR.pictures[n], TUNING)
             assert relative(found[2].word_l[n] - concept.word_l, expected.word_l - concept.word_l) < 1e-2
-            assert relative(found[2].word_g[n], expected.word_g) < 1e-3
+            assert relative(found[2].word_g[n], expected.word_g) < 1e-2
             for name, (a, b) in expected.offsets.items():
                 both = found[2].offsets[name]
-                assert relative(both[0][n], a) < 1e-3 and relative(both[1][n], b) < 1e-3
+                assert relative(both[0][n], a) < 1e-2 and relative(both[1][n], b) < 1e-2
     finally:
         alone.close()
         maker.shared.inject()
