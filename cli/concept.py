@@ -24,7 +24,10 @@ OWN = "what its encoder was made for"
 Picture = Annotated[Path, typer.Argument(help="Picture of the concept.", show_default=False)]
 Base = Annotated[
     str,
-    typer.Option(help="SDXL as a diffusers folder or a .safetensors; `mini` for the mini world.", show_default=False),
+    typer.Option(
+        help="SDXL as a diffusers folder or a .safetensors; `mini_things` for the mini world's that draws things.",
+        show_default=False,
+    ),
 ]
 ImageEncoder = Annotated[
     str | None,

@@ -1,5 +1,4 @@
-"""Random views of a face are what a recogniser must be pleased by, so that it is by the face and not by a pattern that
-one crop shows it."""
+"""A face is seen in random views, so that what pleases a recogniser is the face and no pattern of its one crop."""
 
 from __future__ import annotations
 

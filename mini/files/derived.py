@@ -27,13 +27,18 @@ def write_things_base(lora: Path, to: Path, weights: Path = WEIGHTS) -> Path:
             f"There is no {lora}: train it with `lookahead mini build --only things_lora`, which takes about three "
             "and a half hours of one core and goes on where it was stopped."
         )
+    built = lora.with_name("things_vision.safetensors")
+    vision = built if built.is_file() else weights / THINGS_VISION
+    if not vision.is_file():
+        raise FileNotFoundError(
+            f"There is no {vision}, the image encoder that knows things: train it with `lookahead mini build --only "
+            "things_vision`, which takes ten minutes of one core."
+        )
     unet, text, vae = models.load(weights)
     things.merge(stage.read_tensors(lora), unet, text)
     tensors = sdxl_checkpoint(unet.state_dict(), text.l.state_dict(), text.g.state_dict(), vae.state_dict())
     to.mkdir(parents=True, exist_ok=True)
-    built = lora.with_name("things_vision.safetensors")
-    vision = stage.read_tensors(built if built.is_file() else weights / THINGS_VISION)
-    stage.write_tensors(to / CLIP_VISION, stage.half(vision), {"format": "pt"})
+    stage.write_tensors(to / CLIP_VISION, stage.half(stage.read_tensors(vision)), {"format": "pt"})
     stage.write_tensors(
         to / CHECKPOINT, stage.half(tensors), {"format": "pt", "modelspec.title": "mini SDXL of things"}
     )
@@ -47,8 +52,8 @@ def things_base() -> Path:
 
 
 def shipped_things_base() -> Path:
-    """The checkpoint of the shipped base that draws things, made when it is first asked for. Raises Problem where its
-    LoRA is not there."""
+    """The checkpoint of the shipped base that draws things, made when it is first asked for. Raises Problem where a
+    file of it is not there."""
     shipped, vision = WEIGHTS / THINGS_LORA, WEIGHTS / THINGS_VISION
     if not (shipped.is_file() and vision.is_file()):
         raise Problem(

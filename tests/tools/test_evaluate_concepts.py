@@ -75,11 +75,15 @@ def encoder(maker, tmp_path_factory):
     return path
 
 
-def test_concepts_tuned_together_are_each_tuned_as_alone(maker, encoder):
-    """But for rounding, which Adam's first steps raise: they are as large where a gradient is next to nothing.
+def agreement(a, b):
+    """The difference relative to b, as `relative`, without the tenth of the elements that differ most: Adam's first
+    steps are as large where a gradient is next to nothing, so that rounding turns single elements the other way."""
+    apart = (a - b).abs().flatten().sort().values
+    return float(apart[: len(apart) * 9 // 10].square().mean().sqrt() / b.square().mean().sqrt())
 
-    Measured: 1e-3 of what the words were moved, 3e-4 of the offsets.
-    """
+
+def test_concepts_tuned_together_are_each_tuned_as_alone(maker, encoder):
+    """Measured: 2e-5 of the offsets; the other concept's are 5e-3 away at least."""
     begun = FromEncoder(encoder).make(maker.frozen, PAIR)
     found = dict(maker.tune(Concepts.stacked(begun), PAIR.pictures, TUNING, (0, 1, 2)))
     assert torch.equal(found[0].word_l, torch.stack([c.word_l for c in begun])) and [*found] == [0, 1, 2]
@@ -88,11 +92,14 @@ def test_concepts_tuned_together_are_each_tuned_as_alone(maker, encoder):
     try:
         for n, concept in enumerate(begun):
             expected, _ = alone.tune(concept, PAIR.pictures[n], TUNING)
-            assert relative(found[2].word_l[n] - concept.word_l, expected.word_l - concept.word_l) < 1e-2
-            assert relative(found[2].word_g[n], expected.word_g) < 1e-2
+            assert relative(found[2].word_l[n] - concept.word_l, expected.word_l - concept.word_l) < 1e-3
+            assert relative(found[2].word_g[n], expected.word_g) < 1e-4
             for name, (a, b) in expected.offsets.items():
                 both = found[2].offsets[name]
-                assert relative(both[0][n], a) < 1e-2 and relative(both[1][n], b) < 1e-2
+                assert agreement(both[0][n], a) < 1e-4 and agreement(both[1][n], b) < 1e-4
+                assert agreement(both[0][1 - n], a) > 1e-3 and agreement(both[1][1 - n], b) > 1e-3, (
+                    "this could not fail"
+                )
     finally:
         alone.close()
         maker.shared.inject()

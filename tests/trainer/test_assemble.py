@@ -8,14 +8,16 @@ import torch
 from diffusers import AutoencoderKL
 from lcm_lookahead.cli import assemble as assembling
 from lcm_lookahead.cli import bases
-from lcm_lookahead.lookahead.files.tensors import sha256
+from lcm_lookahead.lookahead.files.tensors import read_tensors, sha256
 from lcm_lookahead.lookahead.method.attention import eager_attention, softmax_attention
 from lcm_lookahead.lookahead.vision import clip
 from lcm_lookahead.mini import drawn_people
-from lcm_lookahead.mini.files import checkpoint, insightface_pack
+from lcm_lookahead.mini.files import checkpoint, derived, insightface_pack
+from lcm_lookahead.mini.files.weights import CLIP_VISION
 from lcm_lookahead.mini.plan import WEIGHTS
 from lcm_lookahead.mini.stages.text import tokenize, tokenizer
 from lcm_lookahead.sdxl import configs, cpu_attention, load
+from lcm_lookahead.tools.common import Problem
 from lcm_lookahead.trainer.config import CONFIGS
 from lcm_lookahead.trainer.lookahead import config
 from lcm_lookahead.trainer.lookahead.draws import draw
@@ -208,6 +210,32 @@ def test_a_file_that_is_named_stays_and_other_bases_know_nothing():
     assert (files.vae, files.shortcut) == ("mine", "other")
     assert bases.known_base("sdxl") is None and bases.resolve(model, None) == model
     assert bases.known_base(str(WEIGHTS)).checkpoint == WEIGHTS / "mini_sdxl.safetensors"
+
+
+def test_the_base_of_things_is_made_of_the_shipped_files_and_looks_through_the_eyes_that_know_them(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)  # where there is no build
+    monkeypatch.setattr(derived, "CACHE", tmp_path)
+    base, faces = bases.known_base("mini_things"), bases.known_base("mini")
+    seen, other = read_tensors(base.beside / CLIP_VISION)[0], read_tensors(faces.beside / CLIP_VISION)[0]
+    shipped = read_tensors(WEIGHTS / derived.THINGS_VISION)[0]
+    assert seen.keys() == shipped.keys() == other.keys() and all(torch.equal(seen[k], shipped[k]) for k in seen)
+    assert not all(torch.equal(seen[k], other[k]) for k in seen)
+    drawn, before = read_tensors(base.checkpoint)[0], read_tensors(faces.checkpoint)[0]
+    assert drawn.keys() == before.keys() and not all(torch.equal(drawn[k], before[k]) for k in drawn)
+    assert {"mug", "umbrella"} < {*base.nouns}
+
+
+def test_a_base_of_things_without_its_files_is_asked_for_by_its_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(derived, "WEIGHTS", tmp_path)
+    with pytest.raises(Problem, match="mini build --only things_lora,things_vision"):
+        bases.known_base("mini_things")
+    (tmp_path / "things_lora.safetensors").touch()
+    with pytest.raises(FileNotFoundError, match="image encoder that knows things.*--only things_vision"):
+        derived.write_things_base(tmp_path / "things_lora.safetensors", tmp_path / "to", tmp_path)
+    assert not (tmp_path / "to").exists()
 
 
 def test_the_folder_of_the_mini_world_is_written_once_and_whole_or_not_at_all(tmp_path, monkeypatch):
