@@ -334,6 +334,14 @@ def test_a_recogniser_in_torch_is_read_from_the_losses_folder(pack, identity, pe
         (folder / name).unlink()
 
 
+def test_views_are_asked_for_and_a_graph_from_before_them_has_the_one_crop(pack, identity, people):
+    one, viewed = identity(people[0][:1, 0]), identity(people[0][:1, 0], views=3)
+    x = as_preview(people[0][1:2, 0])
+    (plain, _), (mean, slope) = gradient(pack, one, x), gradient(pack, viewed, x)
+    assert (one.loss.views.count, viewed.loss.views.count) == (0, 3)
+    assert not torch.equal(plain, mean) and slope.isfinite().all() and slope.abs().max() > 0
+
+
 def test_a_reference_without_a_face_is_refused(identity, tools):
     with pytest.raises(ValueError, match="No face was found in the reference") as error:
         identity(torch.full((1, 128, 128, 3), 0.5))

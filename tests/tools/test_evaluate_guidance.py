@@ -57,6 +57,16 @@ def test_each_preset_stands_beside_the_best_of_as_many_noises_as_it_takes_evalua
     assert kinds["MPGD"] == "plain x0" and {k for n, k in kinds.items() if n != "MPGD"} == {"one-step"}
 
 
+def test_what_views_are_worth_is_measured_beside_the_same_preset_with_one_crop():
+    arms, _, costs = guidance.preset_arms(["balanced"])
+    nodes = guidance.graph(guidance.IDENTITY, ["a.png"], 0, 5, {n: arms[n] for n in ("balanced", guidance.VIEWED)})
+    one, viewed = (nodes[f"{name} guidance"]["inputs"] for name in ("balanced", guidance.VIEWED))
+    assert [nodes[part["loss"][0]]["inputs"]["views"] for part in (one, viewed)] == [0, guidance.VIEWS]
+    kinds = [nodes[part.pop("shortcut")[0]]["inputs"]["kind"] for part in (one, viewed)]
+    del one["loss"], viewed["loss"]
+    assert one == viewed and kinds[0] == kinds[1] and costs["balanced"] == costs[guidance.VIEWED]
+
+
 def test_a_name_that_is_no_preset_is_refused():
     with pytest.raises(Problem, match="no preset 'quik'.*quick"):
         guidance.preset_arms(["quik"])
