@@ -135,6 +135,13 @@ def tune(
     blend: Annotated[
         float | None, typer.Option(help="Blend of the two attention paths, 0 to 1.", show_default="the concept's")
     ] = None,
+    try_words: Annotated[
+        int | None,
+        typer.Option(
+            help="Real words tried before the first step; the best becomes the concept's. 1: the nearest.",
+            show_default=OWN,
+        ),
+    ] = None,
     checkpointing: Annotated[str, typer.Option(help="none, blocks or all: less memory, more time.")] = "blocks",
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     out: Out = Path("concept_tuned.safetensors"),
@@ -152,7 +159,7 @@ def tune(
 
     before, pixels = read_concept(concept), read(picture)
     rates = {"offset_rate": offset_rate, "word_rate": word_rate}
-    settings = Tuning.of(before, steps=steps, batch=batch, blend=blend, seed=seed, **rates)
+    settings = Tuning.of(before, steps=steps, batch=batch, blend=blend, seed=seed, words=try_words, **rates)
     model = ConceptModels(base=base, image_encoder=image_encoder)
     if dry_run:
         from ..trainer.concept.estimate import tuning_memory

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..lookahead.method.attention import Attention, softmax_attention
 from ..lookahead.method.concept import LOOKS, Concept, ConceptEncoder, average, concept_of
 from ..lookahead.method.concept_input import TEMPLATES, ConceptError, check_blend, check_picture, picture_hash
-from ..lookahead.method.concept_tuning import PredictWith, Tuning, tune
+from ..lookahead.method.concept_tuning import PredictWith, Tuning, tune, words_to_try
 from ..lookahead.method.schedule import add_noise, alphas_cumprod
 from ..lookahead.vision.images import centre_square
 from .concept import (
@@ -172,9 +172,9 @@ class ConceptTuner:
                 model.to("cpu")
         predict = self.predictor(templates, tuning.blend, size)
         alpha_bar = alphas_cumprod().float().to(views.device)
-        real = dictionary_of(frozen.text, {concept.word_id: concept.word})
+        words = dictionary_of(frozen.text, words_to_try(concept, tuning))
         with torch.enable_grad():
-            return tune(concept, views, alpha_bar, predict, tuning, real, progress=progress)
+            return tune(concept, views, alpha_bar, predict, tuning, words, progress=progress)
 
     def predictor(self, templates: Sequence[str], blend: float, size: int) -> PredictWith:
         """Gives what the tuning asks of a base: noise predicted with a concept, with gradients to its tensors."""

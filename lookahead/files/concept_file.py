@@ -16,12 +16,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..method.concept import PROJECTIONS, Concept, ConceptEncoder, ConceptSizes, Offsets
+from ..method.concept import NEAR, PROJECTIONS, Concept, ConceptEncoder, ConceptSizes, Offsets
 from .atomic import first_line
 from .metadata import LARGEST_SIZE, stated
 from .tensors import LARGEST, EncoderFileError, check_numbers, read_tensors, write_tensors
 
 ENCODER_FORMAT, CONCEPT_FORMAT, VERSION = "lcm-lookahead-concept-encoder", "lcm-lookahead-concept", "1"
+VOCABULARY = 49408  # of CLIP
 _BLOCK = r"(?:(?:down|up)_blocks\.\d+|mid_block)\.attentions\.\d+\.transformer_blocks\.\d+"
 _NAME = re.compile(rf"{_BLOCK}\.(?:{'|'.join(map(re.escape, PROJECTIONS))})")
 
@@ -76,12 +77,18 @@ def read_concept(path: str | os.PathLike[str]) -> Concept:
         offsets[layer] = (a.float(), b.float())
     try:
         word_id, blend = int(metadata["word_id"]), float(metadata["blend"])
-        whole = all(w.ndim == 1 and len(w) for w in words) and 0 <= blend <= 1 and metadata["word"]
+        whole = (
+            all(w.ndim == 1 and len(w) for w in words)
+            and 0 <= blend <= 1
+            and 0 <= word_id < VOCABULARY
+            and metadata["word"]
+        )
     except (KeyError, ValueError):
         whole = False
     if not whole:
         raise EncoderFileError(f"{name} lacks its word or its blend: it is damaged; make or download it again.")
     _check_settings(metadata, name)
+    _check_near(metadata, name)
     own = ("format", "format_version", "word", "word_id", "blend")
     about = {k: v for k, v in metadata.items() if k not in own}
     return Concept(words[0], words[1], metadata["word"], word_id, offsets, blend, about)
@@ -182,6 +189,21 @@ def _check_settings(metadata: Mapping[str, str], name: str) -> None:
     if not sensible:
         raise EncoderFileError(
             f"{name} states the tuning {stated(metadata, 'tuning')}, and numbers by name are needed: download it again."
+        )
+
+
+def _check_near(metadata: Mapping[str, str], name: str) -> None:
+    """Raise EncoderFileError for near words that are none."""
+    try:
+        near = json.loads(metadata.get("near", "[]"))
+        sensible = isinstance(near, list) and len(near) <= NEAR
+        sensible &= all(0 <= int(token) < VOCABULARY and isinstance(text, str) and text for token, text in near)
+    except (ValueError, TypeError, RecursionError, OverflowError):
+        sensible = False
+    if not sensible:
+        raise EncoderFileError(
+            f"{name} states the near words {stated(metadata, 'near')}, and at most {NEAR} pairs of a token of CLIP and "
+            "its text are possible: make it again."
         )
 
 

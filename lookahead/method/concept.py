@@ -11,8 +11,10 @@ plain attention path reads in its place.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import log
 from types import ModuleType
 from typing import NamedTuple
 
@@ -29,6 +31,9 @@ NOISE_BINS = 10
 LOOKS = tuple(range(TIMESTEPS // 16, TIMESTEPS, TIMESTEPS // 8))
 #: The projections of each attention that a concept changes.
 PROJECTIONS = tuple(f"attn{n}.{layer}" for n in (1, 2) for layer in ("to_q", "to_k", "to_v"))
+
+#: Real words that a concept notes as the nearest.
+NEAR = 16
 
 #: By "<diffusers path of the block>.attn1.to_q": A [..., rank, in] and B [..., out, rank].
 Offsets = dict[str, tuple[Tensor, Tensor]]
@@ -92,6 +97,24 @@ def word_contrast(
     else:
         push = torch.zeros_like(pull)[:, None]
     return torch.logsumexp(torch.cat([pull[:, None], push], dim=1), dim=1) - pull
+
+
+def read_through(word_l: Tensor, word_g: Tensor, dictionary: Dictionary) -> tuple[Tensor, Tensor]:
+    """Soft words [n, w_L], [n, w_G] as mixtures of real ones: the dictionary's rows, weighed by softmax(cosine / tau).
+
+    A soft word has many directions in which it can please the UNet, and most lead to no noun, or to a wrong one that is
+    near; a mixture can only choose. tau = 1 / (2 ln of the number of words), so that a word of cosine 1 stands out from
+    a dictionary of any size, and no word is lost at the start. This project's own.
+    """
+    tau = 1 / (2 * log(max(2, len(dictionary.ids))))
+    share = (word_direction(word_l, word_g) @ dictionary.directions().T / tau).softmax(-1)
+    return share @ dictionary.rows_l, share @ dictionary.rows_g
+
+
+def word_freedom(step: int, steps: int, first: float) -> float:
+    """The share of a soft word that is free of the dictionary at a step (the rest is `read_through`): 0 for a share
+    `first` of the steps, then up to 1 over as many again."""
+    return min(1.0, max(0.0, step / steps / first - 1)) if first else 1.0
 
 
 def norm_penalty(word_l: Tensor, word_g: Tensor, dictionary: Dictionary) -> Tensor:
@@ -181,6 +204,12 @@ class Concept:
         return a.expand(n, *a.shape), b.expand(n, *b.shape)
 
 
+def near_words(concept: Concept) -> dict[int, str]:
+    """The real words that a concept's soft word was nearest to when it was predicted, nearest first: token id -> text.
+    Empty for concepts of files that do not say."""
+    return {int(token): str(text) for token, text in json.loads(concept.about.get("near", "[]"))}
+
+
 class Prediction(NamedTuple):
     """Soft words [n, w_L] and [n, w_G] are predicted of n pictures, and offsets A [n, rank, in], B [n, out, rank]."""
 
@@ -192,16 +221,18 @@ class Prediction(NamedTuple):
 def concept_of(
     prediction: Prediction, dictionary: Dictionary, blend: float, about: Mapping[str, str], row: int = 0
 ) -> Concept:
-    """One row of a prediction as a concept, on the CPU in 32 bit; its hard word is the nearest of the dictionary."""
+    """One row of a prediction as a concept, on the CPU in 32 bit; its hard word is the nearest of the dictionary, and
+    `about` names the NEAR nearest."""
 
     def kept(tensor: Tensor) -> Tensor:
         return tensor[row].detach().to("cpu", torch.float32, copy=True)
 
     word_l, word_g = kept(prediction.word_l), kept(prediction.word_g)
-    places, _ = nearest_words(word_l[None], word_g[None], dictionary)
-    place = int(places[0, 0])
+    places, _ = nearest_words(word_l[None], word_g[None], dictionary, NEAR)
+    near = [(int(dictionary.ids[place]), dictionary.texts[place]) for place in places[0].tolist()]
+    about = {**about, "near": json.dumps(near, ensure_ascii=False)}
     offsets = {name: (kept(a), kept(b)) for name, (a, b) in prediction.offsets.items()}
-    return Concept(word_l, word_g, dictionary.texts[place], int(dictionary.ids[place]), offsets, blend, dict(about))
+    return Concept(word_l, word_g, near[0][1], near[0][0], offsets, blend, about)
 
 
 # --- the encoder

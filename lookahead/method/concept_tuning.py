@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .concept import Concept, Dictionary, Offsets, norm_penalty, word_contrast
+from .concept import NEAR, Concept, Dictionary, Offsets, near_words, norm_penalty, word_contrast
 from .concept_input import ConceptError, check_blend
 from .schedule import TIMESTEPS, add_noise
 
@@ -28,7 +28,8 @@ class Tuning:
     steps: 0 to MOST_STEPS; batch: noise levels a step; offset_rate: AdamW's rate of A and B; word_rate: of the soft
     words, as a share of a component's usual size; blend: of the two attention paths, in tuning as in drawing;
     word_weight: of the pull to the concept's real word, which is not chosen anew; norm_weight: of the pull of the
-    word's norm to that word's.
+    word's norm to that word's; words: so many of the real words that are nearest are tried before the first step, and
+    the one under which the picture is predicted best becomes the concept's (`choose_word`); 1 keeps the nearest.
     """
 
     steps: int = 12
@@ -40,6 +41,7 @@ class Tuning:
     norm_weight: float = 0.05
     temperature: float = 0.5
     seed: int = 0
+    words: int = 1
 
     def __post_init__(self) -> None:
         """Raises ConceptError, one sentence, for a value out of its range."""
@@ -48,6 +50,8 @@ class Tuning:
             raise ConceptError(f"The number of tuning steps is {self.steps}: give 0 to {MOST_STEPS}; 12 are usual.")
         if self.batch < 1:
             raise ConceptError(f"The batch of the tuning is {self.batch}: give at least 1.")
+        if not 1 <= self.words <= NEAR or self.words % 1:
+            raise ConceptError(f"The number of real words to try is {self.words}: give 1 (the nearest) to {NEAR}.")
 
     @classmethod
     def of(cls, concept: Concept, **given: Any) -> Tuning:
@@ -68,18 +72,20 @@ def tune(
     alpha_bar: Tensor,
     predict: PredictWith,
     tuning: Tuning,
-    real_word: Dictionary | None = None,
+    words: Dictionary | None = None,
     backward: Callable[[Tensor], None] = Tensor.backward,
     progress: Callable[[int, float], None] | None = None,
 ) -> tuple[Concept, list[float]]:
     """A tuned copy of a concept, and the diffusion loss of each step before it was taken.
 
     views: latents [n, 4, h, w] of the one picture (itself, mirrored); alpha_bar: of all time steps; predict: with
-    gradients to the concept's tensors; real_word: a dictionary of the concept's hard word alone, None for no pull
-    to it; progress: told of every step, with its loss. One sample is computed at a time, so that memory does not depend
-    on the batch. Random numbers are a function of the seed and the sample's number. The concept given is never changed:
-    where predict or progress raises, nothing has happened.
+    gradients to the concept's tensors; words: the real words that may be the concept's (`words_to_try`), None for no
+    choice and no pull to it; progress: told of every step, with its loss. One sample is computed at a time, so that
+    memory does not depend on the batch. Random numbers are a function of the seed and the sample's number. The concept
+    given is never changed: where predict or progress raises, nothing has happened.
     """
+    if words is not None:
+        concept, words = choose_word(concept, views, alpha_bar, predict, tuning, words)
     device = views.device
     word_l, word_g = (_leaf(word, device) for word in (concept.word_l, concept.word_g))
     offsets: Offsets = {name: (_leaf(a, device), _leaf(b, device)) for name, (a, b) in concept.offsets.items()}
@@ -99,8 +105,8 @@ def tune(
             loss = (predict(tuned, x, t, number).float() - noise).square().mean() / tuning.batch
             backward(loss)
             total += float(loss.detach())
-        if real_word is not None:
-            backward(word_pull(word_l, word_g, real_word, tuning))
+        if words is not None:
+            backward(word_pull(word_l, word_g, words, tuning))
         if not total < float("inf"):
             raise ConceptError(
                 f"The loss of tuning step {step + 1} is not finite: lower the rates, or tune in a higher precision."
@@ -114,6 +120,47 @@ def tune(
     about = {**concept.about, "steps": str(before + tuning.steps)}
     word_l, word_g = word_l.detach().cpu(), word_g.detach().cpu()
     return replace(tuned, word_l=word_l, word_g=word_g, offsets=done, about=about), losses
+
+
+def words_to_try(concept: Concept, tuning: Tuning) -> dict[int, str]:
+    """The real words that a tuning chooses among (token id -> text): the concept's own first. One where it was tuned
+    before, or where the plain path, which alone reads them, has no share in what is drawn."""
+    before = int(concept.about.get("steps", 0))
+    own = {concept.word_id: concept.word}
+    if before or not tuning.steps or tuning.blend == 1:
+        return own
+    return dict(list((own | near_words(concept)).items())[: tuning.words])
+
+
+@torch.no_grad()
+def choose_word(
+    concept: Concept,
+    views: Tensor,
+    alpha_bar: Tensor,
+    predict: PredictWith,
+    tuning: Tuning,
+    words: Dictionary,
+) -> tuple[Concept, Dictionary]:
+    """The concept with the real word under which its picture is predicted best, and a dictionary of that word alone.
+
+    What a picture shows, the base itself knows best (a diffusion classifier, arXiv 2303.16203): the encoder proposes
+    words, and the loss of the first tuning step, its noise and noise levels the same for all, decides. The number of
+    passes is words x batch, without gradients.
+    """
+    losses = torch.zeros(len(words.texts))
+    for place, (token, text) in enumerate(zip(words.ids.tolist(), words.texts, strict=True)):
+        tried = replace(concept, word=text, word_id=token)
+        for number in range(tuning.batch if len(losses) > 1 else 0):
+            t, x, noise = noised_sample(views, alpha_bar, tuning, number)
+            losses[place] += (predict(tried, x, t, number).float() - noise).square().mean().cpu()
+    best = int(losses.argmin())
+    chosen = Dictionary(
+        words.ids[best : best + 1],
+        words.rows_l[best : best + 1],
+        words.rows_g[best : best + 1],
+        words.texts[best : best + 1],
+    )
+    return replace(concept, word=words.texts[best], word_id=int(words.ids[best])), chosen
 
 
 def _leaf(tensor: Tensor, device: torch.device) -> Tensor:

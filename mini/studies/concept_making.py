@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -23,7 +23,7 @@ from ...lookahead.files.concept_file import read_concept_encoder
 from ...lookahead.files.tensors import read_tensors, sha256, write_tensors
 from ...lookahead.method.concept import Concept, Dictionary, Offsets
 from ...lookahead.method.concept_input import TEMPLATES
-from ...lookahead.method.concept_tuning import Tuning, noised_sample, word_pull
+from ...lookahead.method.concept_tuning import Tuning, noised_sample, word_pull, words_to_try
 from ...lookahead.method.guidance import Scales, guided
 from ...lookahead.method.sampling import ddim_timesteps, sample_ddim
 from ...lookahead.method.schedule import alphas_cumprod
@@ -67,17 +67,19 @@ SOURCES = (
 
 class Concepts(NamedTuple):
     """n concepts, a row each (`method.concept.Concept`): word_l [n, w_L], word_g [n, w_G], word_ids int64 [n], A
-    [n, rank, in] and B [n, out, rank] by projection; words: the hard ones, as text."""
+    [n, rank, in] and B [n, out, rank] by projection; words: the hard ones, as text; tried: the real words that each
+    one's tuning chooses among, nothing of those that were kept in a file."""
 
     word_l: Tensor
     word_g: Tensor
     word_ids: Tensor
     offsets: Offsets
     words: tuple[str, ...]
+    tried: tuple[Mapping[int, str], ...] = ()
 
     @classmethod
-    def stacked(cls, made: Sequence[Concept]) -> Concepts:
-        """Concepts with the same projections as one."""
+    def stacked(cls, made: Sequence[Concept], tuning: Tuning | None = None) -> Concepts:
+        """Concepts with the same projections as one; tuning: with the words that it tries."""
         offsets = {
             name: (
                 torch.stack([c.offsets[name][0] for c in made]),
@@ -87,13 +89,16 @@ class Concepts(NamedTuple):
         }
         ids = torch.tensor([c.word_id for c in made])
         words = tuple(c.word for c in made)
-        return cls(torch.stack([c.word_l for c in made]), torch.stack([c.word_g for c in made]), ids, offsets, words)
+        tried = () if tuning is None else tuple(words_to_try(c, tuning) for c in made)
+        word_l, word_g = torch.stack([c.word_l for c in made]), torch.stack([c.word_g for c in made])
+        return cls(word_l, word_g, ids, offsets, words, tried)
 
     def rows(self, index: Tensor) -> Concepts:
         """Some of them, also repeatedly."""
         offsets = {name: (a[index], b[index]) for name, (a, b) in self.offsets.items()}
         words = tuple(self.words[n] for n in index.tolist())
-        return Concepts(self.word_l[index], self.word_g[index], self.word_ids[index], offsets, words)
+        tried = tuple(self.tried[n] for n in index.tolist()) if self.tried else ()
+        return Concepts(self.word_l[index], self.word_g[index], self.word_ids[index], offsets, words, tried)
 
     def write(self, path: Path) -> None:
         """Keep them in 16 bit, as a concept's file does."""
@@ -226,13 +231,17 @@ class Maker:
         both = frozen.latents(torch.cat([pictures, pictures.flip(-1)]))
         views = torch.stack(both.split(n), 1)  # [n, 2, 4, h, w]
         ids = prompt_ids(frozen.text, list(templates))
-        texts = dict(zip(concepts.word_ids.tolist(), concepts.words, strict=True))
-        real = {token: dictionary_of(frozen.text, {token: word}) for token, word in texts.items()}
-        words = [real[token] for token in concepts.word_ids.tolist()]
         leaves = _Leaves(concepts, tuning)
         done = leaves.resume(state, min(keep))
         saved_at = time.monotonic()
-        if done in keep:
+        if done == 0 and 0 in keep:
+            yield 0, leaves.concepts(concepts)
+        if max(keep):
+            concepts = self.chosen(concepts, views, ids, tuning)
+        texts = dict(zip(concepts.word_ids.tolist(), concepts.words, strict=True))
+        real = {token: dictionary_of(frozen.text, {token: word}) for token, word in texts.items()}
+        words = [real[token] for token in concepts.word_ids.tolist()]
+        if done and done in keep:
             yield done, leaves.concepts(concepts)
         for step in range(done, max(keep)):
             self._step(leaves, concepts, views, ids, words, tuning, step)
@@ -243,6 +252,34 @@ class Maker:
                 saved_at = time.monotonic()
         if state is not None:
             state.unlink(missing_ok=True)
+
+    @torch.no_grad()
+    def chosen(self, concepts: Concepts, views: Tensor, ids: PromptIds, tuning: Tuning) -> Concepts:
+        """The concepts with the real word that each one's tuning chooses (`concept_tuning.choose_word`)."""
+        most = max((len(tried) for tried in concepts.tried), default=1)
+        if most == 1:
+            return concepts
+        losses = torch.full((len(concepts.words), most), float("inf"))
+        tokens = [list(tried) for tried in concepts.tried]
+        for place in range(most):
+            rows = torch.tensor([n for n, own in enumerate(tokens) if place < len(own)])
+            tried = concepts.rows(rows)._replace(word_ids=torch.tensor([tokens[n][place] for n in rows.tolist()]))
+            losses[rows, place] = sum(
+                self._losses(tried, views[rows], ids, tuning, number) for number in range(tuning.batch)
+            )
+        best = [own[place] for own, place in zip(tokens, losses.argmin(1).tolist(), strict=True)]
+        texts = tuple(tried[token] for tried, token in zip(concepts.tried, best, strict=True))
+        return concepts._replace(word_ids=torch.tensor(best), words=texts)
+
+    def _losses(self, now: Concepts, views: Tensor, ids: PromptIds, tuning: Tuning, number: int) -> Tensor:
+        """The loss of each concept at one sample of the tuning, [n]."""
+        samples = [noised_sample(of_one, self.alpha_bar, tuning, number) for of_one in views]
+        t, x, noise = (torch.cat(part) for part in zip(*samples, strict=True))
+        chosen = ids.rows(torch.tensor([number % len(ids.at)]).expand(len(views)))
+        soft, hard, pooled = self.texts(chosen, now, tuning.blend)
+        rows, condition = ConceptRows(now.offsets, hard, tuning.blend), Condition(soft, pooled, self._side(len(x)))
+        e = self.shared.predict(x, t, condition, concept=rows)
+        return (e.float() - noise).square().mean((1, 2, 3))
 
     def _step(
         self,
@@ -256,16 +293,9 @@ class Maker:
     ) -> None:
         leaves.optimiser.zero_grad(set_to_none=True)
         for number in range(step * tuning.batch, (step + 1) * tuning.batch):
-            samples = [noised_sample(of_one, self.alpha_bar, tuning, number) for of_one in views]
-            t, x, noise = (torch.cat(part) for part in zip(*samples, strict=True))
             now = leaves.concepts(concepts, detached=False)
-            chosen = ids.rows(torch.tensor([number % len(ids.at)]).expand(len(views)))
             with torch.enable_grad():
-                soft, hard, pooled = self.texts(chosen, now, tuning.blend)
-                rows = ConceptRows(now.offsets, hard, tuning.blend)
-                condition = Condition(soft, pooled, self._side(len(x)))
-                e = self.shared.predict(x, t, condition, concept=rows)
-                values = (e.float() - noise).square().mean((1, 2, 3)) / tuning.batch
+                values = self._losses(now, views, ids, tuning, number) / tuning.batch
                 if not bool(values.detach().isfinite().all()):
                     raise RuntimeError(f"the loss of step {step + 1} is not finite: lower the rates ({tuning})")
                 values.sum().backward()
@@ -436,7 +466,7 @@ def make_tuned(maker: Maker, base: Path, tuned: Sequence[TunedConcepts], chunk: 
     begun = longest.start.make(maker.frozen, chunk)
     templates = begun[0].about.get("templates", "\n".join(TEMPLATES)).split("\n")
     steps, state = sorted(missing), longest.state(base, chunk)
-    made = maker.tune(Concepts.stacked(begun), chunk.pictures, longest.tuning, steps, state, templates)
+    made = maker.tune(Concepts.stacked(begun, longest.tuning), chunk.pictures, longest.tuning, steps, state, templates)
     for step, concepts in made:
         place = missing[step].place(base, chunk)
         place.parent.mkdir(parents=True, exist_ok=True)

@@ -43,8 +43,17 @@ class HostPredictor:
         self._blocks = {block.key: block.path for block in self_attentions(model)}
         comfy.model_management.load_models_gpu([model, clip.patcher])
         self._text_device, self.device = load(clip), model.load_device
-        self._hard = [self._encode(tokens, place, hard_words(concept)) for tokens, place in self._prompts]
+        self._hard: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        for n in range(len(self._prompts)):
+            self._hard_prompt(concept, n)
         self._open = ExitStack()
+
+    def _hard_prompt(self, concept: Concept, n: int) -> tuple[Tensor, Tensor]:
+        """Context and pooled text of a prompt with the concept's real word, encoded once."""
+        key = concept.word_id, n
+        if key not in self._hard:
+            self._hard[key] = self._encode(*self._prompts[n], hard_words(concept))
+        return self._hard[key]
 
     def _encode(self, tokens: Any, place: int, words: dict[str, Any]) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
@@ -73,7 +82,7 @@ class HostPredictor:
         soft, soft_pooled = encode_differentiably(
             self._clip, with_words(tokens, place, soft_words(concept)), self._text_device
         )
-        hard, hard_pooled = self._hard[n]
+        hard, hard_pooled = self._hard_prompt(concept, n)
         pooled = pooled_of("blended", self._blend, soft_pooled, hard_pooled)
         sizes = {"width": self._size, "height": self._size, "target_width": self._size, "target_height": self._size}
         y = base.encode_adm(pooled_output=pooled.to(self.device), device=self.device, crop_w=0, crop_h=0, **sizes)

@@ -8,15 +8,17 @@ import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ...lookahead.method.concept import Concept
+from ...lookahead.method.concept import NEAR, Concept
 from ...lookahead.method.concept_input import TEMPLATES
-from ...lookahead.method.concept_tuning import MOST_STEPS, Tuning, tune
+from ...lookahead.method.concept_tuning import MOST_STEPS, Tuning, tune, words_to_try
 from ..schema import schema
 from ..sockets import CONCEPT
 from .apply_concept import THE_CONCEPT_S
 from .clip_words import check_words, dictionary_of
 from .host_predictor import HostPredictor
 from .predict_concept import check_blocks, square_of
+
+THE_ENCODER_S = -1.0
 
 
 class LookaheadTuneConcept(io.ComfyNode):
@@ -56,23 +58,25 @@ class LookaheadTuneConcept(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "offset_rate",
-                    default=0.001,
-                    min=0.0,
+                    default=THE_ENCODER_S,
+                    min=-1.0,
                     max=0.1,
                     step=0.0001,
                     round=False,
                     advanced=True,
-                    tooltip="Learning rate of the attention offsets, 0 to 0.1.",
+                    tooltip="Learning rate of the attention offsets, 0 to 0.1; -1 is the one that its encoder was made "
+                    "for.",
                 ),
                 io.Float.Input(
                     "word_rate",
-                    default=0.01,
-                    min=0.0,
+                    default=THE_ENCODER_S,
+                    min=-1.0,
                     max=1.0,
                     step=0.001,
                     round=False,
                     advanced=True,
-                    tooltip="Learning rate of the word, as a share of a component's usual size, 0 to 1.",
+                    tooltip="Learning rate of the word, as a share of a component's usual size, 0 to 1; -1 is the one "
+                    "that its encoder was made for.",
                 ),
                 io.Float.Input(
                     "blend",
@@ -91,6 +95,17 @@ class LookaheadTuneConcept(io.ComfyNode):
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=True,
                     tooltip="Seed of the noise that it is tuned under.",
+                ),
+                io.Int.Input(
+                    "words",
+                    default=0,
+                    min=0,
+                    max=NEAR,
+                    advanced=True,
+                    optional=True,
+                    tooltip="Before the first step so many of the real words that it is nearest to are tried, and the "
+                    "one that explains the picture best becomes its real word; 1 keeps the nearest, 0 does what its "
+                    "encoder was made for. Each takes a third of a tuning step.",
                 ),
             ],
             outputs=[
@@ -111,19 +126,28 @@ class LookaheadTuneConcept(io.ComfyNode):
         image: Tensor,
         steps: int = 12,
         batch: int = 8,
-        offset_rate: float = 0.001,
-        word_rate: float = 0.01,
+        offset_rate: float = THE_ENCODER_S,
+        word_rate: float = THE_ENCODER_S,
         blend: float = THE_CONCEPT_S,
         seed: int = 0,
+        words: int = 0,
     ) -> io.NodeOutput:
-        blend = concept.blend if blend == THE_CONCEPT_S else blend
-        tuning = Tuning(steps, batch, offset_rate, word_rate, blend, seed=seed)
+        tuning = Tuning.of(
+            concept,
+            steps=steps,
+            batch=batch,
+            offset_rate=None if offset_rate < 0 else offset_rate,
+            word_rate=None if word_rate < 0 else word_rate,
+            blend=concept.blend if blend == THE_CONCEPT_S else blend,
+            seed=seed,
+            words=words or None,
+        )
         check_words(clip, concept)
         check_blocks(model, concept)
         size = int(concept.about.get("size", 1024))
         square = square_of(image, size)
         latents = vae.encode(torch.cat([square, square.flip(2)]))
-        real = dictionary_of(clip, {concept.word_id: concept.word})
+        known = dictionary_of(clip, words_to_try(concept, tuning))
         templates = concept.about.get("templates", "\n".join(TEMPLATES)).split("\n")
         bar = comfy.utils.ProgressBar(max(1, steps))
 
@@ -132,11 +156,11 @@ class LookaheadTuneConcept(io.ComfyNode):
             bar.update_absolute(step, steps)
 
         with torch.inference_mode(False), torch.enable_grad():
-            predictor = HostPredictor(model, clip, concept, templates, blend, size)
+            predictor = HostPredictor(model, clip, concept, templates, tuning.blend, size)
             views = model.model.process_latent_in(latents.clone()).to(predictor.device)
-            real = real._replace(rows_l=real.rows_l.clone(), rows_g=real.rows_g.clone())
+            known = known._replace(rows_l=known.rows_l.clone(), rows_g=known.rows_g.clone())
             with predictor:
                 alpha_bar = 1 / (1 + model.get_model_object("model_sampling").sigmas.clone().to(views) ** 2)
-                tuned, losses = tune(concept, views, alpha_bar, predictor, tuning, real, progress=progress)
+                tuned, losses = tune(concept, views, alpha_bar, predictor, tuning, known, progress=progress)
         text = "\n".join(f"{n + 1}: {loss:.5f}" for n, loss in enumerate(losses))
         return io.NodeOutput(tuned, text, ui=ui.PreviewText(text))

@@ -56,7 +56,7 @@ def graph(picture="thing.png", text="a comic of a S*", apply=None, tune=STEPS, e
     read = {"concept_encoder": ["encoder", 0], "clip_vision": ["vision", 0], "image": ["picture", 0]}
     read |= {"vae": ["base", 2]} if vae else {}
     kinds["predicted"] = ("LookaheadPredictConcept", {**models, **read})
-    rates = {"steps": tune, "batch": 2, "offset_rate": 0.003, "word_rate": 0.05, "blend": -1.0, "seed": 5}
+    rates = {"steps": tune, "batch": 2, "offset_rate": 0.003, "word_rate": 0.05, "blend": -1.0, "seed": 5, "words": 3}
     given = {"concept": ["predicted", 0], "vae": ["base", 2], "image": ["picture", 0]}
     kinds["tuned"] = ("LookaheadTuneConcept", {**models, **given, **rates})
     stock = {"name": "mine", "also_as_lora_and_embedding": True}
@@ -111,7 +111,7 @@ def test_tuning_in_the_host_is_that_of_the_pipeline(server, made, frozen, encode
         network, words, _ = read_concept_encoder(encoder_file)
         before = predict_concept(network, words, frozen, picture, 128, BLEND)
         with tuner(frozen) as maker:
-            expected, losses = maker.tune(before, picture, Tuning(STEPS, 2, 0.003, 0.05, BLEND, seed=5))
+            expected, losses = maker.tune(before, picture, Tuning(STEPS, 2, 0.003, 0.05, BLEND, seed=5, words=3))
     assert torch.allclose(found.word_l, expected.word_l, atol=0.02)
     shown = [float(line.split(": ")[1]) for line in texts(made, "tuned").splitlines()]
     assert shown == pytest.approx(losses, rel=0.01)

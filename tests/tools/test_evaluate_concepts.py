@@ -105,6 +105,23 @@ def test_concepts_tuned_together_are_each_tuned_as_alone(maker, encoder):
         maker.shared.inject()
 
 
+def test_concepts_tuned_together_choose_the_real_words_that_each_chooses_alone(maker, encoder):
+    """The untuned ones keep the nearest, which for both is another than the picture chooses."""
+    begun, tuning = FromEncoder(encoder).make(maker.frozen, PAIR), replace(TUNING, words=3)
+    begun = [replace(c, word="face", word_id=token_of(maker.frozen.text, "face")) for c in begun]
+    found = dict(maker.tune(Concepts.stacked(begun, tuning), PAIR.pictures, tuning, (0, 1)))
+    assert found[0].words == ("face", "face")
+    maker.close()
+    alone = ConceptTuner(maker.frozen, attention=cpu_attention)
+    try:
+        expected = [alone.tune(c, p, replace(tuning, steps=1))[0] for c, p in zip(begun, PAIR.pictures, strict=True)]
+    finally:
+        alone.close()
+        maker.shared.inject()
+    assert found[1].words == tuple(c.word for c in expected) and found[1].words != ("face", "face")
+    assert found[1].word_ids.tolist() == [c.word_id for c in expected]
+
+
 @pytest.mark.parametrize("blend", [0.4, 1.0])
 def test_concepts_drawn_together_are_each_drawn_as_the_pipeline_does(maker, blend):
     text = maker.frozen.text

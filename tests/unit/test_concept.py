@@ -71,6 +71,25 @@ def test_the_contrast_waits_then_rises_and_its_neighbours_become_one():
     assert neighbours == sorted(neighbours, reverse=True)
 
 
+def test_words_read_through_the_dictionary_are_mixtures_of_real_words(dictionary):
+    """At the dictionary's mean, where training begins, each word has its share; at a real word it has most."""
+    rows = torch.cat([dictionary.rows_l, dictionary.rows_g], 1)
+
+    def share(word_l, word_g):
+        mixed = torch.cat(concept.read_through(word_l[None], word_g[None], dictionary), 1)
+        return torch.linalg.lstsq(rows.T.double(), mixed.T.double()).solution[:, 0]
+
+    begun, real = share(rows[:, :6].mean(0), rows[:, 6:].mean(0)), share(*rows[3].split([6, 8]))
+    assert float(begun.sum()) == pytest.approx(1, abs=1e-5) and float(begun.min()) > 0.02
+    assert float(real.sum()) == pytest.approx(1, abs=1e-5) and float(real[3]) > 0.8
+
+
+def test_words_are_mixtures_for_a_share_of_the_steps_and_become_free_over_as_many_again():
+    free = [concept.word_freedom(step, 100, 0.2) for step in range(100)]
+    assert free[:21] == [0.0] * 21 and free[40:] == [1.0] * 60 and free[30] == pytest.approx(0.5)
+    assert concept.word_freedom(0, 100, 0.0) == 1.0
+
+
 def merged(layer: nn.Linear, a, b) -> nn.Linear:
     """A plain copy of a layer with W + B A."""
     out = copy.deepcopy(layer)

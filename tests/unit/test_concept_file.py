@@ -4,17 +4,18 @@ import pytest
 import torch
 from lcm_lookahead.lookahead.files import concept_file
 from lcm_lookahead.lookahead.files.tensors import EncoderFileError, read_tensors, write_tensors
-from lcm_lookahead.lookahead.method.concept import Concept, ConceptEncoder, ConceptSizes, Dictionary
+from lcm_lookahead.lookahead.method.concept import Concept, ConceptEncoder, ConceptSizes, Dictionary, near_words
 from tensors import randn
 from torch import nn
 
+NEAR = '[[917, "mug"], [1000, "car"]]'
 BLOCK = "mid_block.attentions.0.transformer_blocks.0"
 
 
 @pytest.fixture
 def concept() -> Concept:
     offsets = {f"{BLOCK}.attn1.to_q": (randn(2, 12, seed=1), randn(12, 2, seed=2))}
-    return Concept(randn(6, seed=3), randn(8, seed=4), "mug", 917, offsets, 0.25, {"base_model": "mini"})
+    return Concept(randn(6, seed=3), randn(8, seed=4), "mug", 917, offsets, 0.25, {"base_model": "mini", "near": NEAR})
 
 
 @pytest.fixture
@@ -32,7 +33,8 @@ def test_a_concept_comes_back_as_it_was_written_in_16_bit(concept, tmp_path):
     concept_file.write_concept(path, concept)
     again = concept_file.read_concept(path)
     assert torch.equal(again.word_l, concept.word_l.half().float())
-    assert (again.word, again.word_id, again.blend, again.about) == ("mug", 917, 0.25, {"base_model": "mini"})
+    assert (again.word, again.word_id, again.blend, again.about) == ("mug", 917, 0.25, concept.about)
+    assert near_words(again) == {917: "mug", 1000: "car"}
     for mine, written in zip(again.offsets[f"{BLOCK}.attn1.to_q"], concept.offsets[f"{BLOCK}.attn1.to_q"], strict=True):
         assert torch.equal(mine, written.half().float())
 
@@ -76,6 +78,9 @@ def damaged_concepts(tmp_path, concept):
     yield "not part of a concept", {k: v for k, v in tensors.items() if k != first}, metadata
     yield "lacks its word", {k: v for k, v in tensors.items() if k != "token.G"}, metadata
     yield "lacks its word", tensors, {**metadata, "blend": "much"}
+    yield "lacks its word", tensors, {**metadata, "word_id": "1000000"}
+    for near in ("{}", "[7]", '[[7, ""]]', '[[-1, "mug"]]', '[[49408, "mug"]]', str([[1, "a"]] * 17), "[" * 9999):
+        yield "states the near words", tensors, {**metadata, "near": near}
 
 
 def test_what_is_no_concept_or_a_damaged_one_is_refused_in_one_sentence(concept, tmp_path):

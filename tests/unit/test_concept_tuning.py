@@ -1,10 +1,12 @@
 """Tuning a concept: it goes down the slope, is a function of its seed, and leaves what it was given."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from lcm_lookahead.lookahead.method.concept import Concept, Dictionary, low_rank, word_direction
 from lcm_lookahead.lookahead.method.concept_input import ConceptError, check_picture, with_stand_in, with_word
-from lcm_lookahead.lookahead.method.concept_tuning import Tuning, tune
+from lcm_lookahead.lookahead.method.concept_tuning import Tuning, tune, words_to_try
 from lcm_lookahead.lookahead.method.schedule import alphas_cumprod
 from tensors import randn
 
@@ -83,6 +85,44 @@ def test_the_pull_brings_the_word_nearer_to_the_real_one(concept, real):
     assert cosine(tuned) > cosine(concept) + 0.05
 
 
+NEAR = {"near": '[[7, "mug"], [9, "fish"], [8, "car"]]', "steps": "0"}
+
+
+def by_word(concept, x, t, number):
+    """A model that is right under one real word alone, the third."""
+    return predict(concept, x, t, number) + 3 * (concept.word_id != 8)
+
+
+def words(concept, tuning):
+    tried = words_to_try(concept, tuning)
+    n = len(tried)
+    return Dictionary(torch.tensor(list(tried)), randn(n, 6, seed=5), randn(n, 8, seed=6), tuple(tried.values()))
+
+
+@pytest.mark.parametrize(("count", "word"), [(1, "mug"), (2, "mug"), (3, "car"), (16, "car")])
+def test_the_real_word_is_the_one_under_which_the_picture_is_predicted_best(concept, count, word):
+    """Of as many as are tried; where it makes no difference (two of three) the nearest stays."""
+    asked = replace(concept, about=NEAR)
+    tuning = Tuning(2, 2, words=count)
+    tuned, losses = tune(asked, VIEWS, ALPHA_BAR, by_word, tuning, words(asked, tuning))
+    assert tuned.word == word and tuned.word_id == {"mug": 7, "car": 8}[word] and asked.word == "mug"
+    plain = tune(replace(asked, word="car", word_id=8), VIEWS, ALPHA_BAR, by_word, Tuning(2, 2))[1]
+    assert (losses == plain) == (word == "car")
+
+
+@pytest.mark.parametrize(
+    ("about", "tuning"),
+    [
+        ({**NEAR, "steps": "12"}, Tuning(2, words=3)),  # tuned before: its word has been chosen
+        (NEAR, Tuning(0, words=3)),
+        (NEAR, Tuning(2, words=3, blend=1.0)),  # nothing reads it
+        ({"steps": "0"}, Tuning(2, words=3)),  # of a file that does not say what is near
+    ],
+)
+def test_no_other_real_word_is_tried_where_there_is_nothing_to_choose(concept, about, tuning):
+    assert words_to_try(replace(concept, about=about), tuning) == {7: "mug"}
+
+
 def test_a_tuning_that_is_interrupted_or_finds_no_finite_loss_changes_nothing(concept):
     def stop(step, loss):
         raise KeyboardInterrupt
@@ -101,6 +141,8 @@ def test_a_tuning_that_is_interrupted_or_finds_no_finite_loss_changes_nothing(co
         ({"steps": 101}, "101: give 0 to 100"),
         ({"blend": 1.2}, "blend is 1.2"),
         ({"batch": 0}, "batch of the tuning is 0"),
+        ({"words": 17}, "17: give 1"),
+        ({"words": 1.5}, "1.5: give 1"),
     ],
 )
 def test_settings_out_of_range_are_refused_in_a_sentence(values, match):

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from ...lookahead.method.concept import NEAR
 from ...lookahead.method.concept_input import PLACEHOLDER, TEMPLATES, ConceptError, with_stand_in
 from ...lookahead.method.concept_tuning import MOST_STEPS
 from ..config import BaseData, BaseModels, BaseOptimiser, Count, Positive, RunConfig, Section, Share
@@ -72,6 +73,11 @@ class Token(Section):
     temperature: Positive = Field(0.5, description="temperature of the contrast")
     negatives: bool = Field(True, description="push concepts of a batch with other nearest words apart")
     neighbours: Count = Field(50, description="nearest words that pull at first; they fall to 1")
+    words_first: Share = Field(
+        0.0,
+        description="share of the steps in which a word is a mixture of the dictionary's, without offsets, before it "
+        "becomes free over as many again",
+    )
     warmup: Share = Field(0.2, description="share of the steps before the regulariser acts: it locks in what is near")
     ramp: Share = Field(0.2, description="share of the steps in which it rises")
     norm_weight: NotNegative = Field(0.05, description="weight of the pull of the norm to that of real words")
@@ -84,6 +90,9 @@ class Tuned(Section):
     batch: Count = Field(8, description="noise levels a tuning step")
     offset_rate: Positive = Field(1e-3, description="learning rate of a concept's offsets")
     word_rate: Positive = Field(0.01, description="learning rate of its words, as a share of a component's usual size")
+    words: Annotated[int, Field(ge=1, le=NEAR)] = Field(
+        1, description="nearest real words that are tried before the first step: the best becomes the concept's"
+    )
     blend: Share = Field(
         0.25, description="blend of the two attention paths in tuning and drawing; 1: the concept alone"
     )

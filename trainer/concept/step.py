@@ -23,7 +23,9 @@ from ...lookahead.method.concept import (
     nearest_words,
     norm_penalty,
     offset_penalty,
+    read_through,
     word_contrast,
+    word_freedom,
 )
 from ...lookahead.method.schedule import add_noise, alphas_cumprod
 from ...sdxl.concept import ConceptRows, encode_hard, encode_soft, prompt_ids, unet_features
@@ -79,7 +81,7 @@ class ConceptStep(nn.Module):
     def forward(self, part: str, batch: ConceptBatch, draws: ConceptDraws) -> Outcome:
         """The whole loss; there is one part."""
         predicted = self.read(self.encoder, batch, draws)
-        noise = self.predict(predicted, batch, draws)
+        noise = self.predict(self.begun(predicted, draws.step), batch, draws)
         values = (noise.float() - draws.noise).square().mean((1, 2, 3)) * self._weight(draws.t)
         terms = {"diffusion": values.detach()}
         loss = values.mean()
@@ -95,6 +97,17 @@ class ConceptStep(nn.Module):
             return encoder(batch.features)
         seen = encoder.standardised(self.seen(batch, draws), draws.t)
         return encoder(batch.features, seen)
+
+    def begun(self, predicted: Prediction, step: int) -> Prediction:
+        """A prediction as the UNet reads it at a step: while words come first (`token.words_first`), each is a mixture
+        of real ones and there are no offsets, which would take over what the word is to say."""
+        free = word_freedom(step, self.config.steps, self.config.token.words_first)
+        if free == 1:
+            return predicted
+        words = self._soft(predicted)
+        mixed = read_through(*words, self.words(predicted.word_l))
+        word_l, word_g = (free * word + (1 - free) * real for word, real in zip(words, mixed, strict=True))
+        return Prediction(word_l, word_g, predicted.offsets if free else {})
 
     def seen(self, batch: ConceptBatch, draws: ConceptDraws) -> Tensor:
         """The UNet's features of the noised pictures under the empty prompt."""
