@@ -4,8 +4,10 @@ Everything is real but the size: the workflow files name the public SDXL files, 
 under these names. The references are drawn people whom nothing was trained on; the number under each picture is
 that of a network or formula that took part in no training and no steering.
 
-    make demo                 two people under two prompts by the trained encoder, and lookahead guidance by one loss
-    make demo ARGS=--all      all prompts, the untrained adapter too, all losses, and guidance by x0 beside lookahead
+    make demo                 two people under two prompts by the trained encoder, lookahead guidance by one loss, and
+                              a concept of a thing from one picture
+    make demo ARGS=--all      all prompts, the untrained adapter too, all losses, guidance by x0 beside lookahead, and
+                              concepts of two things and a person, tuned and untuned
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from ..host import workflow
 from ..host.client import Progress
 from ..host.server import Host
 from ..tools.common import ROOT, Problem, Stopwatch, run_main, say
-from .files.host_models import TRAINED, mini_host
+from .files.host_models import THINGS, THINGS_VISION, TRAINED, mini_host
 
 WORKFLOW = ROOT / "workflows" / "02 Face with more of its look (KV).json"
 PROMPTS = (
@@ -56,7 +58,7 @@ ARMS = {
 }
 NOTHING = ReferenceWeights("no reference", 0.0, 0.0)
 REFERENCES = (  # titles of the workflows' LoadImage nodes
-    *("Reference face", "Reference look", "Reference layout", "Group photo"),
+    *("Reference face", "Reference look", "Reference layout", "Group photo", "Picture of the thing"),
     *("Person on the left", "Person on the right", "Photo 1", "Photo 2", "Photo 3"),
     *("Person in the middle", "First person", "Second person"),
 )
@@ -174,19 +176,39 @@ GUIDED: dict[str, tuple[dict[str, str], str]] = {
 }
 
 
+CONCEPT_WORKFLOW = ROOT / "workflows" / "22 Anything from one picture (concept).json"
+CONCEPT_PROMPTS = ("a comic of a S* in the snow", "an oil painting of a S* on a beach")
+#: Columns of the sheet of concepts: steps of tuning, strength of the concept, its blend (-1 is what it was tuned with)
+TUNED = {"its word instead": (0, 0.0, 0.0), "foretold": (0, 1.0, -1.0), "after 12 steps": (12, 1.0, -1.0)}
+SHOWN_SEED = 29  # of the things, which are in no training
+#: Rows of it: what is shown -> the kind of thing, or none for a person
+SHOWN = {"an umbrella, a kind that no encoder saw": "umbrella", "a fish": "fish", "a person": None}
+
+
 @dataclass(frozen=True)
 class Extent:
-    """It says how much is drawn: columns and rows of the sheet of references, then those of the sheet of guidance."""
+    """It says how much is drawn: columns and rows of the sheets of references, of guidance and of concepts."""
 
     prompts: tuple[str, ...] = PROMPTS
     arms: tuple[str, ...] = tuple(ARMS)
     guided: tuple[str, ...] = tuple(GUIDED)
     steered: tuple[Steering, ...] = STEERED
+    concept_prompts: tuple[str, ...] = CONCEPT_PROMPTS
+    tuned: tuple[str, ...] = tuple(TUNED)
+    shown: tuple[str, ...] = tuple(SHOWN)
 
 
 ALL = Extent()
 # About a minute with the start of ComfyUI: a guided picture takes ten times as long as another.
-SOME = Extent(PROMPTS[:2], ("image prompt", "image prompt and KV"), ("no guidance", "guided by lookahead"), STEERED[:1])
+SOME = Extent(
+    PROMPTS[:2],
+    ("image prompt", "image prompt and KV"),
+    ("no guidance", "guided by lookahead"),
+    STEERED[:1],
+    CONCEPT_PROMPTS,
+    ("after 12 steps",),
+    tuple(SHOWN)[:1],
+)
 
 
 def at_mini_size(api: workflow.Api, reference: str, seed: int, text: str = "a photo of a face") -> workflow.Api:
@@ -203,7 +225,11 @@ def at_mini_size(api: workflow.Api, reference: str, seed: int, text: str = "a ph
         "KSampler": {"seed": seed},
         "LookaheadPreviewGrid": {"seed": seed},
         **{title: {"image": reference} for title in REFERENCES},
+        "LookaheadEncodeConceptPrompt": {"text": "a comic of a S* on a beach"},
     }
+    if workflow.find(api, "LookaheadEncodeConceptPrompt"):
+        values["CheckpointLoaderSimple"] = {"ckpt_name": Path(THINGS).name}  # the base that knows things
+        values["CLIPVisionLoader"] = {"clip_name": Path(THINGS_VISION).name}
     for node, inputs in values.items():
         if workflow.find(api, node):
             api = workflow.override(api, node, **inputs)
@@ -227,6 +253,15 @@ def steered_prompt(api: workflow.Api, reference: str, text: str, seed: int, guid
     api = workflow.override(api, "CFGGuider", cfg=CFG)
     api = workflow.override(api, "LookaheadShortcut", kind=kind)
     return workflow.override(api, "LookaheadGuidanceSampler", **sampler)
+
+
+def concept_prompt(api: workflow.Api, reference: str, text: str, seed: int, tuned: str) -> workflow.Api:
+    """The demo's run of the workflow of a concept: this picture, and how far it is tuned."""
+    steps, strength, blend = TUNED[tuned]
+    api = workflow.override(at_mini_size(api, reference, seed), "KSampler", steps=STEPS, cfg=CFG)
+    api = workflow.override(api, "LookaheadEncodeConceptPrompt", text=text)
+    api = workflow.override(api, "LookaheadTuneConcept", steps=steps)
+    return workflow.override(api, "LookaheadApplyConcept", strength=strength, blend=blend)
 
 
 class Parts(dict[str, float]):
@@ -332,6 +367,56 @@ def show_guidance(host: Host, extent: Extent, out: Path, seed: int) -> Path:
     return path
 
 
+def draw_thing(kind: str | None) -> tuple[Image.Image, Callable[[Image.Image], float]]:
+    """A picture of one thing (or a person, for None) that nothing was trained on, and what says how alike another is:
+    from -1 to 1, by the judge of its kind."""
+    import torch
+
+    from .files.derived import stage_or_shipped
+    from .files.weights import THINGS_JUDGE, thing_judge
+    from .world import things
+    from .world.references import concept_things
+
+    if kind is None:
+        (picture,) = draw_references(1, first=7)
+        return picture, similarity_to(picture)
+    kinds = torch.tensor([things.CLASSES.index(kind)])
+    pixels = things.render(concept_things(1, SHOWN_SEED, kinds), 2 * SIZE, seed=SHOWN_SEED)[0]
+    picture = Image.fromarray((pixels * 255).round().byte().permute(1, 2, 0).numpy())
+    judge = thing_judge(stage_or_shipped("things_judge", THINGS_JUDGE))
+
+    @torch.no_grad()
+    def embed(shown: Image.Image) -> torch.Tensor:
+        return judge.embed(pixels_of(shown))
+
+    wanted = embed(picture)
+    return picture, lambda shown: float((wanted * embed(shown)).sum())
+
+
+def show_concepts(host: Host, extent: Extent, out: Path, seed: int) -> Path:
+    """Draw what one picture shows under each prompt, tuned as far as said; returns the path of the sheet in `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    watch = Stopwatch()
+    rows: list[list[Cell]] = []
+    columns = [(text, tuned) for text in extent.concept_prompts for tuned in extent.tuned]
+    say(f"Drawing {len(extent.shown) * len(columns)} pictures of what one picture shows ...")
+    api = workflow.convert(CONCEPT_WORKFLOW, host.object_info())
+    for shown in extent.shown:
+        picture, likeness = draw_thing(SHOWN[shown])
+        name = f"concept_{SHOWN[shown] or 'person'}"
+        picture.save(host.folder("input") / f"{name}.png")
+        picture.save(out / f"{name}.png")
+        runs = [concept_prompt(api, f"{name}.png", text, seed, tuned) for text, tuned in columns]
+        paths = [out / f"{name}_{column + 1}.png" for column in range(len(columns))]
+        drawn = drawn_row(host, runs, paths, bar(len(rows), len(extent.shown), watch))
+        cells = [Cell(one, f"likeness {likeness(one):+.2f}") for one in drawn]
+        rows.append([Cell(picture, shown), *cells])
+    path = out / "concept_sheet.png"
+    titles = [f"“{text}”, {tuned}" for text, tuned in columns]
+    contact_sheet(["the one picture", *titles], rows, "DATE: anything from one picture").save(path)
+    return path
+
+
 def main(arguments: list[str]) -> int:
     """Entry point of `make demo`."""
     parser = argparse.ArgumentParser(
@@ -361,9 +446,11 @@ def main(arguments: list[str]) -> int:
             sheet = show_demo(host, references, extent, chosen.out, chosen.seed)
         with parts.timed("guidance"):
             guidance = show_guidance(host, extent, chosen.out, chosen.seed)
+        with parts.timed("concepts"):
+            concepts = show_concepts(host, extent, chosen.out, chosen.seed)
     say(f"{watch.seconds:.0f} s: {parts}.")
-    say(f"The pictures are in {chosen.out}; all on two sheets, with their likeness below:")
-    print(sheet, guidance, sep="\n")
+    say(f"The pictures are in {chosen.out}; all on three sheets, with their likeness below:")
+    print(sheet, guidance, concepts, sep="\n")
     return 0
 
 

@@ -21,7 +21,15 @@ from ..host.page import page_host
 from ..host.workflow import load
 from ..tools.common import ROOT, run_main, say
 from .demo import CFG, SCALES, SIZE, STEPS, STOCK
-from .files.host_models import MINI_EXTENSIONS, TRAINED, link_models, write_taesd
+from .files.host_models import (
+    MINI_EXTENSIONS,
+    THINGS,
+    THINGS_VISION,
+    TRAINED,
+    link_models,
+    link_things,
+    write_taesd,
+)
 
 WORKFLOWS = ROOT / "workflows"
 FOLDER = Path("user", "default", "workflows", "mini world")
@@ -29,6 +37,7 @@ FOLDER = Path("user", "default", "workflows", "mini world")
 VALUES: dict[str, dict[str, Any]] = {
     "CLIPTextEncode": {"text": "a photo of a face on a beach"},  # those with a title that begins with Prompt
     "LookaheadLoadEncoder": {"encoder_name": Path(TRAINED).name},
+    "LookaheadEncodeConceptPrompt": {"text": "a comic of a S* on a beach"},
     "EmptyLatentImage": {"width": SIZE, "height": SIZE},
     "ImageScale": {"width": SIZE, "height": SIZE},
     "LookaheadEncodeReference": {"size": SIZE},
@@ -39,12 +48,17 @@ VALUES: dict[str, dict[str, Any]] = {
     "CFGGuider": {"cfg": CFG},
     "LookaheadGuider": SCALES,
 }
+CONCEPT = {  # where there are concepts: what knows things
+    "CheckpointLoaderSimple": {"ckpt_name": Path(THINGS).name},
+    "CLIPVisionLoader": {"clip_name": Path(THINGS_VISION).name},
+}
 FEW_STEPS = 12  # with a few-step LoRA in the model, steps and guidance stay as they are
 NOTE = (
     f"## The mini world\n\nA tiny SDXL that knows drawn faces alone. **Pictures are {SIZE}x{SIZE}**, {STEPS} steps, "
     f"guidance {CFG:g}: a picture takes a second or so on a CPU. At SDXL's 1024x1024 it draws nothing good.\n\n"
     "Prompts it knows: *a photo / a pencil drawing / an oil painting / a comic / a pixel art / a blueprint / a wanted "
-    "poster of a face*, and *on a beach / in the snow / ...*"
+    "poster of a face*, and *on a beach / in the snow / ...*. For concepts it knows things, too: *a mug, a "
+    "fish, a robot*"
 )
 
 
@@ -52,17 +66,21 @@ def at_mini_size(saved: dict[str, Any]) -> dict[str, Any]:
     """A workflow in the save format with the mini world's VALUES, also in its subgraphs, and a NOTE above its nodes."""
     workflow = copy.deepcopy(saved)
     graphs = [workflow, *workflow.get("definitions", {}).get("subgraphs", [])]
-    nodes = [node for graph in graphs for node in graph["nodes"] if node["type"] in VALUES]
+    kinds = {node["type"] for graph in graphs for node in graph["nodes"]}
+    values = VALUES | (CONCEPT if "LookaheadEncodeConceptPrompt" in kinds else {})
+    nodes = [node for graph in graphs for node in graph["nodes"] if node["type"] in values]
     steps = [node["widgets_values"][place] for node in nodes for place, name in _widgets(node) if name == "steps"]
     few = bool(steps) and max(steps) <= FEW_STEPS
     for node in nodes:
         for place, name in _widgets(node):
-            value = VALUES[node["type"]].get(name)
+            value = values[node["type"]].get(name)
             if node["type"] == "CLIPTextEncode":
                 fixed = not node.get("title", "").startswith("Prompt")
             else:
                 fixed = few and name in ("steps", "cfg", *SCALES)
-            other = name == "encoder_name" and node["widgets_values"][place] != STOCK  # a file of another kind
+            other = (
+                node["type"] == "LookaheadLoadEncoder" and node["widgets_values"][place] != STOCK
+            )  # a file of another kind
             if value is not None and not fixed and not other:
                 node["widgets_values"][place] = value
     workflow["last_node_id"] = number = max(workflow["last_node_id"], *(node["id"] for node in workflow["nodes"])) + 1
@@ -105,6 +123,7 @@ def prepare(base: Path) -> None:
     """Put the mini world's models and workflows into a host's base directory. (The pack itself brings the faces.)"""
     link_models(base)
     write_taesd(base)
+    link_things(base)
     paths = sorted(WORKFLOWS.glob("*.json"))
     saved = {path: load(path) for path in paths}
     saved = {path: workflow for path, workflow in saved.items() if "nodes" in workflow}

@@ -20,17 +20,9 @@ from .help_pictures import PICTURES, inputs_of
 from .locales import LANGUAGES, OURS, Locales, texts
 
 RUN = "python -m lcm_lookahead.tools"
-NO_WEIGHTS = "no weights are trained for it yet"
 #: Nodes that no workflow and no blueprint shows, with the reason.
 WITHOUT_WORKFLOW = {
-    "LookaheadApplyConcept": NO_WEIGHTS,
-    "LookaheadEncodeConceptPrompt": NO_WEIGHTS,
-    "LookaheadLoadConcept": NO_WEIGHTS,
-    "LookaheadLoadConceptEncoder": NO_WEIGHTS,
-    "LookaheadPredictConcept": NO_WEIGHTS,
-    "LookaheadSaveConcept": NO_WEIGHTS,
-    "LookaheadTuneConcept": NO_WEIGHTS,
-    "LookaheadLoadNoiseGuide": NO_WEIGHTS,
+    "LookaheadLoadNoiseGuide": "no weights are trained for it yet",
 }
 
 

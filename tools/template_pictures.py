@@ -13,12 +13,15 @@ from ..host import workflow
 from ..host.client import Client
 from ..mini import demo
 from ..mini.files.host_models import TRAINED, mini_host
+from ..mini.world import things
 from ..mini.world.data import SEEDS
 from ..mini.world.faces import STYLES, Faces, frontal, render, sample_identities, sample_nuisance
+from ..mini.world.references import concept_things
 from .common import ROOT, say
 
 INPUT = ROOT / "workflows" / "input"  # what `nodes/examples.py` copies into the host's input folder
 SIDE = 512  # of an example picture
+THING_SEED = 29  # of the example thing, which is in no training
 
 
 def person(number: int, style: str = "photo", still: bool = True, seed: int = 0) -> Faces:
@@ -31,6 +34,12 @@ def person(number: int, style: str = "photo", still: bool = True, seed: int = 0)
         nuisance = sample_nuisance(1, torch.Generator().manual_seed(seed), style=drawn)
         nuisance["scale"] = torch.full_like(nuisance["scale"], 1.1)
     return Faces(identity, frontal(nuisance) if still else nuisance)
+
+
+def thing() -> Tensor:
+    """A thing of a kind that no concept encoder of the mini world was trained on, [3, SIDE, SIDE] in [0, 1]."""
+    shown = concept_things(1, THING_SEED, torch.tensor([things.CLASSES.index("umbrella")]))
+    return things.render(shown, SIDE, seed=THING_SEED)[0]
 
 
 def as_picture(pixels: Tensor) -> Image.Image:
@@ -53,6 +62,7 @@ def examples() -> dict[str, Image.Image]:
     pictures["group"] = Image.new("RGB", (3 * 384, 384))
     for place, one in enumerate(group):
         pictures["group"].paste(one, (384 * place, 0))
+    pictures["thing"] = as_picture(thing())
     scene = as_picture(render(person(9), SIDE, seed=9)[0])
     mask = Image.new("L", scene.size, 255)
     ImageDraw.Draw(mask).ellipse((150, 30, 362, 470), fill=0)  # transparent: what Load Image gives as a mask
@@ -129,6 +139,8 @@ CARDS: dict[str, tuple[tuple[str, ...], str]] = {
         ("face_1.jpg", "face_3.jpg", "face_2.jpg"),
         "a pencil drawing of a face; a photo of a face; a comic of a face",
     ),
+    "22": (("thing.jpg",), "a comic of a S* in the snow"),
+    "23": (("thing.jpg",), "a comic of a S* in a city"),
     "13": (("face_1.jpg", "scene.webp"), "a photo of a face in the snow"),
 }
 
@@ -161,6 +173,7 @@ def draw_card(host: Client, path: Path) -> None:
         "KSampler": {"steps": demo.STEPS, "cfg": demo.CFG},
         "CFGGuider": {"cfg": demo.CFG},
         "LookaheadPreviewGrid": {"steps": demo.STEPS, "cfg": demo.CFG},
+        "LookaheadEncodeConceptPrompt": {"text": text},
     }
     if path.name[:2] in WIDTHS:
         settings["EmptyLatentImage"] = {"width": WIDTHS[path.name[:2]]}

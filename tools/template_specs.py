@@ -24,6 +24,13 @@ BASE, ENCODER = "sd_xl_base_1.0.safetensors", "ip-adapter-plus-face_sdxl_vit-h.s
 VISION, CLIP = "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors", "clip-vit-large-patch14.safetensors"
 LORA, CONTROLNET, TAESD = "lcm-lora-sdxl.safetensors", "controlnet-canny-sdxl-1.0.safetensors", "taesdxl"
 FACES, VGG, FACE_ID = "buffalo_l", "vgg16-397923af.pth", "ip-adapter-faceid-plusv2_sdxl.bin"
+#: Files that one makes oneself: of a training, and saved by another workflow
+CONCEPT_ENCODER, NOISE_GUIDE, CONCEPT = (
+    "concept_encoder.safetensors",
+    "noise_guide.safetensors",
+    "my_concept.safetensors",
+)
+OWN_FILES = (CONCEPT_ENCODER, NOISE_GUIDE, CONCEPT)
 
 
 def model(name: str, url: str, folder: str, sha256: str = "") -> dict[str, str]:
@@ -110,6 +117,14 @@ _FILES = {  # a line each in the notes
     VGG: f"**models/lookahead_losses**: [{VGG}]({MODELS['vgg'][0]['url']}), and `pip install lpips`",
     FACES: f"**models/insightface/models/** a face pack: [AuraFace]({HUB}/fal/AuraFace-v1) (free to use), "
     f"or [buffalo_l]({MODELS[FACES][0]['url']}) (for research only), and `pip install insightface onnxruntime`",
+}
+_FILES |= {
+    CONCEPT_ENCODER: f"**models/lookahead**: {CONCEPT_ENCODER}, which you train with `lookahead concept train` "
+    f"([how]({ADDRESS}/blob/main/docs/concept.md)); nobody has released one for SDXL yet",
+    CONCEPT: f"**models/lookahead_concepts**: {CONCEPT}, which *Anything from one picture* saves; or one that you were "
+    "given",
+    NOISE_GUIDE: f"**models/lookahead**: {NOISE_GUIDE}, which you train with `lookahead guide train` "
+    f"([how]({ADDRESS}/blob/main/docs/noise_guide.md)); nobody has released one for SDXL yet",
 }
 ADAPTER = (BASE, ENCODER, VISION)
 NULL_TEXT = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .template_concepts import CONCEPT_WORKFLOWS
 from .template_graph import Node, Template
 from .template_guided import GUIDED_WORKFLOWS
 from .template_people import PEOPLE_WORKFLOWS
@@ -368,4 +369,5 @@ WORKFLOWS: dict[str, Template] = {
     ),
     **REFERENCE_WORKFLOWS,
     **PEOPLE_WORKFLOWS,
+    **CONCEPT_WORKFLOWS,
 }

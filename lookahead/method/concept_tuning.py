@@ -123,11 +123,11 @@ def tune(
 
 
 def words_to_try(concept: Concept, tuning: Tuning) -> dict[int, str]:
-    """The real words that a tuning chooses among (token id -> text): the concept's own first. One where it was tuned
-    before, or where the plain path, which alone reads them, has no share in what is drawn."""
+    """The real words that a tuning chooses among (token id -> text), the concept's own first; that one alone where it
+    was tuned before."""
     before = int(concept.about.get("steps", 0))
     own = {concept.word_id: concept.word}
-    if before or not tuning.steps or tuning.blend == 1:
+    if before or not tuning.steps:
         return own
     return dict(list((own | near_words(concept)).items())[: tuning.words])
 
@@ -144,12 +144,13 @@ def choose_word(
     """The concept with the real word under which its picture is predicted best, and a dictionary of that word alone.
 
     What a picture shows, the base itself knows best (a diffusion classifier, arXiv 2303.16203): the encoder proposes
-    words, and the loss of the first tuning step, its noise and noise levels the same for all, decides. The number of
-    passes is words x batch, without gradients.
+    words, and the loss of the base under each of them alone, at the noise and the noise levels of the first tuning
+    step, decides. Where it decides against the encoder, the soft word was at another noun, and begins anew at the real
+    one. The number of passes is words x batch, without gradients.
     """
     losses = torch.zeros(len(words.texts))
-    for place, (token, text) in enumerate(zip(words.ids.tolist(), words.texts, strict=True)):
-        tried = replace(concept, word=text, word_id=token)
+    for place in range(len(losses)):
+        tried = replace(real_word(concept, words, place), offsets={})
         for number in range(tuning.batch if len(losses) > 1 else 0):
             t, x, noise = noised_sample(views, alpha_bar, tuning, number)
             losses[place] += (predict(tried, x, t, number).float() - noise).square().mean().cpu()
@@ -160,7 +161,18 @@ def choose_word(
         words.rows_g[best : best + 1],
         words.texts[best : best + 1],
     )
-    return replace(concept, word=words.texts[best], word_id=int(words.ids[best])), chosen
+    return (real_word(concept, words, best) if best else concept), chosen
+
+
+def real_word(concept: Concept, words: Dictionary, place: int) -> Concept:
+    """A concept with a real word as its soft and its hard one."""
+    return replace(
+        concept,
+        word_l=words.rows_l[place],
+        word_g=words.rows_g[place],
+        word=words.texts[place],
+        word_id=int(words.ids[place]),
+    )
 
 
 def _leaf(tensor: Tensor, device: torch.device) -> Tensor:

@@ -18,6 +18,14 @@ from .shipped import manifest
 MINI_MODELS: dict[str, str] = {entry["model"]: entry["file"] for entry in manifest() if "model" in entry}
 #: What `lookahead train trainer/configs/mini.yaml` has made of the mini encoder, under its own name
 TRAINED = "lookahead/mini_encoder.safetensors"
+#: What the mini world's creators have trained and saved, under the names that the workflows know -> the shipped file:
+#: by `lookahead concept train trainer/configs/concept/mini.yaml`, and a thing that it was shown
+OF_CREATORS = {
+    "lookahead/concept_encoder.safetensors": "mini_concept_encoder.safetensors",
+    "lookahead_concepts/my_concept.safetensors": "mini_concept.safetensors",
+}
+THINGS = "checkpoints/mini_things.safetensors"  # the base that it knows, under a name of its own
+THINGS_VISION = "clip_vision/mini_things.safetensors"  # and its image encoder
 CHECKPOINT = "checkpoints/sd_xl_base_1.0.safetensors"
 #: The halves of TAESD, which the mini checkpoint's VAE is cut into -> how the names of its weights begin
 TAESD = {
@@ -28,9 +36,10 @@ MINI_EXTENSIONS = (*EXTENSIONS, HERE / "host_extension")
 
 
 def link_models(base: Path, weights: Path = WEIGHTS) -> None:
-    """Link the mini weights and the trained mini encoder into a host's base directory, under the public names."""
+    """Link the mini weights and the trained mini encoders into a host's base directory, under the public names."""
     sources = {name: weights / file for name, file in MINI_MODELS.items()}
-    for name, source in {**sources, TRAINED: HERE / "trained" / Path(TRAINED).name}.items():
+    sources |= {name: HERE / "trained" / file for name, file in {TRAINED: Path(TRAINED).name, **OF_CREATORS}.items()}
+    for name, source in sources.items():
         if not source.is_file():
             raise Problem(
                 f"{source} is missing: it is part of the repository; restore it with `git checkout -- mini`, "
@@ -48,9 +57,16 @@ def write_taesd(base: Path) -> None:
         save_file(half, base / "models" / name)
 
 
+def link_things(base: Path) -> None:
+    """Link the base that draws things, which is made of the mini SDXL and the shipped LoRA when it is first needed."""
+    from .derived import shipped_things_base  # it takes torch, which the files' names do not
+
+    link(shipped_things_base(), base / "models" / THINGS)
+
+
 def touch_models(base: Path) -> None:
     """Make empty files of all these names, for what reads the names alone."""
-    for name in (*MINI_MODELS, *TAESD):
+    for name in (*MINI_MODELS, *TAESD, *OF_CREATORS):
         (base / "models" / name).parent.mkdir(parents=True, exist_ok=True)
         (base / "models" / name).touch()
 
@@ -73,6 +89,7 @@ def mini_host(
         if weights is not None:
             link_models(base, weights)
             write_taesd(base)
+            link_things(base)
         if prepare is not None:
             prepare(base)
 

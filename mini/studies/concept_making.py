@@ -231,13 +231,14 @@ class Maker:
         both = frozen.latents(torch.cat([pictures, pictures.flip(-1)]))
         views = torch.stack(both.split(n), 1)  # [n, 2, 4, h, w]
         ids = prompt_ids(frozen.text, list(templates))
+        untuned = _Leaves(concepts, tuning).concepts(concepts)
+        if max(keep):
+            concepts = self.chosen(concepts, views, ids, tuning)
         leaves = _Leaves(concepts, tuning)
         done = leaves.resume(state, min(keep))
         saved_at = time.monotonic()
         if done == 0 and 0 in keep:
-            yield 0, leaves.concepts(concepts)
-        if max(keep):
-            concepts = self.chosen(concepts, views, ids, tuning)
+            yield 0, untuned
         texts = dict(zip(concepts.word_ids.tolist(), concepts.words, strict=True))
         real = {token: dictionary_of(frozen.text, {token: word}) for token, word in texts.items()}
         words = [real[token] for token in concepts.word_ids.tolist()]
@@ -263,13 +264,23 @@ class Maker:
         tokens = [list(tried) for tried in concepts.tried]
         for place in range(most):
             rows = torch.tensor([n for n, own in enumerate(tokens) if place < len(own)])
-            tried = concepts.rows(rows)._replace(word_ids=torch.tensor([tokens[n][place] for n in rows.tolist()]))
+            tried = self._real(concepts.rows(rows), [tokens[n][place] for n in rows.tolist()])._replace(offsets={})
             losses[rows, place] = sum(
                 self._losses(tried, views[rows], ids, tuning, number) for number in range(tuning.batch)
             )
-        best = [own[place] for own, place in zip(tokens, losses.argmin(1).tolist(), strict=True)]
+        places = losses.argmin(1)
+        best = [own[place] for own, place in zip(tokens, places.tolist(), strict=True)]
         texts = tuple(tried[token] for tried, token in zip(concepts.tried, best, strict=True))
-        return concepts._replace(word_ids=torch.tensor(best), words=texts)
+        real, other = self._real(concepts, best), (places > 0)[:, None]
+        word_l = torch.where(other, real.word_l, concepts.word_l)
+        word_g = torch.where(other, real.word_g, concepts.word_g)
+        return concepts._replace(word_l=word_l, word_g=word_g, word_ids=real.word_ids, words=texts)
+
+    def _real(self, concepts: Concepts, tokens: Sequence[int]) -> Concepts:
+        """The concepts with real words as soft and hard ones."""
+        ids = torch.tensor(tokens)
+        word_l, word_g = (table.detach()[ids].float() for table in word_tables(self.frozen.text))
+        return concepts._replace(word_l=word_l, word_g=word_g, word_ids=ids)
 
     def _losses(self, now: Concepts, views: Tensor, ids: PromptIds, tuning: Tuning, number: int) -> Tensor:
         """The loss of each concept at one sample of the tuning, [n]."""

@@ -10,6 +10,7 @@ import urllib.request
 import pytest
 from lcm_lookahead.host import workflow as converter
 from lcm_lookahead.tools.common import ROOT
+from lcm_lookahead.tools.template_specs import OWN_FILES
 from PIL import Image
 from visit import READABLE, covered
 
@@ -138,7 +139,7 @@ def test_every_node_says_which_pack_and_version_it_is_of(workflow):
             assert re.fullmatch(r"\d+\.\d+\.\d+", node["properties"]["ver"])
 
 
-def test_every_model_file_that_it_names_has_an_address_and_a_folder(workflow):
+def test_every_model_file_that_it_names_has_an_address_and_a_folder_or_is_one_s_own(workflow):
     known = {}
     for node in all_nodes(workflow):
         for model in node["properties"].get("models", ()):
@@ -146,7 +147,10 @@ def test_every_model_file_that_it_names_has_an_address_and_a_folder(workflow):
             assert model["url"].startswith("https://") and not model["directory"].startswith("/")
             assert re.fullmatch(r"[0-9a-f]{64}", model["hash"]) if "hash" in model else True
     values = {v for node in all_nodes(workflow) if node["type"] != NOTE for v in node.get("widgets_values") or ()}
-    assert {v for v in values if str(v).endswith((".safetensors", ".pth"))} <= set(known)
+    named = {v for v in values if str(v).endswith((".safetensors", ".pth"))}
+    assert named <= {*known, *OWN_FILES}
+    (note,) = [node for node in workflow["nodes"] if node["type"] == NOTE]
+    assert all(file in note["widgets_values"][0] for file in named & {*OWN_FILES})  # how one comes by it
 
 
 def test_its_note_names_the_pack_first_and_every_file_with_a_link(workflow):

@@ -62,8 +62,10 @@ def test_no_file_is_large_and_the_mini_weights_are_small(tracked):
     assert sum(size for path, size in sizes.items() if path.is_relative_to(mini / "weights")) < 75e6
     kinds = (".safetensors", ".onnx", ".pt", ".bin")
     others = {p: s for p, s in sizes.items() if p.suffix in kinds and not p.is_relative_to(mini / "weights")}
-    assert [path.relative_to(mini).as_posix() for path in others] == ["trained/mini_encoder.safetensors"]
-    assert sum(others.values()) < 3e6
+    assert [path.relative_to(mini).as_posix() for path in others] == [
+        f"trained/mini_{name}.safetensors" for name in ("concept", "concept_encoder", "encoder")
+    ]
+    assert sum(others.values()) < 6e6
 
 
 def test_nothing_of_the_host_or_of_the_set_up_is_committed(tracked):

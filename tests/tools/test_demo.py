@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import itertools
 
+import numpy as np
 import pytest
 import torch
 from lcm_lookahead.mini import demo
@@ -17,16 +19,20 @@ PEOPLE = 4
 def drawn(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo")
     references = demo.draw_references(PEOPLE)
+    extent = demo.Extent(
+        prompts=("a photo of a face",), concept_prompts=demo.CONCEPT_PROMPTS[:1], shown=tuple(demo.SHOWN)[:1]
+    )
     with mini_host(announce=False) as host:
-        sheet = demo.show_demo(host, references, demo.Extent(prompts=("a photo of a face",)), out, seed=5)
-    return references, out, sheet
+        sheet = demo.show_demo(host, references, extent, out, seed=5)
+        concepts = demo.show_concepts(host, extent, out, seed=5)
+    return references, out, sheet, concepts
 
 
 @pytest.mark.parametrize("arm", ["before_training", "image_prompt", "image_prompt_and_KV"])
 def test_people_are_more_alike_with_a_reference_than_without(drawn, arm):
     """Paired over people: each beside the picture that was drawn of nobody from the same noise. Measured: 0.55, 0.38
     and 0.46 more alike, by 27, 4.2 and 5.5 standard errors."""
-    references, out, _ = drawn
+    references, out, _, _ = drawn
     without = Image.open(out / "without_prompt_1.png")
     gains = []
     for number, reference in enumerate(references, start=1):
@@ -36,25 +42,35 @@ def test_people_are_more_alike_with_a_reference_than_without(drawn, arm):
 
 
 def test_the_sheet_shows_every_picture(drawn):
-    _, out, sheet = drawn
+    _, out, sheet, _ = drawn
     assert len(list(out.glob("*_prompt_?.png"))) == PEOPLE * len(demo.ARMS) + 1
     width, height = Image.open(sheet).size
     assert width > 2 * demo.SIZE and height > (PEOPLE * len(demo.ARMS) + 1) * demo.SIZE
 
 
+def test_the_sheet_of_concepts_has_a_picture_a_column_and_the_tuned_one_is_another_than_the_foretold(drawn):
+    _, out, _, sheet = drawn
+    paths = sorted(out.glob("concept_umbrella_?.png"))
+    pictures = [np.asarray(Image.open(path).convert("RGB")).astype(float) for path in paths]
+    assert len(pictures) == len(demo.TUNED) and Image.open(sheet).size[0] > (1 + len(demo.TUNED)) * demo.SIZE
+    assert all(picture.std() > 20 for picture in pictures)
+    assert all(abs(one - other).mean() > 2 for one, other in itertools.combinations(pictures, 2))
+
+
 @pytest.fixture
 def asked(monkeypatch, tmp_path):
-    """What `make demo` draws when it is called with arguments: the number of people, and the extent of both sheets."""
+    """What `make demo` draws when it is called with arguments: the number of people, and the extent of all sheets."""
 
     def call(*arguments):
         sheets = []
         monkeypatch.setattr(demo, "mini_host", lambda port: contextlib.nullcontext())
         monkeypatch.setattr(demo, "draw_references", lambda people: [None] * people)
         monkeypatch.setattr(demo, "show_demo", lambda host, people, *asked: sheets.append((len(people), asked[0])))
-        monkeypatch.setattr(demo, "show_guidance", lambda host, *asked: sheets.append(asked[0]))
+        for sheet in ("show_guidance", "show_concepts"):
+            monkeypatch.setattr(demo, sheet, lambda host, *asked: sheets.append(asked[0]))
         assert demo.main([f"--out={tmp_path}", *arguments]) == 0
-        (people, extent), of_guidance = sheets
-        assert extent == of_guidance
+        (people, extent), *others = sheets
+        assert others == [extent, extent]
         return people, extent
 
     return call
@@ -64,8 +80,9 @@ def test_all_draws_every_prompt_arm_and_loss_and_without_it_a_part_of_them(asked
     _, some = asked()
     assert set(some.prompts) < set(demo.PROMPTS) and set(some.arms) < set(demo.ARMS)
     assert set(some.guided) < set(demo.GUIDED) and set(some.steered) < set(demo.STEERED)
+    assert set(some.tuned) < set(demo.TUNED) and set(some.shown) < set(demo.SHOWN)
     said = capsys.readouterr().err
-    assert all(part in said for part in ("start of ComfyUI", "image prompt and KV injection", "guidance"))
-    everything = demo.Extent(demo.PROMPTS, tuple(demo.ARMS), tuple(demo.GUIDED), demo.STEERED)
+    assert all(part in said for part in ("start of ComfyUI", "image prompt and KV injection", "guidance", "concepts"))
+    everything = demo.ALL
     assert asked("--all") == (2, everything)
     assert asked("--people=3", "a face in the rain") == (3, dataclasses.replace(some, prompts=("a face in the rain",)))

@@ -216,7 +216,7 @@ def test_the_models_are_those_that_the_workflows_name():
         for node in json.loads(path.read_text())["nodes"]:
             if node["type"] not in ("Note", "MarkdownNote"):
                 named |= {v for v in node.get("widgets_values") or [] if str(v).endswith(".safetensors")}
-    assert named and named <= {Path(name).name for name in host_models.MINI_MODELS}
+    assert named and named <= {Path(name).name for name in (*host_models.MINI_MODELS, *host_models.OF_CREATORS)}
 
 
 # -- running: a server that stands in for ComfyUI, so that each way to end is quick to try
@@ -405,7 +405,8 @@ def test_the_mini_host_reads_the_mini_files(make_host, tmp_path):
         linked = {path.name for path in running.folder("custom_nodes").iterdir()}
         models = {path.relative_to(running.folder("models")).as_posix() for path in running.folder("models").rglob("*")}
     assert linked == {"cpu_torchvision", "host_extension"} and seen == [tmp_path / "base"]
-    assert {*host_models.MINI_MODELS, *host_models.TAESD, host_models.TRAINED} <= models
+    ours = {host_models.TRAINED, host_models.THINGS, *host_models.OF_CREATORS}
+    assert {*host_models.MINI_MODELS, *host_models.TAESD, *ours} <= models
 
 
 def test_no_half_made_link_is_left_where_links_are_not_allowed(tmp_path, monkeypatch):

@@ -31,12 +31,15 @@ def test_a_workflow_at_mini_size_says_so_and_is_else_the_same(path):
     assert all(n <= 20 for n in steps)
     encoders = {node["widgets_values"][0] for node in nodes(after, "LookaheadLoadEncoder")}
     assert page.STOCK not in encoders
+    concept = bool(nodes(after, "LookaheadEncodeConceptPrompt"))
+    bases = {node["widgets_values"][0] for node in nodes(after, "CheckpointLoaderSimple")}
+    assert bases <= {"mini_things.safetensors" if concept else "sd_xl_base_1.0.safetensors"}
     note = after["nodes"][-1]
     assert note["type"] == "MarkdownNote" and "128x128" in note["widgets_values"][0]
     assert len({node["id"] for node in after["nodes"]}) == len(after["nodes"]) and note["id"] == after["last_node_id"]
     assert note["pos"][1] + note["size"][1] < min(node["pos"][1] for node in before["nodes"])  # covers nothing
     for old, new in zip(before["nodes"], after["nodes"], strict=False):
-        assert new == old or new["type"] in page.VALUES
+        assert new == old or new["type"] in page.VALUES or (concept and new["type"] in page.CONCEPT)
 
 
 def test_models_and_workflows_are_there_and_own_changes_stay(tmp_path):

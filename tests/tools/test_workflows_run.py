@@ -30,7 +30,9 @@ GUIDED = [path for path in FILES if path.stem in STEERED]
 (BEST,) = WORKFLOWS.glob("* Best of eight.json")
 (FILE,) = WORKFLOWS.glob("* A person as a file.json")
 (FACE_ID,) = WORKFLOWS.glob("* Face ID *.json")  # the mini world has no such adapter
-PLAIN = [path for path in FILES if path not in (GRID, CONVERT, FILE, FACE_ID, *GUIDED)]
+(CONCEPT,) = WORKFLOWS.glob("* Anything from one picture *.json")
+(BLENDS,) = WORKFLOWS.glob("* A concept from a file, *.json")
+PLAIN = [path for path in FILES if path not in (GRID, CONVERT, FILE, FACE_ID, BLENDS, *GUIDED)]
 
 
 @contextlib.contextmanager
@@ -113,6 +115,21 @@ def test_a_workflow_that_draws_nothing_writes_its_file(host, path, file):
             api = workflow.override(api, node, **inputs)
     host.run(api).check()
     assert (host.folder("models") / file).is_file()
+
+
+def test_a_concept_that_one_workflow_saves_is_drawn_by_the_next_at_both_blends(host):
+    """From the same noise, beside the concept that the mini world ships: another concept, another picture."""
+    info = host.object_info()
+    saving = workflow.override(workflow.convert(CONCEPT, info), "LookaheadSaveConcept", name="of_one_step")
+    draw(host, workflow.override(saving, "LookaheadTuneConcept", steps=1), "reference_0.png", steps=1)
+    api = workflow.convert(BLENDS, info)
+    shipped = predicted(host, api, "reference_0.png")
+    assert shipped.shape == (demo.SIZE, 2 * demo.SIZE + 16, 3)
+    file = {"concept_name": "of_one_step.safetensors"}
+    saved = predicted(host, workflow.override(api, "LookaheadLoadConcept", **file), "reference_0.png")
+    left, right = slice(None, demo.SIZE), slice(-demo.SIZE, None)
+    assert all(abs(saved - shipped)[:, part].mean() > 10 for part in (left, right))
+    assert all(abs(drawn[:, left] - drawn[:, right]).mean() > 1 for drawn in (saved, shipped))
 
 
 @pytest.mark.parametrize(("flag", "kind"), [("--fp16-unet", torch.float16), ("--bf16-unet", torch.bfloat16)])

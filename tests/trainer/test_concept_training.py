@@ -10,7 +10,7 @@ import yaml
 from concept_oracle import predict as oracle
 from lcm_lookahead.cli import assemble_concept, main
 from lcm_lookahead.lookahead.files.concept_file import read_concept, read_concept_encoder
-from lcm_lookahead.lookahead.method.concept import ConceptEncoder
+from lcm_lookahead.lookahead.method.concept import ConceptEncoder, read_through
 from lcm_lookahead.lookahead.method.concept_input import ConceptError
 from lcm_lookahead.lookahead.method.concept_tuning import Tuning
 from lcm_lookahead.mini import drawn_things
@@ -134,6 +134,26 @@ def test_the_regularisers_are_those_that_the_configuration_names(assembled):
     assert "contrast" not in found["none"][1] and found["contrast"][0]["contrast"][0] == 0
     assert found["contrast"][1]["contrast"][0] > 0 and found["l2"][1]["contrast"][0] > 0
     assert not torch.equal(found["contrast"][1]["contrast"][1], found["l2"][1]["contrast"][1])
+
+
+def test_words_come_first_as_mixtures_without_offsets_and_reach_the_loss_so(assembled):
+    """Of four steps the first two: then half of each word is free and the offsets are there, then all is."""
+    recipe, source = assembled
+    step, batch = recipe.losses, source.batch([0, 1], [0, 1], torch.device("cpu"))
+    predicted, seen = step.encoder(batch.features), []
+    token = recipe.config.token.model_copy(update={"words_first": 0.25})
+    step.config = recipe.config.model_copy(update={"token": token, "steps": 8})
+    mixed = torch.cat(read_through(*predicted[:2], step.words(predicted.word_l)), 1)
+    for number in (0, 1, 3, 4):
+        begun = step.begun(predicted, number)
+        seen.append((torch.cat(begun[:2], 1), bool(begun.offsets)))
+    losses = [step("concept", batch, replace(recipe.draw([0, 1], batch), step=number)).values for number in (0, 1, 4)]
+    step.config = recipe.config
+    free = torch.cat(predicted[:2], 1)
+    expected = [(mixed, False), (mixed, False), ((mixed + free) / 2, True), (free, True)]
+    for (words, offsets), (wanted, there) in zip(seen, expected, strict=True):
+        assert torch.allclose(words, wanted, atol=1e-6) and offsets == there
+    assert torch.equal(losses[0], losses[1]) and not torch.allclose(losses[1], losses[2])
 
 
 def test_the_step_predicts_what_the_oracle_does(assembled):
