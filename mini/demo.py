@@ -58,7 +58,7 @@ ARMS = {
 }
 NOTHING = ReferenceWeights("no reference", 0.0, 0.0)
 REFERENCES = (  # titles of the workflows' LoadImage nodes
-    *("Reference face", "Reference look", "Reference layout", "Group photo", "Picture of the thing"),
+    *("Reference face", "Reference look", "Reference layout", "Group photo", "One picture of the thing"),
     *("Person on the left", "Person on the right", "Photo 1", "Photo 2", "Photo 3"),
     *("Person in the middle", "First person", "Second person"),
 )

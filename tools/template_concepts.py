@@ -53,9 +53,9 @@ CONCEPT_WORKFLOWS: dict[str, Template] = {
     "22 Anything from one picture (concept)": Template(
         {
             **PLAIN,
-            "encoder": Node("LookaheadLoadConceptEncoder", values={"encoder_name": CONCEPT_ENCODER}, height=190),
+            "encoder": Node("LookaheadLoadConceptEncoder", values={"encoder_name": CONCEPT_ENCODER}, height=260),
             "vision": LOAD_VISION,
-            "picture": picture("thing.jpg", "Picture of the thing", 330),
+            "picture": picture("thing.jpg", "One picture of the thing", 330),
             "predicted": Node(
                 "LookaheadPredictConcept",
                 links={
@@ -65,7 +65,7 @@ CONCEPT_WORKFLOWS: dict[str, Template] = {
                     "clip_vision": "vision",
                     "image": "picture",
                 },
-                height=190,
+                height=220,
             ),
             "concept": Node(
                 "LookaheadTuneConcept",
@@ -76,7 +76,7 @@ CONCEPT_WORKFLOWS: dict[str, Template] = {
                     "vae": "checkpoint.VAE",
                     "image": "picture",
                 },
-                height=260,
+                height=360,
             ),
             "keep": Node(
                 "LookaheadSaveConcept", values={"name": "my_concept"}, links={"concept": "concept"}, height=170
@@ -86,7 +86,7 @@ CONCEPT_WORKFLOWS: dict[str, Template] = {
             "sampler": ksampler("apply"),
             "save": save("concept"),
             "note": note(
-                "The thing in **Picture of the thing**, whatever it is, under your prompt, where it is called "
+                "The thing in **One picture of the thing**, whatever it is, under your prompt, where it is called "
                 "**S\\***. One pass of an encoder foretells its word and its attention; twelve steps of tuning bring "
                 "it nearer.",
                 (BASE, CONCEPT_ENCODER, VISION),

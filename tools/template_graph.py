@@ -14,7 +14,7 @@ NAMESPACE = uuid.UUID("15d8a7ae-1bce-57e9-80ac-76a2e697c8bd")
 INPUT_NODE, OUTPUT_NODE = -10, -20  # ids of the boxes at the edges of a subgraph
 
 #: The title of the frame around nodes of a type.
-GROUPS = {"CLIPTextEncode": "Prompt"} | dict.fromkeys(
+GROUPS = {"CLIPTextEncode": "Prompt", "LookaheadEncodeConceptPrompt": "Prompt"} | dict.fromkeys(
     ("VAEDecode", "ImageStitch", "PreviewImage", "SaveImage"), "Result"
 )
 

@@ -68,6 +68,11 @@ class LoadedConceptEncoder:
         return average(self.network(features.expand(len(seen), -1), seen.to(features)))
 
     def provenance(self) -> str:
-        """The file says this of itself, a line each."""
-        shown = {k: v for k, v in self.about.items() if k != "config" and "\n" not in v}
+        """The file says this of itself, a line each; hashes, formats and the whole configuration stay in the file."""
+        long = ("config", "format", "format_version", "tuning")
+
+        def told(name: str, value: str) -> bool:
+            return name not in long and not name.endswith("_hash") and "." not in name and "\n" not in value
+
+        shown = {k: v for k, v in self.about.items() if told(k, v)}
         return "\n".join([self.name, *(f"{k}: {v}" for k, v in sorted(shown.items()))])
