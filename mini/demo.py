@@ -199,7 +199,7 @@ class Extent:
 
 
 ALL = Extent()
-# About a minute with the start of ComfyUI: a guided picture takes ten times as long as another.
+# About two minutes with the start of ComfyUI: a guided picture takes ten times as long as another, a tuning thirty.
 SOME = Extent(
     PROMPTS[:2],
     ("image prompt", "image prompt and KV"),
