@@ -206,7 +206,7 @@ def words(
     real = dictionary_of(
         text, concept_words(text, str(dictionary) if dictionary else None, known.nouns if known else ())
     )
-    print(f"hard word: {made.word} (token {made.word_id}), chosen when the concept was predicted")
+    print(f"hard word: {made.word} (token {made.word_id}), chosen when the concept was made")
     places, cosines = nearest_words(made.word_l[None], made.word_g[None], real, count)
     for place, cosine in zip(places[0].tolist(), cosines[0].tolist(), strict=True):
         print(f"{real.texts[place]:20} {cosine:.3f}")

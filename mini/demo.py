@@ -5,7 +5,7 @@ under these names. The references are drawn people whom nothing was trained on; 
 that of a network or formula that took part in no training and no steering.
 
     make demo                 two people under two prompts by the trained encoder, lookahead guidance by one loss, and
-                              a concept of a thing from one picture
+                              a concept of a thing that was made of one picture
     make demo ARGS=--all      all prompts, the untrained adapter too, all losses, guidance by x0 beside lookahead, and
                               concepts of two things and a person, tuned and untuned
 """
@@ -177,9 +177,12 @@ GUIDED: dict[str, tuple[dict[str, str], str]] = {
 
 
 CONCEPT_WORKFLOW = ROOT / "workflows" / "22 Anything from one picture (concept).json"
+FILE_WORKFLOW = ROOT / "workflows" / "23 A concept from a file, at two blends.json"
 CONCEPT_PROMPTS = ("a comic of a S* in the snow", "an oil painting of a S* on a beach")
 #: Columns of the sheet of concepts: steps of tuning, strength of the concept, its blend (-1 is what it was tuned with)
 TUNED = {"its word instead": (0, 0.0, 0.0), "foretold": (0, 1.0, -1.0), "after 12 steps": (12, 1.0, -1.0)}
+#: The column of the concept that the mini world ships, an umbrella tuned before: tuning takes most of a minute
+FROM_FILE = "after 12 steps, from its file"
 SHOWN_SEED = 29  # of the things, which are in no training
 #: Rows of it: what is shown -> the kind of thing, or none for a person
 SHOWN = {"an umbrella, a kind that no encoder saw": "umbrella", "a fish": "fish", "a person": None}
@@ -199,14 +202,14 @@ class Extent:
 
 
 ALL = Extent()
-# About two minutes with the start of ComfyUI: a guided picture takes ten times as long as another, a tuning thirty.
+# About a minute with the start of ComfyUI: a guided picture takes ten times as long as another.
 SOME = Extent(
     PROMPTS[:2],
     ("image prompt", "image prompt and KV"),
     ("no guidance", "guided by lookahead"),
     STEERED[:1],
     CONCEPT_PROMPTS,
-    ("after 12 steps",),
+    (FROM_FILE,),
     tuple(SHOWN)[:1],
 )
 
@@ -262,6 +265,16 @@ def concept_prompt(api: workflow.Api, reference: str, text: str, seed: int, tune
     api = workflow.override(api, "LookaheadEncodeConceptPrompt", text=text)
     api = workflow.override(api, "LookaheadTuneConcept", steps=steps)
     return workflow.override(api, "LookaheadApplyConcept", strength=strength, blend=blend)
+
+
+def file_prompt(api: workflow.Api, text: str, seed: int) -> workflow.Api:
+    """The demo's run of the workflow of a concept's file: the concept as it was tuned, without the other blend."""
+    api = workflow.override(at_mini_size(api, "", seed), "KSampler", steps=STEPS, cfg=CFG)
+    api = workflow.override(api, "LookaheadEncodeConceptPrompt", text=text)
+    api = workflow.override(api, "LookaheadApplyConcept", blend=-1.0)
+    (saving,), decoded = workflow.find(api, "SaveImage"), workflow.find(api, "VAEDecode")
+    api[saving]["inputs"]["images"] = [decoded[-1], 0]
+    return api
 
 
 class Parts(dict[str, float]):
@@ -400,13 +413,19 @@ def show_concepts(host: Host, extent: Extent, out: Path, seed: int) -> Path:
     rows: list[list[Cell]] = []
     columns = [(text, tuned) for text in extent.concept_prompts for tuned in extent.tuned]
     say(f"Drawing {len(extent.shown) * len(columns)} pictures of what one picture shows ...")
-    api = workflow.convert(CONCEPT_WORKFLOW, host.object_info())
+    info = host.object_info()
+    api, of_file = (workflow.convert(path, info) for path in (CONCEPT_WORKFLOW, FILE_WORKFLOW))
     for shown in extent.shown:
         picture, likeness = draw_thing(SHOWN[shown])
         name = f"concept_{SHOWN[shown] or 'person'}"
         picture.save(host.folder("input") / f"{name}.png")
         picture.save(out / f"{name}.png")
-        runs = [concept_prompt(api, f"{name}.png", text, seed, tuned) for text, tuned in columns]
+        runs = [
+            file_prompt(of_file, text, seed)
+            if tuned == FROM_FILE
+            else concept_prompt(api, f"{name}.png", text, seed, tuned)
+            for text, tuned in columns
+        ]
         paths = [out / f"{name}_{column + 1}.png" for column in range(len(columns))]
         drawn = drawn_row(host, runs, paths, bar(len(rows), len(extent.shown), watch))
         cells = [Cell(one, f"likeness {likeness(one):+.2f}") for one in drawn]

@@ -78,9 +78,7 @@ def at_mini_size(saved: dict[str, Any]) -> dict[str, Any]:
                 fixed = not node.get("title", "").startswith("Prompt")
             else:
                 fixed = few and name in ("steps", "cfg", *SCALES)
-            other = (
-                node["type"] == "LookaheadLoadEncoder" and node["widgets_values"][place] != STOCK
-            )  # a file of another kind
+            other = node["type"] == "LookaheadLoadEncoder" and node["widgets_values"][place] != STOCK  # of another kind
             if value is not None and not fixed and not other:
                 node["widgets_values"][place] = value
     workflow["last_node_id"] = number = max(workflow["last_node_id"], *(node["id"] for node in workflow["nodes"])) + 1

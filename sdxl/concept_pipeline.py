@@ -153,7 +153,7 @@ class ConceptPipeline(LookaheadPipeline):
         """Draw pictures; in the prompt S* stands for the concept.
 
         blend: share of the path with the concept, by default what it was tuned with; 1 is the concept alone, 0 the base
-        under the prompt with the nearest real word. strength: factor of the attention offsets; rows: "all", or
+        under the prompt with its real word. strength: factor of the attention offsets; rows: "all", or
         "conditional" for none on the negative prompt; pooled: "soft", "hard" or "blended"; options: the parent's.
         Raises ConceptError, one sentence, for what does not fit.
         """

@@ -5,7 +5,7 @@ its abstract, figures and the encoder-for-tuning line of work (arXiv 2302.12228)
 to be had and its code is not public: formulas and constants here are this project's own.
 
 One word stands for the concept in both text encoders of SDXL, so there are two soft words, v_L [768] and v_G [1280].
-A dictionary of real words keeps them near language: the nearest real word is the concept's hard word, which the second,
+A dictionary of real words keeps them near language: one of the nearest is the concept's hard word, which the second,
 plain attention path reads in its place.
 """
 

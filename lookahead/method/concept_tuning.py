@@ -155,13 +155,9 @@ def choose_word(
             t, x, noise = noised_sample(views, alpha_bar, tuning, number)
             losses[place] += (predict(tried, x, t, number).float() - noise).square().mean().cpu()
     best = int(losses.argmin())
-    chosen = Dictionary(
-        words.ids[best : best + 1],
-        words.rows_l[best : best + 1],
-        words.rows_g[best : best + 1],
-        words.texts[best : best + 1],
-    )
-    return (real_word(concept, words, best) if best else concept), chosen
+    it = slice(best, best + 1)
+    alone = Dictionary(words.ids[it], words.rows_l[it], words.rows_g[it], words.texts[it])
+    return (real_word(concept, words, best) if best else concept), alone
 
 
 def real_word(concept: Concept, words: Dictionary, place: int) -> Concept:
@@ -190,10 +186,10 @@ def noised_sample(views: Tensor, alpha_bar: Tensor, tuning: Tuning, number: int)
     return t, add_noise(views[view : view + 1].float(), noise, alpha_bar[t]), noise
 
 
-def word_pull(word_l: Tensor, word_g: Tensor, real_word: Dictionary, tuning: Tuning) -> Tensor:
+def word_pull(word_l: Tensor, word_g: Tensor, known: Dictionary, tuning: Tuning) -> Tensor:
     """Weighs the pull of a soft word [w_L], [w_G] to its real word (a dictionary of one), and of its norm to that of
     the real one."""
-    real = real_word._replace(rows_l=real_word.rows_l.to(word_l), rows_g=real_word.rows_g.to(word_g))
+    real = known._replace(rows_l=known.rows_l.to(word_l), rows_g=known.rows_g.to(word_g))
     words = word_l[None], word_g[None]
     contrast = word_contrast(*words, real, temperature=tuning.temperature, negatives=False)
     return (tuning.word_weight * contrast + tuning.norm_weight * norm_penalty(*words, real)).sum()

@@ -237,13 +237,11 @@ class Maker:
         leaves = _Leaves(concepts, tuning)
         done = leaves.resume(state, min(keep))
         saved_at = time.monotonic()
-        if done == 0 and 0 in keep:
-            yield 0, untuned
         texts = dict(zip(concepts.word_ids.tolist(), concepts.words, strict=True))
         real = {token: dictionary_of(frozen.text, {token: word}) for token, word in texts.items()}
         words = [real[token] for token in concepts.word_ids.tolist()]
-        if done and done in keep:
-            yield done, leaves.concepts(concepts)
+        if done in keep:
+            yield done, leaves.concepts(concepts) if done else untuned
         for step in range(done, max(keep)):
             self._step(leaves, concepts, views, ids, words, tuning, step)
             if step + 1 in keep:

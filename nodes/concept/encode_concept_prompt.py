@@ -24,7 +24,7 @@ class LookaheadEncodeConceptPrompt(io.ComfyNode):
             display_name="Encode Concept Prompt",
             category="lookahead/concept",
             has_intermediate_output=True,
-            description="Encodes a prompt in which S* stands for the concept. The same prompt with the nearest real "
+            description="Encodes a prompt in which S* stands for the concept. The same prompt with the concept's real "
             "word in its place goes along, for the second attention path of Apply Lookahead Concept.",
             search_aliases=["DATE", "concept", "clip text encode", "placeholder", "S*"],
             inputs=[
@@ -50,7 +50,9 @@ class LookaheadEncodeConceptPrompt(io.ComfyNode):
                 io.Conditioning.Output(
                     "CONDITIONING", display_name="conditioning", tooltip="For the sampler's positive."
                 ),
-                io.String.Output("HARD", display_name="hard prompt", tooltip="The prompt with the nearest real word."),
+                io.String.Output(
+                    "HARD", display_name="hard prompt", tooltip="The prompt with the concept's real word."
+                ),
             ],
         )
 

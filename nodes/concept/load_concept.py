@@ -38,7 +38,7 @@ class LookaheadLoadConcept(io.ComfyNode):
                 io.String.Output(
                     "WORD",
                     display_name="word",
-                    tooltip="The real word that the concept was nearest to when it was made.",
+                    tooltip="The concept's real word, which was chosen when it was made.",
                 ),
             ],
         )

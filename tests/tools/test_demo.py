@@ -20,7 +20,10 @@ def drawn(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo")
     references = demo.draw_references(PEOPLE)
     extent = demo.Extent(
-        prompts=("a photo of a face",), concept_prompts=demo.CONCEPT_PROMPTS[:1], shown=tuple(demo.SHOWN)[:1]
+        prompts=("a photo of a face",),
+        concept_prompts=demo.CONCEPT_PROMPTS[:1],
+        shown=tuple(demo.SHOWN)[:1],
+        tuned=(*demo.TUNED, demo.FROM_FILE),
     )
     with mini_host(announce=False) as host:
         sheet = demo.show_demo(host, references, extent, out, seed=5)
@@ -52,7 +55,7 @@ def test_the_sheet_of_concepts_has_a_picture_a_column_and_the_tuned_one_is_anoth
     _, out, _, sheet = drawn
     paths = sorted(out.glob("concept_umbrella_?.png"))
     pictures = [np.asarray(Image.open(path).convert("RGB")).astype(float) for path in paths]
-    assert len(pictures) == len(demo.TUNED) and Image.open(sheet).size[0] > (1 + len(demo.TUNED)) * demo.SIZE
+    assert len(pictures) == len(demo.TUNED) + 1 and Image.open(sheet).size[0] > (1 + len(demo.TUNED)) * demo.SIZE
     assert all(picture.std() > 20 for picture in pictures)
     assert all(abs(one - other).mean() > 2 for one, other in itertools.combinations(pictures, 2))
 
@@ -80,7 +83,7 @@ def test_all_draws_every_prompt_arm_and_loss_and_without_it_a_part_of_them(asked
     _, some = asked()
     assert set(some.prompts) < set(demo.PROMPTS) and set(some.arms) < set(demo.ARMS)
     assert set(some.guided) < set(demo.GUIDED) and set(some.steered) < set(demo.STEERED)
-    assert set(some.tuned) < set(demo.TUNED) and set(some.shown) < set(demo.SHOWN)
+    assert some.tuned == (demo.FROM_FILE,) and set(some.shown) < set(demo.SHOWN)
     said = capsys.readouterr().err
     assert all(part in said for part in ("start of ComfyUI", "image prompt and KV injection", "guidance", "concepts"))
     everything = demo.ALL
