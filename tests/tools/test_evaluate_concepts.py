@@ -124,8 +124,8 @@ def test_concepts_tuned_together_choose_the_real_words_that_each_chooses_alone(m
 
 
 def test_the_tuning_names_kinds_that_the_shipped_encoder_never_saw():
-    """A clock, an umbrella and a person, whose nearest words are others. Measured over 64 concepts: 31 nearest words are
-    right, and 64 that were chosen; of a class the base's mean loss under any other noun is 9 % higher at least."""
+    """A clock, an umbrella and a person, whose nearest words are others. Measured over 64 concepts: 31 nearest words
+    are right, and 64 that were chosen; of a class the base's mean loss under any other noun is 9 % higher at least."""
     start, maker = (
         FromEncoder(HERE / "trained" / "mini_concept_encoder.safetensors"),
         Maker(shipped_things_base().parent),
