@@ -99,22 +99,25 @@ def word_contrast(
     return torch.logsumexp(torch.cat([pull[:, None], push], dim=1), dim=1) - pull
 
 
-def read_through(word_l: Tensor, word_g: Tensor, dictionary: Dictionary) -> tuple[Tensor, Tensor]:
-    """Soft words [n, w_L], [n, w_G] as mixtures of real ones: the dictionary's rows, weighed by softmax(cosine / tau).
+def word_logits(word_l: Tensor, word_g: Tensor, dictionary: Dictionary) -> Tensor:
+    """How near soft words [n, w_L], [n, w_G] are to the real ones, as logits [n, words]: cosine / tau.
 
-    A soft word has many directions in which it can please the UNet, and most lead to no noun, or to a wrong one that is
-    near; a mixture can only choose. tau = 1 / (2 ln of the number of words), so that a word of cosine 1 stands out from
-    a dictionary of any size, and no word is lost at the start. This project's own.
+    tau = 1 / (2 ln of the number of words), so that a word of cosine 1 stands out from a dictionary of any size.
     """
     tau = 1 / (2 * log(max(2, len(dictionary.ids))))
-    share = (word_direction(word_l, word_g) @ dictionary.directions().T / tau).softmax(-1)
-    return share @ dictionary.rows_l, share @ dictionary.rows_g
+    return word_direction(word_l, word_g) @ dictionary.directions().T / tau
 
 
-def word_freedom(step: int, steps: int, first: float) -> float:
-    """The share of a soft word that is free of the dictionary at a step (the rest is `read_through`): 0 for a share
-    `first` of the steps, then up to 1 over as many again."""
-    return min(1.0, max(0.0, step / steps / first - 1)) if first else 1.0
+def word_verdict(logits: Tensor, losses: Tensor, elements: int) -> Tensor:
+    """The cross entropy [n] of soft words' logits [n, k] for k real words to what the base says of these, by the mean
+    squared errors [n, k] of the noise, of so many elements, that it predicts under each alone.
+
+    Such an error is the negative log likelihood of a Gaussian, so the base believes in a word with softmax(-elements /
+    2 x error) of its noise level (a diffusion classifier, arXiv 2303.16203). The error itself, expected over the words,
+    does not do as a loss: where a soft word is sure of a wrong noun, its gradient is next to nothing.
+    """
+    believed = (-0.5 * elements * losses).softmax(-1)
+    return -(believed * logits.log_softmax(-1)).sum(-1)
 
 
 def norm_penalty(word_l: Tensor, word_g: Tensor, dictionary: Dictionary) -> Tensor:

@@ -1,6 +1,7 @@
 """DATE's pure functions: words, low-rank offsets of each row, two attention paths, the encoder's prediction."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -71,23 +72,27 @@ def test_the_contrast_waits_then_rises_and_its_neighbours_become_one():
     assert neighbours == sorted(neighbours, reverse=True)
 
 
-def test_words_read_through_the_dictionary_are_mixtures_of_real_words(dictionary):
-    """At the dictionary's mean, where training begins, each word has its share; at a real word it has most."""
-    rows = torch.cat([dictionary.rows_l, dictionary.rows_g], 1)
-
-    def share(word_l, word_g):
-        mixed = torch.cat(concept.read_through(word_l[None], word_g[None], dictionary), 1)
-        return torch.linalg.lstsq(rows.T.double(), mixed.T.double()).solution[:, 0]
-
-    begun, real = share(rows[:, :6].mean(0), rows[:, 6:].mean(0)), share(*rows[3].split([6, 8]))
-    assert float(begun.sum()) == pytest.approx(1, abs=1e-5) and float(begun.min()) > 0.02
-    assert float(real.sum()) == pytest.approx(1, abs=1e-5) and float(real[3]) > 0.8
+def test_a_real_word_stands_out_of_the_logits_whatever_the_dictionary_s_length(dictionary):
+    """A word of cosine 1 has at least half of the belief, beside words of cosine 0."""
+    logits = concept.word_logits(dictionary.rows_l, dictionary.rows_g, dictionary)
+    cosines = dictionary.directions() @ dictionary.directions().T
+    assert torch.allclose(logits, cosines * 2 * math.log(7), atol=1e-5)
+    for n in (2, 7, 30_000):
+        assert math.exp(2 * math.log(n)) / (math.exp(2 * math.log(n)) + n - 1) >= 0.5
 
 
-def test_words_are_mixtures_for_a_share_of_the_steps_and_become_free_over_as_many_again():
-    free = [concept.word_freedom(step, 100, 0.2) for step in range(100)]
-    assert free[:21] == [0.0] * 21 and free[40:] == [1.0] * 60 and free[30] == pytest.approx(0.5)
-    assert concept.word_freedom(0, 100, 0.0) == 1.0
+def test_the_verdict_is_least_where_a_word_believes_what_the_base_does_and_steep_where_it_is_sure_of_another():
+    """Its gradient is the difference of both beliefs, however sure the word is."""
+    errors, n = torch.tensor([[0.040, 0.046], [0.046, 0.040]]), 1024
+    believed = (-n / 2 * errors).softmax(1)
+    assert float(believed[0, 0]) == pytest.approx(1 / (1 + math.exp(-n / 2 * 0.006)), abs=1e-5)
+    for logits in (believed.log(), torch.tensor([[6.0, 0.0], [6.0, 0.0]]), torch.zeros(2, 2)):
+        logits = logits.clone().requires_grad_()
+        value = concept.word_verdict(logits, errors, n)
+        expected = -(believed * logits.log_softmax(1)).sum(1)
+        assert torch.allclose(value, expected)
+        value.sum().backward()
+        assert torch.allclose(logits.grad, logits.detach().softmax(1) - believed, atol=1e-6)
 
 
 def merged(layer: nn.Linear, a, b) -> nn.Linear:

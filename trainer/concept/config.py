@@ -75,8 +75,8 @@ class Token(Section):
     neighbours: Count = Field(50, description="nearest words that pull at first; they fall to 1")
     words_first: Share = Field(
         0.0,
-        description="share of the steps in which a word is a mixture of the dictionary's, without offsets, before it "
-        "becomes free over as many again",
+        description="share of the steps in which a word learns alone, without offsets, which real word the base "
+        "would take for the picture",
     )
     warmup: Share = Field(0.2, description="share of the steps before the regulariser acts: it locks in what is near")
     ramp: Share = Field(0.2, description="share of the steps in which it rises")

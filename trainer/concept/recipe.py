@@ -69,14 +69,16 @@ class ConceptRecipe:
 
     def draw(self, numbers: Sequence[int], batch: ConceptBatch) -> ConceptDraws:
         config, shape, device = self.config, tuple(batch.latents.shape[1:]), batch.latents.device
-        noise, t, template = [], [], []
+        noise, t, template, words = [], [], [], []
         for number in numbers:
             g = generator(config.seed, number)
             noise.append(torch.randn(shape, generator=g))
             t.append(torch.randint(TIMESTEPS, (), generator=g))
             template.append(torch.randint(len(config.data.templates), (), generator=g))
+            words.append(torch.rand(len(self.words), generator=g).clamp(1e-6, 1 - 1e-6))
         step = numbers[0] // config.batch
-        return ConceptDraws(torch.stack(noise).to(device), torch.stack(t).to(device), torch.stack(template), step)
+        drawn = [torch.stack(noise).to(device), torch.stack(t).to(device), torch.stack(template)]
+        return ConceptDraws(*drawn, step, torch.stack(words).to(device))
 
     def figures(self, outcomes: Mapping[str, Outcome], mean: Callable[[Tensor], float]) -> dict[str, float]:
         """The whole loss (`concept`) and the mean of each term before its weight; `contrast` is the regulariser's."""

@@ -23,9 +23,9 @@ from ...lookahead.method.concept import (
     nearest_words,
     norm_penalty,
     offset_penalty,
-    read_through,
     word_contrast,
-    word_freedom,
+    word_logits,
+    word_verdict,
 )
 from ...lookahead.method.schedule import add_noise, alphas_cumprod
 from ...sdxl.concept import ConceptRows, encode_hard, encode_soft, prompt_ids, unet_features
@@ -34,6 +34,9 @@ from ...sdxl.load import PromptEncoder
 from ...sdxl.shared_unet import Condition, SharedUNet
 from ..recipe import Outcome
 from .config import ConceptConfig
+
+WORDS_COMPARED = 4  # real words a sample, while words come first
+VERDICT = 0.1  # weight of the cross entropy of words, in nats: as large as the diffusion loss is at the start
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,12 +52,13 @@ class ConceptBatch:
 @dataclass(frozen=True, eq=False)
 class ConceptDraws:
     """The random draws of B samples, and the step that they belong to. noise [B, 4, h, w]; t int64 [B]; template int64
-    [B]: the prompt of each."""
+    [B]: the prompt of each; words [B, words] in (0, 1): what chance has to do with the real words that are compared."""
 
     noise: Tensor
     t: Tensor
     template: Tensor
     step: int
+    words: Tensor = torch.empty(0)
 
 
 class ConceptStep(nn.Module):
@@ -80,8 +84,10 @@ class ConceptStep(nn.Module):
 
     def forward(self, part: str, batch: ConceptBatch, draws: ConceptDraws) -> Outcome:
         """The whole loss; there is one part."""
+        if draws.step < self.config.token.words_first * self.config.steps:
+            return self.words_alone(batch, draws)
         predicted = self.read(self.encoder, batch, draws)
-        noise = self.predict(self.begun(predicted, draws.step), batch, draws)
+        noise = self.predict(predicted, batch, draws)
         values = (noise.float() - draws.noise).square().mean((1, 2, 3)) * self._weight(draws.t)
         terms = {"diffusion": values.detach()}
         loss = values.mean()
@@ -98,16 +104,42 @@ class ConceptStep(nn.Module):
         seen = encoder.standardised(self.seen(batch, draws), draws.t)
         return encoder(batch.features, seen)
 
-    def begun(self, predicted: Prediction, step: int) -> Prediction:
-        """A prediction as the UNet reads it at a step: while words come first (`token.words_first`), each is a mixture
-        of real ones and there are no offsets, which would take over what the word is to say."""
-        free = word_freedom(step, self.config.steps, self.config.token.words_first)
-        if free == 1:
-            return predicted
-        words = self._soft(predicted)
-        mixed = read_through(*words, self.words(predicted.word_l))
-        word_l, word_g = (free * word + (1 - free) * real for word, real in zip(words, mixed, strict=True))
-        return Prediction(word_l, word_g, predicted.offsets if free else {})
+    def words_alone(self, batch: ConceptBatch, draws: ConceptDraws) -> Outcome:
+        """The loss while words come first (`token.words_first`): each soft word is to say which of a few real ones the
+        base would take for the picture, before it is free and before there are offsets.
+
+        Free from the first step, a soft word finds a direction that helps a little, beside a noun that is near, right
+        or wrong, and the offsets take over what it should have said.
+        """
+        predicted = self.read(self.encoder, batch, draws)
+        logits = word_logits(*self._soft(predicted), self.words(predicted.word_l))
+        chance = -torch.log(-torch.log(draws.words.to(logits)))  # Gumbel's: drawn as the soft word believes in them
+        places = (logits.detach() + chance).topk(min(WORDS_COMPARED, logits.shape[1]), dim=1).indices
+        errors = torch.stack([self.under(place, batch, draws) for place in places.T], dim=1)
+        verdict = word_verdict(logits.gather(1, places), errors, batch.latents[0].numel())
+        values = errors.min(dim=1).values * self._weight(draws.t)
+        terms, loss = {"diffusion": values, "verdict": verdict.detach()}, VERDICT * verdict.mean()
+        for name, (weight, term) in self.regularisers(predicted, draws.step).items():
+            loss = loss + weight * term.mean()
+            terms[name] = term.detach()
+        return Outcome(loss, values, torch.ones_like(values, dtype=torch.bool), terms)
+
+    @torch.no_grad()
+    def under(self, places: Tensor, batch: ConceptBatch, draws: ConceptDraws) -> Tensor:
+        """The mean squared error [B] of the noise that the base predicts under real words at places [B] of the
+        dictionary."""
+        ids = self.ids.rows(draws.template.cpu())
+        context, pooled = encode_hard(self.text, ids, self.dictionary.ids[places.cpu()])
+        x = add_noise(batch.latents, draws.noise, self.alpha_bar[draws.t])
+        noise = self.shared.predict(x, draws.t, Condition(context, pooled, self._sides(batch, context)))
+        return (noise.float() - draws.noise).square().mean((1, 2, 3))
+
+    @staticmethod
+    def _sides(batch: ConceptBatch, like: Tensor) -> Tensor:
+        height, width = (8 * side for side in batch.latents.shape[-2:])
+        return torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=like.device).expand(
+            len(like), 6
+        )
 
     def seen(self, batch: ConceptBatch, draws: ConceptDraws) -> Tensor:
         """The UNet's features of the noised pictures under the empty prompt."""
@@ -126,9 +158,7 @@ class ConceptStep(nn.Module):
             with torch.no_grad():
                 hard, hard_pooled = encode_hard(self.text, ids, self.dictionary.ids[places[:, 0].cpu()])
             pooled = blend * pooled + (1 - blend) * hard_pooled
-        height, width = (8 * side for side in batch.latents.shape[-2:])
-        time_ids = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=context.device)
-        condition = Condition(context, pooled, time_ids.expand(len(context), 6))
+        condition = Condition(context, pooled, self._sides(batch, context))
         x = add_noise(batch.latents, draws.noise, self.alpha_bar[draws.t])
         return self.shared.predict(x, draws.t, condition, concept=ConceptRows(predicted.offsets, hard, blend))
 
