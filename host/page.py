@@ -382,7 +382,8 @@ class Page:
     def help_of(self, node_type: str) -> str:
         """The text that the page's panel shows as help of a node."""
         node = {"id": 1, "type": node_type, "pos": [0, 0], "size": [300, 200], "flags": {}, "order": 0, "mode": 0}
-        self.open({"nodes": [node], "links": [], "version": 0.4})
+        graph = json.dumps({"nodes": [node], "links": [], "version": 0.4})
+        self.evaluate(f"window.app.loadGraphData({graph})")
         self.evaluate("app.canvas.selectNode(app.graph.getNodeById(1)), app.canvas.setDirty(true, true)")
         button, text = "[data-testid=info-button]", "[data-testid=properties-panel] .node-help-content"
         self.wait_for(f"document.querySelector('{button}')")

@@ -50,26 +50,26 @@ def host():
         yield running
 
 
-def draw(host, api, reference, steps=8):
-    """The picture of some steps, [128, 128, 3] from 0 to 255."""
+def draw(host, api, reference, steps=4):
+    """The picture of a few steps, of two iterations of guidance where there is any: [128, 128, 3] from 0 to 255."""
+    if workflow.find(api, "LookaheadGuidanceSampler"):
+        api = workflow.override(api, "LookaheadGuidanceSampler", iterations=2)
     return run(host, api, reference, steps)[0]
 
 
 def predicted(host, api, reference):
     """The picture of a single step: what the model predicts from the noise, which rounding cannot lead elsewhere."""
-    if workflow.find(api, "LookaheadGuidanceSampler"):
-        api = workflow.override(api, "LookaheadGuidanceSampler", iterations=2)
     return draw(host, api, reference, steps=1)
 
 
-def run(host, api, reference, steps=8, seed=5):
+def run(host, api, reference, steps=4, seed=5):
     """The same, and all that the nodes put out."""
     pictures, outputs = run_batch(host, api, reference, steps, seed)
     (picture,) = pictures
     return picture, outputs
 
 
-def run_batch(host, api, reference, steps=8, seed=5):
+def run_batch(host, api, reference, steps=4, seed=5):
     """The pictures, and all that the nodes put out."""
     where = next(node for node in ("BasicScheduler", "KSampler", "LookaheadPreviewGrid") if workflow.find(api, node))
     api = workflow.override(demo.at_mini_size(api, reference, seed), where, steps=steps)

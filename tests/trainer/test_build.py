@@ -2,18 +2,21 @@
 
 import dataclasses
 import hashlib
+import importlib
 import json
+import pkgutil
 
 import pytest
 import torch
 from lcm_lookahead.cli import main
 from lcm_lookahead.lookahead.files import encoder_file
 from lcm_lookahead.mini import build as build_module
+from lcm_lookahead.mini import stages as stages_of_build
 from lcm_lookahead.mini.build import build, stages
 from lcm_lookahead.mini.files import derived, models, shipped, weights
 from lcm_lookahead.mini.plan import QUICK
 from lcm_lookahead.mini.report import gate, measure, measure_faces, measure_few_step, page, report
-from lcm_lookahead.mini.stages import base, stage, things
+from lcm_lookahead.mini.stages import base, detector, stage, things
 from lcm_lookahead.mini.world.things import CLASSES
 from lcm_lookahead.sdxl import lora
 from markupsafe import escape
@@ -30,7 +33,7 @@ TINY = dataclasses.replace(
     report_references=8,
     report_prompts=2,
     **{f.name: 2 for f in dataclasses.fields(QUICK) if f.name.endswith("_steps")},
-    **{name: 20 for name in ("people", "portraits", "evaluation_people", "things", "judged_things", "scored_people")},
+    **{name: 8 for name in ("people", "portraits", "evaluation_people", "things", "judged_things", "scored_people")},
     things_faces=2,
     held_out_people=40,
 )
@@ -45,10 +48,15 @@ def contents(path):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """The folder of a tiny build whose report was left out: measuring takes longer than all stages."""
+    """The folder of a tiny build, in batches of four, whose report was left out: measuring takes longer than all."""
     folder = tmp_path_factory.mktemp("tiny")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
+        for module in pkgutil.iter_modules(stages_of_build.__path__):
+            code = importlib.import_module(f"{stages_of_build.__name__}.{module.name}")
+            if hasattr(code, "BATCH") and code is not detector:  # whose batch is made of three parts
+                patch.setattr(code, "BATCH", 4)
+        patch.setattr(things, "FACES", 2)
         patch.setattr(report, "report", lambda folder, plan, to: "not written")
         build(folder, TINY, export_to=folder / "weights")
     return folder
