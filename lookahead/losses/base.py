@@ -8,7 +8,7 @@ Each loss has a file of its own here; its networks come from `vision`.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -30,6 +30,26 @@ class Loss(Protocol):
         modulo the count of references. None: the previews are a whole batch, in order.
         """
         ...
+
+
+@runtime_checkable
+class Showing(Protocol):
+    """A loss that can show what it asks for: its references, put into a preview."""
+
+    def shown(self, preview: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Puts references where previews [n, 3, h, w] in [-1, 1] have what is compared with them: pictures of that
+        shape and range, and where these count, [n, 1, h, w] in [0, 1] (nowhere, where nothing was found).
+
+        rows: as in `Loss`. Without a gradient.
+        """
+        ...
+
+
+def showing_in(loss: Loss) -> Showing | None:
+    """Finds what can show what a loss asks for: the loss itself, or the first of those that it combines."""
+    if isinstance(loss, Combined):
+        return next((part for weight, part in loss.parts if weight and isinstance(part, Showing)), None)
+    return loss if isinstance(loss, Showing) else None
 
 
 def bind_rng(loss: Loss, generator: torch.Generator) -> Loss:

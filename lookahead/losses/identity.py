@@ -11,7 +11,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..vision.arcface import Recogniser
-from ..vision.faces import Detector, Face, align, area, nearest, rescale_landmarks, samples_for, usable
+from ..vision.faces import (
+    Detector,
+    Face,
+    align,
+    area,
+    head_around,
+    moved_onto,
+    nearest,
+    rescale_landmarks,
+    samples_for,
+    usable,
+)
 from .base import clamp_preview, select_references
 from .face_views import FaceViews
 
@@ -61,6 +72,7 @@ class FaceReferences:
     embeddings: Tensor  # [m, d], of unit length
     points: Tensor  # [m, 5, 2], where the face was
     sizes: Tensor  # int64 [m, 2], height and width of the picture that it was in
+    pictures: tuple[Tensor, ...] = ()  # those pictures [3, h, w] in [0, 1], m of them, or none where nobody leans
 
 
 def read_references(
@@ -89,9 +101,19 @@ def read_references(
         embeddings = torch.cat([embed(recogniser, picture[None], face.points[None]) for picture, face in shown]).cpu()
     points = torch.stack([face.points for _, face in shown])
     sizes = torch.tensor([picture.shape[-2:] for picture, _ in shown])
+    kept = tuple(picture for picture, _ in shown)
     if average:
-        return FaceReferences(F.normalize(embeddings.mean(0, keepdim=True), dim=-1), points[:1], sizes[:1])
-    return FaceReferences(embeddings, points, sizes)
+        mean = F.normalize(embeddings.mean(0, keepdim=True), dim=-1)
+        return FaceReferences(mean, points[:1], sizes[:1], kept[:1])
+    return FaceReferences(embeddings, points, sizes, kept)
+
+
+def put_in_place(references: FaceReferences, row: int, to: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """A row's reference with its face where landmarks `to` [5, 2] are: [3, H, W] in [0, 1] of the height, width and
+    device of pictures `like`, and where its head is, [1, H, W] in [0, 1]."""
+    m, size = row % len(references.points), (like.shape[-2], like.shape[-1])
+    goal, covered = moved_onto(references.pictures[m].to(like.device), references.points[m], to, size)
+    return goal.to(like), (head_around(to, size).to(covered) * covered).to(like)
 
 
 @dataclass(eq=False)
@@ -149,6 +171,16 @@ class IdentityLoss:
         values = 1 - (seen * select_references(self.references.embeddings, seen, rows)).sum(-1)
         valid = valid.to(values.device)
         return torch.where(valid, values, 0.0), valid
+
+    @torch.no_grad()
+    def shown(self, preview: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The references in the place of the faces of previews: see `base.Showing`."""
+        pictures = (clamp_preview(preview.float()) + 1) / 2
+        rows = torch.arange(len(pictures)) if rows is None else rows.cpu()
+        points, valid = self._find(pictures, rows.tolist(), self.memory or Memory())
+        seen = [put_in_place(self.references, row, to, pictures) for row, to in zip(rows.tolist(), points, strict=True)]
+        goals, heads = (torch.stack(parts) for parts in zip(*seen, strict=True))
+        return goals * 2 - 1, heads * valid.to(heads).reshape(-1, 1, 1, 1)
 
     def _find(self, pictures: Tensor, rows: list[int], memory: Memory) -> tuple[Tensor, Tensor]:
         """Finds landmarks [n, 5, 2] and whether they are valid [n], on the CPU; a crop can be cut by any of them."""

@@ -15,7 +15,7 @@ from ..vision.arcface import Recogniser
 from ..vision.faces import Detector, Face, area, rescale_landmarks, usable
 from .base import UNLIKE, clamp_preview
 from .face_views import FaceViews
-from .identity import FaceReferences, embed, see
+from .identity import FaceReferences, embed, put_in_place, see
 
 # Which face is whose, at first: by total likeness, or the people from left to right.
 LIKENESS, ORDER = "likeness", "order"
@@ -119,6 +119,20 @@ class PeopleLoss:
             values = values.index_put((pairs[0], pairs[1]), 1 - (faces * own.to(faces)).sum(-1))
         valid = torch.tensor([bool(places) for places in whose], device=pictures.device)
         return torch.where(valid, values.mean(1), 0.0), valid
+
+    @torch.no_grad()
+    def shown(self, preview: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The references of all people in the places of their faces in previews: see `base.Showing`."""
+        pictures = (clamp_preview(preview.float()) + 1) / 2
+        memory = self.memory or Assignments()
+        memory.resize((pictures.shape[-2], pictures.shape[-1]))
+        goals, heads = pictures.clone(), torch.zeros_like(pictures[:, :1])
+        numbers = range(len(pictures)) if rows is None else rows.tolist()
+        for n, (row, faces) in enumerate(zip(numbers, self.detector(pictures), strict=True)):
+            for person, points in self._whose(pictures[n], faces, row, memory).items():
+                goal, head = put_in_place(self.people[person], row, points, pictures)
+                goals[n], heads[n] = torch.lerp(goals[n], goal, head), torch.maximum(heads[n], head)
+        return goals * 2 - 1, heads
 
     def _embedding(self, person: int, row: int) -> Tensor:
         references = self.people[person].embeddings

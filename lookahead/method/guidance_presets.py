@@ -29,7 +29,8 @@ class GuidanceSettings:
     start: where in the sampling it begins, by the host's convention (0 first step, 1 last); steps: how many in a row;
     time_travel: how often a guided step is gone back and guided again; jitter: how far the scale of the few-step LoRA
     is lowered by chance, 0.9 draws it from [0.1, 1], as in the paper's training (`schedule.lora_scale`); best_of: how
-    many noises are looked at before, the picture's own among them; source: whom the settings follow.
+    many noises are looked at before, the picture's own among them; source: whom the settings follow; lean: how far the
+    noise leans towards the reference before all else (`leaning.lean_towards`), where a loss can show it.
     """
 
     optimisation: Optimisation = field(default_factory=Optimisation)
@@ -39,11 +40,12 @@ class GuidanceSettings:
     jitter: float = 0.9
     best_of: int = 1
     source: str = ""
+    lean: float = 0.0
 
     @property
     def acts(self) -> bool:
         """Says whether anything is moved at all."""
-        return self.optimisation.iterations > 0 or self.best_of > 1
+        return self.optimisation.iterations > 0 or self.best_of > 1 or self.lean > 0
 
     def evaluations(self, iteration: float = ITERATION[LOOKAHEAD], steps: int = 50) -> float:
         """Counts what the guidance takes beside the run itself, in evaluations of the UNet for one picture.
@@ -57,7 +59,7 @@ class GuidanceSettings:
         pass_ = o.iterations * o.smoothing * (iteration if o.backward else 1) + 1  # the last iterate's is without
         pass_ += o.judged if o.keep_best else 0
         travel = self.time_travel * 2  # a step of the sampled model, with and without the prompt
-        looked = self.best_of if self.best_of > 1 else 0
+        looked = (self.best_of if self.best_of > 1 else 0) + (1 if self.lean else 0)
         return looked + guided * ((self.time_travel + 1) * pass_ + travel)
 
 

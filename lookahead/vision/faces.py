@@ -116,6 +116,41 @@ def align(pictures: Tensor, points: Tensor, to: Tensor | None = None, size: int 
     return crops if samples == 1 else F.avg_pool2d(crops, samples)
 
 
+def moved_onto(picture: Tensor, points: Tensor, to: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """A picture [3, h, w] moved, turned and scaled so that its landmarks [5, 2] come nearest to others `to` [5, 2], in
+    one of (height, width) `size`: [3, height, width], and where it has something to show, [1, height, width] in [0, 1].
+
+    Beyond its edges the outermost pixels go on. Shrunk with antialiasing. Computed in float32 at least.
+    """
+    dtype = torch.promote_types(picture.dtype, torch.float32)
+    picture, points, to = picture.to(dtype), points.to(picture.device, dtype), to.to(picture.device, dtype)
+    zoom = float(umeyama(points[None], to)[0, :, 0].norm())
+    if zoom < 1:
+        smaller = [max(1, round(side * zoom)) for side in picture.shape[-2:]]
+        shares = [new / old for new, old in zip(smaller, picture.shape[-2:], strict=True)]
+        points = (points + 0.5) * points.new_tensor(shares[::-1]) - 0.5
+        picture = F.interpolate(picture[None], smaller, mode="bilinear", antialias=True)[0]
+    matrix = umeyama(points[None], to)[0]
+    axes = (torch.arange(side, device=picture.device, dtype=dtype) for side in size)
+    y, x = torch.meshgrid(*axes, indexing="ij")
+    seen = (torch.stack([x, y], -1) - matrix[:, 2]) @ (matrix[:, :2] / matrix[:, 0].square().sum())
+    width_height = torch.tensor(picture.shape[:0:-1], device=picture.device, dtype=dtype)
+    grid = ((seen + 0.5) * 2 / width_height - 1)[None]
+    moved = F.grid_sample(picture[None], grid, align_corners=False, padding_mode="border")[0]
+    return moved, F.grid_sample(torch.ones_like(picture[None, :1]), grid, align_corners=False)[0]
+
+
+def head_around(points: Tensor, size: tuple[int, int]) -> Tensor:
+    """Where the head is whose landmarks are [5, 2], in a picture of (height, width) `size`: [1, height, width] in
+    [0, 1]. It is 1 in a circle of 1.4 times the width of ArcFace's crop, and falls to 0 over half of that crop."""
+    matrix = umeyama(points[None].float())[0]
+    axes = (torch.arange(side, dtype=torch.float32) for side in size)
+    y, x = torch.meshgrid(*axes, indexing="ij")
+    in_crop = torch.stack([x, y], -1) @ matrix[:, :2].T + matrix[:, 2]
+    away = (in_crop - (CROP - 1) / 2).norm(dim=-1) / CROP  # in widths of the crop, from its middle
+    return (1 - (away - 0.7) / 0.5).clamp(0, 1)[None]
+
+
 def samples_for(points: Tensor, size: int = CROP) -> int:
     """Counts the samples a pixel that `align` needs to see all of a picture that it shrinks: the most for [n, 5, 2].
 

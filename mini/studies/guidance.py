@@ -55,13 +55,15 @@ class GuidanceArm:
     """It says how pictures are guided.
 
     kind: of preview; settings: inputs of the guidance sampler that are not its defaults; zeros: whether the null text
-    is zeros, else the encoding of an empty prompt; views: of the face, for the identity loss.
+    is zeros, else the encoding of an empty prompt; views: of the face, for the identity loss; denoise: below 1 it draws
+    from the reference, image to image.
     """
 
     kind: str = NONE
     settings: Mapping[str, float | str] = field(default_factory=dict)
     zeros: bool = False
     views: int = 0
+    denoise: float = 1.0
 
 
 EARLY = {"start": 0.04}  # two of 50 steps are done, instead of six
@@ -77,6 +79,8 @@ CUSTOM = "the node's own numbers"
 AS_MANY = "the best of as many"
 VIEWS = 4  # of the face, in place of its one crop
 VIEWED = f"{BALANCED}, {VIEWS} views"
+REDRAWN = 0.7  # denoise of the baseline that draws from the reference itself
+IMAGE_TO_IMAGE = f"image to image, denoise {REDRAWN:g}"
 
 
 def style_of(batch: int) -> str:
@@ -114,7 +118,8 @@ def graph(loss: str, references: Sequence[str], batch: int, seed: int, arms: dic
     }
     plain = add("sampler", "KSamplerSelect", sampler_name=SAMPLER)
     noise = add("noise", "RandomNoise", noise_seed=seed)
-    sigmas = add("sigmas", "BasicScheduler", model=base, scheduler=SCHEDULER, steps=STEPS, denoise=1.0)
+    scheduler = {"model": base, "scheduler": SCHEDULER, "steps": STEPS}
+    sigmas = add("sigmas", "BasicScheduler", **scheduler, denoise=1.0)
     for name, arm in arms.items():
         sampler = plain
         if arm.kind != NONE:
@@ -130,15 +135,16 @@ def graph(loss: str, references: Sequence[str], batch: int, seed: int, arms: dic
                 loss=losses[arm.views],
                 **arm.settings,
             )
-        drawn = add(
-            f"{name} samples",
-            "SamplerCustomAdvanced",
-            noise=noise,
-            guider=guiders[arm.zeros],
-            sampler=sampler,
-            sigmas=sigmas,
-            latent_image=latent,
-        )
+        part = {"sigmas": sigmas, "latent_image": latent}
+        if arm.denoise < 1:
+            small = {"upscale_method": "area", "width": SIZE, "height": SIZE, "crop": "disabled"}
+            scaled = add(f"{name} scaled", "ImageScale", image=pictures, **small)
+            part = {
+                "sigmas": add(f"{name} sigmas", "BasicScheduler", **scheduler, denoise=arm.denoise),
+                "latent_image": add(f"{name} encoded", "VAEEncode", pixels=scaled, vae=vae),
+            }
+        guider = guiders[arm.zeros]
+        drawn = add(f"{name} samples", "SamplerCustomAdvanced", noise=noise, guider=guider, sampler=sampler, **part)
         pixels = add(f"{name} decode", "VAEDecode", samples=drawn, vae=vae)
         add(name, "SaveImage", images=pixels, filename_prefix="evaluate/guided")
     return nodes
@@ -264,16 +270,18 @@ def evaluate(count: int, out: Path) -> None:
 # -- the presets, side by side
 
 
-def preset_arms(names: Sequence[str]) -> tuple[dict[str, GuidanceArm], dict[str, str], dict[str, float]]:
+def preset_arms(names: Sequence[str] = ()) -> tuple[dict[str, GuidanceArm], dict[str, str], dict[str, float]]:
     """The arms of a comparison of presets; by preset the arm of the best of as many noises as its evaluations can look
     at, drawn in full without iterations; and what each takes, in evaluations of the UNet beside the run.
 
-    Raises Problem for a name that is no preset.
+    names: of presets; without, PRESETS_SHOWN, the node's own numbers, and one with views of the face. Raises Problem
+    for a name that is no preset.
     """
     if unknown := [name for name in names if name not in PRESETS]:
         raise Problem(f"there is no preset {unknown[0]!r}: give some of {', '.join(PRESETS)}, or none.")
-    arms, baselines, costs = {NONE: GuidanceArm()}, {}, {NONE: 0.0}
-    for name in (CUSTOM, *names):
+    arms, baselines = {NONE: GuidanceArm(), IMAGE_TO_IMAGE: GuidanceArm(denoise=REDRAWN)}, {}
+    costs = dict.fromkeys(arms, 0.0)
+    for name in names or (CUSTOM, *PRESETS_SHOWN):
         kind = X0 if name in BY_X0 else LOOKAHEAD
         settings = PRESETS.get(name, GuidanceSettings())
         iteration = ITERATION["x0" if kind == X0 else "lookahead"]
@@ -284,7 +292,7 @@ def preset_arms(names: Sequence[str]) -> tuple[dict[str, GuidanceArm], dict[str,
             LOOKAHEAD, {"start": baseline.start, "iterations": 0, "best_of": baseline.best_of}
         )
         costs |= {name: settings.evaluations(iteration, STEPS), baselines[name]: float(baseline.best_of)}
-    if BALANCED in names:
+    if not names:
         arms[VIEWED], costs[VIEWED] = replace(arms[BALANCED], views=VIEWS), costs[BALANCED]
     return arms, baselines, costs
 
@@ -308,7 +316,7 @@ def presets_page(figures: Table, costs: Mapping[str, float], count: int) -> str:
 def evaluate_presets(count: int, out: Path, names: Sequence[str] = ()) -> None:
     """Draw, measure and write presets (PRESETS_SHOWN where none is named) beside the best of as many noises:
     guidance_presets.md, .json and a picture, into `out`."""
-    arms, baselines, costs = preset_arms(names or PRESETS_SHOWN)
+    arms, baselines, costs = preset_arms(names)
     out.mkdir(parents=True, exist_ok=True)
     references, drawn = draw(IDENTITY, arms, count)
     figures = intervals(measure(IDENTITY, references, drawn), baselines=baselines, over=AS_MANY)

@@ -204,6 +204,7 @@ def numbers_of(settings: GuidanceSettings) -> dict[str, Any]:
         "jitter": settings.jitter,
         "best_of": settings.best_of,
         "backward": o.backward,
+        "lean": settings.lean,
     }
 
 
@@ -413,6 +414,18 @@ class LookaheadGuidanceSampler(io.ComfyNode):
                     tooltip="From Load Lookahead Noise Guide: moves the noise in one pass, before the iterations, or "
                     "alone with preset off. The loss must be Lookahead Identity Loss, alone or combined.",
                 ),
+                io.Float.Input(
+                    "lean",
+                    default=settings.lean,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    optional=True,
+                    advanced=True,
+                    tooltip="How far the noise leans towards the reference's face, put where the preview has its own, "
+                    "before the iterations. It takes one evaluation; 0 is not at all, 0.3 to 0.5 gives much likeness. "
+                    "For losses of likeness.",
+                ),
             ],
             outputs=[
                 io.Sampler.Output("SAMPLER", display_name="sampler", tooltip="For SamplerCustomAdvanced."),
@@ -448,6 +461,7 @@ class LookaheadGuidanceSampler(io.ComfyNode):
         best_of: int = 1,
         backward: bool = True,
         noise_guide: LoadedNoiseGuide | None = None,
+        lean: float = 0.0,
     ) -> io.NodeOutput:
         if mask is not None and not (mask > 0).any():
             logging.warning("[LCM-Lookahead] the mask of the guidance is empty, so nothing is moved: invert it.")
@@ -461,6 +475,7 @@ class LookaheadGuidanceSampler(io.ComfyNode):
             time_travel,
             jitter,
             best_of,
+            lean=lean,
         )
         if preset in PRESETS:
             settings = PRESETS[preset]

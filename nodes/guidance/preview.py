@@ -233,6 +233,14 @@ class Previewer:
         return picture.to(latent.device)  # from the CPU under --cpu-vae: losses stay with the model
 
     @torch.no_grad()
+    def encode(self, pictures: Tensor) -> Tensor:
+        """Pictures [n, 3, H, W] in [-1, 1] -> latents [n, c, h, w] in the host's scale, one after another."""
+        vae = self.shortcut.vae
+        first, given = vae.first_stage_model, (pictures + 1) / 2
+        latents = [first.encode(vae.process_input(one).to(vae.device, vae.vae_dtype)) for one in given.split(1)]
+        return self.model.process_latent_in(torch.cat(latents).float()).to(pictures.device)
+
+    @torch.no_grad()
     def decode_preview(self, x: Tensor, call: Call, conds: dict[str, Any], decode: Callable | None = None) -> Tensor:
         """The preview as picture, without a gradient: [n, H, W, 3] in [0, 1], float32, on the CPU.
 

@@ -10,26 +10,14 @@ import pytest
 import torch
 from concept_oracle import random_offsets
 from tensors import relative
-from worlds import control_net
+from worlds import control_net, random_taesd
 
 LATENT = (1, 4, 8, 8)
 
 
 @pytest.fixture(scope="module")
 def vae(pack):
-    """TAESD with random weights, as the host's VAE."""
-    import comfy.sd
-    import comfy.taesd.taesd
-
-    with torch.inference_mode():
-        g = torch.Generator().manual_seed(3)
-        weights = comfy.taesd.taesd.TAESD().state_dict()
-        for name, value in weights.items():
-            if value.ndim:
-                fan = value[0].numel() if value.ndim > 1 else 1
-                weights[name] = torch.randn(value.shape, generator=g) * (0.7 * fan**-0.5 if fan > 1 else 0.1)
-        weights["vae_scale"] = torch.tensor(0.13025)
-        return comfy.sd.VAE(sd=weights)
+    return random_taesd()
 
 
 @pytest.fixture

@@ -220,6 +220,22 @@ def with_lora(model, seed: int = 8, hook: bool = False):
     return comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)[0]
 
 
+def random_taesd():
+    """TAESD with random weights, as the host's VAE."""
+    import comfy.sd
+    import comfy.taesd.taesd
+
+    with torch.inference_mode():
+        g = torch.Generator().manual_seed(3)
+        weights = comfy.taesd.taesd.TAESD().state_dict()
+        for name, value in weights.items():
+            if value.ndim:
+                fan = value[0].numel() if value.ndim > 1 else 1
+                weights[name] = torch.randn(value.shape, generator=g) * (0.7 * fan**-0.5 if fan > 1 else 0.1)
+        weights["vae_scale"] = torch.tensor(0.13025)
+        return comfy.sd.VAE(sd=weights)
+
+
 class MeanColours:
     """A VAE whose latents are known: the mean colour of each 8x8 pixels, and the mean of these."""
 

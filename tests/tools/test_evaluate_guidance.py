@@ -39,15 +39,17 @@ def test_pictures_that_share_their_words_are_drawn_together():
 def test_each_preset_stands_beside_the_best_of_as_many_noises_as_it_takes_evaluations():
     arms, baselines, costs = guidance.preset_arms(["balanced", "quick", "MPGD"])
     assert baselines == {
-        guidance.CUSTOM: "best of 100",
         "balanced": "best of 103",
         "quick": "best of 24",
         "MPGD": "best of 100",
     }
     assert all(abs(costs[name] - costs[baseline]) <= 0.5 for name, baseline in baselines.items())
     nodes = guidance.graph(guidance.IDENTITY, ["a.png", "b.png"], 0, 5, arms)
-    drawn = {name: nodes[f"{name} guidance"]["inputs"] for name in arms if name != guidance.NONE}
-    assert drawn["quick"]["preset"] == "quick" and "preset" not in drawn[guidance.CUSTOM]
+    drawn = {name: nodes[f"{name} guidance"]["inputs"] for name in arms if arms[name].kind != guidance.NONE}
+    assert drawn["quick"]["preset"] == "quick"
+    everything, baselines, _ = guidance.preset_arms()
+    assert baselines[guidance.CUSTOM] == "best of 100" and not everything[guidance.CUSTOM].settings
+    assert set(guidance.PRESETS_SHOWN) < everything.keys()
     assert {k: drawn["best of 24"][k] for k in ("start", "iterations", "best_of")} == {
         "start": 0.0,
         "iterations": 0,
@@ -58,13 +60,25 @@ def test_each_preset_stands_beside_the_best_of_as_many_noises_as_it_takes_evalua
 
 
 def test_what_views_are_worth_is_measured_beside_the_same_preset_with_one_crop():
-    arms, _, costs = guidance.preset_arms(["balanced"])
+    arms, _, costs = guidance.preset_arms()
     nodes = guidance.graph(guidance.IDENTITY, ["a.png"], 0, 5, {n: arms[n] for n in ("balanced", guidance.VIEWED)})
     one, viewed = (nodes[f"{name} guidance"]["inputs"] for name in ("balanced", guidance.VIEWED))
     assert [nodes[part["loss"][0]]["inputs"]["views"] for part in (one, viewed)] == [0, guidance.VIEWS]
     kinds = [nodes[part.pop("shortcut")[0]]["inputs"]["kind"] for part in (one, viewed)]
     del one["loss"], viewed["loss"]
     assert one == viewed and kinds[0] == kinds[1] and costs["balanced"] == costs[guidance.VIEWED]
+
+
+def test_presets_stand_beside_image_to_image_from_the_reference():
+    arms, _, costs = guidance.preset_arms(["quick"])
+    assert costs[guidance.IMAGE_TO_IMAGE] == 0
+    nodes = guidance.graph(guidance.IDENTITY, ["a.png"], 0, 5, arms)
+    redrawn, plain = (nodes[f"{name} samples"]["inputs"] for name in (guidance.IMAGE_TO_IMAGE, guidance.NONE))
+    assert [nodes[part["sigmas"][0]]["inputs"]["denoise"] for part in (redrawn, plain)] == [guidance.REDRAWN, 1.0]
+    encoded = nodes[redrawn["latent_image"][0]]
+    scaled = nodes[encoded["inputs"]["pixels"][0]]["inputs"]
+    assert encoded["class_type"] == "VAEEncode" and nodes[scaled["image"][0]]["class_type"] == "LoadImage"
+    assert redrawn["guider"] == plain["guider"] and redrawn["noise"] == plain["noise"]
 
 
 def test_a_name_that_is_no_preset_is_refused():

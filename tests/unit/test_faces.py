@@ -10,7 +10,9 @@ from lcm_lookahead.lookahead.vision.faces import (
     TEMPLATE,
     Face,
     align,
+    head_around,
     misfit,
+    moved_onto,
     nearest,
     pixels_per_sample,
     rescale_landmarks,
@@ -145,3 +147,50 @@ def test_a_place_is_kept_relative_to_the_middle_whatever_the_size_and_shape():
 def test_of_several_faces_the_nearest_to_a_place_is_chosen():
     faces = [Face(torch.zeros(4), TEMPLATE + shift, 0.9) for shift in (0.0, 50.0, 200.0)]
     assert nearest(faces, TEMPLATE + 60) is faces[1]
+
+
+def smooth(height: int, width: int) -> torch.Tensor:
+    small = torch.rand(1, 3, 5, 5, generator=torch.Generator().manual_seed(2))
+    return torch.nn.functional.interpolate(small, (height, width), mode="bicubic", align_corners=False)[0]
+
+
+def test_a_picture_with_its_landmarks_where_they_belong_stays_as_it_is():
+    picture = smooth(96, 80)
+    moved, covered = moved_onto(picture, TEMPLATE, TEMPLATE, (96, 80))
+    assert torch.allclose(moved, picture, atol=1e-4) and torch.allclose(covered, torch.ones(1, 96, 80), atol=1e-4)
+
+
+def test_a_picture_is_moved_with_its_landmarks_and_says_what_it_covers():
+    picture = smooth(96, 80)
+    moved, covered = moved_onto(picture, TEMPLATE, TEMPLATE + torch.tensor([10.0, -6.0]), (90, 100))
+    assert torch.allclose(moved[:, :84, 12:86], picture[:, 6:90, 2:76], atol=1e-3)
+    assert covered[0, :84, 12:86].min() > 0.99 and covered[0, :, :9].max() == covered[0, :, 92:].max() == 0
+    assert torch.allclose(moved[:, :84, :8], picture[:, 6:90, :1].expand(-1, -1, 8), atol=1e-3)  # the edge goes on
+
+
+@pytest.mark.parametrize("zoom", [0.25, 2.0])
+def test_a_picture_of_another_size_keeps_its_places(zoom):
+    """As the same picture, made smaller or larger by PyTorch's own antialiased resampling."""
+    picture, size = smooth(96, 80), (round(96 * zoom), round(80 * zoom))
+    expected = torch.nn.functional.interpolate(picture[None], size, mode="bilinear", antialias=True)[0]
+    moved, covered = moved_onto(picture, TEMPLATE, (TEMPLATE + 0.5) * zoom - 0.5, size)
+    assert (moved - expected).abs().max() < 0.01 and covered[0, 1:-1, 1:-1].min() > 0.99
+
+
+def test_a_turned_picture_has_its_landmarks_where_they_were_asked_for():
+    """A white dot at each landmark is found at the landmark that it was moved to."""
+    picture, to = torch.zeros(3, 112, 112), turned(TEMPLATE, 0.4, 1.3, (20.0, 70.0))
+    for x, y in TEMPLATE.round().long().tolist():
+        picture[:, y - 2 : y + 3, x - 2 : x + 3] = 1
+    moved, _ = moved_onto(picture, TEMPLATE, to, (240, 240))
+    for x, y in to.round().long().tolist():
+        assert moved[0, y, x] > 0.9
+    assert moved[0].mean() < 0.02
+
+
+def test_the_head_is_a_soft_circle_about_the_crop_of_its_landmarks():
+    head = head_around(TEMPLATE * 2 + torch.tensor([100.0, 60.0]), (400, 460))[0]
+    assert head.shape == (400, 460) and head.min() == 0 and head.max() == 1
+    assert head[60 + 111, 100 + 111] == 1  # the middle of the crop, twice as large
+    assert head[60 + 111, 100 + 111 + 2 * 75] == 1 and 0.4 < head[60 + 111, 100 + 111 + 2 * 106] < 0.6
+    assert head[60 + 111, 100 + 111 + 2 * 90] < 1 and head[0, 459] == 0

@@ -296,3 +296,23 @@ def test_a_half_precision_preview_is_judged_in_float32(identity, drawn):
 def test_an_embedding_is_of_unit_length(detector, recogniser, drawn):
     (found,) = detector(drawn[:1, 0])
     assert embed(recogniser, drawn[:1, 0], found[0].points[None]).norm(dim=-1).item() == pytest.approx(1, abs=1e-5)
+
+
+def test_the_reference_is_shown_where_the_preview_has_its_face(identity, detector, drawn):
+    """Somebody put into the picture of somebody else: the face lies where theirs did, and is that of who is shown."""
+    loss, others = identity(drawn[:4, 0], average=False), preview(drawn[4:8, 1])
+    shown, head = loss.shown(others)
+    assert shown.shape == others.shape and head.shape == (4, 1, 128, 128)
+    assert float(head.min()) >= 0 and float(head.max()) == 1
+    put = torch.lerp(others, shown, head)
+    before, after = loss(others)[0], loss(put)[0]
+    assert (after < 0.3).all() and (after < before - 0.3).all()
+    for one, other in zip(detector((others + 1) / 2), detector((put + 1) / 2), strict=True):
+        assert (one[0].points.mean(0) - other[0].points.mean(0)).norm() < 4  # of 128 pixels
+
+
+def test_nothing_is_shown_where_no_face_counts(identity, drawn):
+    loss = identity(drawn[0, :1], fallback="none")
+    shown, head = loss.shown(preview(EMPTY[None]))
+    assert shown.shape == (1, 3, 128, 128) and not head.any()
+    assert identity(drawn[0, :1]).shown(preview(EMPTY[None]))[1].any()  # where the reference has it
