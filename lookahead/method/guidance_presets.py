@@ -1,11 +1,11 @@
-"""Named settings of the guidance: none, four for who draws, best-of-N, and six in the manner of published methods.
+"""Named settings of the guidance: none, five for who draws, best-of-N, and six in the manner of published methods.
 
 All of them are settings of one sampler, so that methods are compared without a difference in anything else. What a
 method has beside (a prior of its own, a schedule of the step size, a norm of its residual) is not there: a preset is in
 the manner of its source, not a copy of it. Those that come from guidance by x0 are for plain x0 as much as for
 lookahead; which of both it is, the shortcut says.
 
-The artists' four are ours: combinations of what the sources found, to be chosen again when they are measured.
+The artists' five are ours: a warm start (`leaning`), and combinations of what the sources found.
 """
 
 from __future__ import annotations
@@ -73,25 +73,37 @@ OURS = Optimisation(nesterov=True, decay=True, sphere=True, judged=3)
 #: One gradient a step, as it is, as guidance by x0 has it
 EACH_STEP = Optimisation(1, momentum=0.0, keep_norm=False, keep_best=False)
 
-OFF, GENTLE, BALANCED, STRONG, QUICK, BEST_OF = "off", "gentle", "balanced", "strong", "quick", "best of 16"
+OFF, INSTANT, GENTLE, BALANCED, STRONG, QUICK, BEST_OF = (
+    "off",
+    "instant",
+    "gentle",
+    "balanced",
+    "strong",
+    "quick",
+    "best of 16",
+)
 DPS, MPGD, FREEDOM, DSG, RENO, TFG = "DPS", "MPGD", "FreeDoM", "DSG", "ReNO", "TFG-like"
+WARM = {"start": 0.2, "lean": 0.45}  # ours begin with noise that leans towards the reference, a little later
 PRESETS: Mapping[str, GuidanceSettings] = {
     OFF: GuidanceSettings(Optimisation(0), source="no guidance, to compare with"),
+    INSTANT: GuidanceSettings(
+        Optimisation(0), **WARM, jitter=0.0, source="ours: the noise leans towards the reference, and that is all"
+    ),
     GENTLE: GuidanceSettings(
-        replace(OURS, iterations=10, step_size=0.01), source="ours: half of balanced, in half of the time"
+        replace(OURS, iterations=5, step_size=0.02), **WARM, source="ours: half of balanced, in half of the time"
     ),
     BALANCED: GuidanceSettings(
-        replace(OURS, iterations=20, step_size=0.02),
+        replace(OURS, iterations=10, step_size=0.02),
+        **WARM,
         source="ours: sphere of DSG (2402.03201), Nesterov of ReNO (2406.04312), judged without chance",
     ),
     STRONG: GuidanceSettings(
-        replace(OURS, iterations=40, step_size=0.03),
-        best_of=8,
-        source="ours: balanced, longer, from the best of 8 noises (best-of-N, 2406.04312)",
+        replace(OURS, iterations=20, step_size=0.02), **WARM, source="ours: balanced, twice as long"
     ),
     QUICK: GuidanceSettings(
         replace(OURS, iterations=20, step_size=0.02, backward=False),
-        source="ours: balanced without backward (MPGD 2311.16424, FlowChef 2412.00100)",
+        **WARM,
+        source="ours: strong without backward (MPGD 2311.16424, FlowChef 2412.00100)",
     ),
     BEST_OF: GuidanceSettings(Optimisation(0), start=0.0, best_of=16, jitter=0.0, source="best-of-N, as in 2406.04312"),
     DPS: GuidanceSettings(

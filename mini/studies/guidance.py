@@ -25,6 +25,7 @@ from ...lookahead.method.guidance_presets import (
     DSG,
     FREEDOM,
     GENTLE,
+    INSTANT,
     ITERATION,
     MPGD,
     PRESETS,
@@ -73,7 +74,7 @@ IDENTITY_ARMS = ARMS | {
     f"{LOOKAHEAD}, earlier": GuidanceArm(LOOKAHEAD, EARLY),
 }
 BASELINES = {LOOKAHEAD: X0, f"{LOOKAHEAD}, earlier": f"{X0}, earlier"}
-PRESETS_SHOWN = (GENTLE, BALANCED, STRONG, QUICK)
+PRESETS_SHOWN = (INSTANT, GENTLE, BALANCED, STRONG, QUICK)
 BY_X0 = (DPS, MPGD, FREEDOM, DSG)  # the methods of their papers; the other presets look ahead
 CUSTOM = "the node's own numbers"
 AS_MANY = "the best of as many"
@@ -287,11 +288,11 @@ def preset_arms(names: Sequence[str] = ()) -> tuple[dict[str, GuidanceArm], dict
         iteration = ITERATION["x0" if kind == X0 else "lookahead"]
         baseline = best_of_as_many(settings, iteration, STEPS)
         arms[name] = GuidanceArm(kind, {} if name == CUSTOM else {"preset": name})
-        baselines[name] = f"best of {baseline.best_of}"
-        arms[baselines[name]] = GuidanceArm(
-            LOOKAHEAD, {"start": baseline.start, "iterations": 0, "best_of": baseline.best_of}
-        )
-        costs |= {name: settings.evaluations(iteration, STEPS), baselines[name]: float(baseline.best_of)}
+        costs[name] = settings.evaluations(iteration, STEPS)
+        baselines[name] = NONE if baseline.best_of == 1 else f"best of {baseline.best_of}"
+        if baselines[name] != NONE:
+            looks = {"start": baseline.start, "iterations": 0, "best_of": baseline.best_of}
+            arms[baselines[name]], costs[baselines[name]] = GuidanceArm(LOOKAHEAD, looks), float(baseline.best_of)
     if not names:
         arms[VIEWED], costs[VIEWED] = replace(arms[BALANCED], views=VIEWS), costs[BALANCED]
     return arms, baselines, costs
