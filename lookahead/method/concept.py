@@ -100,7 +100,7 @@ def word_contrast(
 
 
 def word_logits(word_l: Tensor, word_g: Tensor, dictionary: Dictionary) -> Tensor:
-    """How near soft words [n, w_L], [n, w_G] are to the real ones, as logits [n, words]: cosine / tau.
+    """Tells how near soft words [n, w_L], [n, w_G] are to the real ones, as logits [n, words]: cosine / tau.
 
     tau = 1 / (2 ln of the number of words), so that a word of cosine 1 stands out from a dictionary of any size.
     """

@@ -141,7 +141,7 @@ def moved_onto(picture: Tensor, points: Tensor, to: Tensor, size: tuple[int, int
 
 
 def head_around(points: Tensor, size: tuple[int, int]) -> Tensor:
-    """Where the head is whose landmarks are [5, 2], in a picture of (height, width) `size`: [1, height, width] in
+    """Tells where the head is whose landmarks are [5, 2], in a picture of (height, width) `size`: [1, height, width] in
     [0, 1]. It is 1 in a circle of 1.4 times the width of ArcFace's crop, and falls to 0 over half of that crop."""
     matrix = umeyama(points[None].float())[0]
     axes = (torch.arange(side, dtype=torch.float32) for side in size)

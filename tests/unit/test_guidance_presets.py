@@ -14,6 +14,7 @@ from lcm_lookahead.lookahead.method.guidance_presets import (
     GuidanceSettings,
 )
 from lcm_lookahead.lookahead.method.latent_optimisation import best_start, evaluate_preview, optimise_latent
+from lcm_lookahead.lookahead.method.leaning import lean_towards
 
 SHAPE, ALPHA_BAR = (2, 4, 8, 8), torch.tensor(0.1)
 HELP = Path(__file__).resolve().parents[2] / "web" / "docs" / "LookaheadGuidanceSampler.md"
@@ -45,6 +46,10 @@ class Counting:
         if preset.best_of > 1:
             noises = [lambda: torch.randn(SHAPE, generator=noise)] * (preset.best_of - 1)
             z = best_start(self.look, z, noises, ALPHA_BAR)
+        if preset.lean:
+            with torch.no_grad():
+                preview = self.predict(z)
+            z = lean_towards(z, preview, torch.full_like(z, 0.5), ALPHA_BAR, preset.lean).z
         o = preset.optimisation
         return optimise_latent(self.predict, lambda latent: latent[:, :3], quadratic, z, o, alpha_bar=ALPHA_BAR)
 
@@ -59,7 +64,7 @@ def test_each_preset_lowers_the_loss_the_same_each_time_and_at_its_cost(z, name)
     preset, counting = PRESETS[name], Counting()
     out = counting.guide(preset, z)
     # Of every-step and travelling presets a step is that part.
-    o = GuidanceSettings(preset.optimisation, best_of=preset.best_of)
+    o = GuidanceSettings(preset.optimisation, best_of=preset.best_of, lean=preset.lean)
     assert counting.passes == o.evaluations(iteration=10)
     before, after = (Counting().look(at).values for at in (z, out))
     assert (after < before).all() if name != OFF else torch.equal(out, z)
@@ -71,7 +76,7 @@ def test_costs_count_steps_travels_and_what_is_judged():
     assert GuidanceSettings(o, start=0.0, steps=1000).evaluations(3.0, steps=20) == 20 * (3 + 1)
     assert GuidanceSettings(o, start=0.5, steps=1000).evaluations(3.0, steps=20) == 10 * (3 + 1)
     assert GuidanceSettings(o, time_travel=2).evaluations(3.0) == 3 * (3 + 1) + 2 * 2
-    assert PRESETS["balanced"].evaluations(3.0) == 20 * 3 + 1 + 3
+    assert PRESETS["balanced"].evaluations(3.0) == 10 * 3 + 1 + 3 + 1
     assert PRESETS["best of 16"].evaluations() == 16 and PRESETS[OFF].evaluations() == 0
 
 
