@@ -101,7 +101,7 @@ def read_references(
         embeddings = torch.cat([embed(recogniser, picture[None], face.points[None]) for picture, face in shown]).cpu()
     points = torch.stack([face.points for _, face in shown])
     sizes = torch.tensor([picture.shape[-2:] for picture, _ in shown])
-    kept = tuple(picture for picture, _ in shown)
+    kept = tuple(picture.cpu() for picture, _ in shown)  # large photos would fill a GPU
     if average:
         mean = F.normalize(embeddings.mean(0, keepdim=True), dim=-1)
         return FaceReferences(mean, points[:1], sizes[:1], kept[:1])

@@ -73,6 +73,12 @@ OURS = Optimisation(nesterov=True, decay=True, sphere=True, judged=3)
 #: One gradient a step, as it is, as guidance by x0 has it
 EACH_STEP = Optimisation(1, momentum=0.0, keep_norm=False, keep_best=False)
 
+
+def _warm(optimisation: Optimisation, source: str, jitter: float = 0.9) -> GuidanceSettings:
+    """Ours begin with noise that leans towards the reference, and a little later than the paper."""
+    return GuidanceSettings(optimisation, start=0.2, jitter=jitter, source=source, lean=0.45)
+
+
 OFF, INSTANT, GENTLE, BALANCED, STRONG, QUICK, BEST_OF = (
     "off",
     "instant",
@@ -83,27 +89,18 @@ OFF, INSTANT, GENTLE, BALANCED, STRONG, QUICK, BEST_OF = (
     "best of 16",
 )
 DPS, MPGD, FREEDOM, DSG, RENO, TFG = "DPS", "MPGD", "FreeDoM", "DSG", "ReNO", "TFG-like"
-WARM = {"start": 0.2, "lean": 0.45}  # ours begin with noise that leans towards the reference, a little later
 PRESETS: Mapping[str, GuidanceSettings] = {
     OFF: GuidanceSettings(Optimisation(0), source="no guidance, to compare with"),
-    INSTANT: GuidanceSettings(
-        Optimisation(0), **WARM, jitter=0.0, source="ours: the noise leans towards the reference, and that is all"
-    ),
-    GENTLE: GuidanceSettings(
-        replace(OURS, iterations=5, step_size=0.02), **WARM, source="ours: half of balanced, in half of the time"
-    ),
-    BALANCED: GuidanceSettings(
+    INSTANT: _warm(Optimisation(0), "ours: the noise leans towards the reference, and that is all", jitter=0.0),
+    GENTLE: _warm(replace(OURS, iterations=5, step_size=0.02), "ours: half of balanced, in half of the time"),
+    BALANCED: _warm(
         replace(OURS, iterations=10, step_size=0.02),
-        **WARM,
-        source="ours: sphere of DSG (2402.03201), Nesterov of ReNO (2406.04312), judged without chance",
+        "ours: sphere of DSG (2402.03201), Nesterov of ReNO (2406.04312), judged without chance",
     ),
-    STRONG: GuidanceSettings(
-        replace(OURS, iterations=20, step_size=0.02), **WARM, source="ours: balanced, twice as long"
-    ),
-    QUICK: GuidanceSettings(
+    STRONG: _warm(replace(OURS, iterations=20, step_size=0.02), "ours: balanced, twice as long"),
+    QUICK: _warm(
         replace(OURS, iterations=20, step_size=0.02, backward=False),
-        **WARM,
-        source="ours: strong without backward (MPGD 2311.16424, FlowChef 2412.00100)",
+        "ours: strong without backward (MPGD 2311.16424, FlowChef 2412.00100)",
     ),
     BEST_OF: GuidanceSettings(Optimisation(0), start=0.0, best_of=16, jitter=0.0, source="best-of-N, as in 2406.04312"),
     DPS: GuidanceSettings(

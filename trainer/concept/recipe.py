@@ -77,8 +77,8 @@ class ConceptRecipe:
             template.append(torch.randint(len(config.data.templates), (), generator=g))
             words.append(torch.rand(len(self.words), generator=g).clamp(1e-6, 1 - 1e-6))
         step = numbers[0] // config.batch
-        drawn = [torch.stack(noise).to(device), torch.stack(t).to(device), torch.stack(template)]
-        return ConceptDraws(*drawn, step, torch.stack(words).to(device))
+        steps, compared = torch.stack(t).to(device), torch.stack(words).to(device)
+        return ConceptDraws(torch.stack(noise).to(device), steps, torch.stack(template), step, compared)
 
     def figures(self, outcomes: Mapping[str, Outcome], mean: Callable[[Tensor], float]) -> dict[str, float]:
         """The whole loss (`concept`) and the mean of each term before its weight; `contrast` is the regulariser's."""

@@ -50,8 +50,10 @@ class Judges:
             figures = {}
             count = len(pictures) // len(shown)  # prompts
             if people is not None and recogniser is not None and detector is not None:
-                each = people.embeddings, people.points, people.sizes
-                rows = FaceReferences(*(values.repeat_interleave(count, 0) for values in each))
+                known, points, sizes = (
+                    of.repeat_interleave(count, 0) for of in (people.embeddings, people.points, people.sizes)
+                )
+                rows = FaceReferences(known, points, sizes)
                 values, valid = IdentityLoss(recogniser.to(device), detector, rows, NONE)(pictures * 2 - 1)
                 figures["identity"] = torch.where(valid, 1 - values, torch.nan)
                 recogniser.to("cpu")  # (the loss moves its own when it needs it)
