@@ -203,11 +203,13 @@ def page(results: Sequence[JudgedClaim], root: Path, beside: Path) -> str:
 
 
 def _figure(root: Path, keys: Sequence[str]) -> Interval | None:
-    """An interval out of a JSON file; None where the file is not there yet."""
+    """An interval out of a JSON file; None where the file, or what it says of an arm, is not there yet."""
     path = root / keys[0]
     if not path.is_file():
         return None
     value: Any = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(value, dict) and len(keys) > 2 and keys[1] not in value:
+        return None  # a study may be asked for some of its arms
     for number, key in enumerate(keys[1:], 1):
         if not isinstance(value, dict) or key not in value:
             raise ClaimError(f"{path} has no figure {' / '.join(keys[1 : number + 1])}: run its command again.")

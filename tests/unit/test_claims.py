@@ -55,6 +55,8 @@ def test_a_check_is_shown_where_its_whole_interval_is_beyond_the_bound(folder, g
 
 def test_without_figures_nothing_is_judged(folder):
     assert verdicts(folder) == (["not measured"] * 2, "not measured")
+    (folder / "figures.json").write_text(json.dumps({"another arm": {"gain": [0.2, 0.1, 0.3]}}))
+    assert verdicts(folder) == (["not measured"] * 2, "not measured")
 
 
 @pytest.mark.parametrize(
