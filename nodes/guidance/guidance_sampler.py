@@ -374,7 +374,7 @@ class LookaheadGuidanceSampler(io.ComfyNode):
                     "for all images of a batch, or several in turn.",
                 ),
                 # Last of all, since files keep values by place. Files and graphs from before have no preset, and mean
-                # their numbers. So does a new node: what the presets are worth is not measured yet.
+                # their numbers. So does a new node: they are the paper's way.
                 io.Combo.Input(
                     "preset",
                     options=[AS_SET, *PRESETS],

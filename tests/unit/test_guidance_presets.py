@@ -43,13 +43,13 @@ class Counting:
     def guide(self, preset, z):
         """A guided step of a run, as the node has it."""
         noise = torch.Generator().manual_seed(3)
-        if preset.best_of > 1:
-            noises = [lambda: torch.randn(SHAPE, generator=noise)] * (preset.best_of - 1)
-            z = best_start(self.look, z, noises, ALPHA_BAR)
         if preset.lean:
             with torch.no_grad():
                 preview = self.predict(z)
             z = lean_towards(z, preview, torch.full_like(z, 0.5), ALPHA_BAR, preset.lean).z
+        if preset.best_of > 1:
+            noises = [lambda: torch.randn(SHAPE, generator=noise)] * (preset.best_of - 1)
+            z = best_start(self.look, z, noises, ALPHA_BAR)
         o = preset.optimisation
         return optimise_latent(self.predict, lambda latent: latent[:, :3], quadratic, z, o, alpha_bar=ALPHA_BAR)
 

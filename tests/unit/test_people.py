@@ -116,6 +116,23 @@ def test_the_value_is_the_mean_of_one_minus_each_person_s_own_cosine():
     assert valid.all() and value.item() == pytest.approx(torch.stack(alone).mean().item(), abs=1e-6)
 
 
+def test_each_person_is_shown_where_their_own_face_is():
+    """People of one colour each, whose faces are swapped in the preview: the colours follow the faces."""
+
+    def in_one_colour(colour):
+        picture = (colour.view(3, 1, 1) * 0.8 + 0.1).expand(3, SIZE, SIZE)
+        return FaceReferences(colour[None], face("middle").points[None], torch.tensor([[SIZE, SIZE]]), (picture,))
+
+    loss, x = people_loss([in_one_colour(RED), in_one_colour(BLUE)], BOTH), preview(left=BLUE, right=RED)
+    shown, heads = loss.shown(x)
+    assert shown.shape == x.shape and heads.shape == (1, 1, SIZE, SIZE)
+    for place, colour in (("left", BLUE), ("right", RED)):
+        column, row = face(place).points.mean(0).long().tolist()
+        assert torch.allclose((shown[0, :, row, column] + 1) / 2, colour * 0.8 + 0.1, atol=0.05), place
+        assert heads[0, 0, row, column] == 1
+    assert not people_loss([in_one_colour(RED)], [[]]).shown(x)[1].any()
+
+
 def test_neither_the_people_s_order_nor_the_faces_changes_value_or_gradient():
     x = preview(left=BLUE, middle=GREEN, right=RED)
     found = [face(place) for place in PLACES]

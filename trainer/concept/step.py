@@ -89,13 +89,7 @@ class ConceptStep(nn.Module):
         predicted = self.read(self.encoder, batch, draws)
         noise = self.predict(predicted, batch, draws)
         values = (noise.float() - draws.noise).square().mean((1, 2, 3)) * self._weight(draws.t)
-        terms = {"diffusion": values.detach()}
-        loss = values.mean()
-        for name, (weight, term) in self.regularisers(predicted, draws.step).items():
-            loss = loss + weight * term.mean()
-            terms[name] = term.detach()
-        values = values.detach()
-        return Outcome(loss, values, torch.ones_like(values, dtype=torch.bool), terms)
+        return self._regularised(values.mean(), values, {"diffusion": values.detach()}, predicted, draws.step)
 
     def read(self, encoder: ConceptEncoder, batch: ConceptBatch, draws: ConceptDraws) -> Prediction:
         """An encoder's prediction of each picture; it may read what the UNet sees in the noised one."""
@@ -118,11 +112,17 @@ class ConceptStep(nn.Module):
         errors = torch.stack([self.under(place, batch, draws) for place in places.T], dim=1)
         verdict = word_verdict(logits.gather(1, places), errors, batch.latents[0].numel())
         values = errors.min(dim=1).values * self._weight(draws.t)
-        terms, loss = {"diffusion": values, "verdict": verdict.detach()}, VERDICT * verdict.mean()
-        for name, (weight, term) in self.regularisers(predicted, draws.step).items():
+        terms = {"diffusion": values, "verdict": verdict.detach()}
+        return self._regularised(VERDICT * verdict.mean(), values, terms, predicted, draws.step)
+
+    def _regularised(
+        self, loss: Tensor, values: Tensor, terms: dict[str, Tensor], predicted: Prediction, step: int
+    ) -> Outcome:
+        """A loss with its regularisers; terms: its parts [B], before their weights."""
+        for name, (weight, term) in self.regularisers(predicted, step).items():
             loss = loss + weight * term.mean()
             terms[name] = term.detach()
-        return Outcome(loss, values, torch.ones_like(values, dtype=torch.bool), terms)
+        return Outcome(loss, values.detach(), torch.ones_like(values, dtype=torch.bool), terms)
 
     @torch.no_grad()
     def under(self, places: Tensor, batch: ConceptBatch, draws: ConceptDraws) -> Tensor:
