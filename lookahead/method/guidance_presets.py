@@ -30,7 +30,7 @@ class GuidanceSettings:
     time_travel: how often a guided step is gone back and guided again; jitter: how far the scale of the few-step LoRA
     is lowered by chance, 0.9 draws it from [0.1, 1], as in the paper's training (`schedule.lora_scale`); best_of: how
     many noises are looked at before, the picture's own among them; source: whom the settings follow; lean: how far the
-    noise leans towards the reference before all else (`leaning.lean_towards`), where a loss can show it.
+    preview gives way to the reference before all else (`leaning.lean_towards`), where a loss can show it.
     """
 
     optimisation: Optimisation = field(default_factory=Optimisation)
@@ -74,9 +74,9 @@ OURS = Optimisation(nesterov=True, decay=True, sphere=True, judged=3)
 EACH_STEP = Optimisation(1, momentum=0.0, keep_norm=False, keep_best=False)
 
 
-def _warm(optimisation: Optimisation, source: str, jitter: float = 0.9) -> GuidanceSettings:
-    """Ours begin with noise that leans towards the reference, and a little later than the paper."""
-    return GuidanceSettings(optimisation, start=0.2, jitter=jitter, source=source, lean=0.45)
+def _warm(lean: float, optimisation: Optimisation, source: str, jitter: float = 0.9) -> GuidanceSettings:
+    """Ours begin where a preview shows the face well, and there it gives way, before all else, to the reference's."""
+    return GuidanceSettings(optimisation, start=0.4, jitter=jitter, source=source, lean=lean)
 
 
 OFF, INSTANT, GENTLE, BALANCED, STRONG, QUICK, BEST_OF = (
@@ -91,15 +91,19 @@ OFF, INSTANT, GENTLE, BALANCED, STRONG, QUICK, BEST_OF = (
 DPS, MPGD, FREEDOM, DSG, RENO, TFG = "DPS", "MPGD", "FreeDoM", "DSG", "ReNO", "TFG-like"
 PRESETS: Mapping[str, GuidanceSettings] = {
     OFF: GuidanceSettings(Optimisation(0), source="no guidance, to compare with"),
-    INSTANT: _warm(Optimisation(0), "ours: the noise leans towards the reference, and that is all", jitter=0.0),
-    GENTLE: _warm(replace(OURS, iterations=5, step_size=0.02), "ours: half of balanced, in half of the time"),
+    INSTANT: _warm(
+        1.0, Optimisation(0), "ours: the preview's face gives way to the reference's, and that is all", jitter=0.0
+    ),
+    GENTLE: _warm(0.6, replace(OURS, iterations=3, step_size=0.02), "ours: less of balanced, in less time"),
     BALANCED: _warm(
-        replace(OURS, iterations=10, step_size=0.02),
+        0.8,
+        replace(OURS, iterations=5, step_size=0.02),
         "ours: sphere of DSG (2402.03201), Nesterov of ReNO (2406.04312), judged without chance",
     ),
-    STRONG: _warm(replace(OURS, iterations=20, step_size=0.02), "ours: balanced, twice as long"),
+    STRONG: _warm(0.8, replace(OURS, iterations=10, step_size=0.02), "ours: balanced, twice as long"),
     QUICK: _warm(
-        replace(OURS, iterations=20, step_size=0.02, backward=False),
+        0.8,
+        replace(OURS, iterations=10, step_size=0.02, backward=False),
         "ours: strong without backward (MPGD 2311.16424, FlowChef 2412.00100)",
     ),
     BEST_OF: GuidanceSettings(Optimisation(0), start=0.0, best_of=16, jitter=0.0, source="best-of-N, as in 2406.04312"),

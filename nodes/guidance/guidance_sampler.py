@@ -422,9 +422,9 @@ class LookaheadGuidanceSampler(io.ComfyNode):
                     step=0.05,
                     optional=True,
                     advanced=True,
-                    tooltip="How far the noise leans towards the reference's face, put where the preview has its own, "
-                    "before the iterations. It takes one evaluation; 0 is not at all, 0.3 to 0.5 gives much likeness. "
-                    "For losses of likeness.",
+                    tooltip="How far the preview's face gives way to the reference's, put in its place, before the "
+                    "iterations: 0 not at all, 1 wholly. It takes one evaluation, and acts most where `start` is 0.3 "
+                    "to 0.5. For losses of likeness.",
                 ),
             ],
             outputs=[

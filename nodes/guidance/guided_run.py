@@ -10,7 +10,6 @@ import comfy.model_sampling
 import comfy.utils
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from ...lookahead.losses.base import bind_rng, showing_in
@@ -114,8 +113,6 @@ class GuidedRun:
         if guide is not None and not self._started:
             mask = self._update_mask(x, call.denoise_mask)
             x.copy_(apply_noise_guide(guide, self.previewer, x, call, conds, self.guidance.loss.loss, mask))
-        if self.settings.lean and not self._started:
-            x.copy_(self._lean(x, call, conds))
         for again in range(self.settings.time_travel + 1):
             if again:
                 x.copy_(self._time_travel(x, call, step))
@@ -136,24 +133,6 @@ class GuidedRun:
         bar.update_absolute(step + 1, total, shown_while_running(image, f"one-step preview at step {step + 1}"))
 
     # -- one step
-
-    def _lean(self, x: Tensor, call: Call, conds: dict[str, Any]) -> Tensor:
-        """The state with its noise moved towards the loss's references, in the places of the preview's faces; as it is
-        where the loss has none to show."""
-        showing = showing_in(self._loss)
-        if showing is None:
-            self.report.notes.append("lean: nothing to lean to, since no part of the loss is likeness of a person")
-            return x
-        with self.previewer.installed():
-            preview = self.previewer.latent(x, call, conds, torch.ones(len(x), device=x.device), grad=False)
-            goal, head = showing.shown(self._decode_one_by_one(preview).float())
-            goal = self.previewer.encode(goal)
-        place = F.interpolate(head, preview.shape[-2:], mode="area")
-        mask = self._update_mask(x, call.denoise_mask)
-        z = to_vp(x, call.sigma)
-        mask = place if mask is None else mask * place
-        moved = lean_towards(z, preview, goal, self._signal_share(call.sigma), self.settings.lean, mask)
-        return x + to_ve(moved.z - z, call.sigma)  # where nothing moved, the bits stay
 
     def _optimise(self, x: Tensor, call: Call, conds: dict[str, Any], step: GuidedStep) -> Tensor:
         settings = self.settings.optimisation
@@ -206,6 +185,8 @@ class GuidedRun:
                     on_look,
                 )
                 self.report.start = _said(seen, self.report.loss)
+            if self.settings.lean and not self._started:
+                best = self._lean(predict, best, share, mask)
             self._started = True
             best = optimise_latent(
                 predict,
@@ -220,6 +201,20 @@ class GuidedRun:
                 self._judge,
             )
         return (x + to_ve(best - z, sigma)).detach()  # where nothing moved, the bits stay
+
+    def _lean(self, predict: Predict, z: Tensor, share: Tensor, mask: Tensor | None) -> Tensor:
+        """Latents whose preview's faces give way to the loss's references; as they are where it has none to show."""
+        showing = showing_in(self._loss)
+        if showing is None:
+            self.report.notes.append("lean: nothing to lean to, since no part of the loss is likeness of a person")
+            return z
+        self._lora_scale = torch.ones(len(z), device=z.device)
+        with torch.no_grad(), self.previewer.installed():
+            preview = predict(z)
+            goal, head = showing.shown(self._decode_one_by_one(preview).float())
+            place = nn.functional.interpolate(head, preview.shape[-2:], mode="area")
+            place = place if mask is None else mask * place
+            return lean_towards(z, preview, self.previewer.encode(goal), share, self.settings.lean, place)
 
     def _signal_share(self, sigma: Tensor) -> Tensor:
         """alpha_bar [n]: the square of what z_t has of z_0, in flow matching too."""

@@ -77,7 +77,7 @@ def test_a_new_node_has_our_colour_and_its_fields_show_what_its_preset_does(page
     assert page.toasts() == []  # the numbers were all there was to it
     page.evaluate(f"{ADD}('LookaheadGuidanceSampler')")
     page.evaluate("set('preset', 'strong')")
-    assert page.evaluate("values('iterations', 'lean', 'preset')") == [20, 0.45, "strong"]
+    assert page.evaluate("values('iterations', 'lean', 'preset')") == [10, 0.8, "strong"]
     page.evaluate("field('step_size').value = 1; set('iterations', 30)")  # as in a file whose numbers do not count
     assert page.evaluate("values('iterations', 'step_size', 'preset')") == [30, 0.02, "as set below"]
     page.wait_for(f"{TOASTS}.length")

@@ -1,4 +1,4 @@
-"""The warm start of lookahead guidance in whole runs of the host: the noise leans towards what a loss can show."""
+"""The warm start of lookahead guidance in whole runs of the host: a preview gives way to what a loss can show."""
 
 import pytest
 import torch
@@ -58,27 +58,39 @@ def test_without_a_lean_a_run_keeps_its_bits_and_with_one_it_changes_where_the_l
     assert not any("nothing to lean to" in note for of_run in report.runs.values() for note in of_run.notes)
 
 
-def test_the_noise_leans_by_the_formula_of_the_library(pack, run, monkeypatch):
-    """From what the sampler has, its preview, and the encoded picture: along the tangent, and back to the sphere."""
+def leaned_in(pack, monkeypatch):
+    """What the run gives to `lean_towards` and takes from it, in order."""
     method, seen = pack.module("lookahead.method.leaning"), []
-    module = pack.module("nodes.guidance.guided_run")
 
     def lean_towards(*given):
         seen.append((given, method.lean_towards(*given)))
         return seen[-1][1]
 
-    monkeypatch.setattr(module, "lean_towards", lean_towards)
+    monkeypatch.setattr(pack.module("nodes.guidance.guided_run"), "lean_towards", lean_towards)
+    return seen
+
+
+def test_the_preview_gives_way_by_the_formula_of_the_library(pack, run, monkeypatch):
+    """In what the sampler has: the encoded picture in the place of the preview, under the same noise."""
+    seen = leaned_in(pack, monkeypatch)
     run(Wanted(LEFT), lean=0.5)
     (((z, preview, goal, alpha_bar, amount, mask), moved),) = seen
     assert amount == 0.5 and goal.shape == preview.shape == z.shape
     assert torch.equal(mask, LEFT[:, ::8, ::8].expand(2, 1, 8, 8))
-    assert torch.equal(moved.z[..., 4:], z[..., 4:]) and relative(moved.z[..., :4], z[..., :4]) > 0.01
-    signal = alpha_bar.sqrt().reshape(-1, 1, 1, 1) * preview
-    before, after = ((of - signal)[..., :4].flatten(1) for of in (z, moved.z))
-    step = amount * (goal - preview)[..., :4].flatten(1) * before.square().mean(1, keepdim=True).sqrt()
-    step -= (step * before).sum(1, keepdim=True) / before.square().sum(1, keepdim=True) * before
-    expected = torch.nn.functional.normalize(before + step) * before.norm(dim=1, keepdim=True)
-    assert relative(after, expected) < 1e-4
+    assert torch.equal(moved[..., 4:], z[..., 4:]) and relative(moved[..., :4], z[..., :4]) > 0.01
+    level = alpha_bar.reshape(-1, 1, 1, 1)
+    noise = (z - level.sqrt() * preview) / (1 - level).sqrt()
+    expected = level.sqrt() * (preview + goal) / 2 + (1 - level).sqrt() * noise
+    assert relative(moved[..., :4], expected[..., :4]) < 1e-5
+
+
+def test_the_noise_that_was_chosen_of_several_leans_and_not_the_run_s_own(pack, run, monkeypatch):
+    seen = leaned_in(pack, monkeypatch)
+    run(Wanted(LEFT), lean=0.5)
+    chosen, report = run(Wanted(LEFT), lean=0.5, best_of=8)
+    ((own, *_), _), ((best, *_), moved) = seen
+    assert any("best of 8" in (of_run.start or "") for of_run in report.runs.values())
+    assert relative(best, own) > 0.1 and relative(moved[..., :4], best[..., :4]) > 0.01
 
 
 def test_a_loss_that_shows_nothing_is_said_in_the_report_and_changes_nothing(run):

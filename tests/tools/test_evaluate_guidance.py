@@ -39,8 +39,8 @@ def test_pictures_that_share_their_words_are_drawn_together():
 def test_each_preset_stands_beside_the_best_of_as_many_noises_as_it_takes_evaluations():
     arms, baselines, costs = guidance.preset_arms(["balanced", "quick", "MPGD"])
     assert baselines == {
-        "balanced": "best of 54",
-        "quick": "best of 25",
+        "balanced": "best of 30",
+        "quick": "best of 15",
         "MPGD": "best of 100",
     }
     assert all(abs(costs[name] - costs[baseline]) <= 0.5 for name, baseline in baselines.items())
@@ -50,10 +50,10 @@ def test_each_preset_stands_beside_the_best_of_as_many_noises_as_it_takes_evalua
     everything, baselines, _ = guidance.preset_arms()
     assert baselines[guidance.CUSTOM] == "best of 100" and not everything[guidance.CUSTOM].settings
     assert set(guidance.PRESETS_SHOWN) < everything.keys()
-    assert {k: drawn["best of 25"][k] for k in ("start", "iterations", "best_of")} == {
+    assert {k: drawn["best of 15"][k] for k in ("start", "iterations", "best_of")} == {
         "start": 0.0,
         "iterations": 0,
-        "best_of": 25,
+        "best_of": 15,
     }
     kinds = {name: nodes[f"{name} shortcut"]["inputs"]["kind"] for name in drawn}
     assert kinds["MPGD"] == "plain x0" and {k for n, k in kinds.items() if n != "MPGD"} == {"one-step"}
@@ -106,8 +106,8 @@ def test_the_page_of_presets_has_a_row_an_arm_with_what_it_takes():
 def test_a_protocol_names_a_preset_or_the_best_of_as_many_noises():
     assert GuidanceOption(preset="quick").inputs(50) == {"preset": "quick"}
     assert GuidanceOption(best_of=9).inputs(50) == {"start": 0.0, "iterations": 0, "best_of": 9}
-    assert GuidanceOption(best_of="balanced").inputs(50)["best_of"] == 54
-    assert GuidanceOption(kind="x0", best_of="balanced").inputs(50)["best_of"] == 33
+    assert GuidanceOption(best_of="balanced").inputs(50)["best_of"] == 30
+    assert GuidanceOption(kind="x0", best_of="balanced").inputs(50)["best_of"] == 19
     assert GuidanceOption(iterations=7).inputs(50) == {"start": 0.12, "iterations": 7}
 
 
@@ -136,4 +136,4 @@ def test_pictures_drawn_before_are_found_and_a_preset_that_changes_is_drawn_agai
 
 def test_the_work_of_guidance_counts_what_skips_the_unet():
     full, quick = (GuidanceOption(preset=name).work(50) for name in ("balanced", "quick"))
-    assert full == (10 * 3 + 5, 10 * 3 + 5) and quick == (20 + 5, 20 * 3 + 5)
+    assert full == (5 * 3 + 5, 5 * 3 + 5) and quick == (10 + 5, 10 * 3 + 5)

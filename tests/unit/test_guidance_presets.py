@@ -43,13 +43,13 @@ class Counting:
     def guide(self, preset, z):
         """A guided step of a run, as the node has it."""
         noise = torch.Generator().manual_seed(3)
-        if preset.lean:
-            with torch.no_grad():
-                preview = self.predict(z)
-            z = lean_towards(z, preview, torch.full_like(z, 0.5), ALPHA_BAR, preset.lean).z
         if preset.best_of > 1:
             noises = [lambda: torch.randn(SHAPE, generator=noise)] * (preset.best_of - 1)
             z = best_start(self.look, z, noises, ALPHA_BAR)
+        if preset.lean:
+            with torch.no_grad():
+                preview = self.predict(z)
+            z = lean_towards(z, preview, torch.full_like(z, 0.5), ALPHA_BAR, preset.lean)
         o = preset.optimisation
         return optimise_latent(self.predict, lambda latent: latent[:, :3], quadratic, z, o, alpha_bar=ALPHA_BAR)
 
@@ -76,7 +76,7 @@ def test_costs_count_steps_travels_and_what_is_judged():
     assert GuidanceSettings(o, start=0.0, steps=1000).evaluations(3.0, steps=20) == 20 * (3 + 1)
     assert GuidanceSettings(o, start=0.5, steps=1000).evaluations(3.0, steps=20) == 10 * (3 + 1)
     assert GuidanceSettings(o, time_travel=2).evaluations(3.0) == 3 * (3 + 1) + 2 * 2
-    assert PRESETS["balanced"].evaluations(3.0) == 10 * 3 + 1 + 3 + 1
+    assert PRESETS["balanced"].evaluations(3.0) == 5 * 3 + 1 + 3 + 1
     assert PRESETS["best of 16"].evaluations() == 16 and PRESETS[OFF].evaluations() == 0
 
 
