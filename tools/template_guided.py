@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from ..lookahead.method.guidance_presets import BALANCED
 from .template_graph import Node, Template
 from .template_specs import (
     ADAPTER,
     AHEAD,
     AHEAD_PART,
     BASE,
+    BY_PRESET,
     CLIP,
     FACE,
     FACE_PART,
@@ -36,14 +38,20 @@ from .template_specs import (
 
 
 def guided(
-    name: str, loss: dict[str, Node], source: str, more: dict[str, Node], text: str, how: Node
+    name: str,
+    loss: dict[str, Node],
+    source: str,
+    more: dict[str, Node],
+    text: str,
+    how: Node,
+    preset: str = "as set below",
 ) -> dict[str, Node]:
     """Makes what guided workflows share: the graph around the loss (node `loss`), drawn by the model of `source`."""
     return {
         **PLAIN,
         **more,
         **loss,
-        **ahead_nodes("checkpoint", "loss"),
+        **ahead_nodes("checkpoint", "loss", preset),
         "prompt": prompt(text),
         "guider": Node(
             "CFGGuider", values={"cfg": 5}, links={"model": source, "positive": "prompt", "negative": "negative"}
@@ -80,14 +88,16 @@ GUIDED_WORKFLOWS: dict[str, Template] = {
             {**face_nodes("picture", weight=0.6), "picture": picture("face_1.jpg", "Reference face", 330)},
             PHOTO,
             note(
-                "The image prompt says roughly who it is. At an early step the sampler looks ahead, finds the face, "
-                "and moves the noise until a face recogniser knows the person of **Reference face**.",
+                "The image prompt says roughly who it is. At an early step the sampler looks ahead, puts the face of "
+                "**Reference face** in the place of the one it finds, and moves the noise until a face recogniser "
+                "knows the person.",
                 (*ADAPTER, LORA, TAESD, FACES),
                 NULL_TEXT,
-                GUIDED,
+                BY_PRESET,
                 RECOGNISER,
                 height=540,
             ),
+            BALANCED,
         ),
         guided_columns(
             ["checkpoint", "picture", "note"],
@@ -219,10 +229,11 @@ GUIDED_WORKFLOWS: dict[str, Template] = {
                 "**matching** finds whose a face is, in any order of the pictures. Faces swapped all the same? Connect "
                 "the masks of *Lookahead Place Masks* to the loss",
                 NULL_TEXT,
-                GUIDED,
+                BY_PRESET,
                 RECOGNISER,
                 height=640,
             ),
+            BALANCED,
         ),
         [
             (320, ["checkpoint", "first", "second", "faces"]),

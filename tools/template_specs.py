@@ -10,6 +10,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Sequence
 
+from ..lookahead.method.guidance_presets import PRESETS
 from .common import ROOT
 from .template_graph import Node, Subgraph, Template
 
@@ -134,9 +135,14 @@ NULL_TEXT = (
 RECOGNISER = "for the recogniser of the pack also `pip install onnx` and `pip install --no-deps onnx2torch`"
 GUIDED = (
     "Looking ahead costs about as much as 100 evaluations more (a plain run has 60), and at 1024x1024 up to 5.8 GB "
-    "beside the weights. Other ways are a **preset**: **quick** costs 24, and much less memory; **strong** and "
-    "**gentle** do more and less. To compare, choose **off**: the seed stays. **as set below** are the numbers inside "
-    "of the node."
+    "beside the weights; inside of the node, **backward** off takes a fifth of that, and much less memory. To compare, "
+    "choose **off** as **preset**: the seed stays. **as set below** are the numbers inside of the node; **instant** to "
+    "**quick** are for likeness."
+)
+BY_PRESET = (
+    "**balanced** costs about as much as 30 evaluations more (a plain run has 60), and at 1024x1024 up to 5.8 GB "
+    "beside the weights; **quick** costs 15, and much less memory, **instant** one. **strong** and **gentle** do more "
+    "and less. To compare, choose **off**: the seed stays. **as set below** are the numbers inside of the node."
 )
 
 
@@ -316,8 +322,9 @@ TWO_PART = Subgraph(
 )
 
 
-def ahead_nodes(model_: str = "", loss: str = "") -> dict[str, Node]:
-    """Few-step LoRA, preview VAE, shortcut and guided sampler; the widgets keep the nodes' own values."""
+def ahead_nodes(model_: str = "", loss: str = "", preset: str = "as set below") -> dict[str, Node]:
+    """Few-step LoRA, preview VAE, shortcut and guided sampler; the widgets keep the nodes' own values, or have those of
+    a preset."""
     steered = {"sampler": "chosen", "shortcut": "shortcut"} | ({"loss": loss} if loss else {})
     return {
         "lora": Node(
@@ -329,8 +336,17 @@ def ahead_nodes(model_: str = "", loss: str = "") -> dict[str, Node]:
         "preview vae": Node("VAELoader", "Preview VAE", {"vae_name": TAESD}),
         "shortcut": Node("LookaheadShortcut", links={"model": "lora", "vae": "preview vae"}),
         "chosen": Node("KSamplerSelect", values={"sampler_name": "dpmpp_2m"}),
-        "ahead": Node("LookaheadGuidanceSampler", values={"preset": "as set below"}, links=steered),
+        "ahead": Node("LookaheadGuidanceSampler", values={"preset": preset, **_numbers_of(preset)}, links=steered),
     }
+
+
+def _numbers_of(preset: str) -> dict[str, float]:
+    """What choosing one of ours writes into the fields, of which the others keep the node's own values."""
+    if preset not in PRESETS:
+        return {}
+    chosen = PRESETS[preset]
+    fields = {"start": chosen.start, "jitter": chosen.jitter, "lean": chosen.lean}
+    return fields | {"iterations": chosen.optimisation.iterations}
 
 
 AHEAD_PART = Subgraph(

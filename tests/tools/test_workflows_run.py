@@ -11,6 +11,7 @@ import torch
 from lcm_lookahead.host import workflow
 from lcm_lookahead.host.graph import Graph
 from lcm_lookahead.lookahead.losses import embedding, identity, lpips
+from lcm_lookahead.lookahead.method.guidance_presets import PRESETS
 from lcm_lookahead.lookahead.vision import arcface, clip, perceptual
 from lcm_lookahead.lookahead.vision.face_models import FaceModels
 from lcm_lookahead.mini import demo
@@ -27,6 +28,7 @@ BOTH = demo.WORKFLOW
 (CONVERT,) = WORKFLOWS.glob("* Convert *.json")
 STEERED = {steering.workflow: steering for steering in demo.STEERED}
 GUIDED = [path for path in FILES if path.stem in STEERED]
+(TWO,) = WORKFLOWS.glob("* Look ahead for two people *.json")
 (BEST,) = WORKFLOWS.glob("* Best of eight.json")
 (FILE,) = WORKFLOWS.glob("* A person as a file.json")
 (FACE_ID,) = WORKFLOWS.glob("* Face ID *.json")  # the mini world has no such adapter
@@ -168,9 +170,10 @@ MEASURES = dict(zip(STEERED, (identity_loss, clip_loss, lpips_loss), strict=True
 
 
 def guided(host, path, **settings):
-    """A guided workflow with its sampler's own numbers, and some others."""
+    """A guided workflow with the numbers that the node comes with, whatever the file has, and some others."""
     api = workflow.override(workflow.convert(path, host.object_info()), "CFGGuider", cfg=demo.CFG)
-    return workflow.override(api, "LookaheadGuidanceSampler", preset="as set below", **settings)
+    usual = {"preset": "as set below", "start": 0.12, "lean": 0.0}
+    return workflow.override(api, "LookaheadGuidanceSampler", **usual | settings)
 
 
 def report_of(outputs):
@@ -210,15 +213,22 @@ def test_guidance_brings_pictures_closer_to_their_reference_by_the_loss_s_own_me
     assert kept.sum() >= 6 and standard_errors((values[0] - values[1])[kept]) > 3
 
 
-@pytest.mark.parametrize("path", GUIDED, ids=lambda p: p.stem)
-def test_a_guided_workflow_is_set_as_the_nodes_come(host, path):
-    """So that it follows when better defaults are found."""
-    for node in workflow.convert(path, host.object_info()).values():
-        schema = host.object_info()[node["class_type"]]["input"]
+@pytest.mark.parametrize("path", [*GUIDED, TWO], ids=lambda p: p.stem)
+def test_a_guided_workflow_is_set_as_the_nodes_come_and_for_likeness_by_a_preset(host, path):
+    """So that it follows when better defaults are found; beside a preset stand the numbers that it means."""
+    nodes = workflow.convert(path, host.object_info()).values()
+    for node in nodes:
         if node["class_type"] in ("LookaheadGuidanceSampler", "LookaheadShortcut", "LookaheadLPIPSLoss"):
-            defaults = {name: spec[1]["default"] for name, spec in schema["required"].items() if "default" in spec[1]}
-            assert {name: node["inputs"][name] for name in defaults} == defaults
-            assert node["inputs"].get("preset", "as set below") == "as set below"
+            schema = host.object_info()[node["class_type"]]["input"]
+            expected = {name: spec[1]["default"] for name, spec in schema["required"].items() if "default" in spec[1]}
+            if node["class_type"] == "LookaheadGuidanceSampler":
+                likeness = any(n["class_type"] in ("LookaheadIdentityLoss", "LookaheadPeopleLoss") for n in nodes)
+                expected["preset"] = "balanced" if likeness else "as set below"
+                if likeness:
+                    chosen = PRESETS["balanced"]
+                    expected |= {"start": chosen.start, "jitter": chosen.jitter, "lean": chosen.lean}
+                    expected["iterations"] = chosen.optimisation.iterations
+            assert {name: node["inputs"][name] for name in expected} == expected
 
 
 def test_the_preview_grid_shows_that_the_shortcut_foretells_better_than_x0(host):
