@@ -124,8 +124,8 @@ def test_concepts_tuned_together_choose_the_real_words_that_each_chooses_alone(m
 
 
 def test_the_tuning_names_kinds_that_the_shipped_encoder_never_saw():
-    """A clock and an umbrella, whose nearest words are others, and a person, whom it knows. Measured over 64 concepts: 47
-    nearest words are right, and 64 that were chosen; of a class the base's mean loss under any other noun is 9 %
+    """A clock and an umbrella, whose nearest words are others, and a person, whom it knows. Measured over 64 concepts:
+    47 nearest words are right, and 64 that were chosen; of a class the base's mean loss under any other noun is 9 %
     higher at least."""
     start, maker = (
         FromEncoder(HERE / "trained" / "mini_concept_encoder.safetensors"),
