@@ -53,9 +53,11 @@ def host():
 
 
 def draw(host, api, reference, steps=4):
-    """The picture of a few steps, of two iterations of guidance where there is any: [128, 128, 3] from 0 to 255."""
+    """The picture of a few steps, of two steps of what is optimised where anything is: [128, 128, 3] from 0 to 255."""
     if workflow.find(api, "LookaheadGuidanceSampler"):
-        api = workflow.override(api, "LookaheadGuidanceSampler", iterations=2)
+        api = workflow.override(api, "LookaheadGuidanceSampler", preset="as set below", iterations=2)
+    for node in workflow.find(api, "LookaheadTuneConcept"):
+        api = workflow.override(api, "LookaheadTuneConcept", steps=min(2, api[node]["inputs"]["steps"]), words=2)
     return run(host, api, reference, steps)[0]
 
 
