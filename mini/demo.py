@@ -168,11 +168,11 @@ STEERED = (
         *("photo", 1, structure_of),
     ),
 )
-#: How each column of that sheet is drawn: inputs of the sampler, kind of the shortcut
+#: How each column of that sheet is drawn: inputs of the sampler other than in its file, kind of the shortcut
 GUIDED: dict[str, tuple[dict[str, str], str]] = {
     "no guidance": ({"preset": "off"}, "one-step"),
-    "guided by x0": ({"preset": "as set below"}, "plain x0"),  # by the node's numbers, as it is measured
-    "guided by lookahead": ({"preset": "as set below"}, "one-step"),
+    "guided by x0": ({}, "plain x0"),
+    "guided by lookahead": ({}, "one-step"),
 }
 
 

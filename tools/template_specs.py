@@ -10,7 +10,6 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Sequence
 
-from ..lookahead.method.guidance_presets import PRESETS
 from .common import ROOT
 from .template_graph import Node, Subgraph, Template
 
@@ -323,8 +322,8 @@ TWO_PART = Subgraph(
 
 
 def ahead_nodes(model_: str = "", loss: str = "", preset: str = "as set below") -> dict[str, Node]:
-    """Few-step LoRA, preview VAE, shortcut and guided sampler; the widgets keep the nodes' own values, or have those of
-    a preset."""
+    """Few-step LoRA, preview VAE, shortcut and guided sampler; but for the preset the widgets keep the nodes' own
+    values."""
     steered = {"sampler": "chosen", "shortcut": "shortcut"} | ({"loss": loss} if loss else {})
     return {
         "lora": Node(
@@ -336,17 +335,8 @@ def ahead_nodes(model_: str = "", loss: str = "", preset: str = "as set below") 
         "preview vae": Node("VAELoader", "Preview VAE", {"vae_name": TAESD}),
         "shortcut": Node("LookaheadShortcut", links={"model": "lora", "vae": "preview vae"}),
         "chosen": Node("KSamplerSelect", values={"sampler_name": "dpmpp_2m"}),
-        "ahead": Node("LookaheadGuidanceSampler", values={"preset": preset, **_numbers_of(preset)}, links=steered),
+        "ahead": Node("LookaheadGuidanceSampler", values={"preset": preset}, links=steered),
     }
-
-
-def _numbers_of(preset: str) -> dict[str, float]:
-    """What choosing one of ours writes into the fields, of which the others keep the node's own values."""
-    if preset not in PRESETS:
-        return {}
-    chosen = PRESETS[preset]
-    fields = {"start": chosen.start, "jitter": chosen.jitter, "lean": chosen.lean}
-    return fields | {"iterations": chosen.optimisation.iterations}
 
 
 AHEAD_PART = Subgraph(

@@ -46,7 +46,10 @@ BUILD = """(spec => {
     nodes[one.name] = node;
     const inputs = {...node.constructor.nodeData?.input?.required, ...node.constructor.nodeData?.input?.optional};
     for (const widget of node.widgets ?? []) widget.value = inputs[widget.name]?.[1]?.default ?? widget.value;
-    for (const [name, value] of Object.entries(one.values)) node.widgets[pick(node.widgets, name, node)].value = value;
+    // Beside a preset stand the numbers that it means, as where it is chosen by hand (nodes/presets.py).
+    const told = inputs.preset?.[1]?.lookahead_presets?.[one.values.preset];
+    for (const [name, value] of Object.entries({...told, ...one.values}))
+      node.widgets[pick(node.widgets, name, node)].value = value;
   }
   for (const one of spec)
     for (const [input, name, output] of one.links) {

@@ -5,7 +5,8 @@ nothing of the reference, and its first iterations find again what the reference
 of a face. Here they are read off it: what z_t has of its preview becomes, about the head, what it would have of the
 reference, put where the preview has its face. It costs the preview, one evaluation, and no gradient. Image to image
 (SDEdit, arXiv 2108.01073) does so to all of the picture, with the reference as it lies and with noise that knows
-nothing of the prompt; here place, ground and the noise of the run stay. This project's own.
+nothing of the prompt; here the place of the face stays, the noise of the run, and what the mask leaves out. This
+project's own.
 """
 
 from __future__ import annotations

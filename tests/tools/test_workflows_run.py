@@ -11,7 +11,6 @@ import torch
 from lcm_lookahead.host import workflow
 from lcm_lookahead.host.graph import Graph
 from lcm_lookahead.lookahead.losses import embedding, identity, lpips
-from lcm_lookahead.lookahead.method.guidance_presets import PRESETS
 from lcm_lookahead.lookahead.vision import arcface, clip, perceptual
 from lcm_lookahead.lookahead.vision.face_models import FaceModels
 from lcm_lookahead.mini import demo
@@ -219,17 +218,14 @@ def test_guidance_brings_pictures_closer_to_their_reference_by_the_loss_s_own_me
 def test_a_guided_workflow_is_set_as_the_nodes_come_and_for_likeness_by_a_preset(host, path):
     """So that it follows when better defaults are found; beside a preset stand the numbers that it means."""
     nodes = workflow.convert(path, host.object_info()).values()
+    likeness = any(node["class_type"] in ("LookaheadIdentityLoss", "LookaheadPeopleLoss") for node in nodes)
     for node in nodes:
         if node["class_type"] in ("LookaheadGuidanceSampler", "LookaheadShortcut", "LookaheadLPIPSLoss"):
             schema = host.object_info()[node["class_type"]]["input"]
             expected = {name: spec[1]["default"] for name, spec in schema["required"].items() if "default" in spec[1]}
             if node["class_type"] == "LookaheadGuidanceSampler":
-                likeness = any(n["class_type"] in ("LookaheadIdentityLoss", "LookaheadPeopleLoss") for n in nodes)
                 expected["preset"] = "balanced" if likeness else "as set below"
-                if likeness:
-                    chosen = PRESETS["balanced"]
-                    expected |= {"start": chosen.start, "jitter": chosen.jitter, "lean": chosen.lean}
-                    expected["iterations"] = chosen.optimisation.iterations
+                expected |= schema["optional"]["preset"][1]["lookahead_presets"].get(expected["preset"], {})
             assert {name: node["inputs"][name] for name in expected} == expected
 
 
