@@ -84,7 +84,7 @@ class PromptEncoder(nn.Module):
 
 
 class Preview(nn.Module):
-    """The decoder of a tiny autoencoder: latents [B, 4, h, w], as the UNet has them, -> pictures in about [-1, 1]."""
+    """A tiny autoencoder: latents [B, 4, h, w], as the UNet has them, -> pictures in about [-1, 1], and back."""
 
     def __init__(self, vae: AutoencoderTiny):
         super().__init__()
@@ -92,6 +92,11 @@ class Preview(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         return self.vae.decode(latents / self.vae.config.scaling_factor).sample
+
+    @torch.no_grad()
+    def encode(self, pictures: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W] in [-1, 1] -> latents [B, 4, h, w], as the UNet has them."""
+        return self.vae.encode(pictures).latents * self.vae.config.scaling_factor
 
 
 @dataclass(frozen=True, eq=False)

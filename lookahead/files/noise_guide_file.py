@@ -18,7 +18,7 @@ from .atomic import first_line
 from .metadata import short, stated
 from .tensors import LARGEST, EncoderFileError, check_numbers, read_tensors, write_tensors
 
-FORMAT, VERSION = "lcm-lookahead-noise-guide", "1"
+FORMAT, VERSION = "lcm-lookahead-noise-guide", "2"  # (of version 1, which did not see the goal, none was trained)
 SIGNATURE = "recogniser_signature"
 SAME = 0.98  # cosine of two answers to the same pattern above which one recogniser gave both (ONNX rounds differently)
 
@@ -112,7 +112,7 @@ def from_tensors(
     if metadata.get("format_version") != VERSION:
         raise EncoderFileError(
             f"{name} has noise guide format version {stated(metadata, 'format_version')}, and this version of the pack "
-            f"reads {VERSION}: update the pack."
+            f"reads {VERSION}: update the pack, or train the guide anew."
         )
     check_numbers(tensors, name, LARGEST)
     weights = {k: v.float() for k, v in tensors.items()}

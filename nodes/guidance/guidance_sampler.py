@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+from dataclasses import replace
 from typing import Any
 
 import comfy.samplers
@@ -411,8 +412,9 @@ class LookaheadGuidanceSampler(io.ComfyNode):
                     "noise_guide",
                     optional=True,
                     advanced=True,
-                    tooltip="From Load Lookahead Noise Guide: moves the noise in one pass, before the iterations, or "
-                    "alone with preset off. The loss must be Lookahead Identity Loss, alone or combined.",
+                    tooltip="From Load Lookahead Noise Guide: moves the noise in one pass, in the place of lean and "
+                    "before the iterations, or alone with preset off. The loss must be Lookahead Identity Loss, alone "
+                    "or combined.",
                 ),
                 io.Float.Input(
                     "lean",
@@ -479,6 +481,8 @@ class LookaheadGuidanceSampler(io.ComfyNode):
         )
         if preset in PRESETS:
             settings = PRESETS[preset]
+            if not settings.acts and noise_guide is not None:  # the guide alone, where it was trained to act
+                settings = replace(settings, start=noise_guide.file.start)
             log_ignored("Lookahead Guidance Sampler", preset, numbers_of(settings), numbers_of(own))
         guidance = Guidance(
             shortcut=shortcut,

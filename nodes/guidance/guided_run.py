@@ -29,7 +29,7 @@ from ...lookahead.method.leaning import lean_towards
 from ...lookahead.method.schedule import lora_scale, to_ve, to_vp
 from .guidance_report import Iterate, RunReport, mean, shown_while_running
 from .memory import AUTO, MemoryLadder
-from .noise_guide import LoadedNoiseGuide, apply_noise_guide
+from .noise_guide import LoadedNoiseGuide, apply_noise_guide, identity_in, warn_of_level
 from .preview import Call, Previewer, as_image
 from .sampler_steps import GuidedStep
 
@@ -46,7 +46,7 @@ class Guidance:
 
     settings: where and how the latent is moved; cfg, positive: of the preview; mask: [masks, H, W] in [0, 1] or None,
     where the latent may move; checkpointing: which blocks are computed twice; live: every how many steps a preview is
-    shown, 0 for none; noise_guide: what moves the latent in one pass at the first guided step, before all else.
+    shown, 0 for none; noise_guide: what moves the latent in one pass at the first guided step, in the place of `lean`.
     """
 
     shortcut: Shortcut
@@ -109,10 +109,6 @@ class GuidedRun:
         self.previewer.prepare(call)
         conds = self.previewer.conds(self._noise, self._latent_image, call)
         before = x.clone()
-        guide = self.guidance.noise_guide
-        if guide is not None and not self._started:
-            mask = self._update_mask(x, call.denoise_mask)
-            x.copy_(apply_noise_guide(guide, self.previewer, x, call, conds, self.guidance.loss.loss, mask))
         for again in range(self.settings.time_travel + 1):
             if again:
                 x.copy_(self._time_travel(x, call, step))
@@ -185,8 +181,8 @@ class GuidedRun:
                     on_look,
                 )
                 self.report.start = _said(seen, self.report.loss)
-            if self.settings.lean and not self._started:
-                best = self._lean(predict, best, share, mask)
+            if not self._started:
+                best = self._begin(predict, best, share, mask, step)
             self._started = True
             best = optimise_latent(
                 predict,
@@ -202,9 +198,13 @@ class GuidedRun:
             )
         return (x + to_ve(best - z, sigma)).detach()  # where nothing moved, the bits stay
 
-    def _lean(self, predict: Predict, z: Tensor, share: Tensor, mask: Tensor | None) -> Tensor:
-        """Latents whose preview's faces give way to the loss's references; as they are where it has none to show."""
-        showing = showing_in(self._loss)
+    def _begin(self, predict: Predict, z: Tensor, share: Tensor, mask: Tensor | None, step: GuidedStep) -> Tensor:
+        """Latents whose preview's faces give way to the loss's references, by the noise guide or by `lean`; as they are
+        where there is neither, or nothing to show."""
+        guide, lean = self.guidance.noise_guide, self.settings.lean
+        if guide is None and not lean:
+            return z
+        showing = showing_in(self._loss) if guide is None else identity_in(self._loss)
         if showing is None:
             self.report.notes.append("lean: nothing to lean to, since no part of the loss is likeness of a person")
             return z
@@ -214,7 +214,11 @@ class GuidedRun:
             goal, head = showing.shown(self._decode_one_by_one(preview).float())
             place = nn.functional.interpolate(head, preview.shape[-2:], mode="area")
             place = place if mask is None else mask * place
-            return lean_towards(z, preview, self.previewer.encode(goal), share, self.settings.lean, place)
+            goal = self.previewer.encode(goal)
+            if guide is None:
+                return lean_towards(z, preview, goal, share, lean, place)
+            warn_of_level(guide, self.guider.inner_model.model_sampling, step.sigma)
+            return apply_noise_guide(guide, identity_in(self._loss), z, preview, goal, place, share)
 
     def _signal_share(self, sigma: Tensor) -> Tensor:
         """alpha_bar [n]: the square of what z_t has of z_0, in flow matching too."""

@@ -1,11 +1,11 @@
-"""A noise guide in the host: the loaded file, and a sampler's state moved by it in one pass."""
+"""A noise guide in the host: the loaded file, and latents moved by it in one pass."""
 
 from __future__ import annotations
 
 import logging
 import os
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
@@ -17,10 +17,6 @@ from ...lookahead.files import noise_guide_file
 from ...lookahead.losses.base import Combined, Loss
 from ...lookahead.losses.identity import IdentityLoss
 from ...lookahead.method.noise_guide import guide_noise, signature
-from ...lookahead.method.schedule import to_ve, to_vp
-
-if TYPE_CHECKING:
-    from .preview import Call, Previewer
 
 NEAR = 1e-3  # how far, as a share, a noise level may lie outside of those that a guide was trained for
 
@@ -62,33 +58,26 @@ def identity_in(loss: Loss) -> IdentityLoss:
 @torch.no_grad()
 def apply_noise_guide(
     guide: LoadedNoiseGuide,
-    previewer: Previewer,
-    x: Tensor,
-    call: Call,
-    conds: dict[str, Any],
-    loss: Loss,
-    mask: Tensor | None = None,
+    loss: IdentityLoss,
+    z: Tensor,
+    preview: Tensor,
+    goal: Tensor,
+    place: Tensor,
+    alpha_bar: Tensor,
 ) -> Tensor:
-    """The sampler's state x [n, c, h, w] with its noise moved towards the people of the loss; where nothing moves, the
-    bits stay. It costs one evaluation of the shortcut model, for the preview that the guide reads.
+    """Latents z_t [n, c, h, w] moved towards the people of a loss; where nothing moves, the bits stay.
 
-    previewer, call, conds: of the run, as `GuidedRun.guide` has them, after `previewer.prepare(call)`; mask: [n, 1, h,
-    w] in [0, 1], where the latent may move. Raises ValueError or EncoderFileError, one sentence, where the loss names
-    no person or has another recogniser.
+    preview, goal, place, alpha_bar: as in `noise_guide.guide_noise`. Raises EncoderFileError, one sentence, where the
+    loss has another recogniser than the guide.
     """
-    identity = identity_in(loss)
-    guide.check(identity, x.device)
-    _warn_of_level(guide, previewer.guider.inner_model.model_sampling, float(call.sigma.flatten()[0]))
-    with previewer.installed():
-        preview = previewer.latent(x, call, conds, torch.ones(len(x), device=x.device), grad=False)
-    people = identity.references.embeddings
-    people = people[torch.arange(len(x)) % len(people)].to(x.device, torch.float32)
-    z = to_vp(x, call.sigma)
-    moved = guide_noise(guide.file.network, z, preview, 1 / (call.sigma.float() ** 2 + 1), people, mask)
-    return x + to_ve(moved.z - z, call.sigma)
+    guide.check(loss, z.device)
+    people = loss.references.embeddings
+    people = people[torch.arange(len(z)) % len(people)].to(z.device, torch.float32)
+    return guide_noise(guide.file.network, z, preview, goal, place, alpha_bar, people).z
 
 
-def _warn_of_level(guide: LoadedNoiseGuide, sampling: Any, sigma: float) -> None:
+def warn_of_level(guide: LoadedNoiseGuide, sampling: Any, sigma: float) -> None:
+    """Log a warning where a noise level, in the scale of the host's model sampling, is none of the guide's."""
     file = guide.file
     noisiest, cleanest = (float(sampling.percent_to_sigma(place)) for place in (file.start, file.end))
     if not cleanest * (1 - NEAR) <= sigma <= noisiest * (1 + NEAR):

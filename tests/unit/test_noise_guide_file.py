@@ -55,7 +55,7 @@ def changed(path, metadata=None, **tensors):
     ("metadata", "tensors", "match"),
     [
         ({"format": "lcm-lookahead-encoder"}, {}, "no noise guide"),
-        ({"format_version": "2"}, {}, "version 2, and this version of the pack reads 1"),
+        ({"format_version": "1"}, {}, "version 1, and this version of the pack reads 2"),
         ({"start": "0.5"}, {}, "from 0.5 to 0.2"),
         ({"end": "nan"}, {}, "to nan of the sampling"),
         ({}, {"conv_in.weight": None}, "not a whole noise guide"),

@@ -40,9 +40,9 @@ class NoiseGuideModels(BaseModels):
 class Opening(Section):
     """The sampler's first steps, which lead from pure noise to where the guide acts: DDIM with the base itself."""
 
-    start: Early = Field(0.12, description="earliest place in the sampling where the guide acts; 0 is pure noise")
-    end: Early = Field(0.2, description="latest place; a sampler's step lies somewhere between the two")
-    steps: Count = Field(2, description="steps from pure noise to there; each costs two predictions without gradient")
+    start: Early = Field(0.4, description="earliest place in the sampling where the guide acts; 0 is pure noise")
+    end: Early = Field(0.45, description="latest place; a sampler's step lies somewhere between the two")
+    steps: Count = Field(3, description="steps from pure noise to there; each costs two predictions without gradient")
     guidance: Positive = Field(5.0, description="scale of their classifier-free guidance; 1 is none, at half the cost")
 
     @model_validator(mode="after")

@@ -35,6 +35,9 @@ class _MetaIdentity(IdentityLoss):
     def __call__(self, preview: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return preview.abs().mean((1, 2, 3)), torch.empty(len(preview), dtype=torch.bool, device=preview.device)
 
+    def shown(self, preview: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(preview), torch.empty_like(preview[:, :1])
+
 
 class _Sample(NamedTuple):
     """peak: bytes that the loss of one sample allocates, with the guide's gradients; work: FLOP; else parameters."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...lookahead.files import noise_guide_file
-from ...lookahead.losses.identity import read_references
+from ...lookahead.losses.identity import NONE, IdentityLoss, read_references
 from ...lookahead.method.noise_guide import NoiseGuide
 from ...lookahead.method.schedule import lora_scale
 from ...lookahead.vision.arcface import Recogniser
@@ -109,8 +109,8 @@ class NoiseGuideRecipe:
         probes = source.probes(self.config.reading(), device)
         with torch.no_grad():
             recogniser = self.recogniser.to(device)
-            people = read_references(recogniser, self.detector, list(probes.shown), False).embeddings.to(device)
-        return GainValidator(self.losses, probes, people)
+            people = read_references(recogniser, self.detector, list(probes.shown), False)
+        return GainValidator(self.losses, probes, IdentityLoss(recogniser, self.detector, people, NONE))
 
     def compile(self) -> None:
         """Compile the UNet's transformer blocks."""
@@ -131,10 +131,9 @@ class GainValidator:
     those with one.
     """
 
-    def __init__(self, step: GuideStep, probes: Probes, people: Tensor):
-        """people [n, d]: embeddings of those whom the probes show, by the loss's recogniser."""
-        self.step, self.probes = step, probes
-        self.people = people.repeat_interleave(probes.prompts, 0)
+    def __init__(self, step: GuideStep, probes: Probes, likeness: IdentityLoss):
+        """likeness: to those whom the probes show."""
+        self.step, self.probes, self.likeness = step, probes, likeness
         self._unguided: Tensor | None = None
 
     @property
@@ -167,6 +166,7 @@ class GainValidator:
             some = batch.rows(chosen)
             numbers = [(first + i) // self.probes.prompts for i in range(len(some.names))]
             noise = torch.stack([torch.randn(some.target.shape[1:], generator=generator(STREAM, n)) for n in numbers])
-            latents = self.step.draw(some.text, noise.to(some.target), guide, self.people[chosen])
-            pictures.append((self.step.decode_preview(latents).float() / 2 + 0.5).clamp(0, 1))
+            people = torch.arange(first, first + len(some.names)) // self.probes.prompts
+            latents = self.step.draw(some.text, noise.to(some.target), guide, self.likeness, people)
+            pictures.append((self.step.tiny(latents).float() / 2 + 0.5).clamp(0, 1))
         return torch.cat(pictures)
