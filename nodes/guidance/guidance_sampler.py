@@ -13,6 +13,7 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
+from ...lookahead.losses.base import showing_in
 from ...lookahead.method.guidance_presets import PRESETS, GuidanceSettings
 from ...lookahead.method.latent_optimisation import RAW, RELATIVE, UNIT_RMS, Optimisation
 from ...lookahead.method.schedule import chosen_steps
@@ -481,6 +482,8 @@ class LookaheadGuidanceSampler(io.ComfyNode):
         )
         if preset in PRESETS:
             settings = PRESETS[preset]
+            if showing_in(loss.loss) is None:
+                settings = settings.with_nobody_shown()
             if not settings.acts and noise_guide is not None:  # the guide alone, where it was trained to act
                 settings = replace(settings, start=noise_guide.file.start)
             log_ignored("Lookahead Guidance Sampler", preset, numbers_of(settings), numbers_of(own))

@@ -101,3 +101,17 @@ def test_a_loss_that_shows_nothing_is_said_in_the_report_and_changes_nothing(run
     same, report = run(colour, lean=0.3)
     assert torch.equal(same, plain)
     assert any("nothing to lean to" in note for of_run in report.runs.values() for note in of_run.notes)
+
+
+@pytest.mark.parametrize(("loss", "start"), [(Wanted(LEFT), 0.4), (None, 0.12)], ids=["shows", "shows nobody"])
+def test_a_preset_of_ours_begins_early_where_the_loss_shows_nobody(pack, tools, mini, vae, loss, start):
+    import comfy.samplers
+
+    def colour(picture, rows=None):
+        return picture.mean((1, 2, 3)).square(), torch.ones(len(picture), dtype=torch.bool)
+
+    loss = pack.module("nodes.losses.lookahead_loss").LookaheadLoss(loss or colour, name="it")
+    shortcut = tools.run("LookaheadShortcut", tools.with_lora(mini.model), vae)
+    node, euler = pack.nodes["LookaheadGuidanceSampler"], comfy.samplers.sampler_object("euler")
+    sampler, _ = node.execute(euler, shortcut, loss, start=0.7, preset="gentle").result
+    assert sampler.lookahead[0].settings.start == start

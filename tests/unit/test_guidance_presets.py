@@ -1,5 +1,6 @@
 """The named settings of the guidance: each descends a closed-form loss, and costs what it is said to cost."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -52,6 +53,13 @@ class Counting:
             z = lean_towards(z, preview, torch.full_like(z, 0.5), ALPHA_BAR, preset.lean)
         o = preset.optimisation
         return optimise_latent(self.predict, lambda latent: latent[:, :3], quadratic, z, o, alpha_bar=ALPHA_BAR)
+
+
+def test_only_the_presets_that_lean_begin_elsewhere_where_a_loss_shows_nobody():
+    for preset in PRESETS.values():
+        other = preset.with_nobody_shown()
+        assert other.start == (GuidanceSettings().start if preset.lean else preset.start)
+        assert dataclasses.replace(other, start=preset.start) == preset
 
 
 @pytest.fixture
