@@ -248,6 +248,15 @@ class Host(Client):
         if status is not None:
             raise Problem(f"ComfyUI ended by itself with exit status {status}; its last words:\n{self.last_words()}")
 
+    def processor_seconds(self) -> float:
+        """The processor time that the server has taken so far, which says more than a clock on a busy machine."""
+        import psutil  # ComfyUI's environment has it; who only starts a host needs none
+
+        self.check_alive()
+        assert self.process is not None
+        times = psutil.Process(self.process.pid).cpu_times()
+        return times.user + times.system
+
     def stop(self) -> None:
         """End the server, by its own process id, and remove a temporary base directory. Safe to call twice."""
         process, self.process = self.process, None

@@ -307,8 +307,9 @@ def _guidance(
         ends.append(clock())
         return picture.square().mean(dim=(1, 2, 3)), torch.ones(len(picture), dtype=torch.bool, device=picture.device)
 
-    def iteration(vae: Any, checkpointing: str, kind: str = "plain x0") -> list[float]:
+    def iteration(vae: Any, checkpointing: str, kind: str = "plain x0", backward: bool = True) -> list[float]:
         options = {"iterations": 4, "start": 0.0, "checkpointing": checkpointing, "loss": loss_type(loss)}
+        options["backward"] = backward
         shortcut = shortcut_node.execute(few if kind == "one-step" else model, vae, kind).result[0]
         sampler = sampler_node.execute(comfy.samplers.sampler_object("euler"), shortcut, **options).result[0]
         noise = torch.randn(1, 4, latent, latent, generator=torch.Generator().manual_seed(2))
@@ -323,6 +324,10 @@ def _guidance(
         "iteration, UNet alone, checkpointed": lambda: iteration(_ColourVAE(), "always"),
         "iteration, UNet and few-step LoRA": lambda: iteration(_ColourVAE(), "never", "one-step"),
         "iteration, UNet and few-step LoRA, checkpointed": lambda: iteration(_ColourVAE(), "always", "one-step"),
+        "iteration without backward, UNet alone": lambda: iteration(_ColourVAE(), "never", backward=False),
+        "iteration without backward, UNet and few-step LoRA": lambda: iteration(
+            _ColourVAE(), "never", "one-step", backward=False
+        ),
         "iteration, UNet, few-step LoRA and decoder": lambda: iteration(vae, "never", "one-step"),
     }
     seconds: dict[str, list[float]] = {name: [] for name in arms}

@@ -176,35 +176,56 @@ def _layer(module: nn.Module, bypasses: Bypasses | None, x: Tensor, *args: Any, 
     if bypasses is not None:
         fold = None if args or kwargs else bypasses.fold(module, x)
         bypass = bypasses.of(module) if fold is None else None
-    out = _Frozen.apply(x, module, args, kwargs, fold)
+    if torch.is_grad_enabled() and x.requires_grad:
+        out = _Frozen.apply(x, module, args, kwargs, fold, None if bypasses is None else bypasses.kept)
+    else:
+        out, _ = _forward(module, x, args, kwargs, fold)
     return out if bypass is None else out + bypass(x)
 
 
-class _Frozen(torch.autograd.Function):
-    """One linear layer or convolution of the host with frozen weights; it saves no tensor.
+def _forward(
+    module: nn.Module, x: Tensor, args: tuple, kwargs: dict[str, Any], fold: Callable[[Tensor], Tensor] | None
+) -> tuple[Tensor, Tensor | None]:
+    """What a layer computes, and the weight that was made for it, if one was."""
+    if fold is not None:
+        with _weight(module, x) as (weight, bias):
+            weight = fold(weight)
+            return _with_weight(module, x, weight, bias), weight
+    with _as_the_host(module):
+        out = type(module).forward_comfy_cast_weights(module, x, *args, **kwargs)
+    return out.clone() if out.is_inference() else out, None
 
-    fold: makes the weight that is used of the layer's own, in forward and again in backward; None for the layer's own.
+
+class _Frozen(torch.autograd.Function):
+    """One linear layer or convolution of the host with frozen weights; it saves none of these.
+
+    fold: makes the weight that is used of the layer's own, in forward and again in backward, unless `kept` gives it
+    back then; None for the layer's own.
     """
 
     @staticmethod
-    def forward(ctx, x, module, args, kwargs, fold):
+    def forward(ctx, x, module, args, kwargs, fold, kept):
         ctx.module, ctx.shape, ctx.dtype, ctx.fold = module, x.shape, x.dtype, fold
-        if fold is not None:
-            with _weight(module, x) as (weight, bias):
-                return _with_weight(module, x, fold(weight), bias)
-        with _as_the_host(module):
-            out = type(module).forward_comfy_cast_weights(module, x, *args, **kwargs)
-        return out.clone() if out.is_inference() else out
+        out, folded = _forward(module, x, args, kwargs, fold)
+        ctx.folded = None if folded is None else kept(folded)
+        return out
 
     @staticmethod
     def backward(ctx, grad):
-        with _weight(ctx.module, grad) as (weight, _):
-            weight = weight if ctx.fold is None else ctx.fold(weight)
-            if isinstance(ctx.module, tuple(_CONVOLUTIONS)):
-                out = _through_convolution(ctx.module, ctx.shape, weight, grad)
-            else:
-                out = grad @ weight
-        return out.to(ctx.dtype), None, None, None, None
+        folded, ctx.folded = ctx.folded, None
+        if folded is not None and folded.dtype == grad.dtype:
+            out = _through(ctx.module, ctx.shape, folded, grad)
+        else:
+            with _weight(ctx.module, grad) as (weight, _):
+                out = _through(ctx.module, ctx.shape, weight if ctx.fold is None else ctx.fold(weight), grad)
+        return out.to(ctx.dtype), None, None, None, None, None
+
+
+def _through(module: nn.Module, shape: torch.Size, weight: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of a layer's input."""
+    if isinstance(module, tuple(_CONVOLUTIONS)):
+        return _through_convolution(module, shape, weight, grad)
+    return grad @ weight
 
 
 def _with_weight(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 Patch = tuple[float, Any, float, Any, Any]  # strength, what is added, strength of the weight itself, offset, function
 
-_OPERATIONS = 4  # that a layer has more with a bypass beside it, for one that folding has
+# That a layer has more with a bypass beside it than folded, and multiplications that take as long as starting one of
+# them and its gradient, on a CPU's core; a GPU does more of them in that time.
+_OPERATIONS, _STARTING = 4, 2_000_000
+KEPT_BYTES = 2**28  # of folded weights that one pass may keep for its backward; in SDXL folding anew is next to nothing
 
 
 class Bypass(nn.Module):
@@ -32,7 +35,7 @@ class Bypass(nn.Module):
 
     def __init__(self, layer: nn.Module, shape: torch.Size, patch: Patch):
         super().__init__()
-        up, down, alpha, mid, *_ = patch[1].weights
+        up, down, alpha, mid = (_in_precision_of(layer, tensor) for tensor in patch[1].weights[:4])
         rank = down.shape[0]
         self.scale = patch[0] * (1.0 if alpha is None else float(alpha) / rank)
         if isinstance(layer, nn.Conv2d):
@@ -46,13 +49,11 @@ class Bypass(nn.Module):
             self.mid = None if mid is None else _linear(mid.reshape(rank, -1))
 
     def is_cheaper_folded(self, x: Tensor) -> bool:
-        """Compares rank * in * out (folded) with positions * rank * (in + out) (beside the layer) for an input.
-
-        Folding is one operation instead of three to four, so it may take a few times as many multiplications.
-        """
-        inputs, outputs = self.down.weight[0].numel(), self.up.weight.shape[0]
+        """Compares rank * in * out (folded) with positions * rank * (in + out) (beside the layer) for an input, and
+        counts what starting the operations takes."""
+        rank, inputs, outputs = len(self.down.weight), self.down.weight[0].numel(), self.up.weight.shape[0]
         positions = x.numel() // self.down.weight.shape[1]
-        return inputs * outputs <= _OPERATIONS * positions * (inputs + outputs)
+        return rank * inputs * outputs <= rank * positions * (inputs + outputs) + _OPERATIONS * _STARTING
 
     def add_to(self, weight: Tensor, strength: float) -> Tensor:
         """The layer's weight [out, ...] with strength * this change in it, a new tensor of its device and precision."""
@@ -64,6 +65,12 @@ class Bypass(nn.Module):
         if self.mid is not None:
             x = self.mid(x)
         return self.scale * self.up(x)
+
+
+def _in_precision_of(layer: nn.Module, tensor: Any) -> Any:
+    """A LoRA's tensor as its layer computes, once for all; as it is, where that may be cast itself."""
+    usual = layer.weight.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return tensor.to(layer.weight.dtype) if usual and isinstance(tensor, Tensor) else tensor
 
 
 def _linear(weight: Tensor) -> nn.Module:
@@ -102,6 +109,7 @@ class Bypasses(nn.Module):
     def __init__(self, base: nn.Module, patches: dict[str, list[Patch]]):
         super().__init__()
         self.now: Strengths | None = None
+        self._room = 0  # bytes that this pass may keep yet
         self.beside = nn.ModuleList()
         self._by_layer: dict[int, list[Bypass]] = {}
         for key, added in patches.items():
@@ -143,10 +151,15 @@ class Bypasses(nn.Module):
 
         return change
 
+    def kept(self, folded: Tensor) -> Tensor | None:
+        """A folded weight, where there is room to keep it until the pass goes back through it."""
+        self._room -= folded.nbytes
+        return folded if self._room >= 0 else None
+
     @contextmanager
     def switched(self, to: Strengths | None) -> Iterator[None]:
         """Inside, the bypasses act with other strengths, or not."""
-        before, self.now = self.now, to
+        before, self.now, self._room = self.now, to, KEPT_BYTES
         try:
             yield
         finally:
