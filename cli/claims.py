@@ -15,7 +15,7 @@ def claims(
         list[str] | None,
         typer.Argument(metavar="[NAME]...", help="Claims to judge or measure; by default all.", show_default=False),
     ] = None,
-    run: Annotated[bool, typer.Option("--run", help="Run the commands whose files are missing.")] = False,
+    run: Annotated[bool, typer.Option("--run", help="Run the commands whose figures are missing.")] = False,
     out: Annotated[
         Path | None, typer.Option(help="Page to write.", show_default="docs/evidence.md, where all claims are judged")
     ] = None,
@@ -23,8 +23,9 @@ def claims(
 ) -> None:
     """Judge the paper's claims by 95 % intervals, and write a page of them.
 
-    Paths in the list of claims start from the folder that this is run in. With --run, what is missing is measured
-    first; trainings take hours on a CPU. The same command again goes on where it stopped.
+    Paths in the list of claims start from the folder that this is run in. With --run, figures that are missing are
+    measured first; trainings take hours on a CPU. A claim with all of its figures runs nothing, and the same command
+    again goes on where it stopped.
     """
     from ..evaluation import claims as listed
     from ..lookahead.files.atomic import atomic, check_writable

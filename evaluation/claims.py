@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ..lookahead.files.atomic import first_line
 from .pages import templates
 from .stats import Interval
+from .unique_keys import DuplicateKeyError, load_yaml
 
 CLAIMS = Path(__file__).with_name("claims.yaml")
 Verdict = Literal["shown", "in part", "not shown", "contrary", "not measured"]
@@ -34,6 +35,10 @@ WORDS: Mapping[Verdict, str] = {
 
 class ClaimError(ValueError):
     """Says what is wrong with a list of claims or their figures, in one sentence."""
+
+
+class MissingFigure(ClaimError):
+    """Says that a file of figures lacks one."""
 
 
 class _Entry(BaseModel):
@@ -73,6 +78,13 @@ class ClaimCheck(_Entry):
     def bound(self) -> str:
         """The side and the bound in words."""
         return f"below {self.below:g}" if self.below is not None else f"above {self.above:g}"
+
+    def measured(self, root: Path) -> bool:
+        """Tells whether its figure is there. Raises ClaimError for one that is no interval."""
+        try:
+            return _figure(root, self.figure) is not None
+        except MissingFigure:
+            return False
 
     def judged(self, root: Path) -> ClaimFigure:
         """Reads the figure and judges it. Raises ClaimError where the file has no such figure."""
@@ -144,7 +156,9 @@ class JudgedClaim:
 def read(path: Path = CLAIMS) -> dict[str, PaperClaim]:
     """The claims of a file, by name. Raises ClaimError, one sentence."""
     try:
-        listed = yaml.safe_load(path.read_text(encoding="utf-8"))
+        listed = load_yaml(path.read_text(encoding="utf-8"))
+    except DuplicateKeyError as error:
+        raise ClaimError(f"{path}: {error}: leave one out.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ClaimError(f"{path} cannot be read as a list of claims ({first_line(error)}).") from None
     if not isinstance(listed, dict):
@@ -173,22 +187,30 @@ def judged(claims: Mapping[str, PaperClaim], root: Path) -> list[JudgedClaim]:
 
 
 def run_missing(claims: Mapping[str, PaperClaim], root: Path, run: Callable[[list[str]], None]) -> int:
-    """Runs the commands whose files are not there, in their order; returns how many. A shared command runs once.
+    """Runs the commands whose figures are not there, in their order; returns how many. A shared command runs once.
+
+    A claim that has all of its figures runs nothing, whatever else is gone: what was trained for them need not be kept.
+    Of another's steps run those whose files are not there, and again those that make the file of a missing figure.
 
     run: gets the arguments of `lookahead`; what it raises ends the run, and the next call goes on there.
     """
-    count = 0
+    ran: set[str] = set()
     for claim in claims.values():
-        for step in claim.steps:
-            if not (root / step.makes).exists():
+        missing = [check for check in claim.checks if not check.measured(root)]
+        for step in claim.steps if missing else ():
+            makes = [check for check in missing if check.figure[0] == step.makes]
+            if (root / step.makes).exists() and not makes:
+                continue
+            if step.run not in ran:
                 run(step.command())
-                if not (root / step.makes).exists():
-                    raise ClaimError(
-                        f"lookahead {step.run} has ended without writing {step.makes}, as the list of claims says: "
-                        "mend the list."
-                    )
-                count += 1
-    return count
+                ran.add(step.run)
+            lacks = [f"the figure {' / '.join(c.figure[1:])} into {c.figure[0]}" for c in makes if not c.measured(root)]
+            if lacks or not (root / step.makes).exists():
+                raise ClaimError(
+                    f"lookahead {step.run} has ended without writing {lacks[0] if lacks else step.makes}, as the list "
+                    "of claims says: mend the list."
+                )
+    return len(ran)
 
 
 def page(results: Sequence[JudgedClaim], root: Path, beside: Path) -> str:
@@ -212,7 +234,7 @@ def _figure(root: Path, keys: Sequence[str]) -> Interval | None:
         return None  # a study may be asked for some of its arms
     for number, key in enumerate(keys[1:], 1):
         if not isinstance(value, dict) or key not in value:
-            raise ClaimError(f"{path} has no figure {' / '.join(keys[1 : number + 1])}: run its command again.")
+            raise MissingFigure(f"{path} has no figure {' / '.join(keys[1 : number + 1])}: run its command again.")
         value = value[key]
     if isinstance(value, dict):
         value = [value.get(part) for part in Interval._fields]

@@ -123,11 +123,12 @@ def text(protocol: Protocol, found: EvaluationCost, command: str, card: str | No
     for field, name, size in found.files:
         lines.append(f"  {'is there, ' + _size(size) if size is not None else 'MISSING':>18}  {field}: {name}")
     lines += ["", "Commands", f"  {command}", f"  {command} --worker 0/4   (and 1/4, 2/4, 3/4: on as many GPUs)"]
-    lines += ["", "Pictures                     arms  pictures  TFLOP a picture"]
+    width = max(26, *map(len, found.arms))
+    lines += ["", f"{'Pictures':<{width + 2}} arms  pictures  TFLOP a picture"]
     for name, (arms, pictures, flop) in found.arms.items():
-        lines.append(f"  {name:<26} {arms:>4} {pictures:>9}  {flop / 1e12:>15.1f}")
+        lines.append(f"  {name:<{width}} {arms:>4} {pictures:>9}  {flop / 1e12:>15.1f}")
     total = sum(pictures for _, pictures, _ in found.arms.values())
-    lines.append(f"  {'in all':<26} {'':>4} {total:>9}  {found.flop / max(1, total) / 1e12:>15.1f}")
+    lines.append(f"  {'in all':<{width}} {'':>4} {total:>9}  {found.flop / max(1, total) / 1e12:>15.1f}")
     disk = ", ".join(f"{part} {_size(size)}" for part, size in found.disk.items())
     lines += [
         "",

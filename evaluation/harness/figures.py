@@ -18,7 +18,8 @@ from .run import Arm, EvaluationRun
 class ArmFigures:
     """Figures of an arm. means, gains: by measure; gains are over the baseline, empty for the baseline itself.
 
-    kinds: means by measure and kind of prompt. equal: identity at the baseline's prompt, on the method's curve.
+    kinds: means by measure and kind of prompt. seconds, memory (bytes): of a picture. equal: identity at the baseline's
+    prompt, on the method's curve.
     """
 
     arm: Arm
@@ -27,6 +28,7 @@ class ArmFigures:
     gains: Mapping[str, Interval]
     kinds: Mapping[str, Mapping[str, Interval]]
     seconds: float | None
+    memory: float | None
     equal: Interval | None = None
     equal_gain: Interval | None = None
 
@@ -65,7 +67,8 @@ def figures(run: EvaluationRun) -> Figures:
         equal, equal_gain = _at_equal_prompt(run, columns, arm, base)
         means = {m: mean(v) for m, v in values.items()}
         title = arm_title(run, arm)
-        out.append(ArmFigures(arm, title, means, gains, by_kind[arm], run.seconds(arm), equal, equal_gain))
+        cost = run.seconds(arm), run.memory(arm)
+        out.append(ArmFigures(arm, title, means, gains, by_kind[arm], *cost, equal, equal_gain))
     return Figures(run.measures, arm_title(run, base), tuple(out), _apart(run, columns))
 
 

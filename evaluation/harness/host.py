@@ -11,10 +11,11 @@ from typing import Any
 from PIL import Image
 
 from ...host.client import Client
-from ...host.server import link
+from ...host.server import Host, link
 from ...tools.common import Problem
 from .backends import Backend, Setting
 from .library import EvaluationError
+from .memory import PeakMemory
 from .methods import Method
 from .scenes import Drawable, Drawn, HostNames, HostScene, PictureJob
 
@@ -87,6 +88,8 @@ class HostBackend:
         if digest not in self._uploaded:
             self._uploaded[digest] = self._client.upload(job.person.reference, f"lookahead-{digest[:16]}.png")
         scene, node = self._scene(method, job, weight, self._uploaded[digest])
+        process = self._client.process if isinstance(self._client, Host) else None  # one of somebody else is not known
+        peak = PeakMemory(process.pid if process else None)
         try:
             prompt_id = self._client.queue(scene.nodes)
             result = self._client.wait(prompt_id, timeout=HOURS * 3600).check()
@@ -97,7 +100,7 @@ class HostBackend:
         except Problem as problem:
             raise EvaluationError(f"{method.kind}, {job.prompt.text!r}, {job.person.name}: {problem}") from None
         with Image.open(io.BytesIO(file)) as image:
-            return Drawn(image.convert("RGB"), self._seconds(prompt_id, result.seconds))
+            return Drawn(image.convert("RGB"), self._seconds(prompt_id, result.seconds), peak.bytes)
 
     def _seconds(self, prompt_id: str, otherwise: float) -> float:
         """How long the host was at it, by its own clock."""

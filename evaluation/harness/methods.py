@@ -7,7 +7,8 @@ graph (`on_host`) or into the diffusers pipeline (`in_diffusers`); a back end th
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
@@ -124,6 +125,9 @@ class Method(Section):
         """The back ends that draw it."""
         return (HOST,) if self.guidance else (HOST, DIFFUSERS)
 
+    def check_backends(self, backends: Sequence[str]) -> None:
+        """Raise EvaluationError, one sentence, where it asks for what none of these back ends does."""
+
     def loss_recognisers(self, library: Library, pack: Path | None) -> list[str]:
         """Names and hashes of recognisers that it was trained or is steered by, which cannot judge it."""
         return [digest_of(p) for p in sorted(pack.glob("*.onnx"))] if pack and self.guidance else []
@@ -179,7 +183,15 @@ class EncoderMethod(Method):
     file: str
     kv: bool | None = Field(None, description="KV injection; by default where the file has a KV encoder")
     kv_weight: Annotated[float, Field(ge=0, le=1)] = 1.0
+    kv_end: Annotated[float, Field(ge=0, le=1)] = Field(
+        1.0, description="share of the sampling after which KV injection ends; the node's own is 0.4"
+    )
     scales: KVScales = Field(KVScales(), description="text, full and kv as shares of drawing.guidance, with KV alone")
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, values: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leaves out what is younger than the others and not given, so that pictures drawn before are found."""
+        return {k: v for k, v in values(self).items() if k != "kv_end" or v != 1}
 
     def files(self, library: Library) -> dict[str, Path]:
         return {"lookahead": library.find("file", self.file)}
@@ -197,7 +209,7 @@ class EncoderMethod(Method):
         scene.read_reference(self.files(scene.library)["lookahead"], kv)
         scene.image_prompt(weight)
         if kv:
-            scene.inject(self.kv_weight, self.scales.of(scene.drawing.guidance))
+            scene.inject(self.kv_weight, self.kv_end, self.scales.of(scene.drawing.guidance))
 
     def in_diffusers(self, scene: DiffusersScene, weight: float) -> Image.Image:
         scene.load(self.files(scene.library)["lookahead"])
@@ -206,11 +218,20 @@ class EncoderMethod(Method):
         return scene.draw(None, weight, reference=True)
 
     def drawn_by(self) -> tuple[str, ...]:
-        return super().drawn_by() if self.kv_weight == 1 else (HOST,)  # the pipeline has no weight of KV
+        # The pipeline has neither weight nor end of KV.
+        return super().drawn_by() if self.kv_weight == self.kv_end == 1 else (HOST,)
+
+    def check_backends(self, backends: Sequence[str]) -> None:
+        if self.kv_end != 1 and HOST not in backends:
+            raise EvaluationError(
+                f"kv_end is {self.kv_end:g}, and {' and '.join(backends)} injects KV up to the last step: name "
+                f"{HOST} in backends, or leave kv_end out."
+            )
 
     def work(self, steps: int, others: Mapping[str, PictureWork]) -> PictureWork:
         rows, decodes = super().work(steps, others)
-        return PictureWork(rows + (0 if self.kv is False else 4.0 * steps), decodes)
+        injected = 0 if self.kv is False else math.ceil(self.kv_end * steps)
+        return PictureWork(rows + 4.0 * injected, decodes)
 
 
 @functools.lru_cache(maxsize=64)
@@ -310,7 +331,8 @@ class BestOf(Method):
         scores = [desk.score(self.by, one, job) for one in drawn]
         best = max(range(count), key=lambda n: scores[n])
         with Image.open(drawn[best].path) as image:
-            return Drawn(image.convert("RGB"), sum(one.seconds for one in drawn))
+            memory = max((one.memory for one in drawn if one.memory is not None), default=None)
+            return Drawn(image.convert("RGB"), sum(one.seconds for one in drawn), memory)
 
     def work(self, steps: int, others: Mapping[str, PictureWork]) -> PictureWork:
         if self.same_time_as:

@@ -5,21 +5,23 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import sys
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 
-from ...lookahead.files.atomic import atomic
-from ...sdxl.images import PictureError, read
+from ...lookahead.files.atomic import atomic, first_line
+from ...sdxl.images import PictureError, read, rgb
+from ...trainer.data.pairs import ENDINGS, passed_over
 from ...trainer.data.shards import Shards
 from ...trainer.data.store import Store
 from .library import EvaluationError
 from .sections import People, Prompt
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+PICTURES = ENDINGS
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ def _of_folder(people: People, out: Path) -> list[ReferencePerson]:
     if any(folder.glob("shard-*.tar")):
         files = _of_shards(folder)
     else:
+        if others := passed_over(folder):
+            print(others, file=sys.stderr)
         paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES)
         files = [(p.stem, p.read_bytes) for p in paths]  # read when their turn comes
     targets = Path(people.targets).expanduser() if people.targets else None
@@ -89,9 +93,11 @@ def one(name: str, file: bytes, out: Path, targets: Path | None = None) -> Refer
     """
     try:
         with Image.open(io.BytesIO(file)) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
+            upright = Image.fromarray((rgb(image) * 255).round().byte().numpy())
     except Exception as error:  # Pillow has an exception a format and kind of damage
-        raise EvaluationError(f"The reference {name} cannot be read as a picture ({error}): take it out.") from None
+        raise EvaluationError(
+            f"The reference {name} cannot be read as a picture ({first_line(error)}): take it out."
+        ) from None
     path = out / f"{name}.png"
     out.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(upright.tobytes() + repr(upright.size).encode()).hexdigest()

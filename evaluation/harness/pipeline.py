@@ -18,6 +18,7 @@ from ...sdxl.images import read
 from ...sdxl.pipeline import EncodedReference, LookaheadPipeline
 from .backends import Backend, Setting
 from .library import EvaluationError, Library
+from .memory import own_peak
 from .methods import Method
 from .scenes import Drawable, Drawn, PictureJob
 from .sections import DrawingOptions
@@ -77,12 +78,12 @@ class PipelineBackend:
         """Nothing can be missing that a method's own files do not say."""
 
     def draw(self, method: Drawable, job: PictureJob, weight: float) -> Drawn:
-        begun = time.perf_counter()
+        begun, peak = time.perf_counter(), own_peak(self.pipe.device)
         try:
             image = method.in_diffusers(_Scene(self, job, self._setting.drawing, self._setting.library), weight)
         except ValueError as error:
             raise EvaluationError(f"{method.kind}, {job.prompt.text!r}, {job.person.name}: {error}") from None
-        return Drawn(image, time.perf_counter() - begun)
+        return Drawn(image, time.perf_counter() - begun, peak.bytes)
 
     def load(self, encoder: Path) -> None:
         """Have an encoder in the UNet, read once as long as it stays."""

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from ...lookahead.files.atomic import first_line
 from ...trainer.config import ConfigError, Count, Section, read_values, set_value, validated
+from ..unique_keys import DuplicateKeyError, load_yaml
 from .library import EvaluationError
 from .measures import MEASURES, MeasureKind
 from .methods import METHODS, Method
@@ -117,7 +118,9 @@ def read_prompts(source: str | Mapping[str, Sequence[str]]) -> dict[str, list[st
     if path.suffix.lower() not in (".yaml", ".yml"):
         return {"prompt": [line.strip() for line in text.splitlines() if line.strip()]}
     try:
-        lists = yaml.safe_load(text)
+        lists = load_yaml(text)
+    except DuplicateKeyError as error:
+        raise EvaluationError(f"{path}: {error}: leave one out.") from None
     except yaml.YAMLError as error:
         raise EvaluationError(f"{path} is no YAML ({first_line(error)}): write lists by kind.") from None
     if not isinstance(lists, dict) or not all(

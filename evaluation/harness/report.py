@@ -69,6 +69,11 @@ def seconds(arm: ArmFigures) -> str:
     return "–" if arm.seconds is None else f"{arm.seconds:.2f}"
 
 
+def memory(arm: ArmFigures) -> str:
+    """Shows the median peak of memory in GB."""
+    return "–" if arm.memory is None else f"{arm.memory / 1e9:.2f}"
+
+
 def heads(found: Figures) -> list[str]:
     """The heads of the main table, with an arrow where more or less is better."""
     return [f"{m.title} {ARROWS.get(m.better, '')}".strip() for m in found.measures.values()]
@@ -78,8 +83,8 @@ def tables(run: EvaluationRun, found: Figures) -> list[tuple[str, list[str], lis
     """Title, heads and rows of each table, as text."""
     out = []
     names = list(found.measures)
-    rows = [[arm.title, *(number(arm.means[m]) for m in names), seconds(arm)] for arm in found.arms]
-    out.append(("Means over people", ["method", *heads(found), "seconds a picture"], rows))
+    rows = [[arm.title, *(number(arm.means[m]) for m in names), seconds(arm), memory(arm)] for arm in found.arms]
+    out.append(("Means over people", ["method", *heads(found), "seconds a picture", "peak memory, GB"], rows))
     gains = [[arm.title, *(number(arm.gains[m], True) for m in names)] for arm in found.arms if arm.gains]
     if gains:
         out.append((f"Gains over {found.baseline}, person by person", ["method", *heads(found)], gains))
@@ -112,6 +117,8 @@ def notes(run: EvaluationRun) -> list[str]:
         "A picture without a face counts 0 for identity; faces found stands beside it.",
         f"Drawn by {', '.join(f'{name} ({count} pictures)' for name, count in backends.items())}. Times are medians on "
         "the machine that drew, with models loaded.",
+        "Peak memory is that of the process that drew, with all that it had loaded by then; of diffusers on a GPU that "
+        "of the GPU.",
     ]
     counts = run.folder / "counts.json"
     if counts.exists():
@@ -141,15 +148,13 @@ def as_csv(found: Figures) -> str:
     out = io.StringIO()
     rows = csv.writer(out, lineterminator="\n")
     fields = ("value", "low", "high")
-    rows.writerow(
-        ["method", "weight", "backend", "measure", "judge", *fields, *(f"gain_{f}" for f in fields), "seconds"]
-    )
+    gains = [f"gain_{field}" for field in fields]
+    rows.writerow(["method", "weight", "backend", "measure", "judge", *fields, *gains, "seconds", "memory"])
     for a in found.arms:
+        about = [a.arm.method, a.arm.weight, a.arm.backend]
         for name, measure in found.measures.items():
             gain = a.gains.get(name, ("", "", ""))
-            rows.writerow(
-                [a.arm.method, a.arm.weight, a.arm.backend, name, measure.title, *a.means[name], *gain, a.seconds]
-            )
+            rows.writerow([*about, name, measure.title, *a.means[name], *gain, a.seconds, a.memory])
     return out.getvalue()
 
 
@@ -167,10 +172,11 @@ def latex(found: Figures) -> str:
         half = (interval.high - interval.low) / 2
         return f"{interval.value:.3f}" + (f" $\\pm$ {half:.3f}" if np.isfinite(half) else "")
 
-    lines = [r"\begin{tabular}{l" + "c" * (len(found.measures) + 1) + "}", r"\toprule"]
-    lines += [" & ".join(map(safe, ["method", *heads(found), "seconds"])) + r" \\", r"\midrule"]
+    lines = [r"\begin{tabular}{l" + "c" * (len(found.measures) + 2) + "}", r"\toprule"]
+    lines += [" & ".join(map(safe, ["method", *heads(found), "seconds", "GB"])) + r" \\", r"\midrule"]
     for a in found.arms:
-        lines.append(" & ".join([safe(a.title), *(cell(a.means[m]) for m in found.measures), seconds(a)]) + r" \\")
+        cells = [safe(a.title), *(cell(a.means[m]) for m in found.measures), seconds(a), memory(a)]
+        lines.append(" & ".join(cells) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
 
@@ -190,6 +196,7 @@ def as_values(found: Figures) -> dict[str, Any]:
             "gains": plain(a.gains),
             "kinds": {m: plain(by) for m, by in a.kinds.items()},
             "seconds": a.seconds,
+            "memory": a.memory,
             "at equal prompt": plain({k: v for k, v in (("value", a.equal), ("gain", a.equal_gain)) if v}),
         }
         for a in found.arms

@@ -83,6 +83,10 @@ class EvaluationRun:
                         f"{', '.join(n for n, m in self.methods.items() if not m.LATE)}."
                     )
             method.files(self.world.library)
+            try:
+                method.check_backends(self.protocol.backends)
+            except EvaluationError as error:
+                raise EvaluationError(f"methods.{name}: {error}") from None
         base = self.protocol.baseline
         if base is not None and base not in self.methods:
             raise EvaluationError(f"baseline is {base!r}: name one of the methods, {', '.join(self.methods)}.")
@@ -246,9 +250,17 @@ class EvaluationRun:
 
     def seconds(self, arm: Arm) -> float | None:
         """The median time of a picture of an arm."""
+        return self._median(arm, "seconds")
+
+    def memory(self, arm: Arm) -> float | None:
+        """The median of the peaks of memory, in bytes, while pictures of an arm were drawn."""
+        return self._median(arm, "memory")
+
+    def _median(self, arm: Arm, field: str) -> float | None:
         keys = [self.key(arm.method, job, arm.weight, arm.backend) for job in self.jobs()]
-        times = [self.store.drawn[k]["seconds"] for k in keys if k in self.store.drawn]
-        return statistics.median(times) if times else None
+        known = [self.store.drawn[k].get(field) for k in keys if k in self.store.drawn]
+        values = [value for value in known if value is not None]
+        return statistics.median(values) if values else None
 
 
 class _Desk:
@@ -274,9 +286,11 @@ class _Desk:
                 "prompt": job.prompt.text,
                 "seed": job.seed,
                 "seconds": round(drawn.seconds, 3),
+                "memory": drawn.memory,
             }
             store.keep(key, drawn.image, about)
-        return KeptPicture(key, store.picture(key), float(store.drawn[key]["seconds"]))
+        line = store.drawn[key]
+        return KeptPicture(key, store.picture(key), float(line["seconds"]), line.get("memory"))
 
     def score(self, by: Mapping[str, Any], picture: KeptPicture, job: PictureJob) -> float:
         run = self._run

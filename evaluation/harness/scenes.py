@@ -42,18 +42,20 @@ class PictureJob:
 
 
 class Drawn(NamedTuple):
-    """A drawn picture, and the seconds that it took."""
+    """A drawn picture, the seconds that it took, and the peak of memory meanwhile in bytes, where that is known."""
 
     image: Image.Image
     seconds: float
+    memory: int | None = None
 
 
 class KeptPicture(NamedTuple):
-    """A picture that is kept: its content key, its file, and the seconds that it took."""
+    """A picture that is kept: its content key, its file, and what `Drawn` says of it."""
 
     key: str
     path: Path
     seconds: float
+    memory: int | None = None
 
 
 class Drawable(Protocol):
@@ -217,9 +219,9 @@ class HostScene:
         link = {"model": self._model(), "concept": made, "strength": strength, **share}
         self.model = self.add("apply concept", "LookaheadApplyConcept", **link)
 
-    def inject(self, weight: float, scales: tuple[float, float, float]) -> None:
-        """Inject the reference's keys and values, guided with three scales."""
-        link = {"model": self._model(), "reference": self.reference, "weight": weight, **THROUGHOUT}
+    def inject(self, weight: float, end: float, scales: tuple[float, float, float]) -> None:
+        """Inject the reference's keys and values up to a share of the sampling, guided with three scales."""
+        link = {"model": self._model(), "reference": self.reference, "weight": weight, **THROUGHOUT, "end": end}
         self.model = self.add("KV", "LookaheadApplyKVInjection", **link)
         text, full, kv = scales
         self.guider = self.add(

@@ -2,7 +2,7 @@
 
     references/NAME.png      who
     pictures/KEY.png         what was drawn; KEY is a hash of all that it depends on
-    drawn-0.jsonl            a line a picture: key, arm, person, prompt, seed, seconds, back end
+    drawn-0.jsonl            a line a picture: key, arm, person, prompt, seed, seconds, bytes of memory, back end
     scores-0.jsonl           a line a score: key, measure, value, judge
     counts.json              how many pictures fit into another method's time, as it was found first
 

@@ -76,6 +76,11 @@ def test_a_figure_that_is_not_there_is_named(folder, arm, says):
         ("figures.json, arm, gain", "figures.json", "figure"),
         ("title: Guided", "titel: Guided", "titel|title"),
         ("guided:", "[guided", "cannot be read"),
+        (
+            "pages: [page.md]",
+            "pages: [page.md]\n  note: a\n  note: b",
+            r"note is there twice, in lines \d+ and \d+: leave",
+        ),
     ],
 )
 def test_a_list_that_says_something_else_is_refused(folder, before, after, says):
@@ -84,25 +89,74 @@ def test_a_list_that_says_something_else_is_refused(folder, before, after, says)
         claims.read(folder / "claims.yaml")
 
 
-def test_only_what_is_missing_is_run_and_a_shared_command_once(folder):
-    listed = claims.read(folder / "claims.yaml")
-    twice = {"one": listed["guided"], "two": listed["guided"]}
+TRAINED = """
+trained:
+  title: Trained
+  paper: table 2
+  says: It rises.
+  published: a tenth
+  steps:
+    - {run: train one.yaml, makes: one.safetensors}
+    - {run: train two.yaml, makes: two.safetensors}
+    - {run: evaluate --encoders, makes: figures.json}
+  checks:
+    - {says: above, figure: [figures.json, arm, gain], above: 0}
+    - {says: below, figure: [figures.json, other arm, loss], below: 0}
+"""
+WHOLE = {"arm": {"gain": [0.2, 0.1, 0.3]}, "other arm": {"loss": [-0.2, -0.3, -0.1]}}
+
+
+@pytest.fixture
+def trained(folder):
+    """Two claims that share their steps, and what running them asks for and writes."""
+    (folder / "claims.yaml").write_text(TRAINED)
+    (one,) = claims.read(folder / "claims.yaml").values()
     asked = []
 
     def run(arguments):
-        asked.append(arguments)
-        (folder / "sizes.txt").write_text("made")
+        asked.append(" ".join(arguments))
+        for step in one.steps:
+            if step.command() == arguments:
+                (folder / step.makes).write_text(json.dumps(WHOLE))
 
-    assert claims.run_missing(twice, folder, run) == 1 and asked == [["mini", "sizes"]]
-    assert claims.run_missing(twice, folder, run) == 0 and len(asked) == 1
-    (folder / "sizes.txt").unlink()
-    with pytest.raises(claims.ClaimError, match=r"without writing sizes\.txt"):
-        claims.run_missing(twice, folder, lambda arguments: None)
+    return {"one": one, "two": one}, run, asked
+
+
+def test_only_what_is_missing_is_run_and_a_shared_command_once(folder, trained):
+    listed, run, asked = trained
+    (folder / "two.safetensors").write_text("trained")
+    assert claims.run_missing(listed, folder, run) == 2 and asked == ["train one.yaml", "evaluate --encoders"]
+    assert claims.run_missing(listed, folder, run) == 0 and len(asked) == 2
+
+
+def test_a_claim_whose_figures_are_there_trains_nothing_again(folder, trained):
+    listed, run, asked = trained
+    (folder / "figures.json").write_text(json.dumps(WHOLE))
+    assert claims.run_missing(listed, folder, run) == 0 and not asked
+
+
+@pytest.mark.parametrize("lacks", [{"arm": WHOLE["arm"]}, {**WHOLE, "other arm": {"gain": [0.2, 0.1, 0.3]}}])
+def test_a_figure_that_its_file_lacks_is_measured_again_by_what_makes_the_file(folder, trained, lacks):
+    listed, run, asked = trained
+    for name in ("one.safetensors", "two.safetensors"):
+        (folder / name).write_text("trained")
+    (folder / "figures.json").write_text(json.dumps(lacks))
+    assert claims.run_missing(listed, folder, run) == 1 and asked == ["evaluate --encoders"]
+    assert claims.judged(listed, folder)[0].verdict == "shown"
+
+
+def test_a_command_that_does_not_make_what_the_list_says_is_named(folder, trained):
+    listed, _, _ = trained
+    with pytest.raises(claims.ClaimError, match=r"lookahead train one\.yaml has ended without writing one\.saf"):
+        claims.run_missing(listed, folder, lambda arguments: None)
+    for name in ("one.safetensors", "two.safetensors"):
+        (folder / name).write_text("trained")
+    (folder / "figures.json").write_text(json.dumps({"arm": WHOLE["arm"]}))
+    with pytest.raises(claims.ClaimError, match=r"without writing the figure other arm / loss into figures\.json"):
+        claims.run_missing(listed, folder, lambda arguments: None)
 
 
 def test_the_command_judges_runs_and_writes_a_page(folder, capfd):
-    figures(folder, gain=[0.2, 0.1, 0.3], loss=[-0.1, -0.2, -0.06])
-
     def command(*arguments):
         code = 0
         try:
@@ -111,12 +165,12 @@ def test_the_command_judges_runs_and_writes_a_page(folder, capfd):
             code = end.code
         return code, capfd.readouterr().out
 
-    assert command("guided")[1].split()[:3] == ["guided", "shown", "2"]
     assert "no claim" in command("other")[0]
     code, printed = command("--run", "--out", "evidence.md")
     assert "mini_sdxl.safetensors" in printed and "without writing sizes.txt" in code
     assert not (folder / "evidence.md").exists()
-    (folder / "sizes.txt").write_text("made")
+    figures(folder, gain=[0.2, 0.1, 0.3], loss=[-0.1, -0.2, -0.06])
+    assert command("guided")[1].split()[:3] == ["guided", "shown", "2"]
     assert "Written" in command("--run", "--out", "evidence.md")[1]
     page = (folder / "evidence.md").read_text()
     assert "| above | above 0 | 0.200 [0.100, 0.300] | shown |" in page and "(page.md)" in page
@@ -128,6 +182,13 @@ def test_the_papers_claims_read_figures_that_are_there(request):
     assert results.keys() >= {"previews", "guidance", "table1", "table2", "alignment"}
     measured = [result for name in ("previews", "guidance", "table2") for result in results[name]]
     assert measured and all(result.verdict != "not measured" for result in measured)
+
+
+def test_the_papers_claims_that_are_measured_train_nothing_again(request):
+    """Encoders are not kept in the repository, their figures are."""
+    measured = claims.chosen(claims.read(), ["previews", "guidance", "table2", "table1"])
+    asked = []
+    assert claims.run_missing(measured, request.config.rootpath, asked.append) == 0 and not asked
 
 
 def test_every_figure_of_the_papers_claims_is_made_by_a_step_of_its_claim():
