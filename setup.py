@@ -1,4 +1,5 @@
-"""Builds what is there: an archive of the pack alone (.comfyignore) lacks some rooms that pyproject.toml names.
+"""Builds what is there: an archive of the pack alone (.comfyignore) lacks some rooms that pyproject.toml names, among
+them the one of the command `lookahead`.
 
 On a package index the README stands without the files around it: there its links and pictures lead to the repository,
 whose address is [project.urls] Repository of pyproject.toml, and nothing else.
@@ -23,6 +24,11 @@ class Build(build_py):
         self.packages = [name for name in self.packages if Path(self.get_package_dir(name)).is_dir()]
 
 
+def commands(root: Path = ROOT) -> list[str]:
+    """The commands that are installed: `lookahead`, where its room is there."""
+    return ["lookahead = lcm_lookahead.cli.main:main"] if (root / "cli").is_dir() else []
+
+
 def with_address(text: str, address: str) -> str:
     """Markdown whose links to files of the repository are whole addresses: of pictures the file, of others its page."""
 
@@ -40,4 +46,9 @@ def readme() -> str:
 
 
 if __name__ == "__main__":
-    setup(cmdclass={"build_py": Build}, long_description=readme(), long_description_content_type="text/markdown")
+    setup(
+        cmdclass={"build_py": Build},
+        entry_points={"console_scripts": commands()},
+        long_description=readme(),
+        long_description_content_type="text/markdown",
+    )

@@ -93,7 +93,12 @@ def evaluate(
             "--people 48, --concepts 144",
         ),
     ] = None,
-    first: Annotated[int, typer.Option(help="With --encoders: number of the first of the people, from 0.")] = 0,
+    first: Annotated[
+        int,
+        typer.Option(
+            help="With --encoders, --guidance, --presets, --people: number of the first of the people, from 0."
+        ),
+    ] = 0,
     out: Annotated[
         Path | None,
         typer.Option(help="Folder of the page, its figures and pictures.", show_default="the protocol's; docs"),

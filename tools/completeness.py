@@ -21,9 +21,7 @@ from .locales import LANGUAGES, OURS, Locales, texts
 
 RUN = "python -m lcm_lookahead.tools"
 #: Nodes that no workflow and no blueprint shows, with the reason.
-WITHOUT_WORKFLOW = {
-    "LookaheadLoadNoiseGuide": "no weights are trained for it yet",
-}
+WITHOUT_WORKFLOW: dict[str, str] = {}
 
 
 def lacking(object_info: Mapping[str, Mapping[str, Any]], locales: Locales, root: Path = ROOT) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .template_graph import Node, Template
 from .template_specs import (
+    ADDRESS,
     BASE,
     CONCEPT,
     CONCEPT_ENCODER,
@@ -18,6 +19,10 @@ from .template_specs import (
 
 BLENDS = {"half": (0.5, "Half the concept"), "whole": (1.0, "The concept alone")}
 TEXT = "a watercolor painting of a S* on a beach"
+NULL_TEXT = (
+    "The **negative prompt** may stay empty; that zeros behind it make no difference was "
+    f"[measured]({ADDRESS}/blob/main/docs/null_text.md) for references, not for concepts"
+)
 
 
 def words(text: str) -> Node:
@@ -94,7 +99,8 @@ CONCEPT_WORKFLOWS: dict[str, Template] = {
                 "instead of it, -1 what it was tuned with",
                 "**steps** of *Tune Lookahead Concept*: more is more like the picture, and follows the prompt less",
                 "Run it once: *Save Lookahead Concept* keeps it, and the next workflow draws it without its picture",
-                height=440,
+                NULL_TEXT,
+                height=500,
             ),
         },
         [
@@ -121,7 +127,8 @@ CONCEPT_WORKFLOWS: dict[str, Template] = {
                 (BASE, CONCEPT),
                 "It needs neither the picture nor the encoder; press R after saving another",
                 "Change a seed in both samplers alike",
-                height=380,
+                NULL_TEXT,
+                height=440,
             ),
         },
         [

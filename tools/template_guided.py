@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ..lookahead.method.guidance_presets import BALANCED
+from dataclasses import replace
+
+from ..lookahead.method.guidance_presets import BALANCED, OFF
 from .template_graph import Node, Template
 from .template_specs import (
     ADAPTER,
@@ -16,6 +18,7 @@ from .template_specs import (
     FACES,
     GUIDED,
     LORA,
+    NOISE_GUIDE,
     NULL_TEXT,
     PHOTO,
     PLAIN,
@@ -76,6 +79,16 @@ def guided_columns(left: list[str], middle: list[str]) -> list[tuple[float, list
     ]
 
 
+def with_noise_guide(nodes: dict[str, Node]) -> dict[str, Node]:
+    """Has a noise guide act in a guided workflow, which has no curve then: there are no iterations."""
+    ahead = nodes["ahead"]
+    return {
+        **{name: node for name, node in nodes.items() if name != "curve"},
+        "guide": Node("LookaheadLoadNoiseGuide", values={"guide_name": NOISE_GUIDE}, height=230),
+        "ahead": replace(ahead, links={**ahead.links, "noise_guide": "guide"}),
+    }
+
+
 GUIDED_WORKFLOWS: dict[str, Template] = {
     "08 Look ahead for likeness (identity)": Template(
         guided(
@@ -105,6 +118,45 @@ GUIDED_WORKFLOWS: dict[str, Template] = {
         ),
         (FACE_PART, AHEAD_PART),
         [("picture", "image"), ("prompt", "text"), (FACE, "weight"), (AHEAD, "preset"), ("noise", "noise_seed")],
+        ["save"],
+    ),
+    "24 Look ahead in one pass (noise guide)": Template(
+        with_noise_guide(
+            guided(
+                "ahead_noise_guide",
+                {
+                    "faces": Node(
+                        "LookaheadLoadFaceAnalysis", values={"pack_name": FACES, "device": "cpu"}, height=180
+                    ),
+                    "loss": Node("LookaheadIdentityLoss", links={"face_analysis": "faces", "image": "picture"}),
+                },
+                "face",
+                {**face_nodes("picture", weight=0.6), "picture": picture("face_1.jpg", "Reference face", 330)},
+                PHOTO,
+                note(
+                    "At an early step the sampler looks ahead, puts the face of **Reference face** in the place of the "
+                    "one it finds, and a small trained network moves the noise there in one pass: likeness at the cost "
+                    "of one evaluation (a plain run has 60).",
+                    (*ADAPTER, LORA, TAESD, FACES, NOISE_GUIDE),
+                    "For more likeness choose **gentle** (15 evaluations more) or **balanced** (21) in place of "
+                    "**off**: their iterations go on from there. Without a noise guide, **instant** is what it "
+                    "begins with",
+                    NULL_TEXT,
+                    RECOGNISER,
+                    height=420,
+                ),
+                OFF,
+            )
+        ),
+        [
+            (320, ["checkpoint", "picture", "latent", "note"]),
+            (320, [FACE, "prompt", "negative", "faces", "loss"]),
+            (320, ["lora", "preview vae", "shortcut", "guide", "chosen", "ahead"]),
+            (320, ["guider", "sigmas", "noise", "sampler"]),
+            (400, ["decode", "save", "report", "previews"]),
+        ],
+        (FACE_PART,),
+        [("picture", "image"), ("prompt", "text"), (FACE, "weight"), ("ahead", "preset"), ("noise", "noise_seed")],
         ["save"],
     ),
     "09 Look ahead for a look (CLIP)": Template(

@@ -9,6 +9,7 @@ from .template_specs import (
     ADAPTER,
     LOAD_ENCODER,
     LOAD_VISION,
+    NULL_TEXT,
     PLAIN,
     WIDE,
     ksampler,
@@ -76,7 +77,8 @@ def people_part(number: str, places: Sequence[str]) -> Subgraph:
             **{f"{place}_prompt": [(f"prompt of {place}", "conditioning")] for place in places},
         },
         {
-            "overlap": ("places", "overlap"),
+            # At most five values are open: of three people the overlap is set inside.
+            **({"overlap": ("places", "overlap")} if len(places) == 2 else {}),
             **{f"{place}_weight": (f"apply {place}", "weight") for place in places},
             "encoder_name": ("encoder", "encoder_name"),
             "clip_name": ("vision", "clip_name"),
@@ -116,7 +118,8 @@ def people(count: int, number: str, name: str) -> Template:
                 "Your own masks, or one above the other: open the blue node, and put them in the place of *Lookahead "
                 "Place Masks*",
                 "A run takes longer with each prompt more",
-                height=340,
+                NULL_TEXT,
+                height=390,
             ),
         },
         [

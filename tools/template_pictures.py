@@ -141,6 +141,7 @@ CARDS: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "22": (("thing.jpg",), "a comic of a S* in the snow"),
     "23": (("thing.jpg",), "a comic of a S* in a city"),
+    "24": (("face_1.jpg",), "a comic of a face"),
     "13": (("face_1.jpg", "scene.webp"), "a photo of a face in the snow"),
 }
 

@@ -15,6 +15,7 @@ from .template_specs import (
     FACE_PART,
     FACES,
     LATENT,
+    NULL_TEXT,
     OWN,
     PAINTING,
     PHOTO,
@@ -56,11 +57,14 @@ REFERENCE_WORKFLOWS: dict[str, Template] = {
             "decode": replace(DECODE, off=True),
             "save": replace(save("person_of_a_file"), off=True),
             "note": note(
-                "*Save Lookahead Reference* keeps a person as a file without the photo (tokens, latents, face "
-                "embedding). Run once; then press R, unmute the grey nodes (select them, Ctrl+M), choose the file, and "
-                "run again.",
+                "*Save Lookahead Reference* keeps a person as a file without the photo: here the tokens of the image "
+                "prompt. Run once; then press R, unmute the grey nodes (select them, Ctrl+M), choose the file, and run "
+                "again.",
                 ADAPTER,
                 "The file goes to **models/lookahead_references** and can be shared; its encoder must be the same",
+                "For KV injection too: link **vae** and **clip** of the checkpoint to *Encode Lookahead Reference*",
+                NULL_TEXT,
+                height=400,
             ),
         },
         [
@@ -98,6 +102,8 @@ REFERENCE_WORKFLOWS: dict[str, Template] = {
                 ADAPTER,
                 "**preset** of *Lookahead Weights*: likeness leaves out the layers of style and composition",
                 "**steps**: 0, 1, 1 eases in",
+                NULL_TEXT,
+                height=340,
             ),
         },
         [
@@ -140,6 +146,8 @@ REFERENCE_WORKFLOWS: dict[str, Template] = {
                 "the model's weights.",
                 (BASE, FACE_ID, VISION, FACES),
                 "Any photo with a face: it is found and turned upright",
+                NULL_TEXT,
+                height=360,
             ),
         },
         [
@@ -188,6 +196,7 @@ REFERENCE_WORKFLOWS: dict[str, Template] = {
                 "**keep**: 0 saves all eight, the best first",
                 "**at_least**: higher for the words' sake, -1 for likeness alone",
                 "Eight are too many for the card? A smaller **batch_size**, and the best of fewer",
+                NULL_TEXT,
                 height=420,
             ),
         },

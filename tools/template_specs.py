@@ -133,14 +133,14 @@ NULL_TEXT = (
 )
 RECOGNISER = "for the recogniser of the pack also `pip install onnx` and `pip install --no-deps onnx2torch`"
 GUIDED = (
-    "Looking ahead costs about as much as 100 evaluations more (a plain run has 60), and at 1024x1024 up to 5.8 GB "
-    "beside the weights; inside of the node, **backward** off takes a fifth of that, and much less memory. To compare, "
+    "Looking ahead costs about as much as 65 evaluations more (a plain run has 60), and at 1024x1024 up to 5.8 GB "
+    "beside the weights; inside of the node, **backward** off takes a third of that, and much less memory. To compare, "
     "choose **off** as **preset**: the seed stays. **as set below** are the numbers inside of the node; **instant** to "
     "**quick** are for likeness."
 )
 BY_PRESET = (
-    "**balanced** costs about as much as 30 evaluations more (a plain run has 60), and at 1024x1024 up to 5.8 GB "
-    "beside the weights; **quick** costs 15, and much less memory, **instant** one. **strong** and **gentle** do more "
+    "**balanced** costs about as much as 21 evaluations more (a plain run has 60), and at 1024x1024 up to 5.8 GB "
+    "beside the weights; **quick** costs 10, and much less memory, **instant** one. **strong** and **gentle** do more "
     "and less. To compare, choose **off**: the seed stays. **as set below** are the numbers inside of the node."
 )
 

@@ -48,7 +48,11 @@ WORKFLOWS: dict[str, Template] = {
             "sampler": ksampler("face", "randomize"),
             "save": save("face"),
             "note": note(
-                "The blue node draws the person of **Reference face** under your prompt.", ADAPTER, *FACE_TIPS
+                "The blue node draws the person of **Reference face** under your prompt.",
+                ADAPTER,
+                *FACE_TIPS,
+                NULL_TEXT,
+                height=360,
             ),
         },
         [
@@ -159,6 +163,8 @@ WORKFLOWS: dict[str, Template] = {
                 "Say in the prompt that there are **two** people side by side",
                 "One above the other: open the blue node and its *Lookahead Place Masks*",
                 "A prompt for each, and three people: workflows 20 and 21",
+                NULL_TEXT,
+                height=340,
             ),
         },
         [
@@ -188,6 +194,8 @@ WORKFLOWS: dict[str, Template] = {
                 (*ADAPTER, FACES),
                 "**margin**: 0.3 shows the hair as well",
                 "No face found: lower **threshold**, or add a smaller number to **detection_sizes**",
+                NULL_TEXT,
+                height=360,
             ),
         },
         [
@@ -218,6 +226,8 @@ WORKFLOWS: dict[str, Template] = {
                 ADAPTER,
                 "All photos: cropped to the face, of one size (others are scaled to the first)",
                 "Inside of the blue node **several** of *Encode Lookahead Reference* can average them instead",
+                NULL_TEXT,
+                height=380,
             ),
         },
         [
@@ -301,6 +311,8 @@ WORKFLOWS: dict[str, Template] = {
                 ADAPTER,
                 "Change a seed in both samplers alike",
                 WEIGHT,
+                NULL_TEXT,
+                height=380,
             ),
         },
         [
@@ -336,6 +348,8 @@ WORKFLOWS: dict[str, Template] = {
                 ADAPTER,
                 "Your own mask: right click on the picture, *Open in Mask Editor*, paint over the face",
                 "**denoise**: lower keeps more of the old face",
+                NULL_TEXT,
+                height=340,
             ),
         },
         [

@@ -18,11 +18,14 @@ from .shipped import manifest
 MINI_MODELS: dict[str, str] = {entry["model"]: entry["file"] for entry in manifest() if "model" in entry}
 #: What `lookahead train trainer/configs/mini.yaml` has made of the mini encoder, under its own name
 TRAINED = "lookahead/mini_encoder.safetensors"
+NOISE_GUIDE = "noise_guide.safetensors"
 #: What the mini world's creators have trained and saved, under the names that the workflows know -> the shipped file:
-#: by `lookahead concept train trainer/configs/concept/mini.yaml`, and a thing that it was shown
+#: by `lookahead concept train trainer/configs/concept/mini.yaml`, a thing that it was shown, and by `lookahead guide
+#: train trainer/configs/guide/mini.yaml`
 OF_CREATORS = {
     "lookahead/concept_encoder.safetensors": "mini_concept_encoder.safetensors",
     "lookahead_concepts/my_concept.safetensors": "mini_concept.safetensors",
+    f"lookahead/{NOISE_GUIDE}": "mini_noise_guide.safetensors",
 }
 THINGS = "checkpoints/mini_things.safetensors"  # the base that it knows, under a name of its own
 THINGS_VISION = "clip_vision/mini_things.safetensors"  # and its image encoder

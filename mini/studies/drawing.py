@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +17,8 @@ from ...host.server import link
 from ...lookahead.files.tensors import read_tensors, write_tensors
 from ...lookahead.method.layer_weights import EVEN
 from ...tools.common import CACHE, ROOT, Stopwatch, say
-from ..files.host_models import mini_host
-from ..plan import WEIGHTS
+from ..files.host_models import OF_CREATORS, mini_host
+from ..plan import HERE, WEIGHTS
 from ..world.references import reference_faces
 from .study import CFG, SIZE, STYLES, complete, prompt_of, saved_pictures, to_image, without_words
 
@@ -170,17 +171,22 @@ def draw(
     return faces, {name: torch.cat(drawn[distinct[arm]]) for name, arm in arms.items()}
 
 
-def draw_kept(
-    what: str, work: Sequence[tuple[Graph, Sequence[str]]], inputs: Mapping[str, Tensor]
-) -> list[dict[str, Tensor]]:
-    """Pictures [n, 3, H, W] in [0, 1] that the host draws, a graph after the other, by SaveImage node. What was drawn
-    before, in the same surroundings, is taken from the cache, so that a run that was stopped goes on.
+class Kept(NamedTuple):
+    """Pictures [n, 3, H, W] in [0, 1] of a graph, by SaveImage node, and the host's processor time for it."""
+
+    pictures: dict[str, Tensor]
+    seconds: float
+
+
+def draw_kept(what: str, work: Sequence[tuple[Graph, Sequence[str]]], inputs: Mapping[str, Tensor]) -> list[Kept]:
+    """Has the host draw graphs, one after the other. What was drawn before, in the same surroundings, is taken from the
+    cache, so that a run that was stopped goes on.
 
     what: for the lines of progress; work: graphs (inputs that are not given take their defaults) and their SaveImage
     nodes; inputs: pictures [3, H, W] of the host's input folder by name, which must say who is on it.
     """
     around, folder = surroundings(), CACHE / "evaluated"
-    keys = [hashlib.sha256(repr((around, nodes)).encode()).hexdigest() for nodes, _ in work]
+    keys = [hashlib.sha256(repr((around, of_creators(nodes), nodes)).encode()).hexdigest() for nodes, _ in work]
     places = [folder / f"{key[:24]}.safetensors" for key in keys]
     missing = [(place, *each) for place, each in zip(places, work, strict=True) if not place.exists()]
     say(f"{what}: {len(missing)} of {len(work)} graphs are to be drawn")
@@ -191,16 +197,28 @@ def draw_kept(
             for name, picture in inputs.items():
                 to_image(picture).save(host.folder("input") / name)
             for done, (place, nodes, shown) in enumerate(missing, 1):
+                before = host.processor_seconds()
                 result = host.run(complete(nodes, host.object_info()), timeout=7200).check()
                 drawn = {name: (saved_pictures(host, result, name) * 255).round().byte() for name in shown}
-                write_tensors(place, drawn, {})
+                write_tensors(place, drawn, {"seconds": repr(host.processor_seconds() - before)})
                 say(f"{what}: {done} of {len(missing)} graphs drawn in {watch.seconds:.0f} s")
-    stored = [read_tensors(place)[0] for place in places]
-    return [{name: pictures.float() / 255 for name, pictures in of_one.items()} for of_one in stored]
+    stored = [read_tensors(place) for place in places]
+    return [
+        Kept({name: of_one.float() / 255 for name, of_one in pictures.items()}, float(said["seconds"]))
+        for pictures, said in stored
+    ]
+
+
+def of_creators(nodes: Graph) -> list[str]:
+    """The digests of those files of `mini/trained` that a graph names."""
+    said = repr(nodes)
+    files = (HERE / "trained" / file for name, file in OF_CREATORS.items() if Path(name).name in said)
+    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
 
 
 def surroundings() -> str:
-    """All besides a study's graphs and people that its pictures depend on: weights, settings, host and our sources."""
+    """All besides a study's graphs, the files that these name, and people that its pictures depend on: weights,
+    settings, host and our sources."""
     files = [WEIGHTS / "manifest.json", Path(__file__), Path(__file__).with_name("study.py")]
     files += [ROOT / "mini/files/host_models.py"]
     files += [

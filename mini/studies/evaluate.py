@@ -19,6 +19,7 @@ PEOPLE = {
     "layers": 20,
     "concepts": 144,
 }  # by study, how many unless said
+FROM_ANYONE = ("encoders", "guidance", "presets", "people")  # people of these may be others than the first ones
 FEWEST = 10  # fewer make no interval, and a draw may hold one person alone
 FEWEST_CONCEPTS = 6  # of these a study is tried with
 
@@ -68,7 +69,7 @@ def evaluate(
         references: how many held-out people (for "people" pairs of them, for "concepts" things and people); default:
             that of the study.
         trained: for "encoders" NAME=FILE[@WEIGHT] in turn, for "concepts" NAME=FILE; for "presets" names of some.
-        first: for "encoders" alone, number of the first of the people.
+        first: for FROM_ANYONE alone, number of the first of the people.
         concepts: for "concepts" alone.
     """
     references = PEOPLE[study] if references is None else references
@@ -80,8 +81,9 @@ def evaluate(
             "--tuning-steps, --base, --no-baselines and, of the studies, --worker are for --concepts alone: leave "
             "them out."
         )
-    if first and (first < 0 or study != "encoders"):
-        raise Problem(f"--first is {first}: give a number from 0, and only beside --encoders.")
+    if first and (first < 0 or study not in FROM_ANYONE):
+        studies = ", ".join(f"--{name}" for name in FROM_ANYONE)
+        raise Problem(f"--first is {first}: give a number from 0, and only beside one of {studies}.")
     out.mkdir(parents=True, exist_ok=True)  # before hours of drawing, after which pictures and page are written
     if study == "encoders":
         from . import encoders
@@ -90,11 +92,11 @@ def evaluate(
     elif study == "guidance":
         from . import guidance
 
-        guidance.evaluate(references, out)
+        guidance.evaluate(references, out, first)
     elif study == "presets":
         from . import guidance
 
-        guidance.evaluate_presets(references, out, trained)
+        guidance.evaluate_presets(references, out, trained, first)
     elif study == "knobs":
         from . import knobs
 
@@ -106,7 +108,7 @@ def evaluate(
     elif study == "people":
         from . import people
 
-        people.evaluate(references, out)
+        people.evaluate(references, out, first)
     elif study == "layers":
         from . import layers
 

@@ -8,9 +8,11 @@ presets of the guidance by the identity loss into docs/guidance_presets.md likew
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +30,7 @@ from ...lookahead.method.guidance_presets import (
     INSTANT,
     ITERATION,
     MPGD,
+    OFF,
     PRESETS,
     QUICK,
     STRONG,
@@ -36,6 +39,7 @@ from ...lookahead.method.guidance_presets import (
 )
 from ...lookahead.vision.perceptual import lpips_network
 from ...tools.common import Problem
+from ..files.host_models import NOISE_GUIDE
 from ..files.weights import evaluators
 from ..world.faces import PLACES as ALL_PLACES
 from ..world.faces import STYLES as ALL_STYLES
@@ -57,7 +61,7 @@ class GuidanceArm:
 
     kind: of preview; settings: inputs of the guidance sampler that are not its defaults; zeros: whether the null text
     is zeros, else the encoding of an empty prompt; views: of the face, for the identity loss; denoise: below 1 it draws
-    from the reference, image to image.
+    from the reference, image to image; noise_guide: whether the shipped one acts.
     """
 
     kind: str = NONE
@@ -65,23 +69,29 @@ class GuidanceArm:
     zeros: bool = False
     views: int = 0
     denoise: float = 1.0
+    noise_guide: bool = False
 
 
 EARLY = {"start": 0.04}  # two of 50 steps are done, instead of six
-ARMS = {NONE: GuidanceArm(), X0: GuidanceArm(X0), LOOKAHEAD: GuidanceArm(LOOKAHEAD)}
+STRONGER = {X0: f"{X0}, {STRONG}", LOOKAHEAD: f"{LOOKAHEAD}, {STRONG}"}  # by the preset, whose optimiser is ours
+ARMS = {NONE: GuidanceArm(), X0: GuidanceArm(X0), LOOKAHEAD: GuidanceArm(LOOKAHEAD)} | {
+    name: GuidanceArm(kind, {"preset": STRONG}) for kind, name in STRONGER.items()
+}
 IDENTITY_ARMS = ARMS | {
     f"{X0}, earlier": GuidanceArm(X0, EARLY),
     f"{LOOKAHEAD}, earlier": GuidanceArm(LOOKAHEAD, EARLY),
 }
-BASELINES = {LOOKAHEAD: X0, f"{LOOKAHEAD}, earlier": f"{X0}, earlier"}
+BASELINES = {LOOKAHEAD: X0, STRONGER[LOOKAHEAD]: STRONGER[X0], f"{LOOKAHEAD}, earlier": f"{X0}, earlier"}
 PRESETS_SHOWN = (INSTANT, GENTLE, BALANCED, STRONG, QUICK)
 BY_X0 = (DPS, MPGD, FREEDOM, DSG)  # the methods of their papers; the other presets look ahead
 CUSTOM = "the node's own numbers"
-AS_MANY = "the best of as many"
+AS_MANY, OVER_INSTANT = "the best of as many", f"gain over {INSTANT}"
 VIEWS = 4  # of the face, in place of its one crop
 VIEWED = f"{BALANCED}, {VIEWS} views"
 REDRAWN = 0.7  # denoise of the baseline that draws from the reference itself
 IMAGE_TO_IMAGE = f"image to image, denoise {REDRAWN:g}"
+#: The noise guide alone, and with a preset's iterations on top -> that preset
+BY_NOISE_GUIDE = {"noise guide": OFF, f"noise guide, then {GENTLE}": GENTLE}
 
 
 def style_of(batch: int) -> str:
@@ -125,6 +135,9 @@ def graph(loss: str, references: Sequence[str], batch: int, seed: int, arms: dic
         sampler = plain
         if arm.kind != NONE:
             kind = {X0: "plain x0", LOOKAHEAD: "one-step"}[arm.kind]
+            more: dict[str, Link] = {}
+            if arm.noise_guide:
+                more["noise_guide"] = add(f"{name} noise guide", "LookaheadLoadNoiseGuide", guide_name=NOISE_GUIDE)
             shortcut = add(
                 f"{name} shortcut", "LookaheadShortcut", model=base if arm.kind == X0 else lcm, vae=vae, kind=kind
             )
@@ -135,6 +148,7 @@ def graph(loss: str, references: Sequence[str], batch: int, seed: int, arms: dic
                 shortcut=shortcut,
                 loss=losses[arm.views],
                 **arm.settings,
+                **more,
             )
         part = {"sigmas": sigmas, "latent_image": latent}
         if arm.denoise < 1:
@@ -162,19 +176,32 @@ def _loss(nodes: Graph, loss: str, pictures: Link, batch: int, views: int) -> Li
     return add("loss", "LookaheadLPIPSLoss", image=pictures, size=SIZE, weights="random")
 
 
-def draw(loss: str, arms: dict[str, GuidanceArm], count: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """References [count, 3, 128, 128], and by arm what the host drew towards them, of the same shape."""
-    references = reference_faces(count)
-    files = [f"face-{number}.png" for number in range(count)]
+class DrawnArms(NamedTuple):
+    """References [count, 3, 128, 128], by arm what the host drew towards them, of the same shape, and the host's
+    processor time for a picture in seconds, the median of its batches."""
+
+    references: Tensor
+    pictures: dict[str, Tensor]
+    seconds: dict[str, float]
+
+
+def draw(loss: str, arms: dict[str, GuidanceArm], count: int, first: int = 0) -> DrawnArms:
+    """Draws `count` people from the number `first` on in every arm."""
+    references = reference_faces(count, first=first)
+    files = [f"face-{number}.png" for number in range(first, first + count)]
     batches = list(enumerate(files[begin : begin + BATCH] for begin in range(0, count, BATCH)))
     # A graph an arm, so that another arm draws none of these again.
     asked = [(name, batch, names) for batch, names in batches for name in arms]
-    work = [(graph(loss, names, batch, 1000 * batch, {name: arms[name]}), (name,)) for name, batch, names in asked]
-    drawn = draw_kept(loss, work, dict(zip(files, references, strict=True)))
-    by_arm: dict[str, list[Tensor]] = {name: [] for name in arms}
-    for (name, _, _), pictures in zip(asked, drawn, strict=True):
-        by_arm[name].append(pictures[name])
-    return references, {name: torch.cat(pictures) for name, pictures in by_arm.items()}
+    seeds = [1000 * batch + first for _, batch, _ in asked]
+    work = [
+        (graph(loss, names, batch, seed, {name: arms[name]}), (name,))
+        for seed, (name, batch, names) in zip(seeds, asked, strict=True)
+    ]
+    kept = draw_kept(loss, work, dict(zip(files, references, strict=True)))
+    of_arm = {name: [one for (of, _, _), one in zip(asked, kept, strict=True) if of == name] for name in arms}
+    pictures = {name: torch.cat([one.pictures[name] for one in ones]) for name, ones in of_arm.items()}
+    seconds = {name: statistics.median(one.seconds for one in ones) / BATCH for name, ones in of_arm.items()}
+    return DrawnArms(references, pictures, seconds)
 
 
 def measure(loss: str, references: Tensor, drawn: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -185,6 +212,7 @@ def measure(loss: str, references: Tensor, drawn: dict[str, Tensor]) -> dict[str
     place = torch.tensor([ALL_PLACES.index(PLACES[b % len(PLACES)]) for b in batches])
     lpips = lpips_network("alex", None) if loss == LPIPS else None
     values = {}
+    clipped = {arm: _clipped(pictures) for arm, pictures in drawn.items()}
     with torch.no_grad():
         targets = recogniser.embed(references)
         for arm, pictures in drawn.items():
@@ -199,8 +227,14 @@ def measure(loss: str, references: Tensor, drawn: dict[str, Tensor]) -> dict[str
                 figures = {"similarity to the reference": (recogniser.embed(pictures) * targets).sum(1)}
                 figures["style of the prompt"] = (styles == style).float()
             figures["fine detail"] = _detail(pictures)
+            figures["burnt"] = (clipped[arm] > clipped[NONE].max()).float()
             values[arm] = figures
     return values
+
+
+def _clipped(pictures: Tensor) -> Tensor:
+    """The share of a picture's places where a colour is at its end: much of it is what is called burnt."""
+    return ((pictures <= 1 / 255) | (pictures >= 254 / 255)).any(1).float().mean((1, 2))
 
 
 def _detail(pictures: Tensor) -> Tensor:
@@ -252,15 +286,15 @@ def page(figures: dict[str, Table], count: int) -> str:
         rows = [*names, *(name for name in gains if any(name in f for f in arms.values()))]
         losses[loss] = {"arms": arms, "rows": rows}
     setup = {"steps": STEPS, "sampler": SAMPLER, "scheduler": SCHEDULER, "cfg": CFG, "batch": BATCH}
-    return render("guidance.md.jinja", losses=losses, count=count, **setup)
+    return render("guidance.md.jinja", losses=losses, count=count, strong=STRONG, **setup)
 
 
-def evaluate(count: int, out: Path) -> None:
+def evaluate(count: int, out: Path, first: int = 0) -> None:
     """Draw, measure and write: guidance.md, .json and a picture for each loss, into `out`."""
     figures = {}
     out.mkdir(parents=True, exist_ok=True)
     for loss in LOSSES:
-        references, drawn = draw(loss, IDENTITY_ARMS if loss == IDENTITY else ARMS, count)
+        references, drawn, _ = draw(loss, IDENTITY_ARMS if loss == IDENTITY else ARMS, count, first)
         together = BATCH if loss == CLIP else 1  # the pictures of a batch share the words that steer them
         figures[loss] = intervals(measure(loss, references, drawn), together)
         shown = drawn if loss == CLIP else {"reference": references, **drawn}  # words have no picture
@@ -275,19 +309,22 @@ def preset_arms(names: Sequence[str] = ()) -> tuple[dict[str, GuidanceArm], dict
     """The arms of a comparison of presets; by preset the arm of the best of as many noises as its evaluations can look
     at, drawn in full without iterations; and what each takes, in evaluations of the UNet beside the run.
 
-    names: of presets; without, PRESETS_SHOWN, the node's own numbers, and one with views of the face. Raises Problem
-    for a name that is no preset.
+    names: of presets, or of BY_NOISE_GUIDE; without, PRESETS_SHOWN and those, the node's own numbers, and one with
+    views of the face. Raises Problem for a name that is no preset.
     """
-    if unknown := [name for name in names if name not in PRESETS]:
-        raise Problem(f"there is no preset {unknown[0]!r}: give some of {', '.join(PRESETS)}, or none.")
+    known = (*PRESETS, *BY_NOISE_GUIDE)
+    if unknown := [name for name in names if name not in known]:
+        raise Problem(f"there is no preset {unknown[0]!r}: give some of {', '.join(known)}, or none.")
     arms, baselines = {NONE: GuidanceArm(), IMAGE_TO_IMAGE: GuidanceArm(denoise=REDRAWN)}, {}
     costs = dict.fromkeys(arms, 0.0)
-    for name in names or (CUSTOM, *PRESETS_SHOWN):
-        kind = X0 if name in BY_X0 else LOOKAHEAD
-        settings = PRESETS.get(name, GuidanceSettings())
+    for name in names or (CUSTOM, *PRESETS_SHOWN, *BY_NOISE_GUIDE):
+        kind, preset = X0 if name in BY_X0 else LOOKAHEAD, BY_NOISE_GUIDE.get(name, name)
+        settings = PRESETS.get(preset, GuidanceSettings())
+        if name in BY_NOISE_GUIDE:  # it takes the place of the lean, at the same cost
+            settings = replace(settings, lean=1.0)
         iteration = ITERATION["x0" if kind == X0 else "lookahead"]
         baseline = best_of_as_many(settings, iteration, STEPS)
-        arms[name] = GuidanceArm(kind, {} if name == CUSTOM else {"preset": name})
+        arms[name] = GuidanceArm(kind, {} if name == CUSTOM else {"preset": preset}, noise_guide=name in BY_NOISE_GUIDE)
         costs[name] = settings.evaluations(iteration, STEPS)
         baselines[name] = NONE if baseline.best_of == 1 else f"best of {baseline.best_of}"
         if baselines[name] != NONE:
@@ -298,28 +335,38 @@ def preset_arms(names: Sequence[str] = ()) -> tuple[dict[str, GuidanceArm], dict
     return arms, baselines, costs
 
 
-def presets_page(figures: Table, costs: Mapping[str, float], count: int) -> str:
-    """docs/guidance_presets.md."""
+def presets_page(figures: Table, costs: Mapping[str, float], seconds: Mapping[str, float], people: range) -> str:
+    """docs/guidance_presets.md. people: the numbers of those who were drawn."""
     measures = list(figures[NONE])
-    columns = [*measures, *(f"{name}, {what}" for name in measures[:2] for what in ("gain", f"gain over {AS_MANY}"))]
+    gains = (f"{name}, {what}" for name in measures[:2] for what in ("gain", f"gain over {AS_MANY}"))
+    columns = [*measures, *gains, *(f"{measures[0]}, {OVER_INSTANT}",)]
     setup = {"steps": STEPS, "sampler": SAMPLER, "scheduler": SCHEDULER, "cfg": CFG, "batch": BATCH}
     return render(
         "guidance_presets.md.jinja",
         arms=figures,
         columns=columns,
         costs=costs,
+        seconds=seconds,
         by_x0=[name for name in BY_X0 if name in figures],
-        count=count,
+        people=people,
         **setup,
     )
 
 
-def evaluate_presets(count: int, out: Path, names: Sequence[str] = ()) -> None:
+def evaluate_presets(count: int, out: Path, names: Sequence[str] = (), first: int = 0) -> None:
     """Draw, measure and write presets (PRESETS_SHOWN where none is named) beside the best of as many noises:
     guidance_presets.md, .json and a picture, into `out`."""
     arms, baselines, costs = preset_arms(names)
     out.mkdir(parents=True, exist_ok=True)
-    references, drawn = draw(IDENTITY, arms, count)
-    figures = intervals(measure(IDENTITY, references, drawn), baselines=baselines, over=AS_MANY)
+    references, drawn, seconds = draw(IDENTITY, arms, count, first)
+    values = measure(IDENTITY, references, drawn)
+    figures = intervals(values, baselines=baselines, over=AS_MANY)
+    if INSTANT in values:
+        likeness = next(iter(values[INSTANT]))
+        for name in (*PRESETS_SHOWN[1:], *BY_NOISE_GUIDE):
+            if name in values:
+                more = values[name][likeness] - values[INSTANT][likeness]
+                figures[name][f"{likeness}, {OVER_INSTANT}"] = share_of_rows(more[:, None])
     sheet({"reference": references, **drawn}, out / "guidance_presets.jpg")
-    write_page(out, "guidance_presets", figures, presets_page(figures, costs, count))
+    page = presets_page(figures, costs, seconds, range(first, first + count))
+    write_page(out, "guidance_presets", figures, page)

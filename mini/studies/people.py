@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...evaluation.stats import proportion, share
 from ...host.graph import Graph
+from ...lookahead.method.guidance_presets import BALANCED
 from ..files.weights import evaluators
 from ..world.references import reference_faces
 from .drawing import MEASURED_WITH, SAMPLER, SCHEDULER, STEPS, STOCK, draw_kept
@@ -31,18 +32,22 @@ ORDERS = ("connected from left to right", "connected from right to left")
 
 @dataclass(frozen=True)
 class PeopleArm:
-    """It says how pictures are guided: the loss's matching ("" for no guidance), and whether it has masks."""
+    """It says how pictures are guided: the loss's matching ("" for no guidance), whether it has masks, and by which
+    preset, the default that of the workflow for two people."""
 
     matching: str = ""
     masks: bool = False
+    preset: str = BALANCED
 
 
 NONE, MATCHED, ORDER, MASKS = "unguided", "matched by likeness", "from left to right", "by masks"
+NUMBERS = "matched by likeness, the node's own numbers"
 ARMS = {
     NONE: PeopleArm(),
     MATCHED: PeopleArm("by likeness"),
     ORDER: PeopleArm("from left to right"),
     MASKS: PeopleArm("by likeness", masks=True),
+    NUMBERS: PeopleArm("by likeness", preset="as set below"),
 }
 
 
@@ -105,7 +110,8 @@ def graph(left: list[str], right: list[str], batch: int, arms: dict[str, PeopleA
                 several="one per picture",
                 **({"mask_1": masks[first], "mask_2": masks[second]} if arm.masks else {}),
             )
-            sampler = add(f"{name} guidance", "LookaheadGuidanceSampler", sampler=plain, shortcut=shortcut, loss=loss)
+            guided = {"sampler": plain, "shortcut": shortcut, "loss": loss, "preset": arm.preset}
+            sampler = add(f"{name} guidance", "LookaheadGuidanceSampler", **guided)
         drawn = add(
             f"{name} samples",
             "SamplerCustomAdvanced",
@@ -124,19 +130,21 @@ def crossed(batch: int) -> bool:
     return batch % 2 == 1
 
 
-def draw(pairs: int) -> tuple[Tensor, dict[str, Tensor]]:
+def draw(pairs: int, first: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
     """References [pairs, 2, 3, 128, 128], left and right, and by arm what was drawn of them, [pairs, 3, 128, 256]."""
-    references = reference_faces(2 * pairs).unflatten(0, (pairs, 2))
+    references = reference_faces(2 * pairs, first=first).unflatten(0, (pairs, 2))
     work = []
     for begin in range(0, pairs, BATCH):
         numbers = range(begin, min(begin + BATCH, pairs))
-        left, right = ([f"face-{number}-{side}.png" for number in numbers] for side in range(2))
+        left, right = ([f"face-{first}-{number}-{side}.png" for number in numbers] for side in range(2))
         work.append((graph(left, right, begin // BATCH, ARMS), tuple(ARMS)))
     inputs = {
-        f"face-{number}-{side}.png": face for number, pair in enumerate(references) for side, face in enumerate(pair)
+        f"face-{first}-{number}-{side}.png": face
+        for number, pair in enumerate(references)
+        for side, face in enumerate(pair)
     }
     drawn = draw_kept("people", work, inputs)
-    return references, {name: torch.cat([one[name] for one in drawn]) for name in ARMS}
+    return references, {name: torch.cat([one.pictures[name] for one in drawn]) for name in ARMS}
 
 
 def similarities(references: Tensor, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -180,7 +188,15 @@ def page(rows: Table, pairs: int) -> str:
     """docs/people.md."""
     names = dict.fromkeys(name for of_arm in rows.values() for name in of_arm)
     return render(
-        "people.md.jinja", rows=rows, names=names, pairs=pairs, cfg=CFG, weight=WEIGHT, style=STYLE, **MEASURED_WITH
+        "people.md.jinja",
+        rows=rows,
+        names=names,
+        pairs=pairs,
+        cfg=CFG,
+        weight=WEIGHT,
+        style=STYLE,
+        preset=BALANCED,
+        **MEASURED_WITH,
     )
 
 
@@ -192,9 +208,9 @@ def sheet(references: Tensor, drawn: dict[str, Tensor], path: Path, columns: int
     to_image(torch.cat(rows, 1)).save(path, quality=88)
 
 
-def evaluate(pairs: int, out: Path) -> None:
+def evaluate(pairs: int, out: Path, first: int = 0) -> None:
     """Draw, measure and write: people.md, .json and .jpg, into `out`."""
-    references, drawn = draw(pairs)
+    references, drawn = draw(pairs, first)
     rows = table(similarities(references, drawn))
     out.mkdir(parents=True, exist_ok=True)
     sheet(references, drawn, out / "people.jpg")

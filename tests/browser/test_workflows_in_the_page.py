@@ -3,19 +3,24 @@
 import copy
 import io
 import re
+import shutil
 import tomllib
 import urllib.parse
 import urllib.request
 
 import pytest
+from lcm_lookahead.host import page as pages
 from lcm_lookahead.host import workflow as converter
+from lcm_lookahead.tools import templates
 from lcm_lookahead.tools.common import ROOT
-from lcm_lookahead.tools.template_specs import OWN_FILES
+from lcm_lookahead.tools.template_specs import BLUEPRINTS, OWN_FILES
+from lcm_lookahead.tools.template_workflows import WORKFLOWS
 from PIL import Image
 from visit import READABLE, covered
 
 FILES = sorted((ROOT / "workflows").glob("*.json"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+BLUEPRINT_FILES = sorted((ROOT / "subgraphs").glob("*.json"))
 ROOM = 330  # units under a sampler for its live preview; a test that runs one says that it is enough
 NOTE = "MarkdownNote"
 
@@ -115,6 +120,20 @@ def test_no_node_covers_another_with_the_page_s_own_labels_and_previews(page, wo
     assert covered(boxes) == []
 
 
+def covered_inside(page):
+    """For each subgraph of the open graph the pairs of nodes that cover each other at the sizes that the page needs."""
+    subgraphs = page.evaluate(
+        "[...app.graph.subgraphs.values()].map(graph => graph.nodes.map(n =>"
+        " [n.id, ...n.pos, ...[...n.size].map((side, k) => Math.max(side, n.computeSize()[k]))]))"
+    )
+    return [covered({n: (x, y - pages.TITLE, x + w, y + h) for n, x, y, w, h in nodes}) for nodes in subgraphs]
+
+
+def test_no_node_inside_of_a_subgraph_covers_another(page, workflow):
+    subgraphs = workflow.get("definitions", {}).get("subgraphs", [])
+    assert covered_inside(page) == [[] for _ in subgraphs]
+
+
 def test_every_node_is_large_enough_for_its_inputs_and_values(page, workflow):
     needed = page.needed_sizes()
     for node in workflow["nodes"]:
@@ -179,3 +198,54 @@ def test_the_list_of_templates_has_it_with_a_picture(path, workflow, host):
         picture = answer.read()
     assert answer.headers["Content-Type"] == "image/jpeg"
     assert min(Image.open(io.BytesIO(picture)).size) >= 400 and len(picture) < 200_000
+
+
+@pytest.fixture(scope="module", params=BLUEPRINT_FILES, ids=lambda path: path.stem)
+def blueprint(request):
+    return converter.load(request.param)
+
+
+@pytest.fixture(scope="module")
+def opened(browser, blueprint):
+    """The page with this blueprint as the open graph."""
+    browser.open(blueprint)
+    return browser
+
+
+def test_the_page_takes_a_blueprint_without_a_complaint_and_would_save_it_as_it_is(opened, blueprint):
+    assert opened.complaints() == []
+    assert plain(opened.saved()) | {"extra": {}} == plain(blueprint) | {"extra": {}}
+
+
+def test_no_node_inside_of_a_blueprint_covers_another(opened):
+    assert covered_inside(opened) == [[]]
+
+
+@pytest.fixture
+def written(browser, tmp_path, monkeypatch):
+    """The texts of files that the tool writes by this page: by their paths in the repository."""
+    if pages.front_end_version() != pages.FRONT_END[0]:
+        pytest.skip("the files are written by the default page")
+    for folder in ("workflows", "subgraphs"):
+        (tmp_path / folder).mkdir()
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    monkeypatch.setattr(templates, "ROOT", tmp_path)
+    return lambda: {path.relative_to(tmp_path): path.read_text() for path in tmp_path.glob("*/*.json")}
+
+
+def others_than_shipped(files):
+    there = {path: (ROOT / path).read_text(encoding="utf-8") for path in files if (ROOT / path).is_file()}
+    return [path.name for path, text in files.items() if there.get(path) != text]
+
+
+def test_the_tool_writes_the_blueprints_that_are_there(browser, written):
+    for graph in BLUEPRINTS:
+        templates.blueprint(browser, graph)
+    assert others_than_shipped(written()) == [] and len(written()) == len(BLUEPRINT_FILES)
+
+
+@pytest.mark.slow
+def test_the_tool_writes_the_workflows_that_are_there(browser, written):
+    for name, graph in WORKFLOWS.items():
+        templates.write(browser, name, graph)
+    assert others_than_shipped(written()) == [] and len(written()) == len(FILES)

@@ -1,6 +1,7 @@
 """What the pages point to exists."""
 
 import re
+import tomllib
 import urllib.parse
 from pathlib import Path
 
@@ -25,6 +26,24 @@ def test_every_link_of_a_page_leads_to_a_file(page):
 
 def test_links_are_found_and_addresses_are_not():
     assert links("[a](b.md) ![c](d/e%20f.png) [f](https://x.y) [g](#h)") == ["b.md", "d/e f.png"]
+
+
+def addresses(page: Path) -> list[str]:
+    """What a help page leads to on the web."""
+    return re.findall(r"\]\((https?://[^)\s]+)\)", page.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "web" / "docs").glob("*.md")), ids=lambda page: page.stem)
+def test_every_help_page_leads_to_a_page_of_the_repository_in_its_last_line_in_every_language(page):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    begin = f"{project['urls']['Repository']}/blob/main/"
+    (address,) = addresses(page)
+    assert page.read_text(encoding="utf-8").endswith(f"]({address})\n") and address.startswith(begin)
+    path, _, heading = address.removeprefix(begin).partition("#")
+    titles = re.findall(r"(?m)^#+ (.+)$", (ROOT / path).read_text(encoding="utf-8"))
+    assert not heading or heading in {title.lower().replace(" ", "-") for title in titles}
+    translations = sorted((page.parent / page.stem).glob("*.md"))
+    assert translations and all(addresses(one) == [address] for one in translations)
 
 
 TEXTS = [

@@ -32,7 +32,7 @@ def test_the_registry_finds_every_field_it_reads():
     assert PROJECT["urls"]["Repository"].startswith("https://github.com/")
     assert COMFY["PublisherId"] and COMFY["DisplayName"]
     assert {"Icon", "Banner", "includes"} <= set(COMFY)
-    assert PROJECT["dynamic"] == ["dependencies", "readme"]
+    assert PROJECT["dynamic"] == ["dependencies", "readme", "scripts"]
     assert SETUPTOOLS["dynamic"]["dependencies"] == {"file": ["requirements.txt"]}
 
 
@@ -140,7 +140,9 @@ def test_every_package_of_ours_is_listed_and_exists():
 
 
 def test_the_command_it_installs_exists():
-    module, function = PROJECT["scripts"]["lookahead"].split(":")
+    (command,) = runpy.run_path(str(ROOT / "setup.py"))["commands"]()
+    name, module, function = re.fullmatch(r"(\w+) = ([\w.]+):(\w+)", command).groups()
+    assert name == "lookahead"
     path = ROOT.joinpath(*module.split(".")[1:]).with_suffix(".py")
     functions = [n.name for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef)]
     assert function in functions

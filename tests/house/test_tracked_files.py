@@ -5,6 +5,7 @@ import re
 import stat
 import subprocess
 import tomllib
+import urllib.parse
 import zipfile
 from pathlib import Path
 
@@ -63,9 +64,9 @@ def test_no_file_is_large_and_the_mini_weights_are_small(tracked):
     kinds = (".safetensors", ".onnx", ".pt", ".bin")
     others = {p: s for p, s in sizes.items() if p.suffix in kinds and not p.is_relative_to(mini / "weights")}
     assert [path.relative_to(mini).as_posix() for path in others] == [
-        f"trained/mini_{name}.safetensors" for name in ("concept", "concept_encoder", "encoder")
+        f"trained/mini_{name}.safetensors" for name in ("concept", "concept_encoder", "encoder", "noise_guide")
     ]
-    assert sum(others.values()) < 6e6
+    assert sum(others.values()) < 7e6
 
 
 def test_nothing_of_the_host_or_of_the_set_up_is_committed(tracked):
@@ -99,6 +100,13 @@ def test_the_published_pack_holds_all_that_it_needs(published, tracked):
         folders = ("lookahead/", "nodes/", "web/", "workflows/", "subgraphs/")
         if name.startswith(folders) or re.fullmatch(r"locales/.+/.+", name):
             assert name in published, name
+
+
+def test_the_readme_of_the_published_pack_leads_to_files_of_its_own(published):
+    targets = re.findall(r"\]\(([^)#\s]+)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    local = {urllib.parse.unquote(target) for target in targets if not re.match(r"[a-z]+:", target)}
+    folders = {parent.as_posix() for name in published for parent in Path(name).parents}
+    assert len(local) > 40 and local - published - folders == set()
 
 
 @pytest.fixture(scope="module")

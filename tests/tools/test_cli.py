@@ -142,6 +142,7 @@ def test_a_stop_from_the_keyboard_is_one_line(monkeypatch, capsys):
 
 def test_the_user_s_own_folder_is_meant_by_a_tilde_everywhere(monkeypatch, tmp_path):
     """Shells write it out in `~/x` alone: neither in --option=~/x, nor in section.key=~/x, nor in a file."""
+    from lcm_lookahead.trainer.concept.config import ConceptConfig, picture_cache
     from lcm_lookahead.trainer.config import CONFIGS
     from lcm_lookahead.trainer.data.generate.config import load as load_generate
     from lcm_lookahead.trainer.lookahead.config import load
@@ -160,6 +161,14 @@ def test_the_user_s_own_folder_is_meant_by_a_tilde_everywhere(monkeypatch, tmp_p
     assert (config.validation.clip, config.model.base) == (f"{tmp_path}/clip", "mini")
     made = load_generate(CONFIGS / "generate/mini.yaml", ["out=~/set", "checks.clip=~/clip"])
     assert (made.out, made.checks.clip) == (f"{tmp_path}/set", f"{tmp_path}/clip")
+    fields = ("model.image_encoder", "model.picture_vae", "data.source", "data.cache", "token.dictionary")
+    values = [f"{field}=~/{n}" for n, field in enumerate(fields)]
+    concept = ConceptConfig.load(CONFIGS / "concept" / "mini.yaml", values)
+    named = concept.model.image_encoder, concept.model.picture_vae, concept.data.source, concept.data.cache
+    assert [*named, concept.token.dictionary] == [f"{tmp_path}/{n}" for n in range(len(fields))]
+    assert picture_cache(concept.data) == tmp_path / "3"
+    beside = concept.data.model_copy(update={"cache": None})
+    assert picture_cache(beside) == tmp_path.resolve() / "2.cache"
 
 
 @pytest.mark.parametrize(
@@ -174,6 +183,10 @@ def test_the_user_s_own_folder_is_meant_by_a_tilde_everywhere(monkeypatch, tmp_p
         ["mini", "sheet", "--out", "taken/sheet.png"],
         ["mini", "example", "taken"],
         ["mini", "build", "--folder", "taken"],
+        ["mini", "things", "--out", "taken/things"],
+        ["mini", "gate", "--sheet", "taken/gate.png"],
+        ["concept", "predict", "a.safetensors", "b.png", "--base", "mini", "--out", "taken/c.safetensors"],
+        ["concept", "tune", "a.safetensors", "b.png", "--base", "mini", "--out", "taken/c.safetensors"],
     ],
     ids=lambda arguments: " ".join(arguments[:2]),
 )

@@ -1,9 +1,12 @@
 """What `make evaluate ARGS=--guidance` compares, and how its intervals are drawn."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from lcm_lookahead.evaluation.harness.methods import METHODS, GuidanceOption
 from lcm_lookahead.lookahead.method.guidance_presets import PRESETS
+from lcm_lookahead.mini.files.host_models import OF_CREATORS
 from lcm_lookahead.mini.studies import guidance
 from lcm_lookahead.tools.common import Problem
 
@@ -15,8 +18,18 @@ def test_arms_differ_in_the_preview_alone(loss):
     assert {**x0, "shortcut": None} == {**ahead, "shortcut": None}
     x0, ahead = (nodes[f"{arm} shortcut"]["inputs"] for arm in (guidance.X0, guidance.LOOKAHEAD))
     assert (x0["kind"], ahead["kind"]) == ("plain x0", "one-step") and x0["vae"] == ahead["vae"]
+    x0, ahead = (nodes[f"{guidance.STRONGER[kind]} guidance"]["inputs"] for kind in (guidance.X0, guidance.LOOKAHEAD))
+    assert {**x0, "shortcut": None} == {**ahead, "shortcut": None} and x0["preset"] == "strong"
     drawn = [nodes[f"{arm} samples"]["inputs"] for arm in guidance.ARMS]
     assert all({**d, "sampler": None} == {**drawn[0], "sampler": None} for d in drawn)
+
+
+def test_a_picture_is_burnt_where_more_of_it_is_at_an_end_than_in_any_unguided_one():
+    unguided = torch.full((2, 3, 16, 16), 0.5)
+    unguided[0, :, :2], guided = 1.0, unguided.clone()
+    guided[0, 1, :3], guided[1, :, :2] = 0.0, 0.0  # one colour at its end is enough; as much as there was is not
+    values = guidance.measure(guidance.IDENTITY, guided, {guidance.NONE: unguided, guidance.LOOKAHEAD: guided})
+    assert [values[arm]["burnt"].tolist() for arm in values] == [[0.0, 0.0], [1.0, 0.0]]
 
 
 def test_gains_are_paired():
@@ -39,8 +52,8 @@ def test_pictures_that_share_their_words_are_drawn_together():
 def test_each_preset_stands_beside_the_best_of_as_many_noises_as_it_takes_evaluations():
     arms, baselines, costs = guidance.preset_arms(["balanced", "quick", "MPGD"])
     assert baselines == {
-        "balanced": "best of 30",
-        "quick": "best of 15",
+        "balanced": "best of 21",
+        "quick": "best of 10",
         "MPGD": "best of 100",
     }
     assert all(abs(costs[name] - costs[baseline]) <= 0.5 for name, baseline in baselines.items())
@@ -48,12 +61,12 @@ def test_each_preset_stands_beside_the_best_of_as_many_noises_as_it_takes_evalua
     drawn = {name: nodes[f"{name} guidance"]["inputs"] for name in arms if arms[name].kind != guidance.NONE}
     assert drawn["quick"]["preset"] == "quick"
     everything, baselines, _ = guidance.preset_arms()
-    assert baselines[guidance.CUSTOM] == "best of 100" and not everything[guidance.CUSTOM].settings
+    assert baselines[guidance.CUSTOM] == "best of 64" and not everything[guidance.CUSTOM].settings
     assert set(guidance.PRESETS_SHOWN) < everything.keys()
-    assert {k: drawn["best of 15"][k] for k in ("start", "iterations", "best_of")} == {
+    assert {k: drawn["best of 10"][k] for k in ("start", "iterations", "best_of")} == {
         "start": 0.0,
         "iterations": 0,
-        "best_of": 15,
+        "best_of": 10,
     }
     kinds = {name: nodes[f"{name} shortcut"]["inputs"]["kind"] for name in drawn}
     assert kinds["MPGD"] == "plain x0" and {k for n, k in kinds.items() if n != "MPGD"} == {"one-step"}
@@ -67,6 +80,19 @@ def test_what_views_are_worth_is_measured_beside_the_same_preset_with_one_crop()
     kinds = [nodes[part.pop("shortcut")[0]]["inputs"]["kind"] for part in (one, viewed)]
     del one["loss"], viewed["loss"]
     assert one == viewed and kinds[0] == kinds[1] and costs["balanced"] == costs[guidance.VIEWED]
+
+
+def test_the_noise_guide_stands_alone_and_with_a_preset_s_iterations_on_top():
+    alone, more = guidance.BY_NOISE_GUIDE
+    arms, baselines, costs = guidance.preset_arms(["gentle", alone, more])
+    assert costs[alone] == 1 and costs[more] == costs["gentle"]
+    assert baselines[alone] == guidance.NONE and baselines[more] == baselines["gentle"] == "best of 15"
+    nodes = guidance.graph(guidance.IDENTITY, ["a.png"], 0, 5, {n: arms[n] for n in ("gentle", alone, more)})
+    plain, one, both = (nodes[f"{name} guidance"]["inputs"] for name in ("gentle", alone, more))
+    assert (one["preset"], both["preset"]) == ("off", "gentle") and "noise_guide" not in plain
+    loaders = {nodes[part["noise_guide"][0]]["inputs"]["guide_name"] for part in (one, both)}
+    assert loaders == {Path(file).name for file in OF_CREATORS if "noise_guide" in file}
+    assert set(guidance.BY_NOISE_GUIDE) < guidance.preset_arms()[0].keys()
 
 
 def test_presets_stand_beside_image_to_image_from_the_reference():
@@ -93,9 +119,11 @@ def test_the_page_of_presets_has_a_row_an_arm_with_what_it_takes():
         for name in arms
     }
     figures = guidance.intervals(values, baselines=baselines, over=guidance.AS_MANY)
-    text = guidance.presets_page(figures, costs, 16)
+    seconds = {name: 10.0 + number for number, name in enumerate(arms)}
+    text = guidance.presets_page(figures, costs, seconds, range(200, 216))
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ") and "evaluations" not in line]
-    assert [(row[0], row[1]) for row in rows] == [(f"| {name}", str(round(costs[name]))) for name in arms]
+    expected = [(f"| {name}", str(round(costs[name])), f"{seconds[name]:.1f}") for name in arms]
+    assert [tuple(row[:3]) for row in rows] == expected and "16 triples" in text and "200 to 215" in text
     assert len({len(row) for row in rows}) == 1 and "DPS steer by plain x0" in text
     assert "similarity to the reference, gain over the best of as many" in figures["quick"]
 
@@ -106,8 +134,8 @@ def test_the_page_of_presets_has_a_row_an_arm_with_what_it_takes():
 def test_a_protocol_names_a_preset_or_the_best_of_as_many_noises():
     assert GuidanceOption(preset="quick").inputs(50) == {"preset": "quick"}
     assert GuidanceOption(best_of=9).inputs(50) == {"start": 0.0, "iterations": 0, "best_of": 9}
-    assert GuidanceOption(best_of="balanced").inputs(50)["best_of"] == 30
-    assert GuidanceOption(kind="x0", best_of="balanced").inputs(50)["best_of"] == 19
+    assert GuidanceOption(best_of="balanced").inputs(50)["best_of"] == 21
+    assert GuidanceOption(kind="x0", best_of="balanced").inputs(50)["best_of"] == 18
     assert GuidanceOption(iterations=7).inputs(50) == {"start": 0.12, "iterations": 7}
 
 
@@ -136,4 +164,4 @@ def test_pictures_drawn_before_are_found_and_a_preset_that_changes_is_drawn_agai
 
 def test_the_work_of_guidance_counts_what_skips_the_unet():
     full, quick = (GuidanceOption(preset=name).work(50) for name in ("balanced", "quick"))
-    assert full == (5 * 3 + 5, 5 * 3 + 5) and quick == (10 + 5, 10 * 3 + 5)
+    assert full == (5 * 3 + 5, 5 * 3 + 5) and quick == (5 + 5, 5 * 3 + 5)

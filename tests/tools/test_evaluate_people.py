@@ -11,7 +11,9 @@ def test_arms_differ_in_whose_a_face_is_alone():
     nodes = people.graph(LEFT, RIGHT, 0, people.ARMS)
     losses = [nodes[f"{name} loss"]["inputs"] for name, arm in people.ARMS.items() if arm.matching]
     known = ("matching", "mask_1", "mask_2")
-    assert len(losses) == 3 and all(
+    presets = [nodes[f"{name} guidance"]["inputs"]["preset"] for name, arm in people.ARMS.items() if arm.matching]
+    assert presets == ["balanced"] * 3 + ["as set below"]
+    assert len(losses) == 4 and all(
         {**one, **dict.fromkeys(known)} == {**losses[0], **dict.fromkeys(known)} for one in losses
     )
     drawn = [nodes[f"{name} samples"]["inputs"] for name in people.ARMS]

@@ -66,6 +66,7 @@ def test_the_published_archive_of_the_pack_alone_installs_too(tmp_path):
     ignore = pathspec.GitIgnoreSpec.from_lines((ROOT / ".comfyignore").read_text().splitlines())
     site = install([name for name in tracked() if not ignore.match_file(name)], tmp_path)
     assert (site / "lcm_lookahead/nodes/extension.py").is_file() and not (site / "lcm_lookahead/trainer").exists()
+    assert not list(site.glob("*.dist-info/entry_points.txt"))  # no command, since cli/ is not in it
     code = "from lcm_lookahead.lookahead.files import encoder_file, convert"
     subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(site)}, cwd=tmp_path, check=True)
 
@@ -103,6 +104,8 @@ def test_an_installed_package_trains_converts_and_draws_by_the_readme_s_lines(tm
     (lines,) = re.findall(r"(?m)^(?:    (?:from|pipe).*\n){5}", (ROOT / "README.md").read_text(encoding="utf-8"))
     python("-c", re.sub("(?m)^    ", "", lines), cwd=tmp_path / "try")
     assert (tmp_path / "try/drawn.png").stat().st_size > 1000
+    (commands,) = site.glob("*.dist-info/entry_points.txt")
+    assert "lookahead = lcm_lookahead.cli.main:main" in commands.read_text()
     packages = {path.relative_to(site).parts[0] for path in site.rglob("*") if path.is_file()}
     assert {name.split("-")[0] for name in packages} == {"lcm_lookahead"}  # no cache, nothing written beside it
     assert not list((site / "lcm_lookahead").glob(".*"))

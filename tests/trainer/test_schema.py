@@ -1,12 +1,17 @@
 """The JSON schemas that are shipped beside the configurations: true to the fields, and every shipped file fits."""
 
+import json
 import operator
 import re
 
 import pytest
 import yaml
 from lcm_lookahead.cli import main
-from lcm_lookahead.cli.schema import text
+from lcm_lookahead.cli.schema import protocol_section, text
+from lcm_lookahead.evaluation.harness import protocol
+from lcm_lookahead.evaluation.harness.measures import MEASURES
+from lcm_lookahead.mini import judges
+from lcm_lookahead.trainer.concept.config import ConceptConfig
 from lcm_lookahead.trainer.config import CONFIGS, ConfigError, validated
 from lcm_lookahead.trainer.data.generate.config import GenerateConfig
 from lcm_lookahead.trainer.lookahead.config import Config
@@ -17,7 +22,9 @@ KINDS = {
     "train": (CONFIGS, Config),
     "generate": (CONFIGS / "generate", GenerateConfig),
     "guide": (CONFIGS / "guide", NoiseGuideConfig),
+    "concept": (CONFIGS / "concept", ConceptConfig),
 }
+PROTOCOLS = sorted(path for path in protocol.PROTOCOLS.glob("*.yaml") if path != protocol.PROMPTS)
 FILES = [(kind, path) for kind, (folder, _) in KINDS.items() for path in sorted(folder.glob("*.yaml"))]
 LIMITS = {
     "minItems": operator.ge,
@@ -139,6 +146,36 @@ def test_the_schema_refuses_what_the_command_refuses(change):
     with pytest.raises(ConfigError):
         validated(Config, BASE | change)
     assert found(BASE | change, "train")
+
+
+@pytest.mark.parametrize("path", PROTOCOLS, ids=lambda path: path.stem)
+def test_every_shipped_protocol_fits_the_schema_that_the_command_prints(path, capsys):
+    main.main(["schema", "evaluate"])
+    schema = json.loads(capsys.readouterr().out)
+    assert schema == schema_of(protocol_section())
+    assert not list(faults(yaml.safe_load(path.read_text(encoding="utf-8")), schema, schema))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"stepz": 5},
+        {"people": {"source": "drawn", "count": 0}},
+        {"methods": {"a": {"kind": "encodr"}}},
+        {"methods": {"a": {"kind": "encoder", "file": "a.safetensors", "wieghts": [1]}}},
+        {"methods": {"a": {"kind": "none", "file": "a.safetensors"}}},
+        {"measures": {"b": {"kind": "identity parameters", "clip": "mini"}}},
+    ],
+)
+def test_the_schema_of_a_protocol_refuses_what_the_command_refuses_also_of_the_full_one(change):
+    schema = schema_of(protocol_section())
+    base = {"models": {"base": "b"}, "people": {"source": "drawn"}, "methods": {"a": {"kind": "none"}}}
+    base |= {"measures": {"b": {"kind": "identity", "recogniser": "r"}}}
+    assert not list(faults(base | {"full": {"methods": {"a": {"weights": [0.5]}}}}, schema, schema))
+    assert list(faults(base | change, schema, schema)) and list(faults(base | {"full": change}, schema, schema))
+    with pytest.raises(ConfigError):
+        read = validated(protocol.Protocol, base | change)
+        read.parsed_methods(), read.parsed_measures({**MEASURES, **judges.MEASURES})
 
 
 def test_what_must_be_given_may_stand_in_the_file_that_is_extended():

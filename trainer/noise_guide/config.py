@@ -60,7 +60,7 @@ class GuideLoss(Section):
     """The guide is trained by the lookahead loss on the preview of the moved latent, and by how far it moves."""
 
     shift_weight: Annotated[float, Field(ge=0)] = Field(
-        0.1,
+        1.0,
         description="weight of the squared shift, in parts of the noise (HyperNoise's prior); the identity loss has 1",
     )
     full_strength: Share = Field(0.5, description="probability that a sample's LoRA scale is the full one, 1")
