@@ -68,7 +68,7 @@ def _as_the_host_runs_nodes(pack):
 
 @pytest.fixture(scope="session")
 def worlds(pack, tmp_path_factory):
-    """`worlds("mini")` and `worlds("sdxl")`, each built once."""
+    """`worlds("mini")`, `worlds("tiny")` and `worlds("sdxl")`, each built once."""
     built = {}
 
     def world(kind: str, **options) -> World:
@@ -112,6 +112,12 @@ def mini(worlds) -> World:
 
 
 @pytest.fixture(scope="session")
+def tiny(worlds) -> World:
+    """The layout of the mini world in the narrowest of widths, for questions that no width changes."""
+    return worlds("tiny")
+
+
+@pytest.fixture(scope="session")
 def tools(pack) -> HostTools:
     """Helpers that need the loaded pack, or the host."""
     return HostTools(pack)
@@ -124,12 +130,12 @@ def flow(mini, tools):
 
 
 @pytest.fixture
-def texts(mini):
-    """A positive and a negative text for the mini model."""
-    return mini.text(1), mini.text(2)
+def texts(tiny):
+    """A positive and a negative text for the mini model, and for the tiny one, which reads texts of the same width."""
+    return tiny.text(1), tiny.text(2)
 
 
 @pytest.fixture
-def split_batches(mini, monkeypatch):
+def split_batches(tiny, monkeypatch):
     """As if memory were so short that each condition runs alone."""
-    monkeypatch.setattr(mini.model.model, "memory_required", lambda *args, **kwargs: float("inf"))
+    monkeypatch.setattr(tiny.model.model, "memory_required", lambda *args, **kwargs: float("inf"))

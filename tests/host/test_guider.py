@@ -11,13 +11,13 @@ POSITIVE, NEGATIVE = ("positive", 0, ("face 0",)), ("negative", 0, ("zeros 0",))
 
 
 @pytest.fixture
-def model(mini, tools):
-    return tools.inject(mini.model, tools.kv_reference(mini, tools.picture(1)))
+def model(tiny, tools):
+    return tools.inject(tiny.model, tools.kv_reference(tiny, tools.picture(1)))
 
 
 @pytest.fixture
-def watch(mini, texts, tools):
-    with tools.watch(mini, positive=texts[0], negative=texts[1]) as watch:
+def watch(tiny, texts, tools):
+    with tools.watch(tiny, positive=texts[0], negative=texts[1]) as watch:
         yield watch
 
 
@@ -54,45 +54,45 @@ def predict(texts, tools):
 @pytest.mark.parametrize(
     "scales", [(3.0, 2.0, 2.0), (2.0, 4.0, 0.0), (0.0, 2.0, 1.5), (4.0, 0.0, 1.0), (0.2, 0.3, 0.5)]
 )
-def test_it_weighs_the_four_predictions(mini, model, predict, scales):
+def test_it_weighs_the_four_predictions(tiny, model, predict, scales):
     """Which the host's own guider gives at 0 and at 1, without and with the KV injection."""
-    (e_nu, e_nt), (e_fu, e_ft) = ((predict(m, 0.0), predict(m, 1.0)) for m in (mini.model, model))
+    (e_nu, e_nt), (e_fu, e_ft) = ((predict(m, 0.0), predict(m, 1.0)) for m in (tiny.model, model))
     text, full, kv = scales
     expected = (1 - text - full - kv) * e_nu + text * e_nt + full * e_ft + kv * e_fu
     assert close(predict(model, *scales), expected, 1e-4)
 
 
 @pytest.mark.contract
-def test_without_a_kv_injection_it_is_the_hosts_guider_at_text_plus_full(mini, tools, draw):
+def test_without_a_kv_injection_it_is_the_hosts_guider_at_text_plus_full(tiny, tools, draw):
     """To the bit, also with an image prompt, and for samplers that ask for the unconditional prediction."""
-    prompted = tools.apply(mini.model, tools.reference(mini, tools.picture(1)))
-    for plain in (mini.model, prompted):
+    prompted = tools.apply(tiny.model, tools.reference(tiny, tools.picture(1)))
+    for plain in (tiny.model, prompted):
         assert torch.equal(draw(plain, 3.0, 2.0, 2.0), draw(plain, 5.0))
     assert torch.equal(
-        draw(mini.model, 3.0, 2.0, 2.0, sampler="euler_cfg_pp"), draw(mini.model, 5.0, sampler="euler_cfg_pp")
+        draw(tiny.model, 3.0, 2.0, 2.0, sampler="euler_cfg_pp"), draw(tiny.model, 5.0, sampler="euler_cfg_pp")
     )
-    assert torch.equal(draw(mini.model, 0.4, 0.6, 2.0), draw(mini.model, 1.0))
+    assert torch.equal(draw(tiny.model, 0.4, 0.6, 2.0), draw(tiny.model, 1.0))
 
 
-def test_a_kv_injection_without_effect_is_guidance_at_text_plus_full(mini, tools, draw):
+def test_a_kv_injection_without_effect_is_guidance_at_text_plus_full(tiny, tools, draw):
     """A mask of zeros: everything is evaluated, and nothing changes."""
-    reference = tools.kv_reference(mini, tools.picture(1))
-    none = tools.inject(mini.model, reference, mask=torch.zeros(1, 64, 64))
-    expected = draw(mini.model, 5.0)
+    reference = tools.kv_reference(tiny, tools.picture(1))
+    none = tools.inject(tiny.model, reference, mask=torch.zeros(1, 64, 64))
+    expected = draw(tiny.model, 5.0)
     out = draw(none, 3.0, 2.0, 2.0)
     assert close(out, expected, 1e-4) and not torch.equal(out, expected)
 
 
-def test_outside_of_the_part_in_which_the_kv_injection_acts_it_is_the_hosts_guider(mini, tools, draw):
-    reference = tools.kv_reference(mini, tools.picture(1))
-    never = tools.inject(mini.model, reference, start=1.0, end=1.0)
-    assert torch.equal(draw(never, 3.0, 2.0, 2.0), draw(mini.model, 5.0))
+def test_outside_of_the_part_in_which_the_kv_injection_acts_it_is_the_hosts_guider(tiny, tools, draw):
+    reference = tools.kv_reference(tiny, tools.picture(1))
+    never = tools.inject(tiny.model, reference, start=1.0, end=1.0)
+    assert torch.equal(draw(never, 3.0, 2.0, 2.0), draw(tiny.model, 5.0))
 
 
-def test_with_text_alone_the_kv_injection_is_left_out(mini, model, watch, draw):
+def test_with_text_alone_the_kv_injection_is_left_out(tiny, model, watch, draw):
     out = draw(watch.model(model), 5.0, 0.0, 0.0)
     assert watch.references == [] and set(watch.rows) == PLAIN
-    assert torch.equal(out, draw(mini.model, 5.0))
+    assert torch.equal(out, draw(tiny.model, 5.0))
 
 
 # -- what is evaluated
@@ -120,16 +120,16 @@ def test_a_scale_of_0_makes_no_evaluation(model, watch, predict, texts, tools, s
     assert set(one.names) == reference and len(one.names) == len(reference)
 
 
-def test_the_image_prompt_acts_in_both_passes(mini, tools, texts, predict):
-    reference = tools.kv_reference(mini, tools.picture(1), encoder=tools.encoder(mini.encoder))
-    without = tools.apply(mini.model, reference)
+def test_the_image_prompt_acts_in_both_passes(tiny, tools, texts, predict):
+    reference = tools.kv_reference(tiny, tools.picture(1), encoder=tools.encoder(tiny.encoder))
+    without = tools.apply(tiny.model, reference)
     both = tools.inject(without, reference)
     e_nu, e_nt, e_fu, e_ft = predict(without, 0.0), predict(without, 1.0), predict(both, 0.0), predict(both, 1.0)
     assert close(predict(both, 3.0, 2.0, 2.0), -6 * e_nu + 3 * e_nt + 2 * e_ft + 2 * e_fu, 1e-4)
 
 
-def test_the_same_text_in_both_sockets_is_told_apart(model, watch, mini, tools):
-    same = mini.text(1)
+def test_the_same_text_in_both_sockets_is_told_apart(model, watch, tiny, tools):
+    same = tiny.text(1)
     guider = tools.three_scales(watch.model(model), same, same)
     tools.denoised(None, None, None, torch.randn(LATENT), 5.0, guider=guider)
     assert sorted(row[2] for row in watch.rows) == [(), (), ("face 0",), ("zeros 0",)]
@@ -146,7 +146,7 @@ def test_each_picture_of_a_batch_is_as_if_drawn_alone(model, draw, watch, pictur
 
 
 @pytest.mark.contract
-def test_areas_are_given_to_both_passes(model, watch, mini, tools, texts):
+def test_areas_are_given_to_both_passes(model, watch, tiny, tools, texts):
     (text, options), negative = texts[0][0], texts[1]
     halves = [[text, {**options, "area": (8, 4, 0, column)}] for column in (0, 4)]
     tools.denoised(
@@ -175,8 +175,8 @@ def test_presets_are_scales(pack, model, draw, tools, texts):
 # -- what other nodes see of it
 
 
-def test_another_guidance_is_refused_before_anything_is_evaluated(mini, model, watch, draw, tools):
-    for other in (model, mini.model):
+def test_another_guidance_is_refused_before_anything_is_evaluated(tiny, model, watch, draw, tools):
+    for other in (model, tiny.model):
         watch.clear()
         replaced = tools.host_node("nodes_model_advanced", "RescaleCFG", watch.model(other), 0.7)
         with pytest.raises(ValueError) as error:
@@ -186,9 +186,9 @@ def test_another_guidance_is_refused_before_anything_is_evaluated(mini, model, w
 
 @pytest.mark.parametrize("scales", [(3.0, 2.0, 2.0), (5.0, 0.0, 2.0), (0.0, 0.0, 2.0)])
 @pytest.mark.contract
-def test_functions_before_and_after_the_guidance(mini, model, predict, scales):
+def test_functions_before_and_after_the_guidance(tiny, model, predict, scales):
     """They get the prediction with text and KV (without KV where that is not made) and the plain unconditional one."""
-    (e_nu, e_nt), (e_fu, e_ft) = ((predict(m, 0.0), predict(m, 1.0)) for m in (mini.model, model))
+    (e_nu, e_nt), (e_fu, e_ft) = ((predict(m, 0.0), predict(m, 1.0)) for m in (tiny.model, model))
     cond = e_ft if scales[1] else e_nt if scales[0] else e_nu
     seen = []
 
@@ -201,7 +201,7 @@ def test_functions_before_and_after_the_guidance(mini, model, predict, scales):
 
     def after(args):
         assert close(args["cond_denoised"], cond, 1e-4) and close(args["uncond_denoised"], e_nu, 1e-4)
-        assert args["denoised"].shape == args["input"].shape and args["model"] is mini.model.model
+        assert args["denoised"].shape == args["input"].shape and args["model"] is tiny.model.model
         seen.append("after")
         return args["denoised"] + 1
 
@@ -312,26 +312,26 @@ def test_sampler_custom_advanced(model, tools, texts, watch):
 
 
 @pytest.mark.contract
-def test_an_interrupt_leaves_nothing_behind(mini, model, tools, texts, draw):
+def test_an_interrupt_leaves_nothing_behind(tiny, model, tools, texts, draw):
     import comfy.model_management
 
-    plain, guided = draw(mini.model, 3.0), draw(model, 3.0, 2.0, 2.0)
+    plain, guided = draw(tiny.model, 3.0), draw(model, 3.0, 2.0, 2.0)
     guider = tools.three_scales(model, *texts)
     before = dict(vars(guider))
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         tools.sample(model, *texts, torch.zeros(LATENT), steps=2, guider=guider, callback=interrupt)
     again = tools.sample(model, *texts, torch.zeros(LATENT), steps=2, guider=guider)
-    assert torch.equal(again, guided) and torch.equal(draw(mini.model, 3.0), plain)
+    assert torch.equal(again, guided) and torch.equal(draw(tiny.model, 3.0), plain)
     assert guider.model_options is before["model_options"]
     context = guider.model_options["transformer_options"]["lookahead"]
     assert (len(context.effects), context.run, context.call, context.batch) == (1, None, None, None)
 
 
-def test_outside_of_start_and_end_it_does_not_guide(mini, tools, model, texts, watch):
+def test_outside_of_start_and_end_it_does_not_guide(tiny, tools, model, texts, watch):
     """The prediction is that of prompt and reference alone, in one evaluation."""
     x = torch.randn(LATENT, generator=torch.Generator().manual_seed(9))
-    sampling = mini.model.get_model_object("model_sampling")
-    prompted = tools.apply(mini.model, tools.reference(mini, tools.picture(1)))
+    sampling = tiny.model.get_model_object("model_sampling")
+    prompted = tools.apply(tiny.model, tools.reference(tiny, tools.picture(1)))
 
     def at(model, share, **options):
         guider = tools.three_scales(model, *texts, 3.0, 2.0, 2.0, **options)
@@ -343,7 +343,7 @@ def test_outside_of_start_and_end_it_does_not_guide(mini, tools, model, texts, w
             assert torch.equal(at(m, share, start=0.2, end=0.8), tools.denoised(m, *texts, x, sigma, cfg=1.0))
         assert torch.equal(at(m, 0.5, start=0.2, end=0.8), at(m, 0.5))
     watch.clear()
-    fresh = tools.inject(mini.model, tools.kv_reference(mini, tools.picture(1)))  # the other's passes are in its cache
+    fresh = tools.inject(tiny.model, tools.kv_reference(tiny, tools.picture(1)))  # the other's passes are in its cache
     at(watch.model(fresh), 0.9, end=0.8)
     assert watch.rows == [POSITIVE]
     with pytest.raises(ValueError) as error:
@@ -351,15 +351,15 @@ def test_outside_of_start_and_end_it_does_not_guide(mini, tools, model, texts, w
     assert "0.8" in tools.one_sentence(error)
 
 
-def test_the_page_writes_a_preset_s_numbers(mini, texts, pack):
+def test_the_page_writes_a_preset_s_numbers(tiny, texts, pack):
     """The same scales act, by the preset or by what the page writes into the fields."""
     node = pack.nodes["LookaheadGuider"]
     (asked,) = [i for i in node.define_schema().inputs if i.id == "preset"]
     about = asked.as_dict()
     assert list(about["lookahead_presets"]) == about["options"][1:] and about["options"][0] == about["default"]
     for name, numbers in about["lookahead_presets"].items():
-        (by_name,) = node.execute(mini.model, *texts, preset=name).result
-        (by_numbers,) = node.execute(mini.model, *texts, **numbers).result
+        (by_name,) = node.execute(tiny.model, *texts, preset=name).result
+        (by_numbers,) = node.execute(tiny.model, *texts, **numbers).result
         assert [by_name.text, by_name.full, by_name.kv] == [by_numbers.text, by_numbers.full, by_numbers.kv]
     assert (
         len({tuple(numbers.values()) for numbers in about["lookahead_presets"].values()}) == len(about["options"]) - 1

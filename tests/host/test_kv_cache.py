@@ -1,26 +1,24 @@
 """What is kept of reference passes: when a run makes none, what changes bring them back, and the bound."""
 
 import gc
-import json
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
 from host_tools import interrupt
 from tensors import relative
+from worlds import TINY
 
 LATENT = (1, 4, 8, 8)
 STEPS = 2
-UNET = json.loads((Path(__file__).resolve().parents[2] / "mini/sizes.json").read_text())["unet"]
-_, MIDDLE, DEEP = (UNET["model_channels"] * m for m in UNET["channel_mult"])
+_, MIDDLE, DEEP = TINY["channels"]
 A_LEVEL = 4 * 2 * (5 * 16 * MIDDLE + 12 * 4 * DEEP)  # bytes: normed inputs of both roles in float32
 
 
 @pytest.fixture
-def draw(mini, texts, tools):
+def draw(tiny, texts, tools):
     """draw(model) -> a picture of a few steps and how many times the reference was evaluated for it."""
-    with tools.watch(mini, positive=texts[0], negative=texts[1]) as watch:
+    with tools.watch(tiny, positive=texts[0], negative=texts[1]) as watch:
 
         def run(model, latent=LATENT, **options):
             watch.clear()
@@ -31,21 +29,21 @@ def draw(mini, texts, tools):
 
 
 @pytest.fixture
-def reference(mini, tools):
-    return tools.kv_reference(mini, tools.picture(1))
+def reference(tiny, tools):
+    return tools.kv_reference(tiny, tools.picture(1))
 
 
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("pictures", [1, 2])
 @pytest.mark.contract
-def test_a_second_run_makes_no_reference_pass_and_gives_the_same_bits(mini, tools, draw, trained, pictures):
-    encoder = tools.kv_encoder(mini) if trained else None
-    reference = tools.kv_reference(mini, tools.picture(1), encoder=encoder)
+def test_a_second_run_makes_no_reference_pass_and_gives_the_same_bits(tiny, tools, draw, trained, pictures):
+    encoder = tools.kv_encoder(tiny) if trained else None
+    reference = tools.kv_reference(tiny, tools.picture(1), encoder=encoder)
     latent = (pictures, *LATENT[1:])
-    first, cold = draw(tools.inject(mini.model, reference), latent)
-    second, replayed = draw(tools.inject(mini.model, reference), latent)
+    first, cold = draw(tools.inject(tiny.model, reference), latent)
+    second, replayed = draw(tools.inject(tiny.model, reference), latent)
     assert cold == 2 * STEPS and replayed == 0 and torch.equal(second, first)
-    none, again = draw(tools.inject(mini.model, reference, cache_gb=0.0), latent)
+    none, again = draw(tools.inject(tiny.model, reference, cache_gb=0.0), latent)
     assert torch.equal(none, first)
 
 
@@ -75,92 +73,92 @@ def split(options, model):
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_the_reference_pass_depends_on_brings_it_back(mini, tools, reference, draw, change):
-    draw(tools.inject(mini.model, reference))
-    model, of_node, of_run = split(CHANGES[change](mini, tools), mini.model)
+def test_what_the_reference_pass_depends_on_brings_it_back(tiny, tools, reference, draw, change):
+    draw(tools.inject(tiny.model, reference))
+    model, of_node, of_run = split(CHANGES[change](tiny, tools), tiny.model)
     changed, evaluated = draw(tools.inject(model, reference, **of_node), **of_run)
     assert evaluated == 2 * STEPS
     again, evaluated = draw(tools.inject(model, reference, **of_node), **of_run)
     assert evaluated == 0 and torch.equal(again, changed)
 
 
-def test_another_reference_or_encoder_is_read_anew(mini, tools, draw):
-    encoder = tools.kv_encoder(mini)
-    draw(tools.inject(mini.model, tools.kv_reference(mini, tools.picture(1), encoder=encoder)))
+def test_another_reference_or_encoder_is_read_anew(tiny, tools, draw):
+    encoder = tools.kv_encoder(tiny)
+    draw(tools.inject(tiny.model, tools.kv_reference(tiny, tools.picture(1), encoder=encoder)))
     for picture, options in (
         (tools.picture(2), {"encoder": encoder}),
-        (tools.picture(1), {"encoder": tools.kv_encoder(mini, seed=9)}),
+        (tools.picture(1), {"encoder": tools.kv_encoder(tiny, seed=9)}),
         (tools.picture(1), {"encoder": encoder, "size": 80}),
     ):
-        assert draw(tools.inject(mini.model, tools.kv_reference(mini, picture, **options)))[1] == 2 * STEPS
+        assert draw(tools.inject(tiny.model, tools.kv_reference(tiny, picture, **options)))[1] == 2 * STEPS
 
 
-def test_what_it_does_not_depend_on_brings_no_pass_back(mini, tools, draw):
-    reference = tools.kv_reference(mini, tools.picture(1), encoder=tools.kv_encoder(mini))
-    plain, _ = draw(tools.inject(mini.model, reference))
-    other_guider = tools.guider(tools.inject(mini.model, reference), mini.text(1), mini.text(1), 3.0)
+def test_what_it_does_not_depend_on_brings_no_pass_back(tiny, tools, draw):
+    reference = tools.kv_reference(tiny, tools.picture(1), encoder=tools.kv_encoder(tiny))
+    plain, _ = draw(tools.inject(tiny.model, reference))
+    other_guider = tools.guider(tools.inject(tiny.model, reference), tiny.text(1), tiny.text(1), 3.0)
     for out, evaluated in (
-        draw(tools.inject(mini.model, reference), cfg=4.0),
-        draw(tools.inject(mini.model, reference, weight=0.5)),
-        draw(tools.inject(mini.model, reference, mask=torch.ones(1, 64, 64), weight=0.7)),
-        draw(tools.inject(tools.apply(mini.model, reference), reference)),
-        draw(mini.model, guider=other_guider),
+        draw(tools.inject(tiny.model, reference), cfg=4.0),
+        draw(tools.inject(tiny.model, reference, weight=0.5)),
+        draw(tools.inject(tiny.model, reference, mask=torch.ones(1, 64, 64), weight=0.7)),
+        draw(tools.inject(tools.apply(tiny.model, reference), reference)),
+        draw(tiny.model, guider=other_guider),
     ):
         assert evaluated == 0 and not torch.equal(out, plain)
 
 
-def test_only_the_half_that_is_missing_is_evaluated(mini, tools, reference, draw):
-    model = tools.inject(mini.model, reference)
+def test_only_the_half_that_is_missing_is_evaluated(tiny, tools, reference, draw):
+    model = tools.inject(tiny.model, reference)
     assert draw(model, cfg=1.0)[1] == STEPS
     with_both, evaluated = draw(model)
     assert evaluated == STEPS
     assert torch.equal(draw(model)[0], with_both)
 
 
-def test_fixed_noise_is_evaluated_once_for_all_seeds_and_numbers_of_pictures(mini, tools, reference, draw):
-    model = tools.inject(mini.model, reference, noise="fixed")
+def test_fixed_noise_is_evaluated_once_for_all_seeds_and_numbers_of_pictures(tiny, tools, reference, draw):
+    model = tools.inject(tiny.model, reference, noise="fixed")
     first, evaluated = draw(model)
     assert evaluated == 2 * STEPS
     assert draw(model, seed=2)[1] == draw(model, (3, *LATENT[1:]))[1] == 0
 
 
-def test_pictures_given_one_each_stay_apart_after_a_smaller_batch(mini, tools, draw):
+def test_pictures_given_one_each_stay_apart_after_a_smaller_batch(tiny, tools, draw):
     """With fixed noise a run of one image reads less than a run of three."""
 
     def each(**options):
-        reference = tools.kv_reference(mini, tools.picture(4, n=3), several="one per picture")
-        return tools.inject(mini.model, reference, noise="fixed")
+        reference = tools.kv_reference(tiny, tools.picture(4, n=3), several="one per picture")
+        return tools.inject(tiny.model, reference, noise="fixed")
 
     model, three = each(), (3, *LATENT[1:])
     draw(model)
     assert torch.equal(draw(model, three)[0], draw(each(), three)[0])
 
 
-def test_two_nodes_with_one_reference_share_what_is_kept(mini, tools, reference, draw):
-    model = tools.inject(tools.inject(mini.model, reference, weight=0.5), reference, weight=0.3)
+def test_two_nodes_with_one_reference_share_what_is_kept(tiny, tools, reference, draw):
+    model = tools.inject(tools.inject(tiny.model, reference, weight=0.5), reference, weight=0.3)
     assert draw(model)[1] == 2 * STEPS
 
 
 @pytest.mark.contract
-def test_an_interrupted_run_leaves_what_is_right(mini, tools, reference, draw):
+def test_an_interrupted_run_leaves_what_is_right(tiny, tools, reference, draw):
     import comfy.model_management
 
-    model = tools.inject(mini.model, reference)
+    model = tools.inject(tiny.model, reference)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         draw(model, callback=interrupt)
     after, evaluated = draw(model)
     assert 0 < evaluated < 2 * STEPS
-    assert torch.equal(after, draw(tools.inject(mini.model, tools.kv_reference(mini, tools.picture(1))))[0])
+    assert torch.equal(after, draw(tools.inject(tiny.model, tools.kv_reference(tiny, tools.picture(1))))[0])
 
 
 @pytest.mark.contract
-def test_the_cache_goes_with_its_reference(mini, tools, draw):
-    reference = tools.kv_reference(mini, tools.picture(1))
-    draw(tools.inject(mini.model, reference))
+def test_the_cache_goes_with_its_reference(tiny, tools, draw):
+    reference = tools.kv_reference(tiny, tools.picture(1))
+    draw(tools.inject(tiny.model, reference))
     cache = weakref.ref(reference.subjects[0].cache)
     assert cache().size() == STEPS * A_LEVEL
     del reference
-    draw(mini.model)  # the host holds on to the last MODEL that it ran
+    draw(tiny.model)  # the host holds on to the last MODEL that it ran
     gc.collect()
     assert cache() is None
 
@@ -172,8 +170,8 @@ def logged(caplog) -> list[str]:
     return [r.getMessage() for r in caplog.records if "LCM-Lookahead" in r.getMessage()]
 
 
-def test_a_run_larger_than_the_bound_keeps_what_fits_and_says_so_once(mini, tools, reference, draw, caplog):
-    model = tools.inject(mini.model, reference, cache_gb=1.5 * A_LEVEL / 2**30)
+def test_a_run_larger_than_the_bound_keeps_what_fits_and_says_so_once(tiny, tools, reference, draw, caplog):
+    model = tools.inject(tiny.model, reference, cache_gb=1.5 * A_LEVEL / 2**30)
     cache = reference.subjects[0].cache
     for expected in (2 * STEPS, 2, 2):  # one level is kept, and of the other not even a half
         with caplog.at_level("WARNING"):
@@ -181,18 +179,18 @@ def test_a_run_larger_than_the_bound_keeps_what_fits_and_says_so_once(mini, tool
             out, evaluated = draw(model)
         (said,) = logged(caplog)
         assert "1 of 2 noise levels" in said and evaluated == expected and cache.size() == A_LEVEL
-    assert torch.equal(out, draw(tools.inject(mini.model, tools.kv_reference(mini, tools.picture(1))))[0])
+    assert torch.equal(out, draw(tools.inject(tiny.model, tools.kv_reference(tiny, tools.picture(1))))[0])
 
 
-def test_a_cache_of_0_keeps_nothing_and_says_nothing(mini, tools, reference, draw, caplog):
-    model = tools.inject(mini.model, reference, cache_gb=0.0)
+def test_a_cache_of_0_keeps_nothing_and_says_nothing(tiny, tools, reference, draw, caplog):
+    model = tools.inject(tiny.model, reference, cache_gb=0.0)
     with caplog.at_level("WARNING"):
         assert draw(model)[1] == draw(model)[1] == 2 * STEPS
     assert logged(caplog) == [] and reference.subjects[0].cache.size() == 0
 
 
-def test_whole_earlier_runs_make_way_oldest_first(mini, tools, reference, draw):
-    model = tools.inject(mini.model, reference, cache_gb=2.1 * STEPS * A_LEVEL / 2**30)
+def test_whole_earlier_runs_make_way_oldest_first(tiny, tools, reference, draw):
+    model = tools.inject(tiny.model, reference, cache_gb=2.1 * STEPS * A_LEVEL / 2**30)
 
     def evaluated(seed):
         return draw(model, seed=seed)[1]
@@ -203,10 +201,10 @@ def test_whole_earlier_runs_make_way_oldest_first(mini, tools, reference, draw):
     assert evaluated(1) == evaluated(3) == 0 and evaluated(2) == 2 * STEPS
 
 
-def test_nodes_of_one_run_do_not_push_each_other_out(mini, tools, reference, draw):
+def test_nodes_of_one_run_do_not_push_each_other_out(tiny, tools, reference, draw):
     """The same reference in two nodes that read different blocks, in a cache for one and a half of them."""
     bound = {"cache_gb": 1.5 * STEPS * A_LEVEL / 2 / 2**30}
-    model = tools.inject(mini.model, reference, blocks="coarse", **bound)
+    model = tools.inject(tiny.model, reference, blocks="coarse", **bound)
     model = tools.inject(model, reference, blocks="fine", **bound)
     cold, second, third = (draw(model)[1] for _ in range(3))
     assert cold == 4 * STEPS and 0 < second < cold and third == second
@@ -237,36 +235,36 @@ def test_the_bound_holds_and_runs_of_the_same_sampling_stay(cache):
 # -- what is kept: normed inputs, in full precision or in 8 bit
 
 
-def test_in_8_bit_the_picture_is_nearly_the_same_and_no_cache_changes_it(mini, tools, reference, draw):
-    full = draw(tools.inject(mini.model, reference))[0]
-    eight, evaluated = draw(tools.inject(mini.model, reference, precision="8 bit"))
+def test_in_8_bit_the_picture_is_nearly_the_same_and_no_cache_changes_it(tiny, tools, reference, draw):
+    full = draw(tools.inject(tiny.model, reference))[0]
+    eight, evaluated = draw(tools.inject(tiny.model, reference, precision="8 bit"))
     assert evaluated == 2 * STEPS  # what was kept in full precision is not for it
     assert 0 < relative(eight, full) < 5e-3
     for bound in (2.0, 0.0):
-        assert torch.equal(draw(tools.inject(mini.model, reference, precision="8 bit", cache_gb=bound))[0], eight)
+        assert torch.equal(draw(tools.inject(tiny.model, reference, precision="8 bit", cache_gb=bound))[0], eight)
 
 
 @pytest.mark.parametrize("adain", ["off", "picture to the reference"])
 @pytest.mark.parametrize("precision", ["full", "8 bit"])
-def test_what_is_kept_is_as_large_as_the_node_counts_it(mini, tools, reference, draw, precision, adain):
-    model = tools.inject(mini.model, reference, precision=precision, adain=adain)
+def test_what_is_kept_is_as_large_as_the_node_counts_it(tiny, tools, reference, draw, precision, adain):
+    model = tools.inject(tiny.model, reference, precision=precision, adain=adain)
     source = model.model_options["transformer_options"]["lookahead"].effects[0].source
     draw(model)
     assert reference.subjects[0].cache.size() == 2 * STEPS * source.bytes_per_row(4)
 
 
-def test_only_the_prompt_is_kept_where_nothing_asks_for_the_negative(mini, texts, tools, reference, draw):
-    guider = tools.three_scales(tools.inject(mini.model, reference), *texts, 2.0, 1.0, 0.0)
-    assert draw(mini.model, guider=guider)[1] == STEPS
+def test_only_the_prompt_is_kept_where_nothing_asks_for_the_negative(tiny, texts, tools, reference, draw):
+    guider = tools.three_scales(tools.inject(tiny.model, reference), *texts, 2.0, 1.0, 0.0)
+    assert draw(tiny.model, guider=guider)[1] == STEPS
     assert reference.subjects[0].cache.size() == STEPS * A_LEVEL / 2
 
 
-def test_a_lora_as_a_hook_does_not_reach_what_is_replayed(mini, texts, tools, reference):
+def test_a_lora_as_a_hook_does_not_reach_what_is_replayed(tiny, texts, tools, reference):
     (text, options), negative = texts[0][0], texts[1]
-    hooked = [[text, {**options, "hooks": tools.with_lora(mini.model, hook=True)}]]
+    hooked = [[text, {**options, "hooks": tools.with_lora(tiny.model, hook=True)}]]
 
     def drawn(**bound):
-        model = tools.inject(mini.model, reference, **bound)
+        model = tools.inject(tiny.model, reference, **bound)
         return tools.sample(model, hooked, negative, torch.zeros(LATENT), steps=STEPS)
 
     cold = drawn()
@@ -323,10 +321,10 @@ def test_passes_lie_at_equal_parts_of_the_sampling(renewed):
 
 
 @pytest.mark.parametrize("sampler, start, first, passes", [("euler", 0, 0, 2), ("heun", 0, 0, 2), ("euler", 0.5, 3, 1)])
-def test_with_renew_most_steps_make_no_pass(mini, texts, tools, reference, sampler, start, first, passes):
+def test_with_renew_most_steps_make_no_pass(tiny, texts, tools, reference, sampler, start, first, passes):
     """Also in samplers that ask for a level twice, and from the first step in which the reference acts."""
-    model = tools.inject(mini.model, reference, renew=3, start=start)
-    with tools.watch(mini, positive=texts[0], negative=texts[1]) as watch:
+    model = tools.inject(tiny.model, reference, renew=3, start=start)
+    with tools.watch(tiny, positive=texts[0], negative=texts[1]) as watch:
 
         def run():
             watch.clear()
@@ -341,8 +339,8 @@ def test_with_renew_most_steps_make_no_pass(mini, texts, tools, reference, sampl
     assert len(kept) == 2 * passes
 
 
-def test_renew_of_1_reads_each_step_as_before_and_a_larger_one_shares_what_is_kept(mini, tools, reference, draw):
-    plain, _ = draw(tools.inject(mini.model, reference))
-    assert torch.equal(draw(tools.inject(mini.model, reference, renew=1))[0], plain)
-    fewer, evaluated = draw(tools.inject(mini.model, reference, renew=2))
+def test_renew_of_1_reads_each_step_as_before_and_a_larger_one_shares_what_is_kept(tiny, tools, reference, draw):
+    plain, _ = draw(tools.inject(tiny.model, reference))
+    assert torch.equal(draw(tools.inject(tiny.model, reference, renew=1))[0], plain)
+    fewer, evaluated = draw(tools.inject(tiny.model, reference, renew=2))
     assert evaluated == 0 and not torch.equal(fewer, plain)

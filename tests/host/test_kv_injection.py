@@ -13,24 +13,30 @@ EXPECTED = {("positive", 0, FACE), ("negative", 0, ZEROS)}
 
 
 @pytest.fixture
-def texts(mini):
-    return {"positive": mini.text(POSITIVE), "negative": mini.text(NEGATIVE), "other": mini.text(OTHER)}
+def flow(tiny, tools):
+    """The tiny model switched to flow matching by the host's node."""
+    return tools.host_node("nodes_model_advanced", "ModelSamplingSD3", tiny.model, 3.0)
 
 
 @pytest.fixture
-def reference(mini, tools):
+def texts(tiny):
+    return {"positive": tiny.text(POSITIVE), "negative": tiny.text(NEGATIVE), "other": tiny.text(OTHER)}
+
+
+@pytest.fixture
+def reference(tiny, tools):
     """Without training: exported are the base's own projections, which `watch` sees."""
-    return tools.kv_reference(mini, tools.picture(1))
+    return tools.kv_reference(tiny, tools.picture(1))
 
 
 @pytest.fixture
-def watch(mini, tools, texts):
-    with tools.watch(mini, **texts) as watch:
+def watch(tiny, tools, texts):
+    with tools.watch(tiny, **texts) as watch:
         yield watch
 
 
 @pytest.fixture
-def draw(mini, tools, texts):
+def draw(tiny, tools, texts):
     """draw(model) -> denoised predictions in one model call of the host's guider, with the run's own noise."""
 
     def predict(model, positive=None, cfg=3.0, x=None, guider=None, sigma=5.0, seed=1):
@@ -55,9 +61,9 @@ def draw(mini, tools, texts):
 
 
 def test_conditional_rows_read_the_reference_under_its_prompt_and_the_others_under_zeros(
-    mini, tools, reference, watch, draw
+    tiny, tools, reference, watch, draw
 ):
-    draw(watch.model(tools.inject(mini.model, reference)))
+    draw(watch.model(tools.inject(tiny.model, reference)))
     assert len(watch.rows) == 2 and set(watch.rows) == EXPECTED
     (one,) = watch.references
     assert sorted(one.names) == ["face", "zeros"]
@@ -65,21 +71,21 @@ def test_conditional_rows_read_the_reference_under_its_prompt_and_the_others_und
 
 @pytest.mark.usefixtures("split_batches")
 @pytest.mark.contract
-def test_batches_split_by_memory(mini, tools, reference, watch, draw):
-    draw(watch.model(tools.inject(mini.model, reference)))
+def test_batches_split_by_memory(tiny, tools, reference, watch, draw):
+    draw(watch.model(tools.inject(tiny.model, reference)))
     assert [len(one.rows) for one in watch.passes] == [1, 1] and set(watch.rows) == EXPECTED
     assert [len(one.names) for one in watch.references] == [1, 1]
 
 
-def test_at_cfg_1_only_the_conditional_half_of_the_reference_pass_is_made(mini, tools, reference, watch, draw):
-    draw(watch.model(tools.inject(mini.model, reference)), cfg=1.0)
+def test_at_cfg_1_only_the_conditional_half_of_the_reference_pass_is_made(tiny, tools, reference, watch, draw):
+    draw(watch.model(tools.inject(tiny.model, reference)), cfg=1.0)
     assert watch.rows == [("positive", 0, FACE)]
     assert [one.names for one in watch.references] == [["face"]]
 
 
 @pytest.mark.parametrize("pictures", [2, 5])
-def test_each_picture_of_a_batch_reads_the_reference_under_its_own_noise(mini, tools, reference, watch, draw, pictures):
-    draw(watch.model(tools.inject(mini.model, reference)), x=randn(pictures, *LATENT[1:], seed=9))
+def test_each_picture_of_a_batch_reads_the_reference_under_its_own_noise(tiny, tools, reference, watch, draw, pictures):
+    draw(watch.model(tools.inject(tiny.model, reference)), x=randn(pictures, *LATENT[1:], seed=9))
     expected = {(text, n, (f"{kind} {n}",)) for n in range(pictures) for text, kind in roles()}
     assert len(watch.rows) == 2 * pictures and set(watch.rows) == expected
 
@@ -89,13 +95,13 @@ def roles():
 
 
 @pytest.mark.parametrize("noise", ["shared", "fixed"])
-def test_the_reference_is_noised_to_the_level_of_the_picture(mini, tools, reference, watch, draw, noise):
+def test_the_reference_is_noised_to_the_level_of_the_picture(tiny, tools, reference, watch, draw, noise):
     """With the noise of each picture, or with one for all."""
     x, sigma = randn(3, *LATENT[1:], seed=9), 5.0
-    draw(watch.model(tools.inject(mini.model, reference, noise=noise, noise_seed=6)), x=x)
+    draw(watch.model(tools.inject(tiny.model, reference, noise=noise, noise_seed=6)), x=x)
     (one,) = watch.references
     own = x if noise == "shared" else randn(*LATENT, seed=6)
-    scaled = mini.model.model.latent_format.scale_factor * reference.subjects[0].latents
+    scaled = tiny.model.model.latent_format.scale_factor * reference.subjects[0].latents
     expected = (scaled + sigma * own) / (sigma**2 + 1) ** 0.5
     for name in ("face", "zeros"):
         rows = one.x[[n for n, own_name in enumerate(one.names) if own_name == name]]
@@ -104,18 +110,18 @@ def test_the_reference_is_noised_to_the_level_of_the_picture(mini, tools, refere
         assert {row[2] for row in watch.rows} == {FACE, ZEROS} and len(watch.rows) == 6
 
 
-def test_the_reference_is_noised_by_the_rule_of_the_model(mini, tools, reference, watch, draw, flow):
+def test_the_reference_is_noised_by_the_rule_of_the_model(tiny, tools, reference, watch, draw, flow):
     """Of a model that was switched to flow matching: (1 - sigma) z + sigma e, which the UNet reads as it is."""
     x, sigma = randn(2, *LATENT[1:], seed=9), 0.6
     draw(watch.model(tools.inject(flow, reference)), x=x, sigma=sigma)
-    scaled = mini.model.model.latent_format.scale_factor * reference.subjects[0].latents
+    scaled = tiny.model.model.latent_format.scale_factor * reference.subjects[0].latents
     rows = watch.references[0].x[[n for n, name in enumerate(watch.references[0].names) if name == "face"]]
     assert close(rows, (1 - sigma) * scaled + sigma * x)
 
 
-def test_the_reference_has_its_own_sizes_and_pooled_text(mini, tools, reference, draw, texts, monkeypatch):
+def test_the_reference_has_its_own_sizes_and_pooled_text(tiny, tools, reference, draw, texts, monkeypatch):
     """As in training: width and height are the reference's own, and zeros have a pooled text of zeros."""
-    base, seen = mini.model.model, []
+    base, seen = tiny.model.model, []
     encode_adm = base.encode_adm
 
     def watched(**kwargs):
@@ -123,7 +129,7 @@ def test_the_reference_has_its_own_sizes_and_pooled_text(mini, tools, reference,
         return encode_adm(**kwargs)
 
     monkeypatch.setattr(base, "encode_adm", watched)
-    draw(tools.inject(mini.model, reference), x=randn(1, 4, 8, 12, seed=9))
+    draw(tools.inject(tiny.model, reference), x=randn(1, 4, 8, 12, seed=9))
     of_reference = [s for s in seen if s[:2] == (64, 64)]
     assert len(of_reference) == 2 and len(seen) == 4
     assert {s[:2] for s in seen} == {(64, 64), (96, 64)}
@@ -134,10 +140,10 @@ def test_the_reference_has_its_own_sizes_and_pooled_text(mini, tools, reference,
 
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.contract
-def test_dual_cfg(mini, tools, reference, watch, draw, texts, nested):
+def test_dual_cfg(tiny, tools, reference, watch, draw, texts, nested):
     from comfy_extras.nodes_custom_sampler import Guider_DualCFG
 
-    guider = Guider_DualCFG(watch.model(tools.inject(mini.model, reference)))
+    guider = Guider_DualCFG(watch.model(tools.inject(tiny.model, reference)))
     guider.set_conds(texts["positive"], texts["other"], texts["negative"])
     guider.set_cfg(3.0, 2.0, nested=nested)
     draw(None, guider=guider)
@@ -145,10 +151,10 @@ def test_dual_cfg(mini, tools, reference, watch, draw, texts, nested):
 
 
 @pytest.mark.contract
-def test_perp_neg_has_two_unconditional_lists(mini, tools, reference, watch, draw, texts):
+def test_perp_neg_has_two_unconditional_lists(tiny, tools, reference, watch, draw, texts):
     from comfy_extras.nodes_perpneg import Guider_PerpNeg
 
-    guider = Guider_PerpNeg(watch.model(tools.inject(mini.model, reference)))
+    guider = Guider_PerpNeg(watch.model(tools.inject(tiny.model, reference)))
     guider.set_conds(texts["positive"], texts["negative"], texts["other"])
     guider.set_cfg(3.0, 1.0)
     draw(None, guider=guider)
@@ -157,7 +163,7 @@ def test_perp_neg_has_two_unconditional_lists(mini, tools, reference, watch, dra
 
 @pytest.mark.parametrize("which", ["cond", "uncond"])
 @pytest.mark.contract
-def test_nodes_that_evaluate_one_list_alone_after_the_guider(mini, tools, reference, watch, draw, which):
+def test_nodes_that_evaluate_one_list_alone_after_the_guider(tiny, tools, reference, watch, draw, which):
     import comfy.samplers
 
     def after(args):
@@ -166,7 +172,7 @@ def test_nodes_that_evaluate_one_list_alone_after_the_guider(mini, tools, refere
         comfy.samplers.calc_cond_batch(args["model"], [args[which]], args["input"], args["sigma"], options)
         return args["denoised"]
 
-    model = watch.model(tools.inject(mini.model, reference))
+    model = watch.model(tools.inject(tiny.model, reference))
     model.set_model_sampler_post_cfg_function(after)
     draw(model)
     assert watch.rows == [("positive", 0, FACE) if which == "cond" else ("negative", 0, ZEROS)]
@@ -174,7 +180,7 @@ def test_nodes_that_evaluate_one_list_alone_after_the_guider(mini, tools, refere
 
 
 @pytest.mark.contract
-def test_areas_and_masks_of_conditions(mini, tools, reference, watch, draw, texts):
+def test_areas_and_masks_of_conditions(tiny, tools, reference, watch, draw, texts):
     (text, options), other = texts["positive"][0], texts["other"][0]
     mask = torch.zeros(1, 64, 64)
     mask[:, 16:48, 16:48] = 1
@@ -182,20 +188,20 @@ def test_areas_and_masks_of_conditions(mini, tools, reference, watch, draw, text
         [text, {**options, "area": (8, 4, 0, 0)}],
         [other[0], {**other[1], "mask": mask, "mask_strength": 1.0, "set_area_to_bounds": True}],
     ]
-    draw(watch.model(tools.inject(mini.model, reference)), positive)
+    draw(watch.model(tools.inject(tiny.model, reference)), positive)
     assert {row for row in watch.rows if row[0] != "negative"} == {("positive", 0, FACE), ("other", 0, FACE)}
     assert {row[2] for row in watch.rows if row[0] == "negative"} == {ZEROS}
 
 
 @pytest.mark.parametrize("several", ["together", "average", "one per picture"])
 @pytest.mark.parametrize("noise", ["shared", "fixed"])
-def test_several_pictures_of_a_reference(mini, tools, watch, draw, several, noise):
+def test_several_pictures_of_a_reference(tiny, tools, watch, draw, several, noise):
     """Together (and on average, which keys and values have none of) every image reads all; else each its own."""
-    reference = tools.kv_reference(mini, tools.picture(4, n=2), several=several)
+    reference = tools.kv_reference(tiny, tools.picture(4, n=2), several=several)
     x = randn(3, *LATENT[1:], seed=9)
-    draw(watch.model(tools.inject(mini.model, reference, noise=noise)), x=x, cfg=1.0)
+    draw(watch.model(tools.inject(tiny.model, reference, noise=noise)), x=x, cfg=1.0)
     (one,) = watch.references
-    scaled = mini.model.model.latent_format.scale_factor * reference.subjects[0].latents
+    scaled = tiny.model.model.latent_format.scale_factor * reference.subjects[0].latents
     noises = x if noise == "shared" else randn(*LATENT, seed=0).expand(3, -1, -1, -1)
 
     def row(image, picture):
@@ -206,48 +212,48 @@ def test_several_pictures_of_a_reference(mini, tools, watch, draw, several, nois
     assert watch.rows == [("positive", n, tuple(row(n, picture) for picture in read(n))) for n in range(3)]
 
 
-def test_two_nodes_in_series_are_read_under_one_softmax(mini, tools, texts, watch, draw):
-    first, second = (tools.kv_reference(mini, tools.picture(seed)) for seed in (1, 2))
-    both = tools.kv_reference(mini, torch.cat([tools.picture(1), tools.picture(2)]))
+def test_two_nodes_in_series_are_read_under_one_softmax(tiny, tools, texts, watch, draw):
+    first, second = (tools.kv_reference(tiny, tools.picture(seed)) for seed in (1, 2))
+    both = tools.kv_reference(tiny, torch.cat([tools.picture(1), tools.picture(2)]))
     x = randn(2, *LATENT[1:], seed=9)
 
     def series(a, b):
-        return tools.inject(tools.inject(mini.model, a), b)
+        return tools.inject(tools.inject(tiny.model, a), b)
 
-    together = draw(tools.inject(mini.model, both), x=x)
+    together = draw(tools.inject(tiny.model, both), x=x)
     assert close(draw(series(first, second), x=x), together)
     assert close(draw(series(second, first), x=x), together)
-    assert not close(draw(tools.inject(mini.model, first), x=x), together, 1e-3)
+    assert not close(draw(tools.inject(tiny.model, first), x=x), together, 1e-3)
 
 
-def test_the_order_of_nodes_does_not_matter(mini, tools, draw):
-    reference = tools.kv_reference(mini, tools.picture(1), encoder=tools.kv_encoder(mini))
-    before = draw(tools.apply(tools.inject(mini.model, reference), reference))
-    after = draw(tools.inject(tools.apply(mini.model, reference), reference))
+def test_the_order_of_nodes_does_not_matter(tiny, tools, draw):
+    reference = tools.kv_reference(tiny, tools.picture(1), encoder=tools.kv_encoder(tiny))
+    before = draw(tools.apply(tools.inject(tiny.model, reference), reference))
+    after = draw(tools.inject(tools.apply(tiny.model, reference), reference))
     assert torch.equal(before, after)
-    for alone in (tools.apply(mini.model, reference), tools.inject(mini.model, reference)):
+    for alone in (tools.apply(tiny.model, reference), tools.inject(tiny.model, reference)):
         assert not close(before, draw(alone), 1e-3)
 
 
 # -- invariants (method.md, D3)
 
 
-def test_all_low_rank_weights_zero_are_no_training_at_all(mini, tools, pack, draw):
+def test_all_low_rank_weights_zero_are_no_training_at_all(tiny, tools, pack, draw):
     """Exported are then the base's own projections."""
-    weights = tools.kv_weights(mini)
+    weights = tools.kv_weights(tiny)
     zero = {k: torch.zeros_like(v) if "lora_B" in k else v for k, v in weights.items()}
     own = {"format": "lcm-lookahead-encoder", "format_version": "1"}
 
     def drawn(kv):
-        encoder = tools.encoder(mini.encoder | kv, own) if kv is not None else None
-        return draw(tools.inject(mini.model, tools.kv_reference(mini, tools.picture(1), encoder=encoder)))
+        encoder = tools.encoder(tiny.encoder | kv, own) if kv is not None else None
+        return draw(tools.inject(tiny.model, tools.kv_reference(tiny, tools.picture(1), encoder=encoder)))
 
     untrained = drawn(None)
     assert torch.equal(drawn(zero), untrained)
     assert not close(drawn(weights), untrained, 1e-3)
 
 
-def test_what_the_last_block_puts_out_reaches_no_exported_keys_and_values(mini, tools, watch, draw):
+def test_what_the_last_block_puts_out_reaches_no_exported_keys_and_values(tiny, tools, watch, draw):
     """The pass ends there, in the attention that exports last."""
     from comfy.ldm.modules.attention import BasicTransformerBlock
 
@@ -255,8 +261,8 @@ def test_what_the_last_block_puts_out_reaches_no_exported_keys_and_values(mini, 
     blocks = [m for m in watch.unet.modules() if isinstance(m, BasicTransformerBlock)]
     hooks = [block.attn1.to_k.register_forward_hook(lambda *_: projected.append(1)) for block in blocks]
     hooks += [block.register_forward_hook(lambda *_: ended.append(1)) for block in blocks]
-    for encoder in (None, tools.kv_encoder(mini)):
-        model = tools.inject(mini.model, tools.kv_reference(mini, tools.picture(1), encoder=encoder))
+    for encoder in (None, tools.kv_encoder(tiny)):
+        model = tools.inject(tiny.model, tools.kv_reference(tiny, tools.picture(1), encoder=encoder))
         # Without the picture's own pass.
         model.add_wrapper_with_key("apply_model", "test", lambda executor, x, *args, **kwargs: torch.zeros_like(x))
         projected.clear(), ended.clear()
@@ -267,17 +273,17 @@ def test_what_the_last_block_puts_out_reaches_no_exported_keys_and_values(mini, 
         hook.remove()
 
 
-def test_a_picture_mask_of_zeros_and_weight_0_are_the_plain_model(mini, tools, reference, draw):
-    plain = draw(mini.model)
-    assert torch.equal(draw(tools.inject(mini.model, reference, mask=torch.zeros(1, 64, 64))), plain)
-    assert "lookahead" not in tools.inject(mini.model, reference, weight=0.0).model_options["transformer_options"]
+def test_a_picture_mask_of_zeros_and_weight_0_are_the_plain_model(tiny, tools, reference, draw):
+    plain = draw(tiny.model)
+    assert torch.equal(draw(tools.inject(tiny.model, reference, mask=torch.zeros(1, 64, 64))), plain)
+    assert "lookahead" not in tools.inject(tiny.model, reference, weight=0.0).model_options["transformer_options"]
 
 
-def test_rows_of_a_batch_outside_of_the_mask_are_plain(mini, tools, reference, draw):
+def test_rows_of_a_batch_outside_of_the_mask_are_plain(tiny, tools, reference, draw):
     x = randn(2, *LATENT[1:], seed=9)
     masks = torch.stack([torch.ones(64, 64), torch.zeros(64, 64)])
-    out = draw(tools.inject(mini.model, reference, mask=masks), x=x)
-    plain, full = draw(mini.model, x=x), draw(tools.inject(mini.model, reference), x=x)
+    out = draw(tools.inject(tiny.model, reference, mask=masks), x=x)
+    plain, full = draw(tiny.model, x=x), draw(tools.inject(tiny.model, reference), x=x)
     assert close(out[0], full[0]) and torch.equal(out[1], plain[1])
     assert not close(full[1], plain[1], 1e-3)
 
@@ -285,16 +291,16 @@ def test_rows_of_a_batch_outside_of_the_mask_are_plain(mini, tools, reference, d
 # -- masks, weight, blocks
 
 
-def test_a_mask_of_ones_is_no_mask(mini, tools, reference, draw):
-    full = draw(tools.inject(mini.model, reference))
-    assert close(draw(tools.inject(mini.model, reference, mask=torch.ones(1, 32, 32))), full)
+def test_a_mask_of_ones_is_no_mask(tiny, tools, reference, draw):
+    full = draw(tools.inject(tiny.model, reference))
+    assert close(draw(tools.inject(tiny.model, reference, mask=torch.ones(1, 32, 32))), full)
 
 
-def test_weight_and_mask_blend_the_plain_and_the_extended_output(mini, tools, pack, reference, draw, monkeypatch):
+def test_weight_and_mask_blend_the_plain_and_the_extended_output(tiny, tools, pack, reference, draw, monkeypatch):
     """Half weight, and a mask of one half, are half the way in every attention."""
-    half = draw(tools.inject(mini.model, reference, weight=0.5))
-    assert close(draw(tools.inject(mini.model, reference, mask=torch.full((1, 16, 16), 0.5))), half)
-    plain, full = draw(mini.model), draw(tools.inject(mini.model, reference))
+    half = draw(tools.inject(tiny.model, reference, weight=0.5))
+    assert close(draw(tools.inject(tiny.model, reference, mask=torch.full((1, 16, 16), 0.5))), half)
+    plain, full = draw(tiny.model), draw(tools.inject(tiny.model, reference))
     assert not close(half, plain, 1e-3) and not close(half, full, 1e-3)
 
     patch = pack.module("nodes.conditioning.self_attention")
@@ -316,11 +322,11 @@ def test_weight_and_mask_blend_the_plain_and_the_extended_output(mini, tools, pa
         return compare
 
     monkeypatch.setattr(patch, "self_attention", checked)
-    draw(tools.inject(mini.model, reference, weight=0.5))
+    draw(tools.inject(tiny.model, reference, weight=0.5))
     assert len(seen) == len(set(seen)) == 17
 
 
-def test_the_mask_holds_on_the_tokens_of_its_part_alone(mini, tools, pack, reference, draw, monkeypatch):
+def test_the_mask_holds_on_the_tokens_of_its_part_alone(tiny, tools, pack, reference, draw, monkeypatch):
     patch = pack.module("nodes.conditioning.self_attention")
     self_attention, grids = patch.self_attention, set()
 
@@ -340,22 +346,22 @@ def test_the_mask_holds_on_the_tokens_of_its_part_alone(mini, tools, pack, refer
     monkeypatch.setattr(patch, "self_attention", checked)
     left = torch.zeros(1, 64, 64)
     left[..., :32] = 1
-    draw(tools.inject(mini.model, reference, mask=left))
+    draw(tools.inject(tiny.model, reference, mask=left))
     assert grids == {(4, 4), (2, 2)}
 
 
-def test_an_area_sees_its_own_part_of_the_picture_mask(mini, tools, reference, draw, texts):
+def test_an_area_sees_its_own_part_of_the_picture_mask(tiny, tools, reference, draw, texts):
     left, right = torch.zeros(1, 64, 64), torch.zeros(1, 64, 64)
     left[..., :32], right[..., 32:] = 1, 1
     text, options = texts["positive"][0]
     on_the_right = [[text, {**options, "area": (8, 4, 0, 4)}]]
-    plain, full = (draw(m, on_the_right, cfg=1.0) for m in (mini.model, tools.inject(mini.model, reference)))
-    assert close(draw(tools.inject(mini.model, reference, mask=right), on_the_right, cfg=1.0), full)
-    assert torch.equal(draw(tools.inject(mini.model, reference, mask=left), on_the_right, cfg=1.0), plain)
+    plain, full = (draw(m, on_the_right, cfg=1.0) for m in (tiny.model, tools.inject(tiny.model, reference)))
+    assert close(draw(tools.inject(tiny.model, reference, mask=right), on_the_right, cfg=1.0), full)
+    assert torch.equal(draw(tools.inject(tiny.model, reference, mask=left), on_the_right, cfg=1.0), plain)
     assert not close(full, plain, 1e-3)
 
 
-def test_a_mask_on_the_reference_leaves_only_the_tokens_under_it(mini, tools, watch, draw):
+def test_a_mask_on_the_reference_leaves_only_the_tokens_under_it(tiny, tools, watch, draw):
     left = torch.zeros(1, 96, 96)
     left[..., :48] = 1
     lengths = {}
@@ -368,7 +374,7 @@ def test_a_mask_on_the_reference_leaves_only_the_tokens_under_it(mini, tools, wa
 
     def drawn(**mask):
         lengths.clear()
-        model = tools.inject(mini.model, tools.kv_reference(mini, tools.picture(1), **mask))
+        model = tools.inject(tiny.model, tools.kv_reference(tiny, tools.picture(1), **mask))
         model.model_options["transformer_options"]["optimized_attention_override"] = override
         return draw(model)
 
@@ -384,22 +390,22 @@ def test_a_mask_on_the_reference_leaves_only_the_tokens_under_it(mini, tools, wa
     assert lengths["middle"] == {(4, 5)} and (16, 17) in lengths["input"]
 
 
-def test_reference_masks_of_different_sizes_go_with_their_pictures(mini, tools, draw):
+def test_reference_masks_of_different_sizes_go_with_their_pictures(tiny, tools, draw):
     """One per picture: rows of one batch have different numbers of tokens, and each image draws as by itself."""
     images, masks = tools.picture(4, n=2), torch.ones(2, 96, 96)
     masks[1, :, 48:] = 0
     x = randn(2, *LATENT[1:], seed=9)
-    both = draw(tools.inject(mini.model, tools.kv_reference(mini, images, several="one per picture", mask=masks)), x=x)
+    both = draw(tools.inject(tiny.model, tools.kv_reference(tiny, images, several="one per picture", mask=masks)), x=x)
     for n in range(2):
-        alone = tools.kv_reference(mini, images[n : n + 1], mask=masks[n : n + 1])
-        assert close(both[n : n + 1], draw(tools.inject(mini.model, alone), x=x[n : n + 1]), 1e-4)
+        alone = tools.kv_reference(tiny, images[n : n + 1], mask=masks[n : n + 1])
+        assert close(both[n : n + 1], draw(tools.inject(tiny.model, alone), x=x[n : n + 1]), 1e-4)
 
 
-def test_a_reference_mask_that_the_crop_leaves_nothing_of_is_refused(mini, tools):
+def test_a_reference_mask_that_the_crop_leaves_nothing_of_is_refused(tiny, tools):
     image, mask = tools.picture(1, height=64, width=128), torch.zeros(1, 64, 128)
     mask[..., :16] = 1  # the centre square does not see it
     with pytest.raises(ValueError) as error:
-        tools.kv_reference(mini, image, mask=mask)
+        tools.kv_reference(tiny, image, mask=mask)
     assert "mask" in tools.one_sentence(error)
 
 
@@ -414,7 +420,7 @@ def test_a_reference_mask_that_the_crop_leaves_nothing_of_is_refused(mini, tools
     ],
 )
 @pytest.mark.contract
-def test_the_chosen_blocks_read_the_reference(mini, tools, reference, draw, blocks, where):
+def test_the_chosen_blocks_read_the_reference(tiny, tools, reference, draw, blocks, where):
     found = {}
 
     def override(attention, q, k, v, *args, **kwargs):
@@ -423,21 +429,21 @@ def test_the_chosen_blocks_read_the_reference(mini, tools, reference, draw, bloc
             found[group] = found.get(group, 0) + 1
         return attention(q, k, v, *args, **kwargs)
 
-    model = tools.inject(mini.model, reference, blocks=blocks)
+    model = tools.inject(tiny.model, reference, blocks=blocks)
     model.model_options["transformer_options"]["optimized_attention_override"] = override
     draw(model)
     assert found == where
 
 
-def test_an_empty_mask_is_logged(mini, tools, reference, caplog):
+def test_an_empty_mask_is_logged(tiny, tools, reference, caplog):
     with caplog.at_level("WARNING"):
-        tools.inject(mini.model, reference, mask=torch.ones(1, 64, 64))
+        tools.inject(tiny.model, reference, mask=torch.ones(1, 64, 64))
         assert "LCM-Lookahead" not in caplog.text
-        tools.inject(mini.model, reference, mask=torch.zeros(1, 64, 64))
+        tools.inject(tiny.model, reference, mask=torch.zeros(1, 64, 64))
     assert caplog.text.count("LCM-Lookahead") == 1 and "mask" in caplog.text
 
 
-def test_attention_asks_the_device_for_nothing(mini, tools, pack, draw, monkeypatch):
+def test_attention_asks_the_device_for_nothing(tiny, tools, pack, draw, monkeypatch):
     """No value of a tensor is read on the host inside an attention, of the picture or of the reference."""
     guarded_calls = []
 
@@ -464,8 +470,8 @@ def test_attention_asks_the_device_for_nothing(mini, tools, pack, draw, monkeypa
         guarded(export, name)
     mask = torch.ones(1, 64, 64)
     mask[..., 32:] = 0
-    reference = tools.kv_reference(mini, tools.picture(1), encoder=tools.kv_encoder(mini), mask=torch.ones(1, 96, 96))
-    draw(tools.inject(mini.model, reference, mask=mask))
+    reference = tools.kv_reference(tiny, tools.picture(1), encoder=tools.kv_encoder(tiny), mask=torch.ones(1, 96, 96))
+    draw(tools.inject(tiny.model, reference, mask=mask))
     assert set(guarded_calls) == {"self_attention", "_self_attention", "_cross_attention"}
 
 
@@ -478,63 +484,63 @@ def refused(tools, *args, **options) -> str:
     return tools.one_sentence(error)
 
 
-def test_a_reference_without_a_vae_or_a_prompt_is_refused(mini, tools):
-    encoder = tools.encoder(mini.encoder)
-    assert "vae" in refused(tools, mini.model, tools.kv_reference(mini, tools.picture(1), encoder=encoder, vae=None))
-    without_prompt = tools.kv_reference(mini, tools.picture(1), conditioning=None)
+def test_a_reference_without_a_vae_or_a_prompt_is_refused(tiny, tools):
+    encoder = tools.encoder(tiny.encoder)
+    assert "vae" in refused(tools, tiny.model, tools.kv_reference(tiny, tools.picture(1), encoder=encoder, vae=None))
+    without_prompt = tools.kv_reference(tiny, tools.picture(1), conditioning=None)
     for weight in (1.0, 0.0):
-        assert "clip" in refused(tools, mini.model, without_prompt, weight=weight)
+        assert "clip" in refused(tools, tiny.model, without_prompt, weight=weight)
 
 
 @pytest.mark.contract
-def test_a_vae_of_another_family_is_refused(mini, tools):
+def test_a_vae_of_another_family_is_refused(tiny, tools):
     class Wide:
         def encode(self, pixels):
             return torch.zeros(len(pixels), 16, 8, 8)
 
-    assert "16" in refused(tools, mini.model, tools.kv_reference(mini, tools.picture(1), vae=Wide()))
+    assert "16" in refused(tools, tiny.model, tools.kv_reference(tiny, tools.picture(1), vae=Wide()))
 
 
-def test_a_prompt_of_another_family_is_refused(mini, tools):
-    narrow = [[torch.zeros(1, 77, 24), {"pooled_output": torch.zeros(1, mini.pooled)}]]
-    assert "24" in refused(tools, mini.model, tools.kv_reference(mini, tools.picture(1), conditioning=narrow))
-    without_pooled = [[mini.text(1)[0][0], {}]]
-    refused(tools, mini.model, tools.kv_reference(mini, tools.picture(1), conditioning=without_pooled))
+def test_a_prompt_of_another_family_is_refused(tiny, tools):
+    narrow = [[torch.zeros(1, 77, 24), {"pooled_output": torch.zeros(1, tiny.pooled)}]]
+    assert "24" in refused(tools, tiny.model, tools.kv_reference(tiny, tools.picture(1), conditioning=narrow))
+    without_pooled = [[tiny.text(1)[0][0], {}]]
+    refused(tools, tiny.model, tools.kv_reference(tiny, tools.picture(1), conditioning=without_pooled))
 
 
-def test_a_kv_encoder_of_another_base_is_refused(worlds, mini, tools):
+def test_a_kv_encoder_of_another_base_is_refused(worlds, tiny, tools):
     sdxl = worlds("sdxl")
-    for world, other in ((mini, sdxl), (sdxl, mini)):
-        text = mini.text(7) if world is mini else sdxl.text(7)
+    for world, other in ((tiny, sdxl), (sdxl, tiny)):
+        text = tiny.text(7) if world is tiny else sdxl.text(7)
         reference = tools.kv_reference(other, tools.picture(1), encoder=tools.kv_encoder(other), conditioning=text)
         assert "another base model" in refused(tools, world.model, reference)
 
 
-def test_a_kv_encoder_for_fewer_blocks_is_refused(mini, tools):
+def test_a_kv_encoder_for_fewer_blocks_is_refused(tiny, tools):
     """All of its blocks are there and of the right width, but the model has more."""
     import dataclasses
 
-    smaller = dataclasses.replace(mini, middle=0)
-    smaller.encoder = {k: v for k, v in mini.encoder.items() if not k.startswith(("ip_adapter.31.", "ip_adapter.33."))}
-    reference = tools.kv_reference(mini, tools.picture(1), encoder=tools.kv_encoder(smaller))
-    assert "another base model" in refused(tools, mini.model, reference)
+    smaller = dataclasses.replace(tiny, middle=0)
+    smaller.encoder = {k: v for k, v in tiny.encoder.items() if not k.startswith(("ip_adapter.31.", "ip_adapter.33."))}
+    reference = tools.kv_reference(tiny, tools.picture(1), encoder=tools.kv_encoder(smaller))
+    assert "another base model" in refused(tools, tiny.model, reference)
 
 
 @pytest.mark.contract
-def test_models_that_are_not_sdxl_are_refused(mini, tools, reference):
+def test_models_that_are_not_sdxl_are_refused(tiny, tools, reference):
     import comfy.model_base
     import comfy.model_patcher
     import comfy.supported_models
 
-    config = {k: v for k, v in mini.unet_config.items() if k not in ("num_classes", "adm_in_channels")}
+    config = {k: v for k, v in tiny.unet_config.items() if k not in ("num_classes", "adm_in_channels")}
     base = comfy.model_base.BaseModel(comfy.supported_models.SD15(config), device="cpu")
     cpu = torch.device("cpu")
     patcher = comfy.model_patcher.ModelPatcher(base, load_device=cpu, offload_device=cpu)
     assert "SDXL" in refused(tools, patcher, reference)
 
 
-def test_a_start_after_the_end_is_refused(mini, tools, reference):
-    assert "0.8" in refused(tools, mini.model, reference, start=0.8, end=0.2)
+def test_a_start_after_the_end_is_refused(tiny, tools, reference):
+    assert "0.8" in refused(tools, tiny.model, reference, start=0.8, end=0.2)
 
 
 def test_a_new_node_ends_where_the_figures_are_best_and_an_old_api_graph_where_it_did(pack):

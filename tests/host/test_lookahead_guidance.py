@@ -155,14 +155,21 @@ def test_plain_x0_is_what_the_sampled_model_itself_predicts(mini, pack, tools, t
     assert relative(baseline, tools.denoised(mini.model, *texts, x, 4.0)) < 1e-5
 
 
-@pytest.mark.parametrize("strengths", [(1.0, 0.3), (0.6, 0.6)], ids=["each its own", "one for all"])
+@pytest.mark.parametrize(
+    ("strengths", "kept"),
+    [((1.0, 0.3), 2**28), ((0.6, 0.6), 2**28), ((0.6, 0.6), 0)],
+    ids=["each its own", "one for all", "one for all, folded again"],
+)
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_the_gradient_beside_the_base_is_that_of_the_lora_merged_by_the_host(
-    mini, pack, tools, texts, shortcut, checkpointed, strengths
+    mini, pack, tools, texts, shortcut, monkeypatch, checkpointed, strengths, kept
 ):
     """Through a LoRA of all kinds of layers, beside them for each picture by its own strength, or folded into the
-    weights where all have one; also where blocks are computed twice."""
-    gradients = pack.module("nodes.guidance.autograd")
+    weights where all have one; also where blocks are computed twice, and where no folded weight is kept."""
+    gradients, bypass = (pack.module(f"nodes.guidance.{name}") for name in ("autograd", "lora_bypass"))
+    folds, fold = [], bypass.Bypass.add_to
+    monkeypatch.setattr(bypass, "KEPT_BYTES", kept)
+    monkeypatch.setattr(bypass.Bypass, "add_to", lambda *given: folds.append(1) or fold(*given))
     x = 4 * torch.randn(2, *LATENT[1:], generator=torch.Generator().manual_seed(3))
 
     def slope(latent, leaf):
@@ -184,6 +191,8 @@ def test_the_gradient_beside_the_base_is_that_of_the_lora_merged_by_the_host(
 
     merged = with_all_kinds_of_lora(tools, mini)
     ours = found(x, 4.0, shortcut(merged), torch.tensor(strengths), mini.model, lambda latent, *_: latent)
+    layers = len(folds) / (1 + (not kept) + checkpointed)  # in forward; again in backward; and where it is run again
+    assert layers == 0 if strengths[0] != strengths[1] else layers > 3
     for row, strength in enumerate(strengths):
         of_host = with_all_kinds_of_lora(tools, mini, 0.7 * strength)
 
@@ -463,7 +472,7 @@ def test_as_set_below_or_no_preset_is_the_node_s_numbers_to_the_bit_and_off_is_n
 
 
 def test_a_preset_takes_the_place_of_the_numbers(guide, pack, caplog):
-    """A field that says otherwise is named in the log."""
+    """A field that says otherwise is named in the log. (The loss here shows nobody.)"""
     presets, numbers_of = (
         pack.module("lookahead.method.guidance_presets").PRESETS,
         pack.module("nodes.guidance.guidance_sampler").numbers_of,
@@ -471,10 +480,12 @@ def test_a_preset_takes_the_place_of_the_numbers(guide, pack, caplog):
     for name, preset in presets.items():
         with caplog.at_level(logging.INFO):
             caplog.clear()
-            assert guide(preset=name, iterations=7, start=0.9, best_of=5)[0].lookahead[0].settings is preset
+            settings = guide(preset=name, iterations=7, start=0.9, best_of=5)[0].lookahead[0].settings
+            assert settings == preset.with_nobody_shown()
             assert f"by its preset {name}: " in caplog.text and "(not 7)" in caplog.text
             caplog.clear()
-            assert guide(preset=name, **numbers_of(preset))[0].lookahead[0].settings is preset and not caplog.text
+            settings = guide(preset=name, **numbers_of(preset))[0].lookahead[0].settings
+            assert settings == preset.with_nobody_shown() and not caplog.text
 
 
 @pytest.mark.parametrize(
@@ -489,7 +500,8 @@ def test_the_page_writes_a_preset_s_numbers_and_knows_what_no_number_says(guide,
     settings = guide(**about["lookahead_presets"][name])[0].lookahead[0].settings
     beyond = pack.module("nodes.guidance.guidance_sampler").BEYOND
     usual = {field: getattr(settings.optimisation, field) for field in beyond}
-    assert settings == replace(preset, source="", optimisation=replace(preset.optimisation, **usual))
+    numbers = replace(preset.optimisation, **usual)
+    assert settings == replace(preset, source="", optimisation=numbers, shown_nobody=None)
     lost = [word for field, word in beyond.items() if getattr(preset.optimisation, field) != usual[field]]
     assert about["lookahead_beyond"].get(name, "") == ", ".join(lost)
 

@@ -10,19 +10,20 @@ from tensors import relative
 STRENGTH = 0.7
 
 
-@pytest.fixture(params=["mini", "sdxl"])
+@pytest.fixture(scope="module", params=["mini", "sdxl"])
 def case(request, worlds, tools, pack):
     """A world of the host, diffusers' UNet with its weights, and a random LoRA beside that."""
     world = worlds(request.param)
     lora = pack.module("sdxl.lora")
-    unet = tools.diffusers_unet(world)
-    made = lora.build(unet, 4, conv_rank=2)
-    g = torch.Generator().manual_seed(4)
-    for branch in made.branches:
-        up, down = branch.lora_up.weight, branch.lora_down.weight
-        up.data = torch.randn(up.shape, generator=g) * 0.3 / len(down)
-        down.data = torch.randn(down.shape, generator=g) / down[0].numel() ** 0.5
-    return world, unet, made, lora.public_tensors(made)
+    with torch.inference_mode():
+        unet = tools.diffusers_unet(world)
+        made = lora.build(unet, 4, conv_rank=2)
+        g = torch.Generator().manual_seed(4)
+        for branch in made.branches:
+            up, down = branch.lora_up.weight, branch.lora_down.weight
+            up.data = torch.randn(up.shape, generator=g) * 0.3 / len(down)
+            down.data = torch.randn(down.shape, generator=g) / down[0].numel() ** 0.5
+        return world, unet, made, lora.public_tensors(made)
 
 
 @pytest.fixture
@@ -93,6 +94,7 @@ def test_the_patched_model_computes_what_our_branches_compute(case, stock_loader
     made.attach(unet)
     with made.at(STRENGTH):
         ours = in_diffusers()
+    made.detach()
     assert relative(ours, plain) > 0.05  # the LoRA does something here
     assert relative(in_host(patched), ours) < 1e-4
     assert relative(in_host(world.model), plain) < 1e-4  # and the model that was given stays as it was

@@ -1,5 +1,7 @@
 """The image prompt in the host against diffusers' own IP-Adapter Plus: same weights, latents, text and tokens."""
 
+import copy
+import functools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,8 +24,24 @@ def world(request, worlds):
     return worlds(request.param)
 
 
+@pytest.fixture(scope="module")
+def unets(worlds, tools):
+    """`unets(kind, prompted)`: diffusers' UNet with a world's weights, and with its image prompt where `prompted`."""
+
+    @functools.cache
+    def of(kind: str, prompted: bool):
+        if not prompted:
+            return tools.diffusers_unet(worlds(kind))
+        unet = copy.deepcopy(of(kind, False))
+        with torch.inference_mode(False):
+            load_ip_adapter(unet, worlds(kind).encoder)
+        return unet
+
+    return of
+
+
 @pytest.fixture
-def case(world, tools):
+def case(world, unets, tools):
     """The same question put to both: (noise prediction of the host, of diffusers) as functions."""
     g = torch.Generator().manual_seed(3)
     x = torch.randn(2, 4, 16, 16, generator=g)
@@ -35,15 +53,14 @@ def case(world, tools):
     def in_host(model):
         return (x * sigma - tools.denoised(model, text, text, x * sigma, sigma)) / sigma
 
-    def in_diffusers(weights, weight=1.0):
+    def in_diffusers(weight=None):
+        """With the world's image prompt at a weight, or without any."""
         from comfy.clip_model import clip_preprocess
 
-        unet = tools.diffusers_unet(world)
+        unet = unets("sdxl" if world.middle == 10 else "mini", weight is not None)
         added = {"text_embeds": text[0][1]["pooled_output"].expand(2, -1)}
         added["time_ids"] = torch.tensor([[128.0, 128, 0, 0, 128, 128]]).expand(2, -1)
-        if weights is not None:
-            with torch.inference_mode(False):
-                load_ip_adapter(unet, weights)
+        if weight is not None:
             for processor in unet.attn_processors.values():
                 if hasattr(processor, "scale"):
                     processor.scale = [weight]
@@ -61,7 +78,7 @@ def case(world, tools):
 @pytest.mark.contract
 def test_plain_model_agrees_with_diffusers(case, world):
     in_host, in_diffusers, _ = case
-    assert relative(in_host(world.model), in_diffusers(None)) < 1e-4
+    assert relative(in_host(world.model), in_diffusers()) < 1e-4
 
 
 @pytest.mark.parametrize("weight", [1.0, 0.6])
@@ -69,7 +86,7 @@ def test_image_prompt_agrees_with_diffusers_ip_adapter_plus(case, world, tools, 
     in_host, in_diffusers, image = case
     reference = tools.reference(world, image)
     with_prompt = in_host(tools.apply(world.model, reference, weight=weight))
-    expected = in_diffusers(world.encoder, weight)
+    expected = in_diffusers(weight)
     print("relative rms difference", relative(with_prompt, expected))
     assert relative(with_prompt, expected) < 1e-4
     assert relative(with_prompt, in_host(world.model)) > 1e-2  # the image prompt does something here
@@ -78,7 +95,7 @@ def test_image_prompt_agrees_with_diffusers_ip_adapter_plus(case, world, tools, 
 def test_parity_notices_swapped_keys_and_values_and_a_skipped_block(case, world, tools):
     """The comparison above is sharp enough: each of these mistakes fails it."""
     in_host, in_diffusers, image = case
-    expected = in_diffusers(world.encoder)
+    expected = in_diffusers(1.0)
     count = world.count()
 
     def mistaken(weights):

@@ -13,12 +13,12 @@ LATENT = (1, 4, 16, 16)
 
 
 @pytest.fixture
-def watched(mini, tools, pack, monkeypatch):
+def watched(tiny, tools, pack, monkeypatch):
     """A model with an image prompt; `watched.seen` gets (text seed, "reference" or "null") for each row that ran."""
     patch = pack.module("nodes.conditioning.cross_attention")
-    reference = tools.reference(mini, tools.picture(1))
-    model = tools.apply(mini.model, reference)
-    texts = {seed: mini.text(seed)[0][0] for seed in (POSITIVE, NEGATIVE, OTHER)}
+    reference = tools.reference(tiny, tools.picture(1))
+    model = tools.apply(tiny.model, reference)
+    texts = {seed: tiny.text(seed)[0][0] for seed in (POSITIVE, NEGATIVE, OTHER)}
     kinds = {
         "reference": reference.subjects[0].keys_values,
         "null": reference.subjects[0].null_keys_values,
@@ -46,8 +46,8 @@ def watched(mini, tools, pack, monkeypatch):
 
 
 @pytest.fixture
-def texts(mini):
-    return {seed: mini.text(seed) for seed in (POSITIVE, NEGATIVE, OTHER)}
+def texts(tiny):
+    return {seed: tiny.text(seed) for seed in (POSITIVE, NEGATIVE, OTHER)}
 
 
 EXPECTED = {(POSITIVE, "reference"), (NEGATIVE, "null")}
@@ -78,19 +78,19 @@ def test_tiles_of_the_picture_in_one_batch_keep_their_roles(watched, texts, tool
     assert sorted(watched.seen) == sorted([(POSITIVE, "reference"), (NEGATIVE, "null")] * 2 * pictures)
 
 
-def test_tiles_of_a_batch_see_the_reference_of_their_picture(mini, tools):
+def test_tiles_of_a_batch_see_the_reference_of_their_picture(tiny, tools):
     """Two tiles of two pictures in one batch draw what each picture draws in tiles of its own."""
-    reference = tools.reference(mini, tools.picture(4, n=2), several="one per picture")
+    reference = tools.reference(tiny, tools.picture(4, n=2), several="one per picture")
     x = torch.randn(2, *LATENT[1:], generator=torch.Generator().manual_seed(9))
 
     def draw(x, reference):
-        model = tools.apply(mini.model, reference)
+        model = tools.apply(tiny.model, reference)
         model.set_model_unet_function_wrapper(in_one_batch)
-        return tools.denoised(model, mini.text(1), mini.text(2), x, 5.0, cfg=3.0)
+        return tools.denoised(model, tiny.text(1), tiny.text(2), x, 5.0, cfg=3.0)
 
     both = draw(x, reference)
     for n in range(2):
-        alone = draw(x[n : n + 1], tools.reference(mini, tools.picture(4, n=2)[n : n + 1]))
+        alone = draw(x[n : n + 1], tools.reference(tiny, tools.picture(4, n=2)[n : n + 1]))
         assert torch.allclose(both[n : n + 1], alone, atol=1e-4 * float(alone.abs().max()))
 
 
@@ -159,7 +159,7 @@ def test_a_list_that_the_guider_does_not_hold_goes_by_its_text(watched, texts, t
     assert watched.seen == [(text, "reference" if text == POSITIVE else "null")]
 
 
-def test_a_copy_of_a_list_goes_by_what_is_its_own(watched, mini, texts, tools):
+def test_a_copy_of_a_list_goes_by_what_is_its_own(watched, tiny, texts, tools):
     """The host appends the areas of other lists to each list: those do not say what a copy of the list is."""
     import comfy.samplers
 
@@ -181,7 +181,7 @@ def test_the_same_text_in_both_sockets_is_told_apart_by_its_list(watched, texts,
     assert sorted(watched.seen) == [(OTHER, "null"), (OTHER, "reference")]
 
 
-def test_areas_keep_the_role_of_their_list(watched, mini, texts, tools):
+def test_areas_keep_the_role_of_their_list(watched, tiny, texts, tools):
     """The host gives the negative a copy of each area of the positive."""
     areas = [
         [texts[POSITIVE][0][0], {**texts[POSITIVE][0][1], "area": (16, 8, 0, 0)}],
@@ -192,9 +192,9 @@ def test_areas_keep_the_role_of_their_list(watched, mini, texts, tools):
     assert [s for s in watched.seen if s[0] == NEGATIVE] == [(NEGATIVE, "null")] * 3
 
 
-def test_one_reference_per_picture_of_the_batch(mini, tools, pack, monkeypatch):
+def test_one_reference_per_picture_of_the_batch(tiny, tools, pack, monkeypatch):
     patch = pack.module("nodes.conditioning.cross_attention")
-    reference = tools.reference(mini, tools.picture(4, n=2), several="one per picture")
+    reference = tools.reference(tiny, tools.picture(4, n=2), several="one per picture")
     rows = reference.subjects[0].keys_values
     assert len(rows) == 2 and not torch.equal(rows[0], rows[1])
     made = []
@@ -205,6 +205,6 @@ def test_one_reference_per_picture_of_the_batch(mini, tools, pack, monkeypatch):
             made.append(self.keys_values())
 
     monkeypatch.setattr(patch, "PromptRows", Recorded)
-    model = tools.apply(mini.model, reference)
-    tools.denoised(model, mini.text(1), mini.text(2), torch.randn(3, *LATENT[1:]), 5.0, cfg=1.0)
+    model = tools.apply(tiny.model, reference)
+    tools.denoised(model, tiny.text(1), tiny.text(2), torch.randn(3, *LATENT[1:]), 5.0, cfg=1.0)
     assert torch.equal(made[0], rows[[0, 1, 0]])

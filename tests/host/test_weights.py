@@ -8,9 +8,9 @@ LATENT = (1, 4, 8, 8)
 
 
 @pytest.fixture
-def reference(mini, tools):
+def reference(tiny, tools):
     """For image prompt and KV injection."""
-    return tools.kv_reference(mini, tools.picture(1), encoder=tools.kv_encoder(mini))
+    return tools.kv_reference(tiny, tools.picture(1), encoder=tools.kv_encoder(tiny))
 
 
 @pytest.fixture
@@ -19,35 +19,35 @@ def weights(tools):
 
 
 @pytest.fixture
-def draw(mini, tools):
+def draw(tiny, tools):
     """draw(model) -> denoised predictions at a noise level, of the same noise."""
     x = torch.randn(LATENT, generator=torch.Generator().manual_seed(9))
-    return lambda model, sigma=5.0: tools.denoised(model, mini.text(1), mini.text(2), x * sigma, sigma, cfg=3.0)
+    return lambda model, sigma=5.0: tools.denoised(model, tiny.text(1), tiny.text(2), x * sigma, sigma, cfg=3.0)
 
 
-def sigma_at(mini, share):
-    return mini.model.get_model_object("model_sampling").percent_to_sigma(share)
+def sigma_at(tiny, share):
+    return tiny.model.get_model_object("model_sampling").percent_to_sigma(share)
 
 
 @pytest.mark.parametrize("node", ["apply", "inject"])
 @pytest.mark.contract
-def test_weights_of_1_everywhere_are_none_to_the_bit(mini, tools, reference, weights, draw, node):
+def test_weights_of_1_everywhere_are_none_to_the_bit(tiny, tools, reference, weights, draw, node):
     put = getattr(tools, node)
     ones = weights("list", "1 " * 11, "1, 1, 1")
-    assert torch.equal(draw(put(mini.model, reference, weights=ones)), draw(put(mini.model, reference)))
+    assert torch.equal(draw(put(tiny.model, reference, weights=ones)), draw(put(tiny.model, reference)))
 
 
 @pytest.mark.parametrize("node", ["apply", "inject"])
-def test_weights_of_0_are_the_model_without_the_node_to_the_bit(mini, tools, reference, weights, draw, node):
-    put, plain = getattr(tools, node), draw(mini.model)
+def test_weights_of_0_are_the_model_without_the_node_to_the_bit(tiny, tools, reference, weights, draw, node):
+    put, plain = getattr(tools, node), draw(tiny.model)
     for zeros in (weights("list", "3:0"), weights(steps="0")):
-        assert torch.equal(draw(put(mini.model, reference, weights=zeros)), plain)
+        assert torch.equal(draw(put(tiny.model, reference, weights=zeros)), plain)
 
 
 LAYERS = "1, 1, -0.5, 0.25, 1, 0, 1.5, 1, 1, 1, 1"
 
 
-def test_every_cross_attention_has_the_weight_of_its_layer(mini, tools, pack, reference, weights, draw, monkeypatch):
+def test_every_cross_attention_has_the_weight_of_its_layer(tiny, tools, pack, reference, weights, draw, monkeypatch):
     patch, names = pack.module("nodes.conditioning.cross_attention"), pack.module("lookahead.files.block_names")
     made, seen = patch.cross_attention, {}
 
@@ -67,7 +67,7 @@ def test_every_cross_attention_has_the_weight_of_its_layer(mini, tools, pack, re
         return compare
 
     monkeypatch.setattr(patch, "cross_attention", watched)
-    draw(tools.apply(mini.model, reference, weight=0.8, weights=weights("list", LAYERS)))
+    draw(tools.apply(tiny.model, reference, weight=0.8, weights=weights("list", LAYERS)))
     expected = {
         "down_blocks.1.attentions.0": 1, "down_blocks.1.attentions.1": 1, "down_blocks.2.attentions.0": -0.5,
         "down_blocks.2.attentions.1": 0.25, "mid_block.attentions.0": 1, "up_blocks.0.attentions.1": 1.5,
@@ -80,7 +80,7 @@ def test_every_cross_attention_has_the_weight_of_its_layer(mini, tools, pack, re
         assert torch.allclose(change, 0.8 * factor * added, atol=1e-5), block
 
 
-def test_every_self_attention_has_the_weight_of_its_layer(mini, tools, pack, reference, weights, draw, monkeypatch):
+def test_every_self_attention_has_the_weight_of_its_layer(tiny, tools, pack, reference, weights, draw, monkeypatch):
     patch = pack.module("nodes.conditioning.self_attention")
     made, seen = patch.self_attention, {}
 
@@ -98,7 +98,7 @@ def test_every_self_attention_has_the_weight_of_its_layer(mini, tools, pack, ref
         return compare
 
     monkeypatch.setattr(patch, "self_attention", watched)
-    draw(tools.inject(mini.model, reference, weight=0.8, weights=weights("list", LAYERS)))
+    draw(tools.inject(tiny.model, reference, weight=0.8, weights=weights("list", LAYERS)))
     keys = [("input", 4), ("input", 5), ("input", 7), ("input", 8), ("middle", 0), *(("output", n) for n in range(6))]
     expected = dict(zip(keys, map(float, LAYERS.split(", ")), strict=True))
     assert seen.keys() == {key for key, factor in expected.items() if factor}
@@ -107,20 +107,20 @@ def test_every_self_attention_has_the_weight_of_its_layer(mini, tools, pack, ref
 
 
 @pytest.mark.parametrize("node", ["apply", "inject"])
-def test_the_steps_scale_the_weight_by_the_share_of_the_sampling(mini, tools, reference, weights, draw, node):
+def test_the_steps_scale_the_weight_by_the_share_of_the_sampling(tiny, tools, reference, weights, draw, node):
     put = getattr(tools, node)
     for share in (0.2, 0.6):
-        sigma = sigma_at(mini, share)
-        eased = draw(put(mini.model, reference, weights=weights(steps="0, 1")), sigma)
-        assert close(eased, draw(put(mini.model, reference, weight=share), sigma), 1e-4)
-    late, sigma = put(mini.model, reference, weights=weights(steps="0 0 1")), sigma_at(mini, 0.3)
-    assert torch.equal(draw(late, sigma), draw(mini.model, sigma))
+        sigma = sigma_at(tiny, share)
+        eased = draw(put(tiny.model, reference, weights=weights(steps="0, 1")), sigma)
+        assert close(eased, draw(put(tiny.model, reference, weight=share), sigma), 1e-4)
+    late, sigma = put(tiny.model, reference, weights=weights(steps="0 0 1")), sigma_at(tiny, 0.3)
+    assert torch.equal(draw(late, sigma), draw(tiny.model, sigma))
 
 
-def test_where_the_steps_are_0_no_reference_pass_is_made(mini, tools, weights):
-    texts = {"positive": mini.text(1), "negative": mini.text(2)}
-    with tools.watch(mini, **texts) as watch:
-        model = tools.inject(mini.model, tools.kv_reference(mini, tools.picture(1)), weights=weights(steps="1, 0, 0"))
+def test_where_the_steps_are_0_no_reference_pass_is_made(tiny, tools, weights):
+    texts = {"positive": tiny.text(1), "negative": tiny.text(2)}
+    with tools.watch(tiny, **texts) as watch:
+        model = tools.inject(tiny.model, tools.kv_reference(tiny, tools.picture(1)), weights=weights(steps="1, 0, 0"))
         tools.sample(watch.model(model), *texts.values(), torch.zeros(LATENT), steps=4)
     assert len(watch.passes) == 4 and len(watch.references) == 2  # at the shares 0, 1/4 of 0, 1/4, 1/2, 3/4
 
@@ -151,10 +151,10 @@ def test_a_curve_of_the_host_is_read_as_its_points_are(pack, weights):
         ({"curve": [(0.0, 9.0)]}, "The curve goes beyond"),
     ],
 )
-def test_weights_that_cannot_be_read_are_refused(mini, tools, reference, weights, options, says):
+def test_weights_that_cannot_be_read_are_refused(tiny, tools, reference, weights, options, says):
     for node in (tools.apply, tools.inject):
         with pytest.raises(ValueError) as error:
-            node(mini.model, reference, weights=weights(**options))
+            node(tiny.model, reference, weights=weights(**options))
         assert says in tools.one_sentence(error)
 
 
@@ -162,32 +162,32 @@ def test_weights_that_cannot_be_read_are_refused(mini, tools, reference, weights
 
 
 @pytest.mark.parametrize("node", ["apply", "inject"])
-def test_combined_references_act_like_nodes_in_a_row_and_a_negative_weight_subtracts(mini, tools, draw, node):
-    put, encoder = getattr(tools, node), tools.kv_encoder(mini)
-    first, second = (tools.kv_reference(mini, tools.picture(n), encoder=encoder) for n in (1, 2))
+def test_combined_references_act_like_nodes_in_a_row_and_a_negative_weight_subtracts(tiny, tools, draw, node):
+    put, encoder = getattr(tools, node), tools.kv_encoder(tiny)
+    first, second = (tools.kv_reference(tiny, tools.picture(n), encoder=encoder) for n in (1, 2))
     both = tools.run("LookaheadCombineReferences", first, second, 1.0, -0.5)
-    in_a_row = put(put(mini.model, first, weight=0.8), second, weight=-0.4)
-    assert close(draw(put(mini.model, both, weight=0.8)), draw(in_a_row), 1e-6)
+    in_a_row = put(put(tiny.model, first, weight=0.8), second, weight=-0.4)
+    assert close(draw(put(tiny.model, both, weight=0.8)), draw(in_a_row), 1e-6)
     alone = tools.run("LookaheadCombineReferences", first, second, 1.0, 0.0)
     assert alone.subjects[0].cache is first.subjects[0].cache
-    assert torch.equal(draw(put(mini.model, alone)), draw(put(mini.model, first)))
+    assert torch.equal(draw(put(tiny.model, alone)), draw(put(tiny.model, first)))
     assert tools.run("LookaheadCombineReferences", both, first, 2.0, 1.0).subjects[1].weight == -1.0
     with pytest.raises(ValueError) as error:
         tools.run("LookaheadCombineReferences", first, second, 0.0, 0.0)
     tools.one_sentence(error)
 
 
-def test_pictures_act_in_the_shares_of_their_weights(mini, tools, draw):
-    encoder, pictures = tools.kv_encoder(mini), tools.picture(4, n=2)
-    one, two = (tools.kv_reference(mini, pictures[n : n + 1], encoder=encoder) for n in range(2))
+def test_pictures_act_in_the_shares_of_their_weights(tiny, tools, draw):
+    encoder, pictures = tools.kv_encoder(tiny), tools.picture(4, n=2)
+    one, two = (tools.kv_reference(tiny, pictures[n : n + 1], encoder=encoder) for n in range(2))
 
     def weighed(text, several="together"):
-        return tools.kv_reference(mini, pictures, encoder=encoder, picture_weights=text, several=several)
+        return tools.kv_reference(tiny, pictures, encoder=encoder, picture_weights=text, several=several)
 
     for put in (tools.apply, tools.inject):
-        assert close(draw(put(mini.model, weighed("2, 0"))), draw(put(mini.model, one)), 1e-4)
+        assert close(draw(put(tiny.model, weighed("2, 0"))), draw(put(tiny.model, one)), 1e-4)
         shares = tools.run("LookaheadCombineReferences", one, two, 0.75, 0.25)
-        assert close(draw(put(mini.model, weighed("3, 1", "average"))), draw(put(mini.model, shares)), 1e-4)
+        assert close(draw(put(tiny.model, weighed("3, 1", "average"))), draw(put(tiny.model, shares)), 1e-4)
     assert [subject.weight for subject in weighed("1, -0.5").subjects] == [1.0, -0.5]
     assert len(weighed("").subjects) == 1
     for text, several in (
@@ -206,7 +206,7 @@ def test_pictures_act_in_the_shares_of_their_weights(mini, tools, draw):
 
 @pytest.mark.parametrize("adain", ["picture to the reference", "reference to the picture"])
 @pytest.mark.parametrize("masked", [False, True])
-def test_adain_gives_one_the_statistics_of_the_other(mini, tools, pack, draw, monkeypatch, adain, masked):
+def test_adain_gives_one_the_statistics_of_the_other(tiny, tools, pack, draw, monkeypatch, adain, masked):
     patch = pack.module("nodes.conditioning.self_attention")
     made, seen = patch.self_attention, []
 
@@ -236,19 +236,19 @@ def test_adain_gives_one_the_statistics_of_the_other(mini, tools, pack, draw, mo
 
     mask = torch.zeros(1, 96, 96)
     mask[..., :48] = 1
-    reference = tools.kv_reference(mini, tools.picture(1), **({"mask": mask} if masked else {}))
+    reference = tools.kv_reference(tiny, tools.picture(1), **({"mask": mask} if masked else {}))
     monkeypatch.setattr(patch, "self_attention", watched)
-    model = tools.inject(mini.model, reference, adain=adain)
+    model = tools.inject(tiny.model, reference, adain=adain)
     found = draw(model)
     monkeypatch.setattr(patch, "self_attention", made)
-    assert len(seen) == 17 and not close(found, draw(tools.inject(mini.model, reference)), 1e-3)
-    assert torch.equal(draw(tools.inject(mini.model, reference, weight=0.0, adain=adain)), draw(mini.model))
+    assert len(seen) == 17 and not close(found, draw(tools.inject(tiny.model, reference)), 1e-3)
+    assert torch.equal(draw(tools.inject(tiny.model, reference, weight=0.0, adain=adain)), draw(tiny.model))
 
 
-def test_the_statistics_are_those_of_the_queries_of_the_reference_pass(mini, tools, pack, draw, monkeypatch):
+def test_the_statistics_are_those_of_the_queries_of_the_reference_pass(tiny, tools, pack, draw, monkeypatch):
     """Of all pictures of the reference together, by role; and those of two references are pooled."""
     patch = pack.module("nodes.conditioning.self_attention")
-    to_q, asked, found = mini.model.model.diffusion_model.middle_block[1].transformer_blocks[0].attn1.to_q, [], []
+    to_q, asked, found = tiny.model.model.diffusion_model.middle_block[1].transformer_blocks[0].attn1.to_q, [], []
     made = patch.self_attention
 
     def watched(key, references, once):
@@ -264,8 +264,8 @@ def test_the_statistics_are_those_of_the_queries_of_the_reference_pass(mini, too
     hook = to_q.register_forward_hook(lambda module, args, out: asked.append(out))
     monkeypatch.setattr(patch, "self_attention", watched)
     try:
-        reference = tools.kv_reference(mini, tools.picture(1, n=2))
-        draw(tools.inject(mini.model, reference, adain="picture to the reference"))
+        reference = tools.kv_reference(tiny, tools.picture(1, n=2))
+        draw(tools.inject(tiny.model, reference, adain="picture to the reference"))
     finally:
         hook.remove()
     (of_rows,) = found[0]

@@ -13,6 +13,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = json.loads((ROOT / "mini/sizes.json").read_text())
 MINI_UNET, VISION = SIZES["unet"], SIZES["clip_vision"]
+TINY = {"channels": [32, 32, 64], "heads_of": 16}  # the host normalizes 32 groups of channels
 KV_PROMPT = 7  # seed of the text of references
 
 
@@ -183,16 +184,20 @@ def widths_of(world: World) -> list[int]:
 
 
 def make_world(kind: str, folder: Path, **model_options) -> World:
-    """A world of random weights: `mini` has the sizes of the mini world, `sdxl` the layout of SDXL."""
-    if kind == "mini":
+    """A world of random weights.
+
+    kind: `mini` has the sizes of the mini world, `tiny` its layout, as narrow as the host's UNet can be, with another
+    width at each level that has attentions; `sdxl` has the layout of SDXL.
+    """
+    if kind in ("mini", "tiny"):
         first = MINI_UNET["model_channels"]
+        mini = {"channels": [first * m for m in MINI_UNET["channel_mult"]], "heads_of": MINI_UNET["head_channels"]}
         world = World(
             depth=MINI_UNET["transformer_depth"],
-            channels=[first * m for m in MINI_UNET["channel_mult"]],
             middle=MINI_UNET["transformer_depth"][-1],
             context=SIZES["text"]["width_l"] + SIZES["text"]["width_g"],
             pooled=SIZES["text"]["width_g"],
-            heads_of=MINI_UNET["head_channels"],
+            **(mini if kind == "mini" else TINY),
         )
     else:  # the layout of SDXL with all its 70 transformer blocks, only narrow
         world = World(depth=[0, 2, 10], channels=[32, 64, 128], middle=10, context=64, pooled=32, heads_of=16)
