@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from ..trainer.concept.config import ConceptConfig, ConceptModels
 from ..trainer.concept.recipe import ConceptRecipe
 from ..trainer.concept.source import ConceptDataError, ConceptPictures, folder_source
 from ..trainer.concept.step import ConceptStep
+from ..trainer.data.pairs import ENDINGS, passed_over
 from .assemble import base_hash, device, read_models
 from .bases import DRAWN, known_base, resolve
 
@@ -71,7 +73,9 @@ def attention():  # type: ignore[no-untyped-def]  # `lookahead.method.attention.
 def open_pictures(config: ConceptConfig, frozen: Frozen) -> ConceptPictures:
     """A folder of pictures, or what is drawn. Raises ConceptDataError."""
     if config.data.source != DRAWN:
-        return folder_source(config, frozen)
+        if others := passed_over(Path(config.data.source)):
+            print(others, file=sys.stderr)
+        return folder_source(config, frozen, ENDINGS)
     from ..mini.drawn_things import drawn_source
 
     return drawn_source(config, frozen)
@@ -85,7 +89,7 @@ def concept_words(text: PromptEncoder, dictionary: str | None, nouns: Sequence[s
     if dictionary is None:
         return concept.read_dictionary(text, nouns) if nouns else concept.all_words(text)
     try:
-        lines = Path(dictionary).expanduser().read_text(encoding="utf-8").split("\n")
+        lines = Path(dictionary).expanduser().read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConceptDataError(
             f"The dictionary {dictionary} cannot be read ({first_line(error)}): name a text file with a noun a line."

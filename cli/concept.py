@@ -83,8 +83,12 @@ def doctor(
 ) -> None:
     """Examine a folder of pictures before training; status 1 if a training run would stop at one of them."""
     from ..trainer.concept.doctor import examine_pictures
+    from ..trainer.data.pairs import ENDINGS, passed_over
 
-    report = examine_pictures(data.expanduser(), size)
+    folder = data.expanduser()
+    if others := passed_over(folder):
+        print(others)
+    report = examine_pictures(folder, size, ENDINGS)
     print(report)
     if report.wrong:
         raise typer.Exit(1)
@@ -101,6 +105,7 @@ def predict(
     stock: Stock = False,
 ) -> None:
     """Predict a concept from one picture, without tuning: one pass of the encoder."""
+    from ..lookahead.files.atomic import check_writable
     from ..lookahead.files.concept_file import read_concept_encoder
     from ..lookahead.files.tensors import sha256
     from ..sdxl.concept_maker import KEPT, predict_concept
@@ -108,6 +113,7 @@ def predict(
     from ..trainer.concept.config import ConceptModels
     from .assemble_concept import frozen_models, on_device
 
+    check_writable(out)
     network, words, about = read_concept_encoder(encoder)
     pixels = read(picture)
     frozen = on_device(frozen_models(ConceptModels(base=base, image_encoder=image_encoder), precision))
@@ -149,6 +155,7 @@ def tune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the memory that it takes; tune nothing.")] = False,
 ) -> None:
     """Tune a concept on its picture. Nothing is written before all steps are done."""
+    from ..lookahead.files.atomic import check_writable
     from ..lookahead.files.concept_file import read_concept
     from ..lookahead.method.concept_input import TEMPLATES
     from ..lookahead.method.concept_tuning import Tuning
@@ -157,6 +164,8 @@ def tune(
     from ..trainer.concept.config import ConceptModels
     from .assemble_concept import attention, frozen_models, on_device
 
+    if not dry_run:
+        check_writable(out)
     before, pixels = read_concept(concept), read(picture)
     rates = {"offset_rate": offset_rate, "word_rate": word_rate}
     settings = Tuning.of(before, steps=steps, batch=batch, blend=blend, seed=seed, words=try_words, **rates)

@@ -126,10 +126,14 @@ def things(
     ] = None,
 ) -> None:
     """Merge the LoRA of drawn things into a copy of the mini SDXL: a base that draws them."""
-    from ..mini.files.derived import write_things_base
+    from ..lookahead.files.atomic import check_writable
 
     folder = folder_of(folder, quick=False)
-    print(f"Written: {write_things_base(folder / 'things_lora.safetensors', out or folder / 'things')}")
+    out = out or folder / "things"
+    check_writable(out, folder=True)
+    from ..mini.files.derived import write_things_base
+
+    print(f"Written: {write_things_base(folder / 'things_lora.safetensors', out)}")
 
 
 @app.command()
@@ -139,11 +143,16 @@ def gate(
     sheet: Annotated[Path | None, typer.Option(help="PNG of some of them.", show_default="FOLDER/gate.png")] = None,
 ) -> None:
     """Ask the judge of things whether the base draws each class (in 90 % of samples); ends with 1 where it does not."""
-    from ..mini.report.gate import GATE, check
+    from ..lookahead.files.atomic import check_writable
 
     folder = folder_of(folder, quick=False)
+    sheet = sheet or folder / "gate.png"
+    check_writable(sheet)
+    from ..mini.report.gate import GATE, check
+
+    sheet.parent.mkdir(parents=True, exist_ok=True)
     lora, judge = (folder / f"{name}.safetensors" for name in ("things_lora", "things_judge"))
-    named = check(lora, judge, samples, sheet or folder / "gate.png")
+    named = check(lora, judge, samples, sheet)
     if short := [noun for noun, share in named.items() if share < GATE]:
         print(f"The gate is closed: under {GATE:.0%} for {', '.join(short)}.")
         raise typer.Exit(1)

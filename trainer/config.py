@@ -29,6 +29,8 @@ from pydantic import (
     model_serializer,
 )
 
+from ..evaluation.unique_keys import DuplicateKeyError, load_yaml
+
 CONFIGS = Path(__file__).parent / "configs"
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -217,20 +219,6 @@ def validated(kind: type[Kind], values: Mapping[str, Any]) -> Kind:
         raise ConfigError("\n".join(_sentence(kind, e) for e in error.errors())) from None
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML whose mappings hold each key once: of two, the first would be left out without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        lines: dict[str, int] = {}
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                line = key.start_mark.line + 1
-                if key.value in lines:
-                    raise ConfigError(f"{key.value} is there twice, in lines {lines[key.value]} and {line}")
-                lines[key.value] = line
-        return super().construct_mapping(node, deep)
-
-
 def _shipped(path: Path) -> Path:
     """The file, or that of the name that comes along (`mini.yaml`, `trainer/configs/mini.yaml`) where there is none."""
     if path.exists() or path.is_absolute():
@@ -244,7 +232,7 @@ def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path in below:
         raise ConfigError(f"{path} extends itself, by way of {below[-1]}: let one of them extend nothing.")
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        values = load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         what = f"{path}, which {below[-1]} extends" if below else str(path)
         raise ConfigError(f"There is no file {what}: name a YAML file such as {CONFIGS / 'mini.yaml'}.") from None
@@ -252,7 +240,7 @@ def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"{path} cannot be read ({error.strerror}): name a YAML file.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is no YAML: {error}") from None
-    except ConfigError as error:
+    except DuplicateKeyError as error:
         raise ConfigError(f"{path}: {error}: leave one out.") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds no keys with values: begin with that of trainer/configs/mini.yaml.")

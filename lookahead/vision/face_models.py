@@ -181,12 +181,9 @@ class FaceModels:
                 f"The detection sizes are {list(sizes)}, and each must be a multiple of 32 from 32 on: write for "
                 "example 640, 320, 128."
             )
-        pairs = [(size, size) for size in dict.fromkeys(sizes)]
         out: list[list[Face]] = []
         for picture in pictures:
-            height, width = picture.shape[-2:]
-            # (insightface makes the picture as large as it fits, and a strip of 4000x3 has no row left then)
-            fit = [pair for pair in pairs if pair[0] * min(height, width) >= max(height, width)]
+            fit = [size for size in _looked_at(self._detector, sizes) if _leaves_a_row(picture, size)]
             if not fit:
                 out.append([])
                 continue
@@ -227,10 +224,30 @@ def as_bgr(picture: Tensor) -> np.ndarray:
 
 
 def find_and_embed(app: FaceAnalysis, pictures: Tensor) -> list[list[Any]]:
-    """All that insightface itself says of each picture [n, 3, h, w] in [0, 1], best face first: its own `Face`s."""
+    """All that insightface itself says of each picture [n, 3, h, w] in [0, 1], best face first: its own `Face`s.
+
+    app: of `open_app`. A strip of which the smallest size leaves no row has no face.
+    """
+    sizes = _looked_at(app.det_model, SIZES)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # skimage's, about a call of insightface's
-        return [app.get(as_bgr(picture)) for picture in pictures]
+        return [
+            app.get(as_bgr(picture)) if all(_leaves_a_row(picture, size) for size in sizes) else []
+            for picture in pictures
+        ]
+
+
+def _looked_at(detector: Any, sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """Width and height at which a detector looks when it is asked for these sizes: some have one of their own."""
+    fixed = getattr(detector, "static_input_size", None)
+    return [(int(fixed[0]), int(fixed[1]))] if fixed else [(size, size) for size in dict.fromkeys(sizes)]
+
+
+def _leaves_a_row(picture: Tensor, size: tuple[int, int]) -> bool:
+    """Tells whether something is left of a picture [3, h, w] that insightface makes as large as fits into (width,
+    height): of a strip of 4000x3 it is no row, at which its resizing fails."""
+    height, width = picture.shape[-2:]
+    return size[0] * height >= width and size[1] * width >= height
 
 
 def _recogniser(app: FaceAnalysis) -> tuple[Path | None, tuple[float, float] | None]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import comfy.model_management
+import comfy.model_sampling
 import torch
 from torch import Tensor
 
@@ -27,8 +28,14 @@ def looked_at(
     """The UNet makes this of a picture at some time steps, under the empty prompt and one fixed noise, standardised for
     `encoder`: [looks, unet_width].
 
-    latents: [1, 4, h, w] as the VAE gives them. Raises ConceptError, one sentence, for another UNet.
+    latents: [1, 4, h, w] as the VAE gives them. Raises ConceptError, one sentence, for another UNet, and for a model of
+    flow matching: its time steps are other noise levels than those whose statistics the encoder has.
     """
+    if isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.CONST):
+        raise ConceptError(
+            f"This MODEL was switched to flow matching, and {name} knows what its UNet makes of a picture under SDXL's "
+            "own noise: connect the MODEL of the checkpoint, from before that switch."
+        )
     context, pooled = encode(clip, clip.tokenize(""))
     comfy.model_management.load_model_gpu(model)
     base, device = model.model, model.load_device

@@ -19,11 +19,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ...lookahead.method.concept import Concept
-from ...lookahead.method.schedule import to_ve
 from ..conditioning.effect import UNetPass
 from ..conditioning.rows import RowLayout
 from ..conditioning.unet_blocks import self_attentions
-from ..guidance.autograd import differentiable, pytorch_attention
+from ..guidance.autograd import differentiable, on_copies, pytorch_attention
 from .clip_words import encode_differentiably, hard_words, load, pooled_of, prompt_tokens, soft_words, with_words
 from .concept_effect import ActiveConcept, ConceptEffect
 
@@ -43,6 +42,9 @@ class HostPredictor:
         self._blocks = {block.key: block.path for block in self_attentions(model)}
         comfy.model_management.load_models_gpu([model, clip.patcher])
         self._text_device, self.device = load(clip), model.load_device
+        sampling = model.get_model_object("model_sampling")
+        sigmas = sampling.sigmas.clone().to(self.device, torch.float32)
+        self._levels = sigmas, *shares(sampling, sigmas)
         self._hard: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         for n in range(len(self._prompts)):
             self._hard_prompt(concept, n)
@@ -75,6 +77,12 @@ class HostPredictor:
     def __exit__(self, *_: object) -> None:
         self._open.close()
 
+    @property
+    def alpha_bar(self) -> Tensor:
+        """The square of what a latent of variance 1 has of the picture, at every time step [T]."""
+        _, kept, added = self._levels
+        return kept**2 / (kept**2 + added**2)
+
     def __call__(self, concept: Concept, x: Tensor, t: Tensor, number: int) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
         base, n = self._model.model, number % len(self._prompts)
@@ -86,17 +94,18 @@ class HostPredictor:
         pooled = pooled_of("blended", self._blend, soft_pooled, hard_pooled)
         sizes = {"width": self._size, "height": self._size, "target_width": self._size, "target_height": self._size}
         y = base.encode_adm(pooled_output=pooled.to(self.device), device=self.device, crop_w=0, crop_h=0, **sizes)
-        sigma = self._model.get_model_object("model_sampling").sigmas.clone().to(x)[t]
-        noised = to_ve(x, sigma)
+        sigma, kept, added = (level.to(x)[t].view(-1, 1, 1, 1) for level in self._levels)
+        noised = x * (kept**2 + added**2).sqrt()  # from variance 1 to the host's scale
         options = self._options(concept, noised, hard)
-        clean = base.apply_model(noised, sigma, c_crossattn=soft.to(self.device), y=y, transformer_options=options)
-        return (noised - clean) / sigma.view(-1, 1, 1, 1)
+        text = soft.to(self.device)
+        clean = base.apply_model(noised, sigma.flatten(), c_crossattn=text, y=y, transformer_options=options)
+        return (noised - kept * clean) / added
 
     def _options(self, concept: Concept, x: Tensor, hard: Tensor) -> dict[str, Any]:
         """The transformer options of a pass with this concept, by the same effect that draws it."""
         own = dict(self._model.model_options.get("transformer_options", {}))
         options = {
-            **{name: own[name] for name in ("patches", "patches_replace") if name in own},
+            **{name: on_copies(own[name]) for name in ("patches", "patches_replace") if name in own},
             "cond_or_uncond": [0],
             "uuids": [_UUID],
             "optimized_attention_override": pytorch_attention,
@@ -110,6 +119,13 @@ class HostPredictor:
             "attn1": ActiveConcept.self_attentions([active], unet_pass, dict(others.get("attn1", {}))),
         }
         return {**options, "patches_replace": {**others, **replaced}}
+
+
+def shares(sampling: Any, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors of picture and noise in what a model is given at noise levels [n], by the host's own rule: 1 and
+    sigma, but 1 - sigma and sigma where the model was switched to flow matching."""
+    none = torch.zeros_like(sigma)
+    return sampling.noise_scaling(sigma, none, none + 1), sampling.noise_scaling(sigma, none + 1, none)
 
 
 def _replace_forward(module: nn.Module, forward: Callable) -> Callable[[], None]:

@@ -10,6 +10,7 @@ from ...lookahead.method.concept import LOOKS, Concept, concept_of, nearest_word
 from ...lookahead.method.concept_input import ConceptError, check_picture, picture_hash
 from ...lookahead.vision.images import centre_square, clip_input
 from ..conditioning.unet_blocks import self_attentions
+from ..reference.images import split_alpha
 from ..schema import schema
 from ..sockets import CONCEPT, CONCEPT_ENCODER
 from .clip_words import check_words, dictionary_of
@@ -67,7 +68,8 @@ class LookaheadPredictConcept(io.ComfyNode):
     def execute(
         cls, concept_encoder: LoadedConceptEncoder, model, clip, clip_vision, image: Tensor, vae=None
     ) -> io.NodeOutput:
-        square = square_of(image, concept_encoder.size)
+        picture = one_picture(image)
+        square = centre_square(picture, concept_encoder.size)
         comfy.model_management.load_model_gpu(clip_vision.patcher)
         pixels = clip_input(square.movedim(-1, 1), clip_vision.image_size).to(clip_vision.load_device)
         features = clip_vision.model(pixel_values=pixels, intermediate_output=-2)[1].float().mean(1)
@@ -83,7 +85,7 @@ class LookaheadPredictConcept(io.ComfyNode):
         prediction = concept_encoder.predict(features, seen)
         dictionary = dictionary_of(clip, concept_encoder.words)
         about = {
-            "picture_hash": picture_hash(image[0, ..., :3].movedim(-1, 0)),
+            "picture_hash": picture_hash(picture[0].movedim(-1, 0)),
             "size": str(concept_encoder.size),
             "steps": "0",
             "encoder_hash": concept_encoder.digest,
@@ -99,17 +101,22 @@ class LookaheadPredictConcept(io.ComfyNode):
         return io.NodeOutput(concept, text, ui=ui.PreviewText(text))
 
 
-def square_of(image: Tensor, size: int) -> Tensor:
-    """The square about the middle of the one picture of an IMAGE, [1, size, size, 3].
+def one_picture(image: Tensor) -> Tensor:
+    """The one picture of an IMAGE, [1, H, W, 3], read as a reference is (`split_alpha`): what is transparent is white.
 
-    Raises ConceptError, one sentence, for several pictures and for one that is too small.
+    Raises ValueError, one sentence, for several pictures and for one that is too small or no picture.
     """
     if len(image) != 1:
         raise ConceptError(
             f"The image is a batch of {len(image)} pictures, and a concept is made of one: choose one of them."
         )
     check_picture(*image.shape[1:3])
-    return centre_square(image[..., :3], size)
+    return split_alpha(image)[0]
+
+
+def square_of(image: Tensor, size: int) -> Tensor:
+    """The square about the middle of the one picture of an IMAGE, [1, size, size, 3]. Raises as `one_picture`."""
+    return centre_square(one_picture(image), size)
 
 
 def check_blocks(model, concept: Concept) -> None:

@@ -160,7 +160,7 @@ class LookaheadTuneConcept(io.ComfyNode):
             views = model.model.process_latent_in(latents.clone()).to(predictor.device)
             known = known._replace(rows_l=known.rows_l.clone(), rows_g=known.rows_g.clone())
             with predictor:
-                alpha_bar = 1 / (1 + model.get_model_object("model_sampling").sigmas.clone().to(views) ** 2)
+                alpha_bar = predictor.alpha_bar.to(views)
                 tuned, losses = tune(concept, views, alpha_bar, predictor, tuning, known, progress=progress)
         text = "\n".join(f"{n + 1}: {loss:.5f}" for n, loss in enumerate(losses))
         return io.NodeOutput(tuned, text, ui=ui.PreviewText(text))

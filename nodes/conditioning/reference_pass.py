@@ -43,7 +43,8 @@ _INPUT, _OUTPUT = "lookahead_input", "lookahead_output"  # what one block passes
 
 _NO_NOISE = (
     "[LCM-Lookahead] this run adds no noise of its own, so the reference gets the noise of seed %d: in a later stage, "
-    "give the seed of the first."
+    "give the seed of the first (the host's DisableNoise has none but 0: use KSampler (Advanced)), or set noise to "
+    "fixed at Apply Lookahead KV Injection."
 )
 
 
@@ -159,7 +160,8 @@ class ReferencePass:
             shape = noise.shape if shared and fits else (1, *latents.shape[1:])
             self._noise = torch.randn(shape, generator=generator)
             if shared and fits:
-                logging.info(_NO_NOISE, seed)
+                # (a seed of 0 is most likely none at all, which the page shows; of another, the user has thought)
+                logging.log(logging.INFO if seed else logging.WARNING, _NO_NOISE, seed)
         # How many images read something of their own; the others read the same in turn.
         self._images = max(len(self._noise), min(len(latents), len(noise)) if source.subject.one_each else 1)
         self._signature: tuple | None = None

@@ -10,7 +10,7 @@ from comfy_api.latest import io, ui
 from ...lookahead.files import reference_file
 from ..schema import schema
 from ..sockets import REFERENCE
-from .reference_files import FOLDER, new_path, saved
+from .reference_files import new_path, saved
 from .subject import Reference
 
 EVERYTHING, PROMPT_ONLY = "everything", "image prompt only"
@@ -81,7 +81,7 @@ class LookaheadSaveReference(io.ComfyNode):
         else:
             raise ValueError(f"{path.name} exists already and holds another reference: choose another file_name.")
         text = reference_file.provenance(*reference_file.read(path), path.name)
-        report = f"{done}: {os.path.join('models', FOLDER, path.name)}, {path.stat().st_size / 1e6:.1f} MB\n{text}"
+        report = f"{done}: {path}, {path.stat().st_size / 1e6:.1f} MB\n{text}"
         return io.NodeOutput(report, ui=ui.PreviewText(report))
 
 

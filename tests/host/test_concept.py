@@ -1,9 +1,14 @@
 """A concept in the real host: the numbers of the oracle, the base to the bit where it is off, and company."""
 
+import asyncio
+from contextlib import contextmanager
+from dataclasses import replace
+
 import concept_oracle as oracle
 import pytest
 import torch
 from tensors import relative
+from worlds import ROOT
 
 
 @pytest.fixture(scope="module", params=["mini", "sdxl"])
@@ -163,7 +168,125 @@ def test_a_block_of_another_node_is_left_to_it(small, caplog):
     assert "another node replaces attentions of" in caplog.text
 
 
+# --- tuning
+
+
+@pytest.fixture(scope="module")
+def checkpoint(pack):
+    """MODEL, CLIP and VAE of the mini checkpoint by the host's own loader."""
+    import comfy.sd
+
+    extension = ROOT / "mini" / "host_extension"
+    assert asyncio.run(pack.host_nodes.load_custom_node(str(extension), module_parent="custom_nodes"))
+    with torch.inference_mode():
+        return comfy.sd.load_checkpoint_guess_config(str(ROOT / "mini" / "weights" / "mini_sdxl.safetensors"))[:3]
+
+
+@pytest.fixture
+def face(pack, checkpoint):
+    """A concept that is the real word, without offsets: its path with the concept is the model."""
+    clip = checkpoint[1]
+    place = clip.tokenize("face")["l"][0][1][0]
+    known = pack.module("nodes.concept.clip_words").dictionary_of(clip, {place: "face"})
+    kind = pack.module("lookahead.method.concept").Concept
+    return kind(known.rows_l[0], known.rows_g[0], "face", place, {}, 1.0, {"size": "64"})
+
+
+@pytest.mark.parametrize("shift", [None, 3.0], ids=["as it is", "switched to flow matching"])
+def test_the_loss_of_tuning_is_that_of_the_noise_as_the_model_is_given_it(checkpoint, face, pack, tools, shift):
+    model, clip, vae = checkpoint
+    if shift is not None:
+        model = tools.host_node("nodes_model_advanced", "ModelSamplingSD3", model, shift)
+    image = tools.picture(5, height=64, width=64)
+    image = (image + image.flip(2)) / 2  # so that both views are the same
+    said = pack.nodes["LookaheadTuneConcept"].execute(face, model, clip, vae, image, steps=1, batch=1, seed=2).result[1]
+    tuning = pack.module("lookahead.method.concept_tuning")
+    view, sampling = model.model.process_latent_in(vae.encode(image)), model.get_model_object("model_sampling")
+    settings = tuning.Tuning.of(face, steps=1, batch=1, seed=2)
+    t, _, noise = tuning.noised_sample(view.expand(2, -1, -1, -1), torch.ones(1000), settings, 0)
+    sigma = float(sampling.sigmas[t])
+    x = sampling.noise_scaling(torch.tensor(sigma), noise.clone(), view)
+    text, pooled = clip.encode_from_tokens(clip.tokenize("a photo of a face"), return_pooled=True)
+    positive = [[text, {"pooled_output": pooled, "width": 64, "height": 64}]]
+    kept = 1.0 if shift is None else 1 - sigma
+    predicted = (x - kept * tools.denoised(model, positive, positive, x, sigma)) / sigma
+    assert said.startswith("1: ") and 0.1 < sigma < 10
+    assert float(said[3:]) == pytest.approx(float((predicted - noise).square().mean()), rel=1e-3)
+
+
+def test_patches_that_write_into_what_they_get_have_the_gradient_of_those_that_do_not(checkpoint, face, small, pack):
+    """As FreeU writes into the tensors that it is given, which autograd needs as they were."""
+    model, clip, _ = checkpoint
+    concept = replace(face, offsets=small.offsets, blend=0.4)
+
+    def pure(t):
+        half = t.shape[1] // 2
+        return torch.cat([t[:, :half] * (1 + 0.1 * t[:, :half].mean().tanh()), t[:, half:]], dim=1)
+
+    def writing(t):
+        half = t.shape[1] // 2
+        t[:, :half] = t[:, :half] * (1 + 0.1 * t[:, :half].mean().tanh())
+        return t
+
+    def with_patches(change):
+        patched = model.clone()
+        patched.set_model_input_block_patch(lambda h, options: change(h))
+        patched.set_model_output_block_patch(lambda h, hsp, options: (change(h), change(hsp)))
+        patched.set_model_attn2_output_patch(lambda n, extra: change(n))
+        return patched
+
+    plain, without, with_writing = (
+        torch.cat([one.flatten() for one in gradient(pack, patched, clip, concept, small.z)])
+        for patched in (model, with_patches(pure), with_patches(writing))
+    )
+    assert relative(with_writing, without) < 1e-5 and relative(without, plain) > 1e-2
+
+
+def test_the_gradient_beside_free_u_is_what_finite_differences_say(checkpoint, face, small, pack, tools):
+    model, clip, _ = checkpoint
+    model = tools.host_node("nodes_freelunch", "FreeU_V2", model, 1.3, 1.4, 0.9, 0.2)
+    concept = replace(face, offsets=small.offsets, blend=0.4)
+    slope, *_ = gradient(pack, model, clip, concept, small.z)
+    step = 1e-2 * slope / slope.norm() * concept.word_l.norm()
+    with predictor(pack, model, clip, concept) as predict, torch.no_grad():
+        moved = [replace(concept, word_l=concept.word_l + way * step) for way in (1, -1)]
+        ahead, behind = (predict(one, small.z, torch.tensor([601]), 0).square().mean() for one in moved)
+    assert float(ahead - behind) / 2 == pytest.approx(float((slope * step).sum()), rel=2e-2)
+
+
+@contextmanager
+def predictor(pack, model, clip, concept):
+    """What tuning predicts noise with, outside of the inference mode in which nodes begin."""
+    made = pack.module("nodes.concept.host_predictor").HostPredictor
+    with torch.inference_mode(False), made(model, clip, concept, ["a photo of a S*"], concept.blend, 64) as opened:
+        yield opened
+
+
+def gradient(pack, model, clip, concept, z):
+    """That of the squared noise that is predicted of a latent, to half of the soft word and to the offsets."""
+    with predictor(pack, model, clip, concept) as predict, torch.enable_grad():
+        offsets = {
+            name: tuple(half.clone().requires_grad_() for half in pair) for name, pair in concept.offsets.items()
+        }
+        word = concept.word_l.clone().requires_grad_()
+        value = predict(replace(concept, word_l=word, offsets=offsets), z.clone(), torch.tensor([601]), 0)
+        return torch.autograd.grad(value.square().mean(), [word, *(half for pair in offsets.values() for half in pair)])
+
+
 # --- bad input
+
+
+def test_colours_under_full_transparency_do_not_count_and_grey_is_read_as_colour(small, pack):
+    predict = pack.module("nodes.concept.predict_concept")
+    picture = small.tools.picture(5, channels=3)
+    alpha = torch.ones(1, 96, 96, 1)
+    alpha[:, :, :48] = 0
+    other = torch.where(alpha > 0, picture, 1 - picture)
+    squares = [predict.square_of(torch.cat([colour, alpha], -1), 64) for colour in (picture, other)]
+    assert torch.equal(*squares) and squares[0][:, :, :24].min() > 0.999
+    assert torch.equal(squares[0], predict.square_of(torch.where(alpha > 0, picture, torch.ones(3)), 64))
+    grey = picture[..., :1]
+    assert torch.equal(predict.square_of(grey, 64), predict.square_of(grey.expand(-1, -1, -1, 3), 64))
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def server(encoder_file):
         yield host
 
 
-def graph(picture="thing.png", text="a comic of a S*", apply=None, tune=STEPS, encode=None, vae=True):
+def graph(picture="thing.png", text="a comic of a S*", apply=None, tune=STEPS, encode=None, vae=True, flow=False):
     """From a picture to a drawing, with the concept saved and loaded on the way."""
     kinds = {
         "base": ("CheckpointLoaderSimple", {"ckpt_name": "sd_xl_base_1.0.safetensors"}),
@@ -55,6 +55,9 @@ def graph(picture="thing.png", text="a comic of a S*", apply=None, tune=STEPS, e
     models = {"model": ["base", 0], "clip": ["base", 1]}
     read = {"concept_encoder": ["encoder", 0], "clip_vision": ["vision", 0], "image": ["picture", 0]}
     read |= {"vae": ["base", 2]} if vae else {}
+    if flow:
+        kinds["flow"] = ("ModelSamplingSD3", {"model": ["base", 0], "shift": 3.0})
+        models["model"] = ["flow", 0]
     kinds["predicted"] = ("LookaheadPredictConcept", {**models, **read})
     rates = {"steps": tune, "batch": 2, "offset_rate": 0.003, "word_rate": 0.05, "blend": -1.0, "seed": 5, "words": 3}
     given = {"concept": ["predicted", 0], "vae": ["base", 2], "image": ["picture", 0]}
@@ -137,6 +140,7 @@ def test_strength_0_draws_what_the_model_draws_without_the_node(server, made):
         ({"text": "a comic of a mug"}, "has no S*"),
         ({"text": "a S* beside a S*"}, "has 2 S*"),
         ({"vae": False}, "connect vae"),
+        ({"flow": True}, "switched to flow matching, and random_concept_encoder.safetensors knows"),
     ],
 )
 def test_bad_input_is_one_sentence_and_the_next_run_draws_as_before(server, made, change, said):

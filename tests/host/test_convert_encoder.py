@@ -35,6 +35,17 @@ def test_a_stock_file_is_converted_and_back(pack, mini, tools, models):
     assert torch.equal(encoder.network.projection_weights[0][0], mini.encoder["ip_adapter.1.to_k_ip.weight"])
 
 
+def test_the_report_says_where_the_file_is_among_several_configured_folders(tools, models, tmp_path, monkeypatch):
+    import folder_paths
+
+    known, endings = folder_paths.folder_names_and_paths["lookahead"]
+    places = [str(tmp_path / "elsewhere"), *known]
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "lookahead", (places, endings))
+    report = tools.run("LookaheadConvertEncoder", "stock.bin", "mine", precision="as stored")
+    path = tmp_path / "elsewhere" / "mine.safetensors"
+    assert path.is_file() and report.startswith(f"Written: {path}\n") and not (models / "mine.safetensors").exists()
+
+
 @pytest.mark.parametrize("name", ["", "..", "../mine", "sub/mine", "sub\\mine", "stock2.safetensors"])
 def test_names_that_leave_the_folder_or_exist_are_refused(pack, mini, tools, models, name):
     save_file(mini.encoder, models / "stock2.safetensors")

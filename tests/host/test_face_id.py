@@ -246,6 +246,9 @@ def test_the_largest_face_of_each_picture_is_read_and_can_be_saved(pack, world, 
     with pytest.raises(ValueError) as error:
         node.execute(encoder, world.clip_vision, analysis, torch.full((1, 128, 128, 3), 0.5))
     assert "No face" in tools.one_sentence(error)
+    with pytest.raises(ValueError) as error:  # at the smallest detection size nothing is left of it
+        node.execute(encoder, world.clip_vision, analysis, torch.full((1, 32, 8000, 3), 0.5))
+    assert "No face" in tools.one_sentence(error)
     with pytest.raises(ValueError) as error:
         other = load(make_weights(pack, world, tools, face_width=width + 1))
         node.execute(other, world.clip_vision, analysis, pictures)

@@ -20,6 +20,16 @@ def names(pack, tmp_path):
 
 
 @pytest.fixture
+def elsewhere(names, tmp_path_factory):
+    """A folder that is configured before the other."""
+    import folder_paths
+
+    folder = tmp_path_factory.mktemp("elsewhere")
+    folder_paths.folder_names_and_paths["lookahead_references"][0].insert(0, str(folder))
+    return folder
+
+
+@pytest.fixture
 def both(mini, tools):
     """A reference for image prompt and KV injection, of two pictures under masks."""
     mask = (tools.picture(3, n=2)[..., 0] > 0.5).float()
@@ -38,6 +48,13 @@ def test_a_saved_person_is_drawn_to_the_bit_without_the_picture(pack, mini, tool
     loaded, text = pack.nodes["LookaheadLoadReference"].execute("anna.safetensors", tools.kv_encoder(mini)).result
     assert report.startswith("Written: ") and "drawn, CC0" in text and loaded.subjects[0].pixels is None
     assert torch.equal(draw(mini, tools, both), draw(mini, tools, loaded))
+
+
+def test_the_report_says_where_the_file_is_among_several_configured_folders(tools, both, names, elsewhere):
+    report = tools.run("LookaheadSaveReference", both, "anna")
+    path = elsewhere / "anna.safetensors"
+    assert path.is_file() and not any(names.iterdir()) and report.startswith(f"Written: {path}, ")
+    assert tools.run("LookaheadSaveReference", both, "anna").startswith(f"There already: {path}, ")
 
 
 def test_the_image_prompt_alone_holds_no_picture(pack, mini, tools, both, names):

@@ -318,6 +318,11 @@ def test_bad_input_is_said_in_a_sentence_and_nothing_is_written(encoder, picture
     assert not out.exists()
 
 
+def test_a_dictionary_as_windows_writes_it_has_its_first_noun(frozen, tmp_path):
+    (tmp_path / "words.txt").write_bytes("mug\r\ncar\r\n".encode("utf-8-sig"))
+    assert list(assemble_concept.concept_words(frozen.text, str(tmp_path / "words.txt")).values()) == ["mug", "car"]
+
+
 @pytest.mark.parametrize(
     ("prompt", "match"),
     [("a mug", "has no S"), ("a S* beside a S*", "has 2 S"), ("a S* and ldnont", "keeps for itself")],
@@ -379,3 +384,19 @@ def test_the_doctor_names_what_a_run_would_stop_at(pictures, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "2 cannot be used" in shown and "30 x 90 pixels" in shown and "cut.png" in shown
     assert "1 are another picture" in shown and "twin.png" in shown and "13 are smaller" in shown
+
+
+def test_files_of_cameras_and_phones_are_trained_on_or_said(pictures, frozen, tmp_path, capsys):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in ("a.jfif", "b.JPE", "c.tif"):
+        Image.open(pictures / "00.png").save(folder / name, None if name == "c.tif" else "JPEG")
+    for name in ("IMG_1.HEIC", "notes.txt"):
+        (folder / name).touch()
+    config = ConceptConfig.from_values(values(folder, tmp_path / "run", validate_every=0))
+    source = assemble_concept.open_pictures(config, frozen)
+    assert source.names == ["a.jfif", "b.JPE", "c.tif"]
+    others = "1 pictures are of kinds that are not read (1 .heic; IMG_1.HEIC): save them as JPEG or PNG.\n"
+    assert capsys.readouterr().err == others
+    main.main(["concept", "doctor", str(folder), "--size", "128"])
+    assert capsys.readouterr().out.startswith(f"{others}{folder}: 3 pictures")

@@ -103,6 +103,18 @@ def test_a_detector_of_any_size_looks_at_each_size_and_reports_a_face_once(tmp_p
     assert (face.points - points[0]).norm(dim=-1).mean() < 0.2 * (points[0, 1] - points[0, 0]).norm()
 
 
+@pytest.mark.parametrize("shape", [(3, 4000), (10, 4000), (4000, 10), (32, 8000)])
+def test_a_strip_has_no_face_for_a_detector_of_one_size_or_of_any(models, tmp_path, drawn, shape):
+    """Made as small as the smallest size, nothing is left of it, which insightface does not survive."""
+    strip = torch.rand(1, 3, *shape)
+    shutil.copytree(PACK, tmp_path / "any")
+    any_size(tmp_path / "any" / "det_mini.onnx")
+    for pack in (models, FaceModels(tmp_path / "any", threads=1)):
+        assert pack.find(strip) == pack.embed(strip) == [[]]
+        assert pack.find(strip, sizes=(640, 128)) == [[]]
+    assert [len(faces) for faces in models.embed(drawn[0][:2])] == [1, 1]
+
+
 def test_the_pack_s_recogniser_is_known_and_its_session_dropped(models):
     assert models.recogniser == PACK.resolve() / "rec_mini.onnx" and models.preprocessing is None
     assert models.name == "mini"

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from ...lookahead.method.concept import NEAR
 from ...lookahead.method.concept_input import PLACEHOLDER, TEMPLATES, ConceptError, with_stand_in
 from ...lookahead.method.concept_tuning import MOST_STEPS
-from ..config import BaseData, BaseModels, BaseOptimiser, Count, Positive, RunConfig, Section, Share
+from ..config import BaseData, BaseModels, BaseOptimiser, Count, Place, Positive, RunConfig, Section, Share
 
 NotNegative = Annotated[float, Field(ge=0)]
 
@@ -20,8 +20,8 @@ NotNegative = Annotated[float, Field(ge=0)]
 class ConceptModels(BaseModels):
     """Files of the frozen models, and the sizes of the concept encoder."""
 
-    image_encoder: str | None = Field(None, description="CLIP image encoder that looks at the pictures (ViT-H/14)")
-    picture_vae: str | None = Field(
+    image_encoder: Place | None = Field(None, description="CLIP image encoder that looks at the pictures (ViT-H/14)")
+    picture_vae: Place | None = Field(
         None, description="autoencoder that encodes the pictures; by default the base's own"
     )
     features: Literal["clip", "clip+unet"] = Field(
@@ -38,14 +38,14 @@ class ConceptModels(BaseModels):
 class ConceptData(BaseData):
     """Names the pictures that a run trains on. They need no labels and no captions."""
 
-    source: str = Field(description="folder of pictures (of anything), with folders in it or not, or `mini`")
+    source: Place = Field(description="folder of pictures (of anything), with folders in it or not, or `mini`")
     size: Annotated[int, Field(ge=64, multiple_of=32)] = Field(1024, description="resolution: pixels a side")
     things: Count = Field(4000, description="number of pictures of things that are drawn, of the mini world")
     people: Count = Field(100, description="number of people that are drawn beside them, of the mini world")
     templates: tuple[str, ...] = Field(
         TEMPLATES, description=f"prompts with {PLACEHOLDER} that the pictures stand under"
     )
-    cache: str | None = Field(None, description="folder of what the frozen models see in a picture (SOURCE.cache)")
+    cache: Place | None = Field(None, description="folder of what the frozen models see in a picture (SOURCE.cache)")
 
     @field_validator("templates")
     @classmethod
@@ -66,7 +66,7 @@ class Token(Section):
     regulariser: Literal["contrast", "l2", "none"] = Field(
         "contrast", description="pull to the nearest real words, to the dictionary's centre, or none (the ablations)"
     )
-    dictionary: str | None = Field(
+    dictionary: Place | None = Field(
         None, description="file of nouns, one a line, one token each; by default all whole words of CLIP's vocabulary"
     )
     weight: NotNegative = Field(0.05, description="weight of the regulariser, once it has risen")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,10 +45,11 @@ class PictureReport:
         return "\n".join(rows if len(rows) > 1 else [*rows, "Nothing is wrong with them."])
 
 
-def examine_pictures(folder: Path, size: int) -> PictureReport:
-    """Look at every picture of a folder. Raises ConceptDataError, one sentence, where there are none."""
+def examine_pictures(folder: Path, size: int, endings: Collection[str]) -> PictureReport:
+    """Look at every file of a folder with one of these endings. Raises ConceptDataError, one sentence, where there are
+    none."""
     report, seen = PictureReport(folder, size), set()
-    for path in progress(picture_files(folder), "Pictures read"):
+    for path in progress(picture_files(folder, endings), "Pictures read"):
         name = path.relative_to(folder).as_posix()
         report.pictures += 1
         try:

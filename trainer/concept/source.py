@@ -7,7 +7,7 @@ latent and the image encoder's features, 0.3 MB at 1024 pixels. Another size or 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -23,7 +23,6 @@ from ..progress import progress
 from .config import ConceptConfig, picture_cache
 from .step import ConceptBatch
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif")
 HELD_OUT = 16  # pictures at most, a tenth of the data at most
 
 
@@ -109,11 +108,11 @@ class ConceptPictures:
         return made
 
 
-def folder_source(config: ConceptConfig, models: Frozen) -> ConceptPictures:
+def folder_source(config: ConceptConfig, models: Frozen, endings: Collection[str]) -> ConceptPictures:
     """The pictures of `data.source` and of the folders in it. Raises ConceptDataError, one sentence, where there are
     none, or one cannot be used."""
-    folder = Path(config.data.source).expanduser()
-    files = picture_files(folder)
+    folder = Path(config.data.source)
+    files = picture_files(folder, endings)
 
     def key(n: int) -> str:
         return hashlib.sha256(files[n].read_bytes()).hexdigest()
@@ -126,9 +125,10 @@ def folder_source(config: ConceptConfig, models: Frozen) -> ConceptPictures:
     return ConceptPictures(config, models, [path.relative_to(folder).as_posix() for path in files], picture, key)
 
 
-def picture_files(folder: Path) -> list[Path]:
-    """The pictures in a folder and in the folders in it, by name. Raises ConceptDataError where there are none."""
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS) if folder.is_dir() else []
+def picture_files(folder: Path, endings: Collection[str]) -> list[Path]:
+    """The files with one of these endings in a folder and in the folders in it, by name. Raises ConceptDataError where
+    there are none."""
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in endings) if folder.is_dir() else []
     if not files:
         what = "holds no pictures" if folder.is_dir() else "is no folder"
         raise ConceptDataError(f"{folder} {what}: name a folder of pictures of anything (data.source).")
