@@ -26,6 +26,7 @@ from .guided_run import Guidance, GuidedRun
 from .interceptor import Interceptor
 from .memory import ALWAYS, AUTO, NEVER
 from .noise_guide import LoadedNoiseGuide
+from .preset_numbers import beyond_numbers, numbers_of
 from .preview import Call
 from .sampler_steps import GuidedStep, guided_steps
 from .shortcut import Shortcut
@@ -177,43 +178,6 @@ class SplitSampler(comfy.samplers.Sampler):
             run.close()
         keep(report, model_wrap.inner_model.process_latent_out(samples.to(torch.float32)), run.report)
         return samples
-
-
-#: What a preset can have that is no input of the node: a field of `Optimisation` in words
-BEYOND = {
-    "nesterov": "Nesterov's momentum",
-    "decay": "a step size that falls",
-    "sphere": "moves on the sphere of the noise",
-    "judged": "the best iterates judged again",
-    "smoothing": "gradients averaged over several draws",
-}
-
-
-def numbers_of(settings: GuidanceSettings) -> dict[str, Any]:
-    """The inputs of the node that stand for settings, which may have more (`beyond_numbers`)."""
-    o = settings.optimisation
-    return {
-        "start": settings.start,
-        "iterations": o.iterations,
-        "step_size": o.step_size,
-        "guided_steps": settings.steps,
-        "normalisation": o.normalisation,
-        "momentum": o.momentum,
-        "clamp": o.clamp,
-        "keep_norm": o.keep_norm,
-        "keep_best": o.keep_best,
-        "time_travel": settings.time_travel,
-        "jitter": settings.jitter,
-        "best_of": settings.best_of,
-        "backward": o.backward,
-        "lean": settings.lean,
-    }
-
-
-def beyond_numbers(settings: GuidanceSettings) -> list[str]:
-    """Lists in words what settings have that no input of the node says."""
-    usual = Optimisation()
-    return [word for name, word in BEYOND.items() if getattr(settings.optimisation, name) != getattr(usual, name)]
 
 
 class LookaheadGuidanceSampler(io.ComfyNode):

@@ -475,7 +475,7 @@ def test_a_preset_takes_the_place_of_the_numbers(guide, pack, caplog):
     """A field that says otherwise is named in the log. (The loss here shows nobody.)"""
     presets, numbers_of = (
         pack.module("lookahead.method.guidance_presets").PRESETS,
-        pack.module("nodes.guidance.guidance_sampler").numbers_of,
+        pack.module("nodes.guidance.preset_numbers").numbers_of,
     )
     for name, preset in presets.items():
         with caplog.at_level(logging.INFO):
@@ -498,7 +498,7 @@ def test_the_page_writes_a_preset_s_numbers_and_knows_what_no_number_says(guide,
     about = asked.as_dict()
     assert set(about["lookahead_presets"]) == set(about["options"]) - {about["default"]}
     settings = guide(**about["lookahead_presets"][name])[0].lookahead[0].settings
-    beyond = pack.module("nodes.guidance.guidance_sampler").BEYOND
+    beyond = pack.module("nodes.guidance.preset_numbers").BEYOND
     usual = {field: getattr(settings.optimisation, field) for field in beyond}
     numbers = replace(preset.optimisation, **usual)
     assert settings == replace(preset, source="", optimisation=numbers, shown_nobody=None)
