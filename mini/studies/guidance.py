@@ -286,7 +286,12 @@ def page(figures: dict[str, Table], count: int) -> str:
         rows = [*names, *(name for name in gains if any(name in f for f in arms.values()))]
         losses[loss] = {"arms": arms, "rows": rows}
     setup = {"steps": STEPS, "sampler": SAMPLER, "scheduler": SCHEDULER, "cfg": CFG, "batch": BATCH}
-    return render("guidance.md.jinja", losses=losses, count=count, strong=STRONG, **setup)
+    drawn = {arm for arms in figures.values() for arm in arms}
+    about = {
+        "stronger": STRONG if drawn & set(STRONGER.values()) else "",
+        "burnt": any("burnt" in of_arm for arms in figures.values() for of_arm in arms.values()),
+    }
+    return render("guidance.md.jinja", losses=losses, count=count, **about, **setup)
 
 
 def evaluate(count: int, out: Path, first: int = 0) -> None:
