@@ -93,7 +93,8 @@ def guidance_table(report: dict[str, Any]) -> list[str]:
     seconds, sizes = report["guidance"], report["guidance_bytes"]
     one = seconds["evaluation"]
     return [
-        "Lookahead guidance, one picture (goal: an iteration takes at most 3.3 evaluations of the UNet, 1.6 without backward):",
+        "Lookahead guidance, one picture (goal: an iteration takes at most 3.3 evaluations of the UNet, 1.6 without "
+        "backward):",
         "",
         "| | time | over one evaluation |",
         "|---|---|---|",

@@ -143,7 +143,7 @@ GUIDED_WORKFLOWS: dict[str, Template] = {
                     "begins with",
                     NULL_TEXT,
                     RECOGNISER,
-                    height=420,
+                    height=350,
                 ),
                 OFF,
             )
@@ -151,8 +151,8 @@ GUIDED_WORKFLOWS: dict[str, Template] = {
         [
             (320, ["checkpoint", "picture", "latent", "note"]),
             (320, [FACE, "prompt", "negative", "faces", "loss"]),
-            (320, ["lora", "preview vae", "shortcut", "guide", "chosen", "ahead"]),
-            (320, ["guider", "sigmas", "noise", "sampler"]),
+            (320, ["guide", "ahead", "sigmas"]),
+            (320, ["lora", "preview vae", "shortcut", "chosen", "guider", "noise", "sampler"]),
             (400, ["decode", "save", "report", "previews"]),
         ],
         (FACE_PART,),

@@ -251,15 +251,14 @@ def in_the_page() -> Job:
 def ordinary_jobs(version: str | None) -> list[Job]:
     """Lists what `make test` runs, longest first. version: the only host to test on, not the newest and the oldest."""
     chosen = version or os.environ.get("COMFYUI_DIR")
-    jobs = [on_host(version or NEWEST)]
+    others = [Job(name, paths) for name, paths in NO_HOST.items()]
     if not chosen:
-        jobs.append(on_host(OLDEST, CONTRACT))
-    jobs += [Job(name, paths) for name, paths in NO_HOST.items()]
+        others.insert(2, on_host(OLDEST, CONTRACT))
     if page.browser() is None:
         say("\n== browser: not run, there is no Chromium on the PATH")
     elif not chosen:
-        jobs.append(in_the_page())
-    return [*jobs, TYPES]
+        others.insert(2, in_the_page())
+    return [on_host(version or NEWEST), *others, TYPES]
 
 
 def jobs_of_a_processor(name: str) -> list[Job]:
