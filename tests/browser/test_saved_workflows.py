@@ -22,6 +22,6 @@ def test_an_older_file_keeps_its_values_and_links(page, name):
 
 
 def test_a_new_guidance_sampler_begins_with_its_numbers_as_an_older_file_does(page):
-    """What the presets are worth is not measured yet."""
+    """The numbers are the paper's way; the workflows for likeness choose a preset."""
     node = "LiteGraph.createNode('LookaheadGuidanceSampler')"
     assert page.evaluate(f"{node}.widgets.find((widget) => widget.name === 'preset').value") == "as set below"
