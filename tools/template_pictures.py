@@ -141,7 +141,7 @@ CARDS: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "22": (("thing.jpg",), "a comic of a S* in the snow"),
     "23": (("thing.jpg",), "a comic of a S* in a city"),
-    "24": (("face_1.jpg",), "a comic of a face"),
+    "24": (("face_1.jpg",), "a wanted poster of a face"),
     "13": (("face_1.jpg", "scene.webp"), "a photo of a face in the snow"),
 }
 
@@ -157,7 +157,7 @@ WORDS = {
 WIDTHS = {"04": 256, "18": 256, "20": 256, "21": 384}
 
 #: Of the noise, where it is not the usual one: guidance spoils an eye of the mini world's small faces with most.
-NOISES = {"18": 11}
+NOISES = {"18": 11, "24": 7}
 
 
 def draw_card(host: Client, path: Path) -> None:
