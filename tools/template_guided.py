@@ -89,16 +89,20 @@ def with_noise_guide(nodes: dict[str, Node]) -> dict[str, Node]:
     }
 
 
+# A person who is drawn by an image prompt and steered to by likeness
+PERSON = {**face_nodes("picture", weight=0.6), "picture": picture("face_1.jpg", "Reference face", 330)}
+LIKENESS = {
+    "faces": Node("LookaheadLoadFaceAnalysis", values={"pack_name": FACES, "device": "cpu"}, height=180),
+    "loss": Node("LookaheadIdentityLoss", links={"face_analysis": "faces", "image": "picture"}),
+}
+
 GUIDED_WORKFLOWS: dict[str, Template] = {
     "08 Look ahead for likeness (identity)": Template(
         guided(
             "ahead_identity",
-            {
-                "faces": Node("LookaheadLoadFaceAnalysis", values={"pack_name": FACES, "device": "cpu"}, height=180),
-                "loss": Node("LookaheadIdentityLoss", links={"face_analysis": "faces", "image": "picture"}),
-            },
+            LIKENESS,
             "face",
-            {**face_nodes("picture", weight=0.6), "picture": picture("face_1.jpg", "Reference face", 330)},
+            PERSON,
             PHOTO,
             note(
                 "The image prompt says roughly who it is. At an early step the sampler looks ahead, puts the face of "
@@ -124,14 +128,9 @@ GUIDED_WORKFLOWS: dict[str, Template] = {
         with_noise_guide(
             guided(
                 "ahead_noise_guide",
-                {
-                    "faces": Node(
-                        "LookaheadLoadFaceAnalysis", values={"pack_name": FACES, "device": "cpu"}, height=180
-                    ),
-                    "loss": Node("LookaheadIdentityLoss", links={"face_analysis": "faces", "image": "picture"}),
-                },
+                LIKENESS,
                 "face",
-                {**face_nodes("picture", weight=0.6), "picture": picture("face_1.jpg", "Reference face", 330)},
+                PERSON,
                 PHOTO,
                 note(
                     "At an early step the sampler looks ahead, puts the face of **Reference face** in the place of the "

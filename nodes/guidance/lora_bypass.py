@@ -68,9 +68,11 @@ class Bypass(nn.Module):
 
 
 def _in_precision_of(layer: nn.Module, tensor: Any) -> Any:
-    """A LoRA's tensor as its layer computes, once for all; as it is, where that may be cast itself."""
-    usual = layer.weight.dtype in (torch.float32, torch.float16, torch.bfloat16)
-    return tensor.to(layer.weight.dtype) if usual and isinstance(tensor, Tensor) else tensor
+    """A LoRA's tensor as its layer computes, once for all; as it is, where that would be less exact."""
+    to = layer.weight.dtype
+    if not isinstance(tensor, Tensor) or to not in (torch.float32, torch.float16, torch.bfloat16):
+        return tensor
+    return tensor.to(to) if torch.promote_types(tensor.dtype, to) == to else tensor
 
 
 def _linear(weight: Tensor) -> nn.Module:

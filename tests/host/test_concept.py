@@ -9,6 +9,7 @@ import pytest
 import torch
 from tensors import relative
 from worlds import ROOT
+from writing_patches import pure, with_patches, writing
 
 
 @pytest.fixture(scope="module", params=["mini", "sdxl"])
@@ -219,25 +220,9 @@ def test_patches_that_write_into_what_they_get_have_the_gradient_of_those_that_d
     model, clip, _ = checkpoint
     concept = replace(face, offsets=small.offsets, blend=0.4)
 
-    def pure(t):
-        half = t.shape[1] // 2
-        return torch.cat([t[:, :half] * (1 + 0.1 * t[:, :half].mean().tanh()), t[:, half:]], dim=1)
-
-    def writing(t):
-        half = t.shape[1] // 2
-        t[:, :half] = t[:, :half] * (1 + 0.1 * t[:, :half].mean().tanh())
-        return t
-
-    def with_patches(change):
-        patched = model.clone()
-        patched.set_model_input_block_patch(lambda h, options: change(h))
-        patched.set_model_output_block_patch(lambda h, hsp, options: (change(h), change(hsp)))
-        patched.set_model_attn2_output_patch(lambda n, extra: change(n))
-        return patched
-
     plain, without, with_writing = (
         torch.cat([one.flatten() for one in gradient(pack, patched, clip, concept, small.z)])
-        for patched in (model, with_patches(pure), with_patches(writing))
+        for patched in (model, with_patches(model, pure), with_patches(model, writing))
     )
     assert relative(with_writing, without) < 1e-5 and relative(without, plain) > 1e-2
 

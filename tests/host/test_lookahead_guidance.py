@@ -11,6 +11,7 @@ import torch
 from concept_oracle import random_offsets
 from tensors import relative
 from worlds import control_net, random_taesd
+from writing_patches import pure, with_patches, writing
 
 LATENT = (1, 4, 8, 8)
 
@@ -302,20 +303,8 @@ def test_a_model_with_free_u_is_guided(guide, tools, mini, texts, shortcut, node
 def test_patches_that_write_into_what_they_get_have_the_gradient_of_those_that_do_not(
     guide, mini, tools, draw, shortcut
 ):
-    def pure(t):
-        half = t.shape[1] // 2
-        return torch.cat([t[:, :half] * (1 + 0.1 * t[:, :half].mean().tanh()), t[:, half:]], dim=1)
-
-    def writing(t):
-        half = t.shape[1] // 2
-        t[:, :half] = t[:, :half] * (1 + 0.1 * t[:, :half].mean().tanh())
-        return t
-
-    def with_patches(change):
-        model = mini.model.clone()
-        model.set_model_input_block_patch(lambda h, options: change(h))
-        model.set_model_output_block_patch(lambda h, hsp, options: (change(h), change(hsp)))
-        model.set_model_attn2_output_patch(lambda n, extra: change(n))
+    def patched(change):
+        model = with_patches(mini.model, change)
         model.set_model_unet_function_wrapper(
             lambda f, given: f(change(given["input"]), given["timestep"], **given["c"])
         )
@@ -323,12 +312,12 @@ def test_patches_that_write_into_what_they_get_have_the_gradient_of_those_that_d
 
     drawn, losses = [], []
     for change in (pure, writing):
-        model = with_patches(change)
+        model = patched(change)
         sampler, report = guide(of=shortcut(tools.with_lora(model)), iterations=2, jitter=0.0)
         drawn.append(draw(sampler, model=model))
         losses.append(means(report))
     assert losses[0] == pytest.approx(losses[1], rel=1e-3) and relative(*drawn) < 1e-3
-    assert relative(drawn[0], draw("euler", model=with_patches(pure))) > 1e-3
+    assert relative(drawn[0], draw("euler", model=patched(pure))) > 1e-3
 
 
 def test_windows_over_a_batch_have_the_lora_scales_of_their_own_pictures(guide, draw, mini, tools, shortcut):

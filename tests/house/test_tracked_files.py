@@ -67,6 +67,7 @@ def test_no_file_is_large_and_the_mini_weights_are_small(tracked):
         f"trained/mini_{name}.safetensors" for name in ("concept", "concept_encoder", "encoder", "noise_guide")
     ]
     assert sum(others.values()) < 7e6
+    assert sum(size for path, size in sizes.items() if path.is_relative_to(mini) and path.suffix in kinds) < 75e6
 
 
 def test_nothing_of_the_host_or_of_the_set_up_is_committed(tracked):
