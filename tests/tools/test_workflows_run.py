@@ -267,7 +267,8 @@ def test_what_a_study_has_drawn_is_not_drawn_again_and_a_change_of_its_graph_is(
     again = drawing.draw_kept("faces", work, faces)
     assert len(started) == 2, "the third found all there"
     for one, face in zip(both, faces.values(), strict=True):
-        assert torch.allclose(one.pictures["drawn"], face[None], atol=1 / 255) and one.seconds > 0
+        assert torch.allclose(one.pictures["drawn"], face[None], atol=1 / 255)
+        assert 0 <= one.seconds < host.processor_seconds(), "the system counts in ticks, this graph may take none"
     kept = [of_run[n].pictures["drawn"] for n, of_run in ((0, first), (0, both), (1, both), (1, again))]
     assert torch.equal(kept[0], kept[1]) and torch.equal(kept[2], kept[3])
     assert [one.seconds for one in again] == [one.seconds for one in both]
