@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from ..schema import schema
 from ..sockets import GUIDANCE_REPORT
 
 _KEPT = 8  # runs
-SHOWN = 512  # pixels a side of the previews that are kept
+SHOWN = 512  # pixels a side of the previews that are shown
 _UNGUIDED = "Nothing was guided: the sampler is bypassed, iterations is 0, or start lies outside of this run."
 _COLOURS = ("#1b6ca8", "#d1495b", "#2e7d32", "#b8860b", "#6a4c93", "#00838f", "#8d5524", "#444444")
 
@@ -33,26 +34,28 @@ class Iterate(NamedTuple):
 class RunReport:
     """The report of one guided run.
 
-    pictures: previews before and after the first and the last guided step, [n, H, W, 3] in 8 bit, at most SHOWN pixels
-    a side; notes: what the user should know of the run, a sentence each; start: what the best of several noises gained;
-    kept: which iterate of a step the run went on from, best or last.
+    previews: by name those before and after the first and the last guided step, latents [n, c, h, w] that are decoded
+    when somebody looks: a decoder takes as long as several steps; decode: latents to IMAGE; notes: what the user should
+    know of the run, a sentence each; start: what the best of several noises gained; kept: which iterate of a step the
+    run went on from, best or last.
     """
 
     loss: str
     iterates: list[Iterate] = field(default_factory=list)
-    pictures: list[tuple[str, Tensor]] = field(default_factory=list)
+    decode: Callable[[Tensor], Tensor] | None = None
+    previews: list[tuple[str, Tensor]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     start: str = ""
     kept: str = ""
 
-    def add(self, name: str, image: Tensor) -> None:
-        """Keep a preview, IMAGE [n, H, W, 3] in [0, 1]. Of many guided steps those between make way."""
-        smaller = SHOWN / max(image.shape[1:3])
-        if smaller < 1:
-            size = [round(side * smaller) for side in image.shape[1:3]]
-            image = torch.nn.functional.interpolate(image.movedim(-1, 1), size, mode="area").movedim(1, -1)
-        self.pictures.append((name, (image * 255).round().byte()))
-        del self.pictures[2:-2]
+    def add(self, name: str, latent: Tensor) -> None:
+        """Keep a preview, latents [n, c, h, w]. Of many guided steps those between make way."""
+        self.previews.append((name, latent.float().cpu()))
+        del self.previews[2:-2]
+
+    def pictures(self) -> list[Tensor]:
+        """The previews as IMAGE [n, H, W, 3] in [0, 1], at most SHOWN pixels a side."""
+        return [] if self.decode is None else [_smaller(self.decode(latent)) for _, latent in self.previews]
 
     def text(self) -> str:
         """A line for each guided step: the mean loss before and after. Then what else is to be said, a line each."""
@@ -74,6 +77,14 @@ class GuidanceReport:
     """LOOKAHEAD_GUIDANCE_REPORT carries the last guided runs, by a mark of their latents; it alone changes."""
 
     runs: dict[str, RunReport] = field(default_factory=dict)
+
+
+def _smaller(image: Tensor) -> Tensor:
+    share = SHOWN / max(image.shape[1:3])
+    if share >= 1:
+        return image
+    size = [round(side * share) for side in image.shape[1:3]]
+    return torch.nn.functional.interpolate(image.movedim(-1, 1), size, mode="area").movedim(1, -1)
 
 
 def mean(losses: list[float | None]) -> float | None:
@@ -204,6 +215,6 @@ class LookaheadGuidanceReport(io.ComfyNode):
                 "SamplerCustomAdvanced with the same Lookahead Guidance Sampler; where that is so, change the seed and "
                 "queue again, since only the last runs are known."
             )
-        plot, previews = curve(run), [pictures.float() / 255 for _, pictures in run.pictures]
+        plot, previews = curve(run), run.pictures()
         # Without guidance no error: such a picture is what a guided one is compared with.
         return io.NodeOutput(plot, torch.cat(previews or [plot]), run.text(), ui=ui.PreviewText(run.text()))

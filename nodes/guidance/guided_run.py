@@ -75,8 +75,9 @@ class GuidedRun:
         self.guidance, self.settings, self.guider = guidance, guidance.settings, guider
         self.seed = seed
         self._noise, self._latent_image = noise, latent_image
-        self.report = RunReport(guidance.loss.name, kept="best" if self.settings.optimisation.keep_best else "last")
         self.previewer = Previewer(guidance.shortcut, guider, guidance.positive, guidance.cfg)
+        kept = "best" if self.settings.optimisation.keep_best else "last"
+        self.report = RunReport(guidance.loss.name, kept=kept, decode=guidance.shortcut.vae.decode)
         self.report.notes += self.previewer.notes
         self._memory = MemoryLadder(guidance.checkpointing, self.report.notes)
         self._generator = torch.Generator().manual_seed(seed or 0)
@@ -84,6 +85,7 @@ class GuidedRun:
         self._jitter = [torch.Generator().manual_seed(((seed or 0) + row) % 2**64) for row in range(len(noise))]
         self._fresh = [torch.Generator().manual_seed(((seed or 0) + FRESH + row) % 2**64) for row in range(len(noise))]
         self._started = False  # whether the best start was looked for, once a run
+        self._before: Tensor | None = None  # the preview of the state that a guided step begins with, where it is known
         self._loss = bind_rng(guidance.loss.loss, torch.Generator().manual_seed(seed or 0))
         self._lora_scale: Tensor | None = None  # of the evaluation that runs
 
@@ -108,7 +110,7 @@ class GuidedRun:
         """Move the sampler's state x [n, c, h, w] at a guided step, in place."""
         self.previewer.prepare(call)
         conds = self.previewer.conds(self._noise, self._latent_image, call)
-        before = x.clone()
+        before, self._before = x.clone(), None
         for again in range(self.settings.time_travel + 1):
             if again:
                 x.copy_(self._time_travel(x, call, step))
@@ -116,9 +118,11 @@ class GuidedRun:
                 moved = self._optimise(x, call, conds, step)
             x.copy_(moved)  # here, in the host's own mode: x is an inference tensor
         # Both with the few-step LoRA at its full strength, whatever the iterations drew.
+        known = {"before": self._before}
         for when, state in (("before", before), ("after", x)):
-            image = self.previewer.decode_preview(state, call, conds, self._decode_one_by_one)
-            self.report.add(f"step {step.number + 1}, {when}", image)
+            latent = known.get(when)
+            latent = self.previewer.preview(state, call, conds) if latent is None else latent
+            self.report.add(f"step {step.number + 1}, {when}", self.previewer.for_vae(latent))
 
     def live(self, x: Tensor, call: Call, step: int, total: int) -> None:
         """Show the one-step preview of the sampler's state in place of the host's preview picture."""
@@ -211,6 +215,7 @@ class GuidedRun:
         self._lora_scale = torch.ones(len(z), device=z.device)
         with torch.no_grad(), self.previewer.installed():
             preview = predict(z)
+            self._before = preview if self.settings.best_of < 2 else None  # that of the best noise is another's
             goal, head = showing.shown(self._decode_one_by_one(preview).float())
             place = nn.functional.interpolate(head, preview.shape[-2:], mode="area")
             place = place if mask is None else mask * place

@@ -229,8 +229,12 @@ class Previewer:
     def decode(self, latent: Tensor) -> Tensor:
         """Preview [n, c, h, w] -> picture [n, 3, H, W], about [-1, 1]. (The host's VAE.decode clamps in place.)"""
         vae = self.shortcut.vae
-        picture = vae.first_stage_model.decode(self.model.process_latent_out(latent).to(vae.device, vae.vae_dtype))
+        picture = vae.first_stage_model.decode(self.for_vae(latent).to(vae.device, vae.vae_dtype))
         return picture.to(latent.device)  # from the CPU under --cpu-vae: losses stay with the model
+
+    def for_vae(self, latent: Tensor) -> Tensor:
+        """Latents [n, c, h, w] in the host's scale, as LATENT sockets carry them and its VAE decodes them."""
+        return self.model.process_latent_out(latent)
 
     @torch.no_grad()
     def encode(self, pictures: Tensor) -> Tensor:
@@ -241,14 +245,15 @@ class Previewer:
         return self.model.process_latent_in(torch.cat(latents).float()).to(pictures.device)
 
     @torch.no_grad()
-    def decode_preview(self, x: Tensor, call: Call, conds: dict[str, Any], decode: Callable | None = None) -> Tensor:
-        """The preview as picture, without a gradient: [n, H, W, 3] in [0, 1], float32, on the CPU.
-
-        decode: in the place of `decode`.
-        """
+    def preview(self, x: Tensor, call: Call, conds: dict[str, Any]) -> Tensor:
+        """The preview latents [n, c, h, w], with the few-step LoRA at its full strength and without a gradient."""
         with self.installed():
-            latent = self.latent(x, call, conds, torch.ones(len(x), device=x.device), grad=False)
-            return as_image((decode or self.decode)(latent))
+            return self.latent(x, call, conds, torch.ones(len(x), device=x.device), grad=False)
+
+    @torch.no_grad()
+    def decode_preview(self, x: Tensor, call: Call, conds: dict[str, Any]) -> Tensor:
+        """The preview as picture, without a gradient: [n, H, W, 3] in [0, 1], float32, on the CPU."""
+        return as_image(self.decode(self.preview(x, call, conds)))
 
     @contextmanager
     def installed(

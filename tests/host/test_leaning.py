@@ -58,6 +58,22 @@ def test_without_a_lean_a_run_keeps_its_bits_and_with_one_it_changes_where_the_l
     assert not any("nothing to lean to" in note for of_run in report.runs.values() for note in of_run.notes)
 
 
+def test_a_run_that_leans_decodes_one_preview_and_its_report_shows_the_others_when_asked(run, vae, monkeypatch, pack):
+    decoded, decode = [], vae.first_stage_model.decode
+    monkeypatch.setattr(vae.first_stage_model, "decode", lambda x: decoded.append(len(x)) or decode(x))
+    leaned, report = run(Wanted(1.0), lean=0.3)
+    assert decoded == [1, 1], "that of two pictures in which the faces are looked for, one after the other"
+    (of_run,) = report.runs.values()
+    known = [latent for _, latent in of_run.previews]
+    _, without = run(Wanted(0.0), iterations=1, keep_best=False)  # no lean: its previews are computed for the report
+    (other,) = without.runs.values()
+    assert relative(known[0], other.previews[0][1]) < 1e-5 and relative(known[1], known[0]) > 0.01
+    decoded.clear()
+    previews = pack.nodes["LookaheadGuidanceReport"].execute({"samples": leaned}, report).result[1]
+    assert previews.shape == (4, 64, 64, 3) and sum(decoded) == 4
+    assert relative(previews[:2], vae.decode(known[0])) < 1e-5
+
+
 def leaned_in(pack, monkeypatch):
     """What the run gives to `lean_towards` and takes from it, in order."""
     method, seen = pack.module("lookahead.method.leaning"), []

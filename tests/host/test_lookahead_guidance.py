@@ -782,13 +782,20 @@ def test_a_fraction_after_the_last_step_is_that_step(mini, texts, shortcut, pack
     assert [line.split("|")[1].strip() for line in text.splitlines()[2:]] == ["99 %", "99 %"]
 
 
-def test_reports_keep_small_pictures_of_the_first_and_the_last_step(pack):
-    run = pack.module("nodes.guidance.guidance_report").RunReport("loss")
+def test_reports_decode_the_first_and_the_last_step_when_somebody_looks(pack):
+    decoded = []
+
+    def decode(latent):
+        decoded.append(latent.shape)
+        return torch.rand(1, 1024, 512, 3)
+
+    run = pack.module("nodes.guidance.guidance_report").RunReport("loss", decode=decode)
     for step in range(5):
         for when in ("before", "after"):
-            run.add(f"step {step}, {when}", torch.rand(1, 1024, 512, 3))
-    assert [name for name, _ in run.pictures] == ["step 0, before", "step 0, after", "step 4, before", "step 4, after"]
-    assert {tuple(p.shape) for _, p in run.pictures} == {(1, 512, 256, 3)}
+            run.add(f"step {step}, {when}", torch.rand(LATENT))
+    assert [name for name, _ in run.previews] == ["step 0, before", "step 0, after", "step 4, before", "step 4, after"]
+    assert not decoded
+    assert {tuple(picture.shape) for picture in run.pictures()} == {(1, 512, 256, 3)} and decoded == 4 * [LATENT]
 
 
 @pytest.mark.parametrize("text", ["", "0.5, 1", "-0.1", "a half"])
