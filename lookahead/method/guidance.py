@@ -10,6 +10,11 @@ import torch
 from torch import Tensor
 
 
+def classifier_free_guidance(uncond: Tensor, text: Tensor, scale: float) -> Tensor:
+    """Two predictions [B, C, H, W] of one kind put together (arXiv 2207.12598): e_nu + scale (e_nt - e_nu)."""
+    return uncond + scale * (text - uncond)
+
+
 def three_scale_guidance(
     uncond: Tensor,
     text: Tensor | None,

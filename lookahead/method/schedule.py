@@ -36,6 +36,16 @@ def to_ve(z: Tensor, sigma: Tensor) -> Tensor:
     return z * (_like(sigma, z) ** 2 + 1).sqrt()
 
 
+def alpha_bar_of(sigma: Tensor) -> Tensor:
+    """alpha_bar = 1 / (1 + sigma^2) of the host's noise level, any shape."""
+    return 1 / (sigma**2 + 1)
+
+
+def signal_to_noise(alpha_bar: Tensor) -> Tensor:
+    """SNR = alpha_bar / (1 - alpha_bar), by which losses are weighted (Min-SNR, arXiv 2303.09556), any shape."""
+    return alpha_bar / (1 - alpha_bar)
+
+
 def add_noise(z_0: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
     """The forward process (DDPM, arXiv 2006.11239, eq. 4): z_t = sqrt(alpha_bar) z_0 + sqrt(1 - alpha_bar) noise."""
     a = _like(alpha_bar, z_0)

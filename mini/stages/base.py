@@ -18,7 +18,7 @@ from torch import Tensor
 from ...lookahead.files.unet_layout import UNetLayout
 from ...lookahead.method.guidance import Scales, guided
 from ...lookahead.method.sampling import Predict
-from ...lookahead.method.schedule import TIMESTEPS, add_noise, alphas_cumprod
+from ...lookahead.method.schedule import TIMESTEPS, add_noise, alphas_cumprod, signal_to_noise
 from ...sdxl.shared_unet import Condition
 from ..plan import CONTEXT, IMAGE_SIZE, LATENT_SIZE, SIZES, Plan
 from ..world.data import Pictures
@@ -96,7 +96,7 @@ class Noising:
 
     def __init__(self, device: torch.device):
         self.alpha_bar = alpha_bar(device)
-        snr = self.alpha_bar / (1 - self.alpha_bar)
+        snr = signal_to_noise(self.alpha_bar)
         self._weight = snr.clamp(max=MIN_SNR) / snr
 
     def loss(self, predicted: Tensor, noise: Tensor, t: Tensor) -> Tensor:

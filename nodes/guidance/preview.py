@@ -16,6 +16,7 @@ import torch
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from torch import Tensor, nn
 
+from ...lookahead.method.guidance import classifier_free_guidance
 from ...lookahead.method.schedule import consistency_output, to_vp
 from ..conditioning import wrappers
 from ..conditioning.rows import pictures_of
@@ -206,7 +207,7 @@ class Previewer:
             options = wrappers.with_conds(options, conds)
         lists = [conds["positive"]] if conds["negative"] is None else [conds["positive"], conds["negative"]]
         out = comfy.samplers.calc_cond_batch(self.model, lists, x, sigma, options)
-        return out[0] if len(out) == 1 else out[1] + self.cfg * (out[0] - out[1])
+        return out[0] if len(out) == 1 else classifier_free_guidance(out[1], out[0], self.cfg)
 
     def _options(self, model_options: dict[str, Any], lora_scale: Tensor, grad: bool) -> dict[str, Any]:
         transformer = dict(model_options.get("transformer_options", {}))

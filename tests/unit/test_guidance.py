@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lcm_lookahead.lookahead.method.guidance import Scales, guided, three_scale_guidance
+from lcm_lookahead.lookahead.method.guidance import Scales, classifier_free_guidance, guided, three_scale_guidance
 
 GENERATOR = torch.Generator().manual_seed(0)
 E_NU, E_NT, E_FU, E_FT = (torch.randn(2, 4, 8, 8, generator=GENERATOR) for _ in range(4))
@@ -23,6 +23,7 @@ def test_each_scale_weighs_its_own_prediction(scales):
 def test_without_an_effect_of_the_kv_it_is_classifier_free_guidance_at_text_plus_full():
     out = three_scale_guidance(E_NU, E_NT, E_NU, E_NT, 3.0, 2.0, 2.0)
     assert torch.allclose(out, E_NU + 5 * (E_NT - E_NU), atol=1e-5)
+    assert torch.allclose(out, classifier_free_guidance(E_NU, E_NT, 5.0), atol=1e-5)
 
 
 def test_it_does_not_matter_whether_noise_or_denoised_pictures_are_guided():

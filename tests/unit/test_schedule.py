@@ -17,6 +17,11 @@ def test_it_is_the_schedule_of_sdxl():
     assert float(ALPHAS[861].rsqrt()) == pytest.approx(6.91, abs=0.01)  # how much the preview amplifies
 
 
+def test_a_noise_level_a_share_of_signal_and_their_ratio_say_the_same():
+    assert torch.allclose(schedule.alpha_bar_of(SIGMAS), ALPHAS)
+    assert torch.allclose(schedule.signal_to_noise(ALPHAS), SIGMAS**-2)
+
+
 def test_the_two_scales_of_a_latent_are_inverse_and_hold_the_same_noise():
     """x = z_0 + sigma e and z_t = sqrt(alpha_bar) z_0 + sqrt(1 - alpha_bar) e are one latent."""
     z_0, noise = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)

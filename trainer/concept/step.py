@@ -27,7 +27,7 @@ from ...lookahead.method.concept import (
     word_logits,
     word_verdict,
 )
-from ...lookahead.method.schedule import add_noise, alphas_cumprod
+from ...lookahead.method.schedule import add_noise, alphas_cumprod, signal_to_noise
 from ...sdxl.concept import ConceptRows, encode_hard, encode_soft, prompt_ids, unet_features
 from ...sdxl.concept_maker import no_text
 from ...sdxl.load import PromptEncoder
@@ -192,6 +192,6 @@ class ConceptStep(nn.Module):
         return self.dictionary
 
     def _weight(self, t: Tensor) -> Tensor:
-        snr = self.alpha_bar[t] / (1 - self.alpha_bar[t])
+        snr = signal_to_noise(self.alpha_bar[t])
         gamma = self.config.min_snr
         return snr.clamp(max=gamma) / snr if gamma else torch.ones_like(snr)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from ...lookahead.losses.identity import IdentityLoss
 from ...lookahead.method.attention import Attention, softmax_attention
+from ...lookahead.method.guidance import classifier_free_guidance
 from ...lookahead.method.noise_guide import Moved, NoiseGuide, guide_noise
 from ...lookahead.method.sampling import ddim_timesteps
 from ...lookahead.method.schedule import TIMESTEPS, alphas_cumprod, chosen_steps, ddim_step, preview_latent
@@ -143,5 +144,5 @@ class GuideStep(nn.Module):
         if guidance != 1:
             without = text.where(torch.zeros(len(z), dtype=torch.bool, device=z.device))
             plain = self.roles.predict(z, t, without).float()
-            e = plain + guidance * (e - plain)
+            e = classifier_free_guidance(plain, e, guidance)
         return ddim_step(z, e, self.alpha_bar[t], self.alpha_bar[following])
