@@ -95,8 +95,10 @@ def on_copies(patches: Any) -> Any:
     """Patches of other nodes, in dicts and lists, that may write into what they are given (as FreeU does).
 
     Autograd needs what a patch gets, and what it has computed with, as it was: they work on copies, and what they save
-    for backward is copied as well.
+    for backward is copied as well. A type beside a patch, of the layers that it is for, stays what it is.
     """
+    if isinstance(patches, type):
+        return patches
     if isinstance(patches, dict):
         return {name: on_copies(value) for name, value in patches.items()}
     if isinstance(patches, list | tuple):

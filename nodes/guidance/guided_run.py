@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import comfy.model_management
 import comfy.model_sampling
 import comfy.utils
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from ..losses.lookahead_loss import LookaheadLoss
     from .shortcut import Shortcut
 
-FRESH = 2**63  # far from the run's own seed, from which the host draws its noise
+FRESH, TRAVEL = 1, 2  # what noise is drawn for beside the run's own
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,10 +81,10 @@ class GuidedRun:
         self.report = RunReport(guidance.loss.name, kept=kept, decode=guidance.shortcut.vae.decode)
         self.report.notes += self.previewer.notes
         self._memory = MemoryLadder(guidance.checkpointing, self.report.notes)
-        self._generator = torch.Generator().manual_seed(seed or 0)
+        self._travel = _generator(TRAVEL, seed)
         # One for each picture: the first of a batch is drawn as if alone, as by the host.
         self._jitter = [torch.Generator().manual_seed(((seed or 0) + row) % 2**64) for row in range(len(noise))]
-        self._fresh = [torch.Generator().manual_seed(((seed or 0) + FRESH + row) % 2**64) for row in range(len(noise))]
+        self._fresh = [_generator(FRESH, seed, row) for row in range(len(noise))]
         self._started = False  # whether the best start was looked for, once a run
         self._before: Tensor | None = None  # the preview of the state that a guided step begins with, where it is known
         self._loss = bind_rng(guidance.loss.loss, torch.Generator().manual_seed(seed or 0))
@@ -216,7 +217,7 @@ class GuidedRun:
         with torch.no_grad(), self.previewer.installed():
             preview = predict(z)
             self._before = preview if self.settings.best_of < 2 else None  # that of the best noise is another's
-            goal, head = showing.shown(self._decode_one_by_one(preview).float())
+            goal, head = showing.shown(torch.cat([self.previewer.decode(one) for one in preview.split(1)]).float())
             place = nn.functional.interpolate(head, preview.shape[-2:], mode="area")
             place = place if mask is None else mask * place
             goal = self.previewer.encode(goal)
@@ -265,9 +266,6 @@ class GuidedRun:
     def _decode(self, latent: Tensor) -> Tensor:
         return self.previewer.decode(nn.functional.avg_pool2d(latent, 2) if self._memory.half_size else latent)
 
-    def _decode_one_by_one(self, latent: Tensor) -> Tensor:
-        return torch.cat([self._decode(one) for one in latent.split(1)])
-
     def _draw_lora_scale(self, z: Tensor) -> Tensor:
         """The few-step LoRA's scale for each picture, [n]: 1, or by chance less, against what pleases one network
         alone (`schedule.lora_scale`)."""
@@ -288,10 +286,16 @@ class GuidedRun:
 
     def _time_travel(self, x: Tensor, call: Call, step: GuidedStep) -> Tensor:
         denoised = call.model(x, call.sigma, **call.options)
-        noise = torch.randn(x.shape, generator=self._generator).to(x)
+        noise = torch.randn(x.shape, generator=self._travel).to(x)
         sigma = call.sigma.reshape(-1, 1, 1, 1)
         flow = isinstance(self.guider.inner_model.model_sampling, comfy.model_sampling.CONST)
         return time_travel(x, denoised, sigma, torch.full_like(sigma, step.sigma_next), noise, flow)
+
+
+def _generator(purpose: int, seed: int | None, row: int = 0) -> torch.Generator:
+    """A generator of noise that the run does not have. (PyTorch's takes 32 bits of a seed: one that is larger by 2**63
+    than the run's, from which the host draws, is the same.)"""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence([purpose, seed or 0, row]).generate_state(1)[0]))
 
 
 def _said(seen: list[list[float | None]], loss: str) -> str:

@@ -520,6 +520,31 @@ def test_time_travel_goes_back_and_guides_again(guide, draw):
     assert len(means(report)) == 9
 
 
+def test_noises_to_choose_from_and_to_travel_with_are_none_that_the_run_has_seen(guide, draw, pack, monkeypatch):
+    module, seen = pack.module("nodes.guidance.guided_run"), []
+    run, best_start, time_travel = module.GuidedRun, module.best_start, module.time_travel
+    guide_once = run.guide
+
+    def watched(self, x, call, step):
+        seen.append(self._noise)
+        guide_once(self, x, call, step)
+
+    def chosen(judge, z, draws, *others):
+        return best_start(judge, z, [lambda draw=draw: seen.append(draw()) or seen[-1] for draw in draws], *others)
+
+    def travelled(x, denoised, sigma, sigma_next, noise, flow):
+        seen.append(noise)
+        return time_travel(x, denoised, sigma, sigma_next, noise, flow)
+
+    for name, watching in (("best_start", chosen), ("time_travel", travelled)):
+        monkeypatch.setattr(module, name, watching)
+    monkeypatch.setattr(run, "guide", watched)
+    draw(guide(iterations=1, time_travel=2, best_of=3)[0])
+    assert len(seen) == 5
+    alike = torch.corrcoef(torch.stack([noise.flatten() for noise in seen])).triu(1).abs()
+    assert float(alike.max()) < 5 / LATENT[-1] / LATENT[1] ** 0.5  # five standard errors of chance
+
+
 @pytest.mark.contract
 def test_under_an_inpainting_mask_what_is_kept_stays(guide, tools, mini, texts):
     latent, mask = torch.randn(LATENT), torch.zeros(1, 1, 64, 64)
@@ -726,6 +751,23 @@ def test_with_too_little_memory_it_takes_less_in_a_stated_order(guide, draw, los
     with pytest.raises(ValueError, match="memory is too small") as error:
         draw(guide(iterations=1, loss=pack.module("nodes.losses.lookahead_loss").LookaheadLoss(never))[0], steps=1)
     tools.one_sentence(error)
+
+
+def test_with_previews_of_half_size_the_warm_start_has_the_latent_s_own(guide, draw, pack):
+    """Memory that runs out while noises are looked at halves the previews of the rest of the run."""
+
+    class Hungry:
+        def __call__(self, picture, rows=None):
+            if picture.shape[-1] > 32:
+                raise torch.OutOfMemoryError("out of memory (a test)")
+            return picture.square().mean((1, 2, 3)), torch.ones(len(picture), dtype=torch.bool)
+
+        def shown(self, preview, rows=None):
+            return preview.new_ones(preview.shape), preview.new_ones(len(preview), 1, *preview.shape[-2:])
+
+    loss = pack.module("nodes.losses.lookahead_loss").LookaheadLoss(Hungry())
+    leaned, plain = (draw(guide(iterations=0, loss=loss, best_of=2, lean=lean)[0]) for lean in (0.3, 0.0))
+    assert relative(leaned, plain) > 1e-2
 
 
 # -- the preview grid
