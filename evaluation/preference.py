@@ -21,6 +21,7 @@ from typing import Any
 from PIL import Image
 from scipy.stats import binomtest
 
+from ..lookahead.files.atomic import first_line
 from ..sdxl.images import PictureError, read
 
 QUESTIONS = {
@@ -203,17 +204,17 @@ def server(folder: Path, port: int = 0) -> ThreadingHTTPServer:
 
 def _answers(content: Any) -> dict[str, Any]:
     """One judge's answers, checked: {"judge": text, "answers": [{"id": int, "question": text, "side": text}, ...]}."""
-    fits = isinstance(content, dict) and isinstance(content.get("judge"), str) and isinstance(content["answers"], list)
-    if not fits or not all(
+    judge, answers = (content.get(name) if isinstance(content, dict) else None for name in ("judge", "answers"))
+    if not (isinstance(judge, str) and isinstance(answers, list)) or not all(
         isinstance(a, dict)
         and isinstance(a.get("id"), int)
         and isinstance(a.get("question"), str)
         and a.get("side") in SIDES
-        for a in content["answers"]
+        for a in answers
     ):
         raise StudyError("These are no answers of a study: take the file that its page saved.")
-    kept = [{k: a[k] for k in ("id", "question", "side")} for a in content["answers"]]
-    return {"judge": content["judge"][:80], "answers": kept}
+    kept = [{k: a[k] for k in ("id", "question", "side")} for a in answers]
+    return {"judge": judge[:80], "answers": kept}
 
 
 # --- counting
@@ -226,14 +227,22 @@ def read_answers(folder: Path, files: Sequence[Path] = ()) -> list[dict[str, Any
     """
     lines = []
     if (folder / "answers.jsonl").exists():
-        lines = [(folder / "answers.jsonl", x) for x in (folder / "answers.jsonl").read_text("utf-8").splitlines()]
+        sent = _bytes(folder / "answers.jsonl").splitlines()  # (of bytes: it cuts at no U+2028)
+        lines = [(folder / "answers.jsonl", line) for line in sent]
     out = []
-    for path, text in [*lines, *((path, path.read_text("utf-8")) for path in files)]:
+    for path, content in [*lines, *((path, _bytes(path)) for path in files)]:
         try:
-            out.append(_answers(json.loads(text)))
-        except (ValueError, KeyError) as error:
-            raise StudyError(f"{path} holds something else than answers ({error}): take it out.") from error
+            out.append(_answers(json.loads(content.decode("utf-8-sig"))))
+        except (ValueError, StudyError) as error:
+            raise StudyError(f"{path} holds something else than answers ({first_line(error)}): take it out.") from error
     return out
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise StudyError(f"{path} cannot be read ({error.strerror}): name a file of answers.") from None
 
 
 def count(folder: Path, files: Sequence[Path] = ()) -> tuple[list[Verdict], dict[str, float]]:
@@ -241,15 +250,18 @@ def count(folder: Path, files: Sequence[Path] = ()) -> tuple[list[Verdict], dict
 
     Repeats count for that share alone. Raises StudyError where there is no study or no answer.
     """
+    path = folder / "key.json"
     try:
-        key = json.loads((folder / "key.json").read_text(encoding="utf-8"))
+        key = json.loads(path.read_text(encoding="utf-8"))
+        items = {item["id"]: item for item in key["items"] if {"left", "repeat", "pair"} <= item.keys()}
+        first, questions = key["methods"][0], list(key["questions"])
     except OSError:
         raise StudyError(
             f"{folder} is no study: it has no key.json; name the folder that `study make` wrote."
         ) from None
-    items = {item["id"]: item for item in key["items"]}
-    first = key["methods"][0]
-    votes: dict[str, dict[str, dict[str, bool]]] = {q: defaultdict(dict) for q in key["questions"]}
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise StudyError(f"{path} is not what `study make` wrote: take a copy of it, or make the study anew.") from None
+    votes: dict[str, dict[str, dict[str, bool]]] = {q: defaultdict(dict) for q in questions}
     again: dict[tuple[str, str, str], bool] = {}
     for sheet in read_answers(folder, files):
         for answer in sheet["answers"]:

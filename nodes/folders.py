@@ -10,6 +10,7 @@ from pathlib import Path
 
 import folder_paths
 
+LONGEST_NAME = 200  # bytes; file systems take 255, and a file has more in its name while it is written
 _logged: set[str] = set()
 
 
@@ -40,6 +41,21 @@ def made(folder: str) -> Path:
     except OSError as error:
         raise ValueError(f"{place} cannot be made ({error.strerror}): make it, and let ComfyUI write there.") from error
     return place
+
+
+def plain_name(name: str, what: str, such_as: str) -> str:
+    """The name of a new file as a user gave it to the input `what`, without blanks around it.
+
+    Raises ValueError, one sentence, for what is no name of a file, or is too long for one.
+    """
+    name = name.strip()
+    if not name or name.startswith(".") or any(mark in "/\\:" or not mark.isprintable() for mark in name):
+        raise ValueError(f"The {what} is {name!r}, and a name without folders is needed, such as {such_as}.")
+    if (length := len(os.fsencode(name))) > LONGEST_NAME:
+        raise ValueError(
+            f"The {what} has {length} bytes, and a file's name has room for {LONGEST_NAME}: choose a shorter one."
+        )
+    return name
 
 
 def nothing_chosen(there: Sequence[str], what: str, folders: Iterable[str], name: str | None = None) -> bool | str:

@@ -109,8 +109,8 @@ def save(folder: Path, config: RunConfig, progress: TrainingProgress, state: Sta
     except (OSError, RuntimeError, EncoderFileError) as error:  # RuntimeError: torch.save's, of a full disk
         shutil.rmtree(part, ignore_errors=True)
         raise TrainingError(
-            f"The checkpoint {final} cannot be written ({error}): free some space, and give the same command again, "
-            "which goes on from the checkpoint before it."
+            f"The checkpoint {final} cannot be written ({first_line(error)}): free some space, and give the same "
+            "command again, which goes on from the checkpoint before it."
         ) from error
     for old in found(folder)[: -config.keep]:
         if old != _path(folder, progress.best_step):

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..lookahead.files.atomic import atomic
+from ..lookahead.files.atomic import atomic, first_line
 from .checkpoints import TrainingError
 from .log import lines
 
@@ -29,7 +29,7 @@ def read(folder: Path) -> dict[str, Points]:
                     found.setdefault(name, []).append((step, value))
     except (OSError, UnicodeDecodeError) as error:
         raise TrainingError(
-            f"{path} cannot be read ({error}): name the folder `out` of a run that has begun."
+            f"{path} cannot be read ({first_line(error)}): name the folder `out` of a run that has begun."
         ) from None
     except (ValueError, KeyError, AttributeError, TypeError):
         raise TrainingError(f"{path} is not the log of a run: name the folder `out` of one.") from None

@@ -116,7 +116,7 @@ def read_prompts(source: str | Mapping[str, Sequence[str]]) -> dict[str, list[st
             "UTF-8, in your editor's menu of encodings."
         ) from None
     if path.suffix.lower() not in (".yaml", ".yml"):
-        return {"prompt": [line.strip() for line in text.splitlines() if line.strip()]}
+        return {"prompt": [line.strip() for line in text.replace("\r", "\n").split("\n") if line.strip()]}
     try:
         lists = load_yaml(text)
     except DuplicateKeyError as error:

@@ -90,7 +90,8 @@ def _ends_a_line(path: Path) -> bool:
 def _lines(folder: Path, kind: str) -> Iterator[dict[str, Any]]:
     """The whole lines of all workers' files; one that was cut short by a kill is left out."""
     for path in sorted(folder.glob(f"{kind}-*.jsonl")):
-        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+            # (splitlines would cut at U+2028, which JSON may hold)
             try:
                 line = json.loads(text)
             except ValueError:

@@ -41,7 +41,7 @@ def check_writable(path: Path, folder: bool = False) -> None:
 
 
 def first_line(error: BaseException, limit: int = 200) -> str:
-    """An error of another package fits into a sentence of ours: its first line without the full stop, at most `limit`
-    characters; its class where it says nothing."""
-    text = str(error).strip() or type(error).__name__
+    """An error of another package, or of the system, fits into a sentence of ours: its first line without number and
+    full stop, at most `limit` characters; its class where it says nothing."""
+    text = (isinstance(error, OSError) and error.strerror) or str(error).strip() or type(error).__name__
     return text.splitlines()[0].rstrip(".")[:limit]

@@ -8,7 +8,7 @@ from comfy_api.latest import io, ui
 
 from ...lookahead.files.concept_file import write_concept, write_stock
 from ...lookahead.method.concept import Concept
-from ..folders import made
+from ..folders import made, plain_name
 from ..schema import schema
 from ..sockets import CONCEPT
 from .concept_files import CONCEPTS
@@ -58,6 +58,7 @@ class LookaheadSaveConcept(io.ComfyNode):
                 f"The name {name!r} is none for a file: use letters, numbers, spaces, points, - and _, and begin with "
                 "one of the first two."
             )
+        name = plain_name(name, "name", "my_concept")
         kinds = (CONCEPTS, "loras", "embeddings") if also_as_lora_and_embedding else (CONCEPTS,)
         folders = [made(kind) for kind in kinds]
         number, free = 1, name

@@ -8,7 +8,7 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ...lookahead.files import convert
-from ..folders import file_names, made, nothing_chosen
+from ..folders import file_names, made, nothing_chosen, plain_name
 from ..schema import schema
 from .load_encoder import FOLDERS, encoder_path, places
 
@@ -28,9 +28,7 @@ def base_names() -> list[str]:
 
 def target_path(file_name: str) -> Path:
     """Gives a new file its place: in the first `models/lookahead`. Raises ValueError for what is no plain name."""
-    name = file_name.strip()
-    if not name or name in (".", "..") or "/" in name or "\\" in name:
-        raise ValueError(f"The file_name is {file_name!r}, and a name without folders is needed, such as my_encoder.")
+    name = plain_name(file_name, "file_name", "my_encoder")
     if not name.lower().endswith(".safetensors"):
         name += ".safetensors"
     return made("lookahead") / name

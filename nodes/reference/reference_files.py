@@ -8,7 +8,7 @@ import comfy.model_management
 import folder_paths
 
 from ...lookahead.files.reference_file import SavedSubject
-from ..folders import file_names, made, searched
+from ..folders import file_names, made, plain_name, searched
 from .encoder import LoadedEncoder, keys_values_of
 from .subject import Reference, Subject
 
@@ -34,9 +34,7 @@ def reference_path(name: str) -> str:
 
 def new_path(file_name: str) -> Path:
     """Gives a new file its place: in the first `models/lookahead_references`. Raises ValueError for no plain name."""
-    name = file_name.strip()
-    if not name or name.startswith(".") or any(mark in name for mark in "/\\:\0"):
-        raise ValueError(f"The file_name is {file_name!r}, and a name without folders is needed, such as anna.")
+    name = plain_name(file_name, "file_name", "anna")
     folder = made(FOLDER)
     return folder / (name if name.lower().endswith(EXTENSION) else name + EXTENSION)
 

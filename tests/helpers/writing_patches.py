@@ -17,8 +17,8 @@ def writing(t):
 
 
 def with_patches(model, change):
-    """A clone of a model that changes what goes into its blocks, out of them, out of cross-attention, and into layers of
-    one type."""
+    """A clone of a model that changes what goes into its blocks, out of them, out of cross-attention, and into layers
+    of one type."""
     from comfy.ldm.modules.diffusionmodules.openaimodel import Upsample  # where a host is
 
     def upsample(layer, x, emb, context, options, output_shape, *others):

@@ -303,6 +303,9 @@ def test_saving_never_replaces_a_file_and_refuses_a_name_that_is_a_path(small, p
         with pytest.raises(ValueError, match="is none for a file") as error:
             small.tools.run("LookaheadSaveConcept", small.concept(), name)
         small.tools.one_sentence(error)
+    with pytest.raises(ValueError, match="has 202 bytes") as error:
+        small.tools.run("LookaheadSaveConcept", small.concept(), "é" * 101)
+    small.tools.one_sentence(error)
 
 
 def test_a_picture_of_one_pixel_and_a_batch_are_refused(small, pack):

@@ -46,7 +46,9 @@ def test_the_report_says_where_the_file_is_among_several_configured_folders(tool
     assert path.is_file() and report.startswith(f"Written: {path}\n") and not (models / "mine.safetensors").exists()
 
 
-@pytest.mark.parametrize("name", ["", "..", "../mine", "sub/mine", "sub\\mine", "stock2.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["", "..", "../mine", "sub/mine", "sub\\mine", "stock2.safetensors", "é" * 101, "a\nb"]
+)
 def test_names_that_leave_the_folder_or_exist_are_refused(pack, mini, tools, models, name):
     save_file(mini.encoder, models / "stock2.safetensors")
     before = sorted(pack.base.rglob("*.safetensors"))

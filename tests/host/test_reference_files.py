@@ -97,7 +97,7 @@ def test_a_file_is_never_overwritten_and_queueing_again_is_no_mistake(mini, tool
             tools.run("LookaheadSaveReference", both, "anna", **options)
         assert "exists already" in tools.one_sentence(error)
     assert (names / "anna.safetensors").read_bytes() == before
-    for name in ("", "a/b", "..", "C:\\x", "a\0b"):
+    for name in ("", "a/b", "..", "C:\\x", "a\0b", "a\nb", "é" * 101):
         with pytest.raises(ValueError) as error:
             tools.run("LookaheadSaveReference", both, name)
         tools.one_sentence(error)

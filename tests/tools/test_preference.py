@@ -10,6 +10,8 @@ from lcm_lookahead.evaluation import preference
 from lcm_lookahead.evaluation.preference import StudyError, count, krippendorff, make_study, pairs_of
 from PIL import Image
 
+BAD_SIDE = b'{"judge": "x", "answers": [{"id": 1, "question": "q", "side": "up"}]}'
+
 
 @pytest.fixture
 def folders(tmp_path):
@@ -106,7 +108,7 @@ def test_the_server_takes_answers_and_serves_nothing_but_the_page(study):
             assert error.value.code == 404
         body = filled_in(study, "web", lambda item, ours, q: ours).read_bytes()
         assert urllib.request.urlopen(urllib.request.Request(base + "/answers", body)).status == 204
-        for bad in (b"{}", b"no json", b'{"judge": "x", "answers": [{"id": 1, "question": "q", "side": "up"}]}'):
+        for bad in (b"{}", b"no json", b'{"judge": "x"}', BAD_SIDE):
             with pytest.raises(urllib.error.HTTPError) as error:
                 urllib.request.urlopen(urllib.request.Request(base + "/answers", bad))
             assert error.value.code == 400
@@ -116,12 +118,30 @@ def test_the_server_takes_answers_and_serves_nothing_but_the_page(study):
     assert count(study)[0][0].share == 1.0
 
 
+@pytest.mark.parametrize("key", ["{", "{}", "[]", '{"items": [1], "methods": ["a"], "questions": {}}', "\xff"])
+def test_a_key_that_is_damaged_is_said_in_one_sentence(study, key):
+    (study / "key.json").write_bytes(key.encode("latin-1"))
+    with pytest.raises(StudyError, match=r"key.json is not what `study make` wrote: .*\.$"):
+        count(study)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_answers_may_hold_any_character_and_a_mark_of_their_encoding(study, encoding):
+    file = filled_in(study, "judge", lambda item, ours, q: ours)
+    sheet = json.loads(file.read_text()) | {"judge": "a\u2028b\x85"}
+    file.write_bytes(json.dumps(sheet, ensure_ascii=False).encode(encoding))
+    assert count(study, [file])[0][0].share == 1.0
+    (study / "answers.jsonl").write_text(json.dumps(sheet, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert count(study)[0][0].share == 1.0
+
+
 def test_what_cannot_be_a_study_is_said_in_one_sentence(folders, study):
     pairs = pairs_of(folders / "ours", folders / "theirs")
     (folders / "empty").mkdir()
     (folders / "broken").mkdir()
     (folders / "broken" / "0.png").write_bytes(b"no picture")
     (folders / "x.json").write_text("[]")
+    (folders / "utf-16.json").write_text("[]", encoding="utf-16")
     cases = [
         lambda: pairs_of(folders / "ours", folders / "empty"),
         lambda: pairs_of(folders / "ours", folders / "theirs", folders / "empty"),
@@ -132,6 +152,8 @@ def test_what_cannot_be_a_study_is_said_in_one_sentence(folders, study):
         lambda: count(folders / "empty"),
         lambda: count(study),
         lambda: count(study, [folders / "x.json"]),
+        lambda: count(study, [folders / "utf-16.json"]),
+        lambda: count(study, [folders / "nowhere.json"]),
     ]
     for case in cases:
         with pytest.raises(StudyError) as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ....lookahead.files.atomic import first_line
 from ...config import ConfigError
 from ..metadata import read_text
 from .config import PRIMES, GenerateConfig, Grammar, digest, fields
@@ -65,7 +66,8 @@ class NamedPeople:
         try:
             lines = read_text(path).split("\n")
         except (OSError, UnicodeError) as error:
-            raise ConfigError(f"names: {path} cannot be read ({error}): name a text file with a name a line.") from None
+            why = first_line(error)
+            raise ConfigError(f"names: {path} cannot be read ({why}): name a text file with a name a line.") from None
         self.names = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
         if not self.names:
             raise ConfigError(f"names: {path} holds no name: write one a line.")
