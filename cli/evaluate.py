@@ -22,7 +22,7 @@ def evaluate(
         typer.Argument(
             metavar="PROTOCOL.yaml [section.key=value] | NAME=FILE[@WEIGHT]",
             help="A protocol, with values that take its own's place. With --encoders and --concepts: files by arm. "
-            "With --presets: some of them.",
+            "With --presets: some of them. With --guidance: losses, which are guided by the preset strong alone.",
             show_default=False,
         ),
     ] = None,
@@ -126,7 +126,7 @@ def evaluate(
     given = list(arguments or ())
     if given and not chosen and given[0].endswith((".yaml", ".yml")):
         return by_protocol(given[0], given[1:], full, out, worker, processes, card if dry_run else None, dry_run)
-    if (encoders or concepts) != bool(given) and not presets:
+    if (encoders or concepts) != bool(given) and not (presets or guidance):
         raise typer.BadParameter(
             "--encoders and --concepts go with files (NAME=FILE), and files go with one of the two; a protocol is a "
             "file that ends in .yaml."

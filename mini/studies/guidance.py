@@ -2,8 +2,9 @@
 
 Each loss (identity, CLIP, LPIPS) steers pictures without guidance, guided by the
 shortcut's preview (lookahead) and by plain x0. Who judges took no part in the loss: another recogniser, a style
-scorer, LPIPS with another network. Writes docs/guidance.md, .json and a picture for each loss; `presets` compares the
-presets of the guidance by the identity loss into docs/guidance_presets.md likewise.
+scorer, LPIPS with another network. Writes docs/guidance.md, .json and a picture for each loss, and with the stronger
+optimiser of a preset alone docs/guidance_strong.md; `presets` compares the presets of the guidance by the identity loss
+into docs/guidance_presets.md likewise.
 """
 
 from __future__ import annotations
@@ -277,8 +278,9 @@ def intervals(
     return figures
 
 
-def page(figures: dict[str, Table], count: int) -> str:
-    """docs/guidance.md."""
+def page(figures: dict[str, Table], count: int, first: int = 0) -> str:
+    """docs/guidance.md, or docs/guidance_strong.md where no arm has the node's numbers. first: number of the first of
+    the people."""
     losses = {}
     for loss, arms in figures.items():
         names = list(arms[NONE])
@@ -289,22 +291,33 @@ def page(figures: dict[str, Table], count: int) -> str:
     drawn = {arm for arms in figures.values() for arm in arms}
     about = {
         "stronger": STRONG if drawn & set(STRONGER.values()) else "",
+        "numbers": bool(drawn - {NONE, *STRONGER.values()}),
+        "losses_named": "" if set(figures) == set(LOSSES) else " ".join(figures),
+        "first": first,
         "burnt": any("burnt" in of_arm for arms in figures.values() for of_arm in arms.values()),
     }
     return render("guidance.md.jinja", losses=losses, count=count, **about, **setup)
 
 
-def evaluate(count: int, out: Path, first: int = 0) -> None:
-    """Draw, measure and write: guidance.md, .json and a picture for each loss, into `out`."""
-    figures = {}
+def evaluate(count: int, out: Path, first: int = 0, losses: Sequence[str] = ()) -> None:
+    """Draw, measure and write: guidance.md, .json and a picture for each loss, into `out`.
+
+    losses: some of LOSSES, of which the arms with the stronger optimiser alone are drawn, into guidance_strong.md.
+    Raises Problem for a name that is no loss.
+    """
+    if unknown := [name for name in losses if name not in LOSSES]:
+        raise Problem(f"there is no loss {unknown[0]!r}: give some of {', '.join(LOSSES)}, or none.")
+    figures, name = {}, "guidance_strong" if losses else "guidance"
     out.mkdir(parents=True, exist_ok=True)
-    for loss in LOSSES:
-        references, drawn, _ = draw(loss, IDENTITY_ARMS if loss == IDENTITY else ARMS, count, first)
+    strong = {arm: ARMS[arm] for arm in (NONE, *STRONGER.values())}
+    for loss in losses or LOSSES:
+        arms = strong if losses else IDENTITY_ARMS if loss == IDENTITY else ARMS
+        references, drawn, _ = draw(loss, arms, count, first)
         together = BATCH if loss == CLIP else 1  # the pictures of a batch share the words that steer them
         figures[loss] = intervals(measure(loss, references, drawn), together)
         shown = drawn if loss == CLIP else {"reference": references, **drawn}  # words have no picture
-        sheet(shown, out / f"guidance_{loss.lower()}.jpg")
-    write_page(out, "guidance", figures, page(figures, count))
+        sheet(shown, out / f"{name}_{loss.lower()}.jpg")
+    write_page(out, name, figures, page(figures, count, first))
 
 
 # -- the presets, side by side

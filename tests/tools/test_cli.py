@@ -102,10 +102,12 @@ def test_options_and_files_of_a_study_come_in_any_order(monkeypatch, tmp_path):
         ["evaluate", "--references", "20", "--encoders", "a=b", "c=d@0.5", "--first", "3", "--out", str(tmp_path)]
     )
     main.main(["evaluate", "--presets", "quick", "strong", "--references", "20", "--out", str(tmp_path)])
+    main.main(["evaluate", "--guidance", "identity", "--out", str(tmp_path)])
     main.main(["evaluate", "--knobs"])
     assert calls[0] == ("encoders", tmp_path, 20, ["a=b", "c=d@0.5"], 3, None)
     assert calls[1] == ("presets", tmp_path, 20, ["quick", "strong"], 0, None)
-    assert calls[2][0] == "knobs" and calls[2][2] is None
+    assert calls[2] == ("guidance", tmp_path, None, ["identity"], 0, None)
+    assert calls[3][0] == "knobs" and calls[3][2] is None
 
 
 def test_every_error_of_a_user_exists_where_it_is_looked_up():

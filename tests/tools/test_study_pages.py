@@ -24,6 +24,7 @@ PAGES = {
     "evaluation": lambda found: reference.page(found, 100),
     "knobs": lambda found: knobs.page(found, 20),
     "guidance": lambda found: guidance.page(found, 96),
+    "guidance_strong": lambda found: guidance.page(found, 96, 200),
     "encoders": encoders_page,
     "layers": lambda found: layers.page(found, 20),
     "null_text": lambda found: null_text.page(found, 10),
