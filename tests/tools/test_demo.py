@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from lcm_lookahead.mini import demo
-from lcm_lookahead.mini.files.host_models import mini_host
 from PIL import Image
 from samples import standard_errors
 
@@ -17,14 +16,14 @@ UNTUNED = ("its word instead", "foretold")
 
 
 @pytest.fixture(scope="module")
-def drawn(tmp_path_factory):
+def drawn(tmp_path_factory, drawing_host):
     """In half of the demo's steps, and without the tuning of a concept, which the tests of workflows run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "STEPS", 10)
-        return draw(tmp_path_factory.mktemp("demo"))
+        return draw(drawing_host, tmp_path_factory.mktemp("demo"))
 
 
-def draw(out):
+def draw(host, out):
     references = demo.draw_references(PEOPLE)
     extent = demo.Extent(
         prompts=("a photo of a face",),
@@ -32,9 +31,8 @@ def draw(out):
         shown=tuple(demo.SHOWN)[:1],
         tuned=(*UNTUNED, demo.FROM_FILE),
     )
-    with mini_host(announce=False) as host:
-        sheet = demo.show_demo(host, references, extent, out, seed=5)
-        concepts = demo.show_concepts(host, extent, out, seed=5)
+    sheet = demo.show_demo(host, references, extent, out, seed=5)
+    concepts = demo.show_concepts(host, extent, out, seed=5)
     return references, out, sheet, concepts
 
 

@@ -1,6 +1,5 @@
 """Every shared workflow, in the real host with the shipped weights, at the mini world's size."""
 
-import contextlib
 import re
 from contextlib import nullcontext
 from pathlib import Path
@@ -36,19 +35,17 @@ GUIDED = [path for path in FILES if path.stem in STEERED]
 PLAIN = [path for path in FILES if path not in (GRID, CONVERT, FILE, FACE_ID, BLENDS, *GUIDED)]
 
 
-@contextlib.contextmanager
-def host_with_pictures(*arguments):
-    with mini_host(announce=False, arguments=arguments) as running:
-        names = ["reference_0.png", "reference_1.png"]
-        for name, picture in zip(names, demo.draw_references(len(names)), strict=True):
-            picture.save(running.folder("input") / name)
-        yield running
+def with_pictures(running):
+    """A host that has the references as well."""
+    names = ["reference_0.png", "reference_1.png"]
+    for name, picture in zip(names, demo.draw_references(len(names)), strict=True):
+        picture.save(running.folder("input") / name)
+    return running
 
 
 @pytest.fixture(scope="module")
-def host():
-    with host_with_pictures() as running:
-        yield running
+def host(drawing_host):
+    return with_pictures(drawing_host)
 
 
 def draw(host, api, reference, steps=4):
@@ -140,8 +137,8 @@ def test_a_base_in_16_bit_draws_the_same_picture(host, flag, kind):
     """By what it predicts from the same noise. Measured: 0.0 and 0.5 of 255 apart, where another reference makes 55."""
     api = workflow.convert(BOTH, host.object_info())
     one, other = (predicted(host, api, f"reference_{number}.png") for number in range(2))
-    with host_with_pictures(flag) as half:
-        drawn = predicted(half, api, "reference_0.png")
+    with mini_host(announce=False, arguments=[flag]) as half:
+        drawn = predicted(with_pictures(half), api, "reference_0.png")
         assert f"model weight dtype {kind}" in half.log
     assert abs(drawn - one).mean() < 0.1 * abs(other - one).mean()
 

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import AutoencoderTiny
 from lcm_lookahead.mini.report import measure_few_step
 from lcm_lookahead.mini.stages import base, collapsed, lcm, stage, style_lora, vae
 from lcm_lookahead.mini.stages.networks import EvaluationRecogniser, StyleScorer
@@ -13,7 +14,16 @@ from tensors import randn
 
 
 @pytest.fixture(scope="module")
-def trained_before(tmp_path_factory):
+def narrow_autoencoder():
+    """Its layout in few channels: pictures of random weights show nothing, and decoding them took half of the time."""
+    widths = {f"{half}_block_out_channels": (8,) * 4 for half in ("encoder", "decoder")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vae, "build", lambda: AutoencoderTiny(**widths))
+        yield
+
+
+@pytest.fixture(scope="module")
+def trained_before(tmp_path_factory, narrow_autoencoder):
     """A folder with a base and an autoencoder of random weights."""
     folder = tmp_path_factory.mktemp("mini")
     torch.manual_seed(0)

@@ -5,13 +5,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import AutoencoderTiny, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from lcm_lookahead.lookahead.losses.identity import NONE, FaceReferences, IdentityLoss
 from lcm_lookahead.lookahead.method.resampler import ResamplerSizes
 from lcm_lookahead.lookahead.vision.arcface import Recogniser
 from lcm_lookahead.lookahead.vision.faces import TEMPLATE, Face
 from lcm_lookahead.mini.files import weights
 from lcm_lookahead.mini.plan import CONTEXT, SIZES
-from lcm_lookahead.mini.stages import base, vae
+from lcm_lookahead.mini.stages import base
 from lcm_lookahead.sdxl import lora
 from lcm_lookahead.sdxl.encoder import Encoder
 from lcm_lookahead.sdxl.shared_unet import Condition
@@ -35,14 +37,20 @@ def settings(**values):
 
 @pytest.fixture(scope="module")
 def unet():
+    """All blocks of the mini world's, in half of their widths: no question here hangs on them."""
     torch.manual_seed(0)
-    return base.build_unet()
+    layout = replace(base.LAYOUT, channels=tuple(width // 2 for width in base.LAYOUT.channels))
+    made = UNet2DConditionModel(sample_size=16, **layout.diffusers())
+    made.set_attn_processor(AttnProcessor())
+    return made
 
 
 @pytest.fixture(scope="module")
 def decoder():
+    """Of TAESD's layout, in few channels."""
     torch.manual_seed(4)
-    return vae.build().eval().requires_grad_(False)
+    widths = {f"{half}_block_out_channels": (16,) * 4 for half in ("encoder", "decoder")}
+    return AutoencoderTiny(**widths).eval().requires_grad_(False)
 
 
 @pytest.fixture
