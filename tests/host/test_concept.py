@@ -3,10 +3,12 @@
 import asyncio
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import concept_oracle as oracle
 import pytest
 import torch
+from damaged import check_that_nothing_is_kept_of_a_file_cut_short
 from tensors import relative
 from worlds import ROOT
 from writing_patches import pure, with_patches, writing
@@ -306,6 +308,11 @@ def test_saving_never_replaces_a_file_and_refuses_a_name_that_is_a_path(small, p
     with pytest.raises(ValueError, match="has 202 bytes") as error:
         small.tools.run("LookaheadSaveConcept", small.concept(), "é" * 101)
     small.tools.one_sentence(error)
+
+
+def test_of_a_concept_that_was_cut_short_nothing_is_kept(small):
+    path = Path(small.tools.run("LookaheadSaveConcept", small.concept(), "cut_mug"))
+    check_that_nothing_is_kept_of_a_file_cut_short(path, lambda: small.tools.run("LookaheadLoadConcept", path.name))
 
 
 def test_a_picture_of_one_pixel_and_a_batch_are_refused(small, pack):

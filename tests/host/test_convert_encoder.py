@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from damaged import check_that_nothing_is_kept_of_a_file_cut_short
 from safetensors.torch import load_file, save_file
 
 
@@ -44,6 +45,12 @@ def test_the_report_says_where_the_file_is_among_several_configured_folders(tool
     report = tools.run("LookaheadConvertEncoder", "stock.bin", "mine", precision="as stored")
     path = tmp_path / "elsewhere" / "mine.safetensors"
     assert path.is_file() and report.startswith(f"Written: {path}\n") and not (models / "mine.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["stock.bin", "mine.safetensors"])
+def test_of_an_encoder_that_was_cut_short_nothing_is_kept(tools, models, name):
+    tools.run("LookaheadConvertEncoder", "stock.bin", "mine.safetensors")
+    check_that_nothing_is_kept_of_a_file_cut_short(models / name, lambda: tools.run("LookaheadLoadEncoder", name))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from damaged import check_that_nothing_is_kept_of_a_file_cut_short
 from worlds import random_taesd
 
 LATENT = (2, 4, 8, 8)
@@ -62,6 +63,11 @@ def load(tools, write):
         return tools.run("LookaheadLoadNoiseGuide", write("guide.safetensors", **options))
 
     return load
+
+
+def test_of_a_guide_that_was_cut_short_nothing_is_kept(tools, write, folder):
+    name = write("cut.safetensors")
+    check_that_nothing_is_kept_of_a_file_cut_short(folder / name, lambda: tools.run("LookaheadLoadNoiseGuide", name))
 
 
 #: Where the landmarks of a small face are, in pictures of 64 pixels

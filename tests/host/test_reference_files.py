@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from damaged import check_that_nothing_is_kept_of_a_file_cut_short
 
 LATENT = (1, 4, 8, 8)
 
@@ -101,6 +102,15 @@ def test_a_file_is_never_overwritten_and_queueing_again_is_no_mistake(mini, tool
         with pytest.raises(ValueError) as error:
             tools.run("LookaheadSaveReference", both, name)
         tools.one_sentence(error)
+
+
+def test_of_a_reference_file_that_was_cut_short_nothing_is_kept(mini, tools, both, names):
+    tools.run("LookaheadSaveReference", both, "anna")
+    encoder = tools.kv_encoder(mini)
+    path = names / "anna.safetensors"
+    check_that_nothing_is_kept_of_a_file_cut_short(
+        path, lambda: tools.run("LookaheadLoadReference", path.name, encoder)
+    )
 
 
 def test_a_file_that_is_not_there_is_named_with_the_folder_searched(pack, tools, names):
