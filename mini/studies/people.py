@@ -32,22 +32,18 @@ ORDERS = ("connected from left to right", "connected from right to left")
 
 @dataclass(frozen=True)
 class PeopleArm:
-    """It says how pictures are guided: the loss's matching ("" for no guidance), whether it has masks, and by which
-    preset, the default that of the workflow for two people."""
+    """It says how pictures are guided: the loss's matching ("" for no guidance), and whether it has masks."""
 
     matching: str = ""
     masks: bool = False
-    preset: str = BALANCED
 
 
 NONE, MATCHED, ORDER, MASKS = "unguided", "matched by likeness", "from left to right", "by masks"
-NUMBERS = "matched by likeness, the node's own numbers"
 ARMS = {
     NONE: PeopleArm(),
     MATCHED: PeopleArm("by likeness"),
     ORDER: PeopleArm("from left to right"),
     MASKS: PeopleArm("by likeness", masks=True),
-    NUMBERS: PeopleArm("by likeness", preset="as set below"),
 }
 
 
@@ -110,7 +106,7 @@ def graph(left: list[str], right: list[str], batch: int, arms: dict[str, PeopleA
                 several="one per picture",
                 **({"mask_1": masks[first], "mask_2": masks[second]} if arm.masks else {}),
             )
-            guided = {"sampler": plain, "shortcut": shortcut, "loss": loss, "preset": arm.preset}
+            guided = {"sampler": plain, "shortcut": shortcut, "loss": loss, "preset": BALANCED}
             sampler = add(f"{name} guidance", "LookaheadGuidanceSampler", **guided)
         drawn = add(
             f"{name} samples",
@@ -184,14 +180,15 @@ def table(found: dict[str, Tensor]) -> Table:
     return rows
 
 
-def page(rows: Table, pairs: int) -> str:
-    """docs/people.md."""
+def page(rows: Table, pairs: int, first: int = 0) -> str:
+    """docs/people.md. first: number of the first of the people."""
     names = dict.fromkeys(name for of_arm in rows.values() for name in of_arm)
     return render(
         "people.md.jinja",
         rows=rows,
         names=names,
         pairs=pairs,
+        first=first,
         cfg=CFG,
         weight=WEIGHT,
         style=STYLE,
@@ -214,4 +211,4 @@ def evaluate(pairs: int, out: Path, first: int = 0) -> None:
     rows = table(similarities(references, drawn))
     out.mkdir(parents=True, exist_ok=True)
     sheet(references, drawn, out / "people.jpg")
-    write_page(out, "people", rows, page(rows, pairs))
+    write_page(out, "people", rows, page(rows, pairs, first))
