@@ -23,6 +23,7 @@ from .protocol import Protocol
 
 BYTES_A_PIXEL = 1.6  # of a PNG, as photographs have
 PICTURE = "pictures"
+FILES = ("base", "image_encoder", "few_step", "pack", "file", "noise_guide", "recogniser", "clip", "lpips")
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,9 @@ def _files(protocol: Protocol, library: Library) -> Iterator[tuple[str, str, int
     known = {*library.embedders, *library.scorers, *library.known_packs, "random"}
     seen = set()
     for section, values in sections.items():
-        nested = values.get("by") or {}
+        nested = {**(values.get("by") or {}), **(values.get("guidance") or {})}
         for field, name in {**nested, **values}.items():
-            wanted = field in ("base", "image_encoder", "few_step", "pack", "file", "recogniser", "clip", "lpips")
+            wanted = field in FILES
             if not wanted or not isinstance(name, str) or name in known or name in seen:
                 continue
             seen.add(name)

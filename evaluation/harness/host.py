@@ -31,7 +31,7 @@ def open_backend(setting: Setting) -> Iterator[Backend]:
             f"models.base is the folder {files.folder}, and ComfyUI reads SDXL from one file: give the .safetensors."
         )
     wanted = {"checkpoints": files.checkpoint, "clip_vision": files.image_encoder, "loras": files.few_step}
-    own = [(f, p) for m in setting.methods.values() for f, p in m.files(setting.library).items() if f]
+    own = [(f, p) for m in setting.methods.values() for f, p in m.in_host(setting.library) if f]
     names: dict[Path, str] = {}
     places: dict[str, Path] = {}
     for folder, path in [*wanted.items(), *dict.fromkeys(own)]:

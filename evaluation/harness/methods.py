@@ -16,8 +16,9 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 from PIL import Image
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from ...lookahead.files import encoder_file
-from ...lookahead.method.guidance_presets import ITERATION, PRESETS, GuidanceSettings, best_of_as_many
+from ...lookahead.files import encoder_file, noise_guide_file
+from ...lookahead.files.tensors import EncoderFileError
+from ...lookahead.method.guidance_presets import ITERATION, OFF, PRESETS, GuidanceSettings, best_of_as_many
 from ...lookahead.method.latent_optimisation import Optimisation
 from ...trainer.config import Count, Section
 from .library import EvaluationError, Library, digest_of
@@ -25,6 +26,10 @@ from .scenes import DIFFUSERS, HOST, Desk, DiffusersScene, Drawn, HostScene, Pic
 
 TUNING_BATCH = 8  # noise levels of a tuning step, of the node
 Weight = Annotated[float, Field(ge=-1, le=5)]
+
+
+NUMBERS = frozenset({"start", "iterations", "step_size"})  # of guidance, which a preset stands in the place of
+YOUNGER = ("preset", "best_of", "noise_guide")  # fields of guidance that pictures drawn long ago do not know
 
 
 class PictureWork(NamedTuple):
@@ -47,6 +52,11 @@ class GuidanceOption(Section):
         description="look at so many noises, or as many as take the evaluations of this preset, and draw the best of "
         "them, in the place of all these numbers",
     )
+    noise_guide: str | None = Field(
+        None,
+        description="file of a noise guide (`lookahead guide train`), which moves the noise before the iterations of a "
+        "preset or of these numbers, or alone",
+    )
 
     @model_validator(mode="after")
     def _one_way(self) -> GuidanceOption:
@@ -54,18 +64,30 @@ class GuidanceOption(Section):
         for name in names:
             if name is not None and name not in PRESETS:
                 raise ValueError(f"there is no preset {name!r}: use one of {', '.join(PRESETS)}")
-        numbers = self.model_fields_set & {"start", "iterations", "step_size"}
+        numbers = self.model_fields_set & NUMBERS
         if (self.preset is not None) + (self.best_of is not None) + bool(numbers) > 1:
             raise ValueError("a preset, best_of and numbers exclude each other: give one of them")
+        if self.noise_guide is not None and self.best_of is not None:
+            raise ValueError(
+                "best_of is what guidance is compared with, and a noise guide is guidance: give one of them"
+            )
         return self
 
     @model_serializer(mode="wrap")
     def _as_before(self, values: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leaves out what is younger than the others and not given, so that pictures drawn before are found."""
-        return {k: v for k, v in values(self).items() if v is not None or k not in ("preset", "best_of")}
+        return {k: v for k, v in values(self).items() if v is not None or k not in YOUNGER}
+
+    @property
+    def guide_alone(self) -> bool:
+        """Says whether nothing but a noise guide acts."""
+        numbers = self.model_fields_set & NUMBERS
+        return self.noise_guide is not None and self.preset in (None, OFF) and not numbers
 
     def inputs(self, steps: int) -> dict[str, Any]:
-        """The inputs of the sampler node that are not its defaults, in a run of so many steps."""
+        """The values of the sampler node that are not its defaults, in a run of so many steps."""
+        if self.guide_alone:  # it acts where it was trained to
+            return {"preset": OFF}
         if self.preset is not None:
             return {"preset": self.preset}
         if self.best_of is not None:
@@ -74,7 +96,13 @@ class GuidanceOption(Section):
         return {name: value for name, value in chosen.items() if value is not None}
 
     def settings(self, steps: int) -> GuidanceSettings:
-        """Says what these inputs mean."""
+        """Says what these inputs mean, with a guide in the place of `lean`, which takes as much."""
+        without = self._settings(steps)
+        return without if self.noise_guide is None else replace(without, lean=1.0)
+
+    def _settings(self, steps: int) -> GuidanceSettings:
+        if self.guide_alone:
+            return PRESETS[OFF]
         if self.preset is not None:
             return PRESETS[self.preset]
         if isinstance(self.best_of, str):
@@ -106,12 +134,50 @@ class Method(Section):
         """The files of its own, by the host's folder of models that each belongs into."""
         return {}
 
+    def noise_guide(self, library: Library) -> Path | None:
+        """The noise guide of its guidance, where it has one."""
+        name = self.guidance.noise_guide if self.guidance else None
+        return None if name is None else library.find("guidance.noise_guide", name)
+
+    def in_host(self, library: Library) -> list[tuple[str, Path]]:
+        """All files that a host needs for it, each with the folder of models that it belongs into."""
+        guide = self.noise_guide(library)
+        return [*self.files(library).items(), *([("lookahead", guide)] if guide else [])]
+
+    def check_files(self, library: Library) -> None:
+        """Raise EvaluationError, one sentence, where a file is not there, or its noise guide is none or would act where
+        it was not trained to."""
+        self.files(library)
+        path = self.noise_guide(library)
+        if path is None or self.guidance is None:
+            return
+        try:
+            file = noise_guide_file.read(path)
+        except EncoderFileError as error:
+            raise EvaluationError(f"guidance.noise_guide: {error}") from None
+        start = self.guidance.settings(1).start
+        if not (self.guidance.guide_alone or file.start <= start <= file.end):
+            raise EvaluationError(
+                f"guidance begins at {start:g} of the sampling, and the noise guide {path.name} was trained to act "
+                f"from {file.start:g} to {file.end:g}: set guidance.start to {file.start:g}, or leave preset and "
+                "numbers out, where the guide alone is meant."
+            )
+
     def digest(self, library: Library) -> str:
         """Tells what its pictures depend on: its settings and the contents of its files, not their names."""
-        settings = self.model_dump(mode="json", exclude={"title", "weights", "file"})
-        parts = self.kind, settings, {k: digest_of(p) for k, p in sorted(self.files(library).items())}
+        without: dict[str, Any] = {"title": True, "weights": True, "file": True, "guidance": {"noise_guide": True}}
+        settings = self.model_dump(mode="json", exclude=without)
         preset = PRESETS.get(str(self.guidance.preset or self.guidance.best_of)) if self.guidance else None
-        return repr(parts if preset is None else (*parts, preset))
+        guide = self.noise_guide(library)
+        return repr(
+            (
+                self.kind,
+                settings,
+                {k: digest_of(p) for k, p in sorted(self.files(library).items())},
+                *([] if preset is None else [preset]),
+                *([] if guide is None or self.guidance is None else [digest_of(guide), self.guidance.guide_alone]),
+            )
+        )
 
     def sees_reference(self) -> bool:
         """Says whether its pictures depend on the reference."""
@@ -127,10 +193,18 @@ class Method(Section):
 
     def check_backends(self, backends: Sequence[str]) -> None:
         """Raise EvaluationError, one sentence, where it asks for what none of these back ends does."""
+        if self.guidance and self.guidance.noise_guide is not None and HOST not in backends:
+            raise EvaluationError(
+                f"guidance has a noise guide, and {' and '.join(backends)} does not guide: name {HOST} in backends, or "
+                "leave guidance out."
+            )
 
     def loss_recognisers(self, library: Library, pack: Path | None) -> list[str]:
         """Names and hashes of recognisers that it was trained or is steered by, which cannot judge it."""
-        return [digest_of(p) for p in sorted(pack.glob("*.onnx"))] if pack and self.guidance else []
+        steering = [digest_of(p) for p in sorted(pack.glob("*.onnx"))] if pack and self.guidance else []
+        guide = self.noise_guide(library)
+        trained = None if guide is None else noise_guide_file.read(guide).metadata.get("recogniser")
+        return [*steering, *([trained] if trained else [])]
 
     def make(self, desk: Desk, job: PictureJob, weight: float) -> Drawn:
         """Draws a picture, by the desk's back end."""
@@ -140,7 +214,8 @@ class Method(Section):
         """Put nodes into the host's graph; returns the id of the node whose picture counts."""
         self.condition(scene, weight)
         if self.guidance:
-            scene.guide(self.guidance.kind == "x0", self.guidance.inputs(scene.drawing.steps))
+            guide = self.noise_guide(scene.library)
+            scene.guide(self.guidance.kind == "x0", self.guidance.inputs(scene.drawing.steps), guide)
         return scene.finish()
 
     def condition(self, scene: HostScene, weight: float) -> None:
@@ -222,6 +297,7 @@ class EncoderMethod(Method):
         return super().drawn_by() if self.kv_weight == self.kv_end == 1 else (HOST,)
 
     def check_backends(self, backends: Sequence[str]) -> None:
+        super().check_backends(backends)
         if self.kv_end != 1 and HOST not in backends:
             raise EvaluationError(
                 f"kv_end is {self.kv_end:g}, and {' and '.join(backends)} injects KV up to the last step: name "

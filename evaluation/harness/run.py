@@ -82,8 +82,8 @@ class EvaluationRun:
                         f"methods.{name} names {other!r}, which is no method that is drawn for itself: name one of "
                         f"{', '.join(n for n, m in self.methods.items() if not m.LATE)}."
                     )
-            method.files(self.world.library)
             try:
+                method.check_files(self.world.library)
                 method.check_backends(self.protocol.backends)
             except EvaluationError as error:
                 raise EvaluationError(f"methods.{name}: {error}") from None

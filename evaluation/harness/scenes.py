@@ -235,7 +235,7 @@ class HostScene:
             kv=kv,
         )
 
-    def guide(self, x0: bool, settings: Mapping[str, Any]) -> None:
+    def guide(self, x0: bool, settings: Mapping[str, Any], noise_guide: Path | None = None) -> None:
         """Steer the sampling towards the person of the reference; x0: by the base's own prediction."""
         if self.names.pack is None:
             raise EvaluationError("Guidance finds and recognises faces: set models.pack to an insightface pack.")
@@ -254,8 +254,12 @@ class HostScene:
         shortcut = self.add("shortcut", "LookaheadShortcut", model=model, vae=self.vae, kind=kind)
         faces = self.add("faces", "LookaheadLoadFaceAnalysis", pack_name=self.names.pack, device="cpu")
         loss = self.add("loss", "LookaheadIdentityLoss", face_analysis=faces, image=self.image)
+        more: dict[str, Any] = dict(settings)
+        if noise_guide is not None:
+            name = self.names.files[noise_guide]
+            more["noise_guide"] = self.add("noise guide", "LookaheadLoadNoiseGuide", guide_name=name)
         self._sampler = self.add(
-            "guidance", "LookaheadGuidanceSampler", sampler=self.sampler, shortcut=shortcut, loss=loss, **settings
+            "guidance", "LookaheadGuidanceSampler", sampler=self.sampler, shortcut=shortcut, loss=loss, **more
         )
 
     @property

@@ -14,7 +14,7 @@ PEOPLE = {
     "guidance": 96,
     "presets": 96,
     "encoders": 96,
-    "null-text": 20,
+    "null-text": 10,
     "people": 48,
     "layers": 20,
     "concepts": 144,
@@ -68,7 +68,8 @@ def evaluate(
         out: the folder of the page, its JSON file and pictures.
         references: how many held-out people (for "people" pairs of them, for "concepts" things and people); default:
             that of the study.
-        trained: for "encoders" NAME=FILE[@WEIGHT] in turn, for "concepts" NAME=FILE; for "presets" names of some.
+        trained: for "encoders" NAME=FILE[@WEIGHT] in turn, for "concepts" NAME=FILE; for "presets" names of some; for
+            "guidance" losses, of which the stronger optimiser alone is drawn.
         first: for FROM_ANYONE alone, number of the first of the people.
         concepts: for "concepts" alone.
     """
@@ -92,7 +93,7 @@ def evaluate(
     elif study == "guidance":
         from . import guidance
 
-        guidance.evaluate(references, out, first)
+        guidance.evaluate(references, out, first, trained)
     elif study == "presets":
         from . import guidance
 

@@ -1,32 +1,125 @@
 """What is the null text: the encoding of an empty prompt, as workflows have it, or zeros, as the paper trains with?
 
-Both without a reference, with the image prompt, and with KV injection and the guider too. Writes null_text.md, .json.
+Both without a reference, with the image prompt, with KV injection and the guider too, and under lookahead guidance.
+Writes null_text.md, .json and .jpg.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...evaluation import paired
+from ...evaluation.stats import share
+from ...lookahead.method.guidance_presets import BALANCED, INSTANT
+from ..files.weights import evaluators
+from ..world.faces import STYLES as ALL_STYLES
+from . import guidance
 from .drawing import BOTH, MEASURED_WITH, ReferenceArm, draw
-from .reference import measure
-from .study import SIMILARITY, STYLE, Table, render, write_page
+from .guidance import GuidanceArm
+from .study import SIMILARITY, STYLE, Table, render, sheet, write_page
 
-NULL_TEXTS = {"empty prompt": False, "zeros": True}
+Arm = TypeVar("Arm", ReferenceArm, GuidanceArm)
+
+EMPTY, ZEROS = "empty prompt", "zeros"
+NULL_TEXTS = {EMPTY: False, ZEROS: True}
 ARMS = {"nothing": ReferenceArm(), "image prompt": ReferenceArm(image_prompt=1.0), "image prompt + KV": BOTH}
 STYLES = ("photo", "comic")
+GUIDED = {guidance.NONE: GuidanceArm()} | {
+    f"guidance, {preset}": GuidanceArm(guidance.LOOKAHEAD, {"preset": preset}) for preset in (INSTANT, BALANCED)
+}
+GUIDED_PEOPLE = range(300, 348)  # the numbers of those who are steered to; they are in no other study
 
 
-def page(figures: Table, references: int) -> str:
-    """docs/null_text.md."""
-    rows = [(arm, text) for arm in ARMS for text in NULL_TEXTS]
-    setup = {"rows": rows, "references": references, "styles": STYLES, **MEASURED_WITH}
-    return render("null_text.md.jinja", figures=figures, **setup)
+def with_both(arms: Mapping[str, Arm]) -> dict[str, Arm]:
+    """Each arm under both null texts: "<arm>, <null text>"."""
+    return {
+        f"{name}, {text}": replace(arm, zeros=zeros) for name, arm in arms.items() for text, zeros in NULL_TEXTS.items()
+    }
 
 
-def evaluate(references: int, out: Path) -> None:
-    """Draw, measure and write null_text.md and .json into `out`."""
-    arms = {f"{arm}, {name}": replace(a, zeros=zeros) for arm, a in ARMS.items() for name, zeros in NULL_TEXTS.items()}
-    found, _ = measure(*draw(references, arms, STYLES), STYLES)
-    figures = {arm: {name: of_arm[name] for name in (SIMILARITY, STYLE)} for arm, of_arm in found.items()}
-    write_page(out, "null_text", figures, page(figures, references))
+def change_of(arm: str) -> str:
+    """The name under which figures have what zeros change of an arm."""
+    return f"{arm}, {ZEROS} - {EMPTY}"
+
+
+def measure(faces: Tensor, drawn: Mapping[str, Tensor], arms: Sequence[str], styles: Sequence[Sequence[str]]) -> Table:
+    """Gives the figures of each of `arms` under both null texts, and by `change_of` their paired difference.
+
+    faces: [n, 3, H, W]; drawn: by `with_both` [n, pictures, 3, H, W], both in [0, 1]; styles: those that the prompts
+    ask for, by person and picture.
+    """
+    recogniser, scorer = evaluators()
+    asked = torch.tensor([[ALL_STYLES.index(style) for style in of_person] for of_person in styles])
+    values: dict[str, dict[str, Tensor]] = {}
+    with torch.no_grad():
+        targets = recogniser.embed(faces)
+        for arm, pictures in drawn.items():
+            flat, shape = pictures.flatten(0, 1), pictures.shape[:2]
+            own = (recogniser.embed(flat).unflatten(0, shape) * targets[:, None]).sum(-1)
+            hits = (scorer(flat)[0].argmax(1).unflatten(0, shape) == asked).float()
+            values[arm] = {SIMILARITY: own, STYLE: hits}
+    figures = {arm: {name: share(value) for name, value in of_arm.items()} for arm, of_arm in values.items()}
+    for arm in arms:
+        empty, zeros = (values[f"{arm}, {text}"] for text in NULL_TEXTS)
+        figures[change_of(arm)] = {
+            name: paired.difference(_by_person(zeros[name]), _by_person(empty[name])) for name in empty
+        }
+    return figures
+
+
+def _by_person(value: Tensor) -> paired.Column:
+    """The mean over the pictures of values [n, pictures], [n] in float64."""
+    return np.asarray(value.mean(1).double().numpy())
+
+
+def page(figures: Table, references: int, guided: range = GUIDED_PEOPLE) -> str:
+    """docs/null_text.md. guided: the numbers of the people whom guidance steers to."""
+
+    arms, names = [*ARMS, *GUIDED], (SIMILARITY, STYLE)
+
+    def is_beyond(arm: str, name: str) -> bool:
+        found = figures[change_of(arm)][name]
+        return found.low > 0 or found.high < 0
+
+    def change(arm: str, name: str) -> str:
+        return f"{figures[change_of(arm)][name]}{'*' if is_beyond(arm, name) else ''}"
+
+    def within(of: Sequence[str], name: str) -> float:
+        """The smallest hundredth that no change of these arms reaches, by their intervals."""
+        ends = (abs(end) for arm in of for end in figures[change_of(arm)][name][1:])
+        return (math.floor(100 * max(ends)) + 1) / 100
+
+    return render(
+        "null_text.md.jinja",
+        figures=figures,
+        tables={"arms": list(ARMS), "guided": list(GUIDED)},
+        texts=list(NULL_TEXTS),
+        names=names,
+        change=change,
+        within=within,
+        beyond=[f"{name} of {arm}" for arm in arms for name in names if is_beyond(arm, name)],
+        references=references,
+        guided=guided,
+        styles=STYLES,
+        guided_with={"sampler": guidance.SAMPLER, "scheduler": guidance.SCHEDULER, "steps": guidance.STEPS},
+        **MEASURED_WITH,
+    )
+
+
+def evaluate(references: int, out: Path, guided: range = GUIDED_PEOPLE) -> None:
+    """Draw, measure and write null_text.md, .json and .jpg (of the guided) into `out`."""
+    targets, steered, _ = guidance.draw(guidance.IDENTITY, with_both(GUIDED), len(guided), guided.start)
+    asked = [[guidance.style_of(number // guidance.BATCH)] for number in range(len(guided))]
+    faces, drawn = draw(references, with_both(ARMS), STYLES)
+    figures = measure(faces, drawn, list(ARMS), [STYLES] * references)
+    figures |= measure(targets, {arm: pictures[:, None] for arm, pictures in steered.items()}, list(GUIDED), asked)
+    write_page(out, "null_text", figures, page(figures, references, guided))
+    sheet({"reference": targets, **steered}, out / "null_text.jpg")

@@ -7,8 +7,10 @@ import pytest
 from lcm_lookahead.host import page as tool
 from lcm_lookahead.host.fetch import DEFAULT_VERSION
 from lcm_lookahead.mini.files.host_models import MINI_EXTENSIONS, link_models, write_taesd
+from lcm_lookahead.mini.plan import WEIGHTS
 from lcm_lookahead.tools.common import ROOT
 from lcm_lookahead.tools.template_specs import FACE_ID
+from stock_files import write_face_id
 
 WINDOW = (1600, 1000)
 
@@ -30,7 +32,8 @@ def models():
     def prepare(base):
         link_models(base)
         write_taesd(base)
-        (base / "models" / "ipadapter" / FACE_ID).touch()  # the mini world has none; the page reads its name alone
+        # The mini world has none: a random one for its sizes.
+        write_face_id(base / "models" / "ipadapter" / FACE_ID, WEIGHTS / "mini_ip_adapter_plus_face.safetensors", 128)
 
     return prepare
 

@@ -22,9 +22,12 @@ SMALL = {
 _seeds = itertools.count(1000)
 
 
-def make_small(page):
-    """Set what a run takes long by, and a seed that no run had before: else the host would answer from its cache."""
-    values = SMALL | {"seed": next(_seeds), "noise_seed": next(_seeds)}
+def make_small(page, **values):
+    """Set what a run takes long by, and a seed that no run had before: else the host would answer from its cache.
+
+    values: of widgets by name, beside or in the place of SMALL.
+    """
+    values = SMALL | values | {"seed": next(_seeds), "noise_seed": next(_seeds)}
     page.evaluate(
         f"(values => {NODES}.flatMap(n => n.widgets ?? []).filter(w => w.name in values).forEach(w => {{"
         " const value = values[w.name]; if (w.type !== 'combo' || w.options.values.includes(value)) w.value = value;"
@@ -32,21 +35,33 @@ def make_small(page):
     )
 
 
-def run(page, host, click=RUN):
-    """Press Run and wait for the end: the result, whose picture the page shows then."""
-    before = set(host.call("/history"))
-    page.click(click)
+def known(host):
+    """The numbers of all prompts that a host has: those that wait or run first, which may end meanwhile."""
+    queued = [prompt[1] for prompts in host.call("/queue").values() for prompt in prompts]
+    return {*queued, *host.call("/history")}
+
+
+def queue(page, host):
+    """Press Run: the number of the prompt that the host has then."""
+    before = known(host)
+    page.click(RUN)
     new, end = set(), time.monotonic() + 300
     while not new:
         assert time.monotonic() < end, host.last_words()
-        new = set(host.call("/history")) - before
+        new = known(host) - before
         time.sleep(0.05)
-    return host.wait(new.pop())
+    return new.pop()
 
 
-def wait_for_picture(page, result):
-    """Wait until the page shows the last picture that a run has put out: on its node, or in the app's middle."""
-    name = result.check().images[-1].name
+def run(page, host):
+    """Press Run and wait for the end: the result, whose picture the page shows then."""
+    return host.wait(queue(page, host))
+
+
+def wait_for_picture(page, result, name=None):
+    """Wait until the page shows a picture that a run has put out, by default the last: on its node, or in the app's
+    middle."""
+    name = name or result.check().images[-1].name
     page.wait_for(
         f"[...{NODES}.flatMap(n => n.imgs ?? []), ...document.querySelectorAll('img')]"
         f".some(e => decodeURIComponent(e.src).includes('{name}') && e.naturalWidth)"

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lcm_lookahead.evaluation.harness.library import Library
 from lcm_lookahead.evaluation.harness.methods import METHODS, GuidanceOption
 from lcm_lookahead.lookahead.method.guidance_presets import PRESETS
 from lcm_lookahead.mini.files.host_models import OF_CREATORS
@@ -110,6 +111,8 @@ def test_presets_stand_beside_image_to_image_from_the_reference():
 def test_a_name_that_is_no_preset_is_refused():
     with pytest.raises(Problem, match="no preset 'quik'.*quick"):
         guidance.preset_arms(["quik"])
+    with pytest.raises(Problem, match="no loss 'likeness'.*identity"):
+        guidance.evaluate(96, Path("nowhere"), losses=["likeness"])
 
 
 def test_the_page_of_presets_has_a_row_an_arm_with_what_it_takes():
@@ -139,6 +142,30 @@ def test_a_protocol_names_a_preset_or_the_best_of_as_many_noises():
     assert GuidanceOption(iterations=7).inputs(50) == {"start": 0.12, "iterations": 7}
 
 
+def test_a_noise_guide_acts_alone_or_before_a_preset_or_numbers():
+    alone, before, numbers = (
+        GuidanceOption(noise_guide="a", **more) for more in ({}, {"preset": "gentle"}, {"start": 0.4, "iterations": 2})
+    )
+    assert alone.inputs(50) == {"preset": "off"} and alone.guide_alone and not before.guide_alone
+    assert before.inputs(50) == {"preset": "gentle"}
+    assert numbers.inputs(50) == {"start": 0.4, "iterations": 2}
+    # It takes the one evaluation that the preset's lean does.
+    assert alone.work(50) == (1, 1) and before.work(50) == GuidanceOption(preset="gentle").work(50)
+
+
+def test_pictures_of_a_noise_guide_hang_on_its_contents_not_on_its_name(tmp_path):
+    file = {name: tmp_path / f"{name}.safetensors" for name in ("one", "same", "other")}
+    for name, path in file.items():
+        path.write_text("other" if name == "other" else "one")
+
+    def digest(name, **more):
+        method = METHODS["none"](guidance=GuidanceOption(noise_guide=str(file[name]), **more))
+        return method.digest(Library())
+
+    assert digest("one") == digest("same") != digest("other")
+    assert digest("one") != digest("one", start=0.12), "as the file says is not the node's own place"
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [
@@ -146,6 +173,7 @@ def test_a_protocol_names_a_preset_or_the_best_of_as_many_noises():
         ({"best_of": "quik"}, "no preset 'quik'.*quick"),
         ({"preset": "quick", "iterations": 3}, "exclude each other"),
         ({"preset": "quick", "best_of": 3}, "exclude each other"),
+        ({"noise_guide": "a", "best_of": 3}, "best_of is what guidance is compared with"),
     ],
 )
 def test_guidance_that_says_two_things_is_refused(given, says):

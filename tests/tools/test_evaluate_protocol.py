@@ -204,6 +204,30 @@ def test_people_have_noise_of_their_own_the_same_for_all_methods(done):
             "methods.a: kv_end is 0.4, and diffusers injects KV up to the last step: name host in backends, or leave",
         ),
         (
+            {"methods": {"a": {"kind": "none", "guidance": {"noise_guide": "mini_noise_guide.safetensors"}}}},
+            "methods.a: guidance has a noise guide, and diffusers does not guide: name host in backends, or leave",
+        ),
+        (
+            {"methods": {"a": {"kind": "none", "guidance": {"noise_guide": "no.safetensors"}}}},
+            "methods.a: guidance.noise_guide names no.safetensors, which is not there",
+        ),
+        (
+            {"methods": {"a": {"kind": "none", "guidance": {"noise_guide": "mini_encoder.safetensors"}}}},
+            "methods.a: guidance.noise_guide: mini_encoder.safetensors is no noise guide",
+        ),
+        (
+            {
+                "methods": {
+                    "a": {
+                        "kind": "none",
+                        "guidance": {"noise_guide": "mini_noise_guide.safetensors", "iterations": 3},
+                    }
+                }
+            },
+            "methods.a: guidance begins at 0.12 of the sampling, and the noise guide mini_noise_guide.safetensors was "
+            "trained to act from 0.4 to 0.45: set guidance.start to 0.4, or leave",
+        ),
+        (
             {"methods": {"b": {"kind": "best of", "of": "x", "pictures": 2, "by": {}}}},
             "methods.b names 'x', which is no method",
         ),
@@ -243,6 +267,9 @@ def test_a_prompt_list_in_another_encoding_says_where_and_what_to_do(tmp_path):
     prompts.write_text("\ufeffa photo of a face in a café\n\n  a comic\n", encoding="utf-8")
     listed = protocol.read_prompts(str(prompts))
     assert listed == {"prompt": ["a photo of a face in a café", "a comic"]}
+    prompts.write_bytes("a face\u2028in oil\r\na face\x85in chalk\ra comic\n".encode())
+    listed = protocol.read_prompts(str(prompts))
+    assert listed == {"prompt": ["a face\u2028in oil", "a face\x85in chalk", "a comic"]}
 
 
 def test_a_kind_of_prompts_that_is_there_twice_is_refused(tmp_path):
@@ -295,6 +322,10 @@ def test_a_recogniser_that_is_the_loss_s_own_is_warned_of(tmp_path):
     flattered = evaluation(written(tmp_path, methods=methods, measures=judge, baseline=None))
     (warning,) = flattered.warnings
     assert "measures.identity judges by mini_face_recogniser.safetensors" in warning and "methods.trained" in warning
+    guided = {"guided": {"kind": "none", "guidance": {"noise_guide": "mini_noise_guide.safetensors"}}}
+    by_the_guide = {"methods": guided, "measures": judge, "baseline": None, "backends": ["host"]}
+    (warning,) = evaluation(written(tmp_path, **by_the_guide)).warnings
+    assert "measures.identity judges by mini_face_recogniser.safetensors, by which methods.guided was" in warning
     fair = {"identity": {"kind": "identity", "recogniser": "mini"}}
     assert not evaluation(written(tmp_path, methods=methods, measures=fair, baseline=None)).warnings
 
@@ -312,6 +343,14 @@ def test_full_adds_to_the_file_and_needs_a_section(tmp_path):
 def test_a_count_is_the_one_that_was_found_first(tmp_path):
     assert EvaluationStore(tmp_path, 0).count("a", 7) == 7
     assert EvaluationStore(tmp_path, 1).count("a", 9) == 7 and EvaluationStore(tmp_path, 1).count("b", 2) == 2
+
+
+def test_what_is_kept_under_a_prompt_with_a_line_separator_is_there_again(tmp_path):
+    about = {"prompt": "a face\u2028in\x85oil"}
+    EvaluationStore(tmp_path, 0).keep("a", Image.new("RGB", (8, 8)), about)
+    EvaluationStore(tmp_path, 0).keep_score("b", 0.5, about)
+    again = EvaluationStore(tmp_path, 0)
+    assert again.drawn["a"]["prompt"] == about["prompt"] and again.scores == {"b": 0.5}
 
 
 # --- the shipped protocols
