@@ -4,7 +4,7 @@ import json
 
 import pytest
 from lcm_lookahead.evaluation.stats import Interval
-from lcm_lookahead.mini.studies import encoders, guidance, knobs, layers, null_text, reference
+from lcm_lookahead.mini.studies import encoders, guidance, knobs, layers, null_text, people, reference
 from lcm_lookahead.tools.common import ROOT
 
 DOCS = ROOT / "docs"
@@ -27,6 +27,7 @@ PAGES = {
     "guidance_strong": lambda found: guidance.page(found, 96, 200),
     "encoders": encoders_page,
     "layers": lambda found: layers.page(found, 20),
+    "people": lambda found: people.page(found, 48, 200),
     "null_text": lambda found: null_text.page(found, 10),
 }
 
