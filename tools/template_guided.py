@@ -150,7 +150,7 @@ GUIDED_WORKFLOWS: dict[str, Template] = {
         [
             (320, ["checkpoint", "picture", "latent", "note"]),
             (320, [FACE, "prompt", "negative", "faces", "loss"]),
-            (320, ["guide", "ahead", "sigmas"]),
+            (320, ["ahead", "sigmas", "guide"]),  # last, since provenance grows on it in Nodes 2.0
             (320, ["lora", "preview vae", "shortcut", "chosen", "guider", "noise", "sampler"]),
             (400, ["decode", "save", "report", "previews"]),
         ],

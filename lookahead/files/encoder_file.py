@@ -19,7 +19,7 @@ from torch import Tensor
 from ..method.kv_encoder import EXPORTED, KV_ENCODER, KV_EXPORT, TUNED
 from ..method.resampler import ResamplerSizes
 from .block_names import ip_adapter_key
-from .metadata import check_metadata, short, stated
+from .metadata import check_metadata, shown, stated
 from .tensors import LARGEST, EncoderFileError, check_numbers, check_plain, read_tensors, write_tensors
 
 __all__ = [
@@ -205,8 +205,8 @@ def provenance(file: EncoderFile) -> str:
     ]
     fields = [k for k in METADATA_FIELDS if k not in ("format", "format_version", "tokens")]
     fields += sorted(k for k in file.metadata if k.startswith("modelspec."))
-    shown = [f"{METADATA_FIELDS.get(k, k)}: {short(file.metadata[k], 2000)}" for k in fields if file.metadata.get(k)]
-    return "\n".join(lines + (shown or [PROVENANCE_UNKNOWN]))
+    told = [f"{METADATA_FIELDS.get(k, k)}: {shown(file.metadata, k)}" for k in fields if file.metadata.get(k)]
+    return "\n".join(lines + (told or [PROVENANCE_UNKNOWN]))
 
 
 def _check_values(tensors: Mapping[str, Tensor], name: str) -> None:

@@ -8,6 +8,8 @@ from .tensors import LARGEST, EncoderFileError
 
 LARGEST_SIZE = 4096  # pixels, as the nodes' own input has it
 LONGEST_PROMPT = 2000  # characters
+#: Of a value in a node's text, in characters; of a whole configuration the beginning, else it fills the page
+LONGEST_SHOWN, LONGEST_CONFIG_SHOWN = 2000, 100
 
 
 def check_metadata(metadata: Mapping[str, str], name: str) -> None:
@@ -40,6 +42,11 @@ def check_metadata(metadata: Mapping[str, str], name: str) -> None:
 def short(text: str, most: int = 40) -> str:
     """A text for a sentence: no longer than `most` characters, and three dots."""
     return text if len(text) <= most else f"{text[:most]}..."
+
+
+def shown(metadata: Mapping[str, str], key: str) -> str:
+    """A value as a node tells it: no longer than can be read there."""
+    return short(metadata[key], LONGEST_CONFIG_SHOWN if key == "config" else LONGEST_SHOWN)
 
 
 def stated(metadata: Mapping[str, str], key: str) -> str:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..method.noise_guide import NoiseGuide, NoiseGuideSizes
 from .atomic import first_line
-from .metadata import short, stated
+from .metadata import shown, stated
 from .tensors import LARGEST, EncoderFileError, check_numbers, read_tensors, write_tensors
 
 FORMAT, VERSION = "lcm-lookahead-noise-guide", "2"  # (of version 1, which did not see the goal, none was trained)
@@ -68,8 +68,8 @@ class NoiseGuideFile:
         lines = [f"{self.name}: noise guide, {numbers / 1e6:.1f} million weights"]
         fields = [k for k in NOISE_GUIDE_FIELDS if k not in ("format", "format_version")]
         fields += sorted(k for k in self.metadata if k.startswith("modelspec."))
-        shown = [(NOISE_GUIDE_FIELDS.get(k, k), self.metadata[k]) for k in fields if self.metadata.get(k)]
-        return "\n".join([*lines, *(f"{what}: {short(text, 2000)}" for what, text in shown)])
+        known = (k for k in fields if self.metadata.get(k))
+        return "\n".join([*lines, *(f"{NOISE_GUIDE_FIELDS.get(k, k)}: {shown(self.metadata, k)}" for k in known)])
 
 
 def write(path: str | os.PathLike[str], guide: NoiseGuide, signature: Tensor, metadata: Mapping[str, str]) -> None:

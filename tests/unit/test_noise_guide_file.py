@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from lcm_lookahead.lookahead.files import noise_guide_file
+from lcm_lookahead.lookahead.files import encoder_file, noise_guide_file
 from lcm_lookahead.lookahead.files.tensors import EncoderFileError, read_tensors
 from lcm_lookahead.lookahead.method.noise_guide import NoiseGuide, NoiseGuideSizes
+from lcm_lookahead.tools.common import ROOT
 from safetensors.torch import save_file
 
 ABOUT = {"start": "0.12", "end": "0.2", "recogniser": "w600k.onnx", "base_model": "mini", "modelspec.title": "mine"}
@@ -33,6 +34,14 @@ def test_a_guide_that_is_written_reads_back(guide, path, tmp_path):
     assert torch.equal(file.signature, SIGNATURE) and not any(p.requires_grad for p in file.network.parameters())
     assert "w600k.onnx" in file.provenance() and "title: mine" in file.provenance()
     assert [p.name for p in tmp_path.iterdir()] == ["guide.safetensors"]
+
+
+def test_the_shipped_guides_and_encoders_say_where_they_come_from_in_what_a_node_has_room_for():
+    """Of a training's whole configuration only how it begins."""
+    folder = ROOT / "mini" / "trained"
+    guide = noise_guide_file.read(folder / "mini_noise_guide.safetensors").provenance()
+    encoder = encoder_file.provenance(encoder_file.read(folder / "mini_encoder.safetensors"))
+    assert all('training configuration: {"name": "mini_' in text and len(text) < 1000 for text in (guide, encoder))
 
 
 def test_another_recogniser_is_refused_and_the_same_by_another_name_is_not(path):
