@@ -36,8 +36,8 @@ class RunReport:
 
     previews: by name those before and after the first and the last guided step, latents [n, c, h, w] that are decoded
     when somebody looks: a decoder takes as long as several steps; decode: latents to IMAGE; notes: what the user should
-    know of the run, a sentence each; start: what the best of several noises gained; kept: which iterate of a step the
-    run went on from, best or last.
+    know of the run, a sentence each; start: what the best of several noises gained; began: what moved the noise before
+    all iterations; kept: which iterate of a step the run went on from, best or last.
     """
 
     loss: str
@@ -46,6 +46,7 @@ class RunReport:
     previews: list[tuple[str, Tensor]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     start: str = ""
+    began: str = ""
     kept: str = ""
 
     def add(self, name: str, latent: Tensor) -> None:
@@ -59,7 +60,7 @@ class RunReport:
 
     def text(self) -> str:
         """A line for each guided step: the mean loss before and after. Then what else is to be said, a line each."""
-        lines = [self.start] if self.start else []
+        lines = [line for line in (self.start, self.began) if line]
         for step in dict.fromkeys(iterate.step for iterate in self.iterates):
             of_step = [iterate for iterate in self.iterates if iterate.step == step]
             means = [mean(iterate.losses) for iterate in of_step]

@@ -221,6 +221,8 @@ class GuidedRun:
             place = nn.functional.interpolate(head, preview.shape[-2:], mode="area")
             place = place if mask is None else mask * place
             goal = self.previewer.encode(goal)
+            what = f"faces give way to the reference's by {lean:g}" if guide is None else f"moved by {guide.file.name}"
+            self.report.began = f"step {step.number + 1} (sigma {step.sigma:.3g}): {what}"
             if guide is None:
                 return lean_towards(z, preview, goal, share, lean, place)
             warn_of_level(guide, self.guider.inner_model.model_sampling, step.sigma)

@@ -69,7 +69,8 @@ def test_a_run_that_leans_decodes_one_preview_and_its_report_shows_the_others_wh
     (other,) = without.runs.values()
     assert relative(known[0], other.previews[0][1]) < 1e-5 and relative(known[1], known[0]) > 0.01
     decoded.clear()
-    previews = pack.nodes["LookaheadGuidanceReport"].execute({"samples": leaned}, report).result[1]
+    _, previews, text = pack.nodes["LookaheadGuidanceReport"].execute({"samples": leaned}, report).result
+    assert text == "step 1 (sigma 14.6): faces give way to the reference's by 0.3"
     assert previews.shape == (4, 64, 64, 3) and sum(decoded) == 4
     assert relative(previews[:2], vae.decode(known[0])) < 1e-5
 
