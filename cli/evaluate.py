@@ -89,7 +89,7 @@ def evaluate(
         typer.Option(
             help="Of a study: held-out people (with --people pairs of them, with --concepts things and people) to "
             "draw, at least 10 (--concepts 6).",
-            show_default="100; with --null-text 10, --knobs or --layers 20, --guidance, --presets or --encoders 96, "
+            show_default="100; with --knobs, --null-text or --layers 20, --guidance, --presets or --encoders 96, "
             "--people 48, --concepts 144",
         ),
     ] = None,

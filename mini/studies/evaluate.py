@@ -14,7 +14,7 @@ PEOPLE = {
     "guidance": 96,
     "presets": 96,
     "encoders": 96,
-    "null-text": 10,
+    "null-text": 20,
     "people": 48,
     "layers": 20,
     "concepts": 144,

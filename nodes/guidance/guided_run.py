@@ -119,9 +119,7 @@ class GuidedRun:
                 moved = self._optimise(x, call, conds, step)
             x.copy_(moved)  # here, in the host's own mode: x is an inference tensor
         # Both with the few-step LoRA at its full strength, whatever the iterations drew.
-        known = {"before": self._before}
-        for when, state in (("before", before), ("after", x)):
-            latent = known.get(when)
+        for when, state, latent in (("before", before, self._before), ("after", x, None)):
             latent = self.previewer.preview(state, call, conds) if latent is None else latent
             self.report.add(f"step {step.number + 1}, {when}", self.previewer.for_vae(latent))
 

@@ -3,17 +3,7 @@
 import pytest
 import torch
 from lcm_lookahead.mini.studies import people
-
-
-def files_of(nodes, link):
-    """The files that a batch of pictures is of, in order."""
-    inputs = nodes[link[0]]["inputs"]
-    return (
-        [inputs["image"]]
-        if "image" in inputs
-        else [*files_of(nodes, inputs["image1"]), *files_of(nodes, inputs["image2"])]
-    )
-
+from picture_files import files_of
 
 LEFT, RIGHT = ["a.png", "b.png"], ["c.png", "d.png"]
 

@@ -2,14 +2,7 @@
 
 import pytest
 from lcm_lookahead.host.graph import Graph
-
-
-def files_of(graph, link):
-    """The files that a batch of pictures is of, in order."""
-    node = graph[link[0]]
-    if node["class_type"] == "LoadImage":
-        return [node["inputs"]["image"]]
-    return files_of(graph, node["inputs"]["image1"]) + files_of(graph, node["inputs"]["image2"])
+from picture_files import files_of
 
 
 def test_several_batches_of_pictures_keep_their_own_files():
