@@ -66,6 +66,10 @@ def evaluate(
     layers: Annotated[
         bool, typer.Option("--layers", help="Study the presets by layer, and AdaIN in KV injection, instead.")
     ] = False,
+    reference_presets: Annotated[
+        bool,
+        typer.Option("--reference-presets", help="Study the presets of the image prompt and of the guider instead."),
+    ] = False,
     concepts: Annotated[
         bool, typer.Option("--concepts", help="Study concept encoders (DATE) against tuning without one instead.")
     ] = False,
@@ -89,14 +93,15 @@ def evaluate(
         typer.Option(
             help="Of a study: held-out people (with --people pairs of them, with --concepts things and people) to "
             "draw, at least 10 (--concepts 6).",
-            show_default="100; with --knobs, --null-text or --layers 20, --guidance, --presets or --encoders 96, "
-            "--people 48, --concepts 144",
+            show_default="100; with --knobs, --null-text or --layers 20, --reference-presets 24, --guidance, --presets "
+            "or --encoders 96, --people 48, --concepts 144",
         ),
     ] = None,
     first: Annotated[
         int,
         typer.Option(
-            help="With --encoders, --guidance, --presets, --people: number of the first of the people, from 0."
+            help="With --encoders, --guidance, --presets, --people, --reference-presets: number of the first of the "
+            "people, from 0."
         ),
     ] = 0,
     out: Annotated[
@@ -118,6 +123,7 @@ def evaluate(
         "encoders": encoders,
         "null-text": null_text,
         "layers": layers,
+        "reference-presets": reference_presets,
         "concepts": concepts,
     }
     chosen = [name for name, on in studies.items() if on]

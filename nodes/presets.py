@@ -10,6 +10,10 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from comfy_api.latest import io
+
+AS_SET = "as set below"  # no preset: the node's own numbers
+
 
 def told_to_the_page(
     numbers: Mapping[str, Mapping[str, Any]], beyond: Mapping[str, Sequence[str]] | None = None
@@ -23,6 +27,22 @@ def told_to_the_page(
         "lookahead_presets": {name: dict(values) for name, values in numbers.items()},
         "lookahead_beyond": {name: ", ".join(words) for name, words in (beyond or {}).items() if words},
     }
+
+
+def preset_input(numbers: Mapping[str, Mapping[str, Any]], tooltip: str) -> io.Input:
+    """The input by which a preset is chosen. Files keep values by place, so in a node that has had others it stands
+    last; files from before it mean their numbers."""
+    options = [AS_SET, *numbers]
+    more = told_to_the_page(numbers)
+    return io.Combo.Input("preset", options=options, default=AS_SET, optional=True, extra_dict=more, tooltip=tooltip)
+
+
+def acting(node: str, preset: str, presets: Mapping[str, Mapping[str, float]], own: Mapping[str, float]) -> list[float]:
+    """The numbers by which a node acts: those of its preset, and without one its own."""
+    if preset not in presets:
+        return list(own.values())
+    log_ignored(node, preset, presets[preset], own)
+    return [presets[preset][name] for name in own]
 
 
 def log_ignored(node: str, preset: str, numbers: Mapping[str, Any], given: Mapping[str, Any]) -> None:

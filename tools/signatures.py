@@ -74,7 +74,7 @@ def broken(recorded: Mapping[str, Signature], now: Mapping[str, Signature]) -> l
             for place, before in enumerate(old[kind]):
                 after = new[kind][place] if place < len(new[kind]) else None
                 what = f"{kind[:-1]} {place} of {name}, {before[0]!r},"
-                if after is None or after[:2] != before[:2]:
+                if after is None or not _fits(before, after, kind):
                     found.append(f"{what} of type {before[1]}, is now {'gone' if after is None else after[:2]}")
                 elif kind == "inputs":
                     if (before[2], after[2]) == ("optional", "required"):
@@ -87,6 +87,12 @@ def broken(recorded: Mapping[str, Signature], now: Mapping[str, Signature]) -> l
             if one[2] == "required"
         ]
     return found
+
+
+def _fits(before: list[Any], after: list[Any], kind: str) -> bool:
+    """Says whether links and values of before go on: a socket of an input may come to take more types."""
+    types = [set(str(one[1]).split(",")) for one in (before, after)]
+    return before[0] == after[0] and (types[0] == types[1] or (kind == "inputs" and types[0] < types[1]))
 
 
 def read() -> dict[str, Signature]:

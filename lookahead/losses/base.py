@@ -36,6 +36,11 @@ class Loss(Protocol):
 class Showing(Protocol):
     """A loss that can show what it asks for: its references, put into a preview."""
 
+    @property
+    def shows(self) -> bool:
+        """Says whether it has pictures to show."""
+        ...
+
     def shown(self, preview: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Puts references where previews [n, 3, h, w] in [-1, 1] have what is compared with them: pictures of that
         shape and range, and where these count, [n, 1, h, w] in [0, 1] (nowhere, where nothing was found).
@@ -47,9 +52,8 @@ class Showing(Protocol):
 
 def showing_in(loss: Loss) -> Showing | None:
     """Finds what can show what a loss asks for: the loss itself, or the first of those that it combines."""
-    if isinstance(loss, Combined):
-        return next((part for weight, part in loss.parts if weight and isinstance(part, Showing)), None)
-    return loss if isinstance(loss, Showing) else None
+    parts = loss.parts if isinstance(loss, Combined) else ((1.0, loss),)
+    return next((part for weight, part in parts if weight and isinstance(part, Showing) and part.shows), None)
 
 
 def bind_rng(loss: Loss, generator: torch.Generator) -> Loss:

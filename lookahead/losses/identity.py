@@ -21,6 +21,7 @@ from ..vision.faces import (
     nearest,
     rescale_landmarks,
     samples_for,
+    template,
     usable,
 )
 from .base import clamp_preview, select_references
@@ -70,9 +71,17 @@ class FaceReferences:
     """The m people with whom an identity loss compares."""
 
     embeddings: Tensor  # [m, d], of unit length
-    points: Tensor  # [m, 5, 2], where the face was
-    sizes: Tensor  # int64 [m, 2], height and width of the picture that it was in
+    points: Tensor | None = None  # [m, 5, 2], where the face was; None where no picture is known
+    sizes: Tensor | None = None  # int64 [m, 2], height and width of the picture that it was in, or None likewise
     pictures: tuple[Tensor, ...] = ()  # those pictures [3, h, w] in [0, 1], m of them, or none where nobody leans
+
+    def place(self, row: int, size: tuple[int, int]) -> Tensor:
+        """Says where a row's face would be in a picture of height and width `size`: landmarks [5, 2]."""
+        if self.points is None or self.sizes is None:
+            return template(min(size))  # any place where a crop can be cut
+        m = row % len(self.points)
+        height, width = self.sizes[m].tolist()
+        return rescale_landmarks(self.points[m], (height, width), size)
 
 
 def read_references(
@@ -111,6 +120,7 @@ def read_references(
 def put_in_place(references: FaceReferences, row: int, to: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     """A row's reference with its face where landmarks `to` [5, 2] are: [3, H, W] in [0, 1] of the height, width and
     device of pictures `like`, and where its head is, [1, H, W] in [0, 1]."""
+    assert references.points is not None  # who has pictures knows where the faces are in them
     m, size = row % len(references.points), (like.shape[-2], like.shape[-1])
     goal, covered = moved_onto(references.pictures[m].to(like.device), references.points[m], to, size)
     return goal.to(like), (head_around(to, size).to(covered) * covered).to(like)
@@ -172,6 +182,11 @@ class IdentityLoss:
         valid = valid.to(values.device)
         return torch.where(valid, values, 0.0), valid
 
+    @property
+    def shows(self) -> bool:
+        """Says whether it has pictures of its references."""
+        return bool(self.references.pictures)
+
     @torch.no_grad()
     def shown(self, preview: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The references in the place of the faces of previews: see `base.Showing`."""
@@ -195,10 +210,7 @@ class IdentityLoss:
             if faces:
                 last = (max(faces, key=area) if last is None else nearest(faces, last)).points
                 memory.places[row] = last
-            valid.append(bool(faces) or self.fallback == REFERENCE or (self.fallback == LAST and last is not None))
-            if last is None:
-                m = row % len(references.points)
-                height, width = references.sizes[m].tolist()
-                last = rescale_landmarks(references.points[m], (height, width), size)
-            points.append(last)
+            placed = self.fallback == REFERENCE and references.points is not None
+            valid.append(bool(faces) or placed or (self.fallback != NONE and last is not None))
+            points.append(references.place(row, size) if last is None else last)
         return torch.stack(points), torch.tensor(valid)

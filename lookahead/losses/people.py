@@ -120,6 +120,11 @@ class PeopleLoss:
         valid = torch.tensor([bool(places) for places in whose], device=pictures.device)
         return torch.where(valid, values.mean(1), 0.0), valid
 
+    @property
+    def shows(self) -> bool:
+        """Says whether it has pictures of everybody."""
+        return all(person.pictures for person in self.people)
+
     @torch.no_grad()
     def shown(self, preview: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The references of all people in the places of their faces in previews: see `base.Showing`."""

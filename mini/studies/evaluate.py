@@ -17,9 +17,16 @@ PEOPLE = {
     "null-text": 20,
     "people": 48,
     "layers": 20,
+    "reference-presets": 24,
     "concepts": 144,
 }  # by study, how many unless said
-FROM_ANYONE = ("encoders", "guidance", "presets", "people")  # people of these may be others than the first ones
+FROM_ANYONE = (
+    "encoders",
+    "guidance",
+    "presets",
+    "people",
+    "reference-presets",
+)  # people of these may be others than the first ones
 FEWEST = 10  # fewer make no interval, and a draw may hold one person alone
 FEWEST_CONCEPTS = 6  # of these a study is tried with
 
@@ -114,6 +121,10 @@ def evaluate(
         from . import layers
 
         layers.evaluate(references, out)
+    elif study == "reference-presets":
+        from . import reference_presets
+
+        reference_presets.evaluate(references, out, first)
     elif study == "concepts":
         from . import concepts as of_concepts
 

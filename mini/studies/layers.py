@@ -9,17 +9,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from ...evaluation import paired
-from ...evaluation.stats import share
 from ...lookahead.method.layer_weights import BOTH as STYLE_AND_COMPOSITION
 from ...lookahead.method.layer_weights import COMPOSITION, EVEN, LIKENESS
 from ...lookahead.method.layer_weights import STYLE as STYLE_LAYER
-from ..files.weights import evaluators
-from ..world.faces import STYLES as ALL_STYLES
+from .against import COLOUR, compared, marked, measured
 from .drawing import KV, MEASURED_WITH, NO_ADAIN, TO_PICTURE, TO_REFERENCE, ReferenceArm, draw
 from .study import SIMILARITY, STYLE, Table, render, sheet, write_page
 
@@ -46,7 +41,6 @@ AGAINST = {name: EVEN for name in LAYERS if name != EVEN} | {
 }
 NOTHING = "nothing"
 STYLES = ("photo", "comic")
-COLOUR = "distance of the mean colour to the reference's"
 
 
 def measure(faces: Tensor, drawn: Mapping[str, Tensor]) -> Table:
@@ -54,29 +48,8 @@ def measure(faces: Tensor, drawn: Mapping[str, Tensor]) -> Table:
 
     faces: [n, 3, H, W]; drawn: [n, styles, 3, H, W], both in [0, 1].
     """
-    recogniser, scorer = evaluators()
-    asked = torch.tensor([ALL_STYLES.index(style) for style in STYLES])
-    values: dict[str, dict[str, Tensor]] = {}
-    with torch.no_grad():
-        targets = recogniser.embed(faces)
-        for arm, pictures in drawn.items():
-            flat = pictures.flatten(0, 1)
-            own = (recogniser.embed(flat).unflatten(0, pictures.shape[:2]) * targets[:, None]).sum(-1)
-            hits = (scorer(flat)[0].argmax(1).unflatten(0, pictures.shape[:2]) == asked).float()
-            colour = (pictures.mean((-2, -1)) - faces.mean((-2, -1))[:, None]).norm(dim=-1)
-            values[arm] = {SIMILARITY: own, STYLE: hits, COLOUR: colour}
-    figures = {arm: {name: share(value) for name, value in of_arm.items()} for arm, of_arm in values.items()}
-    for arm, other in AGAINST.items():
-        figures[f"{arm} - {other}"] = {
-            name: paired.difference(_by_person(value), _by_person(values[other][name]))
-            for name, value in values[arm].items()
-        }
-    return figures
-
-
-def _by_person(value: Tensor) -> paired.Column:
-    """The mean over the styles of values [n, styles], [n] in float64."""
-    return np.asarray(value.mean(1).double().numpy())
+    values = measured(faces, drawn, [STYLES] * len(faces))
+    return compared(values, {f"{arm} - {other}": (arm, other) for arm, other in AGAINST.items()})
 
 
 def page(figures: Table, references: int) -> str:
@@ -85,8 +58,7 @@ def page(figures: Table, references: int) -> str:
     def gain(arm: str, name: str) -> str:
         if arm not in AGAINST:
             return ""
-        found = figures[f"{arm} - {AGAINST[arm]}"][name]
-        return f"{found}{'*' if found.low > 0 or found.high < 0 else ''}"
+        return marked(figures, f"{arm} - {AGAINST[arm]}", name)
 
     return render(
         "layers.md.jinja",

@@ -12,16 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from ...evaluation import paired
-from ...evaluation.stats import share
 from ...lookahead.method.guidance_presets import BALANCED, INSTANT
-from ..files.weights import evaluators
-from ..world.faces import STYLES as ALL_STYLES
 from . import guidance
+from .against import compared, marked, measured
 from .drawing import BOTH, MEASURED_WITH, ReferenceArm, draw
 from .guidance import GuidanceArm
 from .study import SIMILARITY, STYLE, Table, render, sheet, write_page
@@ -56,28 +51,9 @@ def measure(faces: Tensor, drawn: Mapping[str, Tensor], arms: Sequence[str], sty
     faces: [n, 3, H, W]; drawn: by `with_both` [n, pictures, 3, H, W], both in [0, 1]; styles: those that the prompts
     ask for, by person and picture.
     """
-    recogniser, scorer = evaluators()
-    asked = torch.tensor([[ALL_STYLES.index(style) for style in of_person] for of_person in styles])
-    values: dict[str, dict[str, Tensor]] = {}
-    with torch.no_grad():
-        targets = recogniser.embed(faces)
-        for arm, pictures in drawn.items():
-            flat, shape = pictures.flatten(0, 1), pictures.shape[:2]
-            own = (recogniser.embed(flat).unflatten(0, shape) * targets[:, None]).sum(-1)
-            hits = (scorer(flat)[0].argmax(1).unflatten(0, shape) == asked).float()
-            values[arm] = {SIMILARITY: own, STYLE: hits}
-    figures = {arm: {name: share(value) for name, value in of_arm.items()} for arm, of_arm in values.items()}
-    for arm in arms:
-        empty, zeros = (values[f"{arm}, {text}"] for text in NULL_TEXTS)
-        figures[change_of(arm)] = {
-            name: paired.difference(_by_person(zeros[name]), _by_person(empty[name])) for name in empty
-        }
-    return figures
-
-
-def _by_person(value: Tensor) -> paired.Column:
-    """The mean over the pictures of values [n, pictures], [n] in float64."""
-    return np.asarray(value.mean(1).double().numpy())
+    found = measured(faces, drawn, styles)
+    values = {arm: {name: of_arm[name] for name in (SIMILARITY, STYLE)} for arm, of_arm in found.items()}
+    return compared(values, {change_of(arm): (f"{arm}, {ZEROS}", f"{arm}, {EMPTY}") for arm in arms})
 
 
 def page(figures: Table, references: int, guided: range = GUIDED_PEOPLE) -> str:
@@ -90,7 +66,7 @@ def page(figures: Table, references: int, guided: range = GUIDED_PEOPLE) -> str:
         return found.low > 0 or found.high < 0
 
     def change(arm: str, name: str) -> str:
-        return f"{figures[change_of(arm)][name]}{'*' if is_beyond(arm, name) else ''}"
+        return marked(figures, change_of(arm), name)
 
     def within(of: Sequence[str], name: str) -> float:
         """The smallest hundredth that no change of these arms reaches, by their intervals."""

@@ -8,6 +8,8 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
+from ...lookahead.method.reference_presets import IMAGE_PROMPT as PRESETS
+from ..presets import AS_SET, acting, preset_input
 from ..reference.encoder import LoadedEncoder
 from ..reference.subject import Reference
 from ..schema import schema
@@ -99,6 +101,12 @@ class LookaheadApplyImagePrompt(io.ComfyNode):
                     tooltip="Scale of the LoRA that an IP-Adapter FaceID brings in its file, 0 to 2: 1 as in training. "
                     "Other encoders have none.",
                 ),
+                preset_input(
+                    PRESETS,
+                    "How much of the person against how much of the prompt, written into weight, start and end: "
+                    "likeness is a weight of 1, balanced 0.75, style 0.5. A field that you change goes back to as set "
+                    "below.",
+                ),
             ],
             outputs=[
                 io.Model.Output("MODEL", display_name="model", tooltip="The model with the image prompt applied."),
@@ -116,7 +124,10 @@ class LookaheadApplyImagePrompt(io.ComfyNode):
         mask: Tensor | None = None,
         weights: WeightFactors | None = None,
         lora_weight: float = 1.0,
+        preset: str = AS_SET,
     ) -> io.NodeOutput:
+        given = {"weight": weight, "start": start, "end": end}
+        weight, start, end = acting("Apply Lookahead Image Prompt", preset, PRESETS, given)
         if start > end:
             raise ValueError(f"The start ({start}) is later than the end ({end}): set an end that is not before it.")
         attentions = cross_attentions(model)

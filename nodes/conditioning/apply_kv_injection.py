@@ -8,6 +8,8 @@ import math
 from comfy_api.latest import io, ui
 from torch import Tensor
 
+from ...lookahead.method.reference_presets import KV_INJECTION as PRESETS
+from ..presets import AS_SET, acting, preset_input
 from ..reference.subject import Reference, Subject
 from ..schema import schema
 from ..sockets import REFERENCE, WEIGHTS
@@ -89,6 +91,7 @@ class LookaheadApplyKVInjection(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "noise",
+                    display_name="reference noise",
                     options=[SHARED, FIXED],
                     default=SHARED,
                     advanced=True,
@@ -98,6 +101,7 @@ class LookaheadApplyKVInjection(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "noise_seed",
+                    display_name="reference noise seed",
                     default=0,
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
@@ -107,6 +111,7 @@ class LookaheadApplyKVInjection(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "cache_gb",
+                    display_name="cache in GB",
                     default=2.0,
                     min=0.0,
                     max=1024.0,
@@ -140,6 +145,7 @@ class LookaheadApplyKVInjection(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "renew",
+                    display_name="renew every",
                     default=1,
                     min=1,
                     max=100,
@@ -157,6 +163,12 @@ class LookaheadApplyKVInjection(io.ComfyNode):
                     advanced=True,
                     tooltip="Precision in which the reference is read and kept. 8 bit takes half of the cache that 16 "
                     "bit take, and changes the picture very little. full is the model's own.",
+                ),
+                preset_input(
+                    PRESETS,
+                    "How much of the reference against how much of the prompt's style, written into weight, start and "
+                    "end: likeness acts to the end (1), balanced to 0.4, style to 0.2. A field that you change goes "
+                    "back to as set below.",
                 ),
             ],
             outputs=[
@@ -181,7 +193,10 @@ class LookaheadApplyKVInjection(io.ComfyNode):
         adain: str = NO_ADAIN,
         renew: int = 1,
         precision: str = FULL,
+        preset: str = AS_SET,
     ) -> io.NodeOutput:
+        given = {"weight": weight, "start": start, "end": end}
+        weight, start, end = acting("Apply Lookahead KV Injection", preset, PRESETS, given)
         if start > end:
             raise ValueError(f"The start ({start}) is later than the end ({end}): set an end that is not before it.")
         everything = self_attentions(model)

@@ -12,24 +12,12 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ...lookahead.method.guidance import three_scale_guidance
-from ..presets import log_ignored, told_to_the_page
+from ...lookahead.method.reference_presets import GUIDER as PRESETS
+from ..presets import AS_SET, acting, preset_input
 from ..schema import schema
 from .kv_injection import ActiveKVInjection
 from .rows import When
 from .wrappers import EffectContext, with_conds
-
-AS_SET = "as set below"
-PRESETS = {  # text, full, kv
-    AS_SET: None,
-    "paper": (3.0, 2.0, 2.0),
-    "more likeness": (2.0, 4.0, 2.0),
-    "more prompt": (4.0, 1.5, 0.5),
-    "faster": (3.0, 3.0, 0.0),
-    "without KV": (5.0, 0.0, 0.0),
-}
-
-
-NUMBERS = {name: dict(zip(("text", "full", "kv"), scales, strict=True)) for name, scales in PRESETS.items() if scales}
 
 
 class ThreeScaleGuider(comfy.samplers.CFGGuider):
@@ -120,8 +108,9 @@ class LookaheadGuider(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        def scale(name: str, default: float, tooltip: str) -> io.Float.Input:
-            return io.Float.Input(name, default=default, min=0.0, max=30.0, step=0.1, round=0.01, tooltip=tooltip)
+        def scale(name: str, label: str, default: float, tooltip: str) -> io.Float.Input:
+            within = {"min": 0.0, "max": 30.0, "step": 0.1, "round": 0.01}
+            return io.Float.Input(name, display_name=label, default=default, tooltip=tooltip, **within)
 
         return schema(
             node_id="LookaheadGuider",
@@ -129,7 +118,7 @@ class LookaheadGuider(io.ComfyNode):
             category="lookahead/sampling",
             description="Guidance with three scales, for SamplerCustomAdvanced: how much the prompt counts without and "
             "with the KV injection, and how much the KV injection itself. Without a KV injection it is the usual "
-            "guidance at text + full.",
+            "guidance at the sum of the first two.",
             search_aliases=["cfg guider", "guidance", "three scale", "kv guidance"],
             inputs=[
                 io.Model.Input("model", tooltip="The model, with KV injection and image prompt applied."),
@@ -137,29 +126,28 @@ class LookaheadGuider(io.ComfyNode):
                 io.Conditioning.Input("negative", tooltip="The negative prompt: what it should not show."),
                 scale(
                     "text",
+                    "text scale",
                     3.0,
                     "Guidance scale of prompt and image prompt without the KV injection: raise it when the picture "
                     "ignores the prompt's style. 0 saves one evaluation a step.",
                 ),
                 scale(
                     "full",
+                    "text + KV scale",
                     2.0,
                     "Guidance scale of prompt and image prompt together with the KV injection: raise it for likeness. "
                     "0 saves one evaluation a step.",
                 ),
                 scale(
                     "kv",
+                    "KV scale",
                     2.0,
                     "Guidance scale of the KV injection without any prompt: raise it to bring in the reference as it "
                     "is, lower it for freedom. 0 saves one evaluation and half of the reference pass a step.",
                 ),
-                io.Combo.Input(
-                    "preset",
-                    options=list(PRESETS),
-                    default=AS_SET,
-                    optional=True,
-                    extra_dict=told_to_the_page(NUMBERS),
-                    tooltip="Known good scales (text, full, kv), written into the fields above: paper 3, 2, 2; more "
+                preset_input(
+                    PRESETS,
+                    "Known good scales (text, text + KV, KV), written into the fields above: paper 3, 2, 2; more "
                     "likeness 2, 4, 2; more prompt 4, 1.5, 0.5; faster 3, 3, 0; without KV 5, 0, 0. A field that you "
                     "change goes back to as set below.",
                 ),
@@ -204,9 +192,8 @@ class LookaheadGuider(io.ComfyNode):
     ) -> io.NodeOutput:
         if start > end:
             raise ValueError(f"The start ({start}) is later than the end ({end}): set an end that is not before it.")
-        if preset in NUMBERS:
-            log_ignored("Lookahead Guider", preset, NUMBERS[preset], {"text": text, "full": full, "kv": kv})
+        text, full, kv = acting("Lookahead Guider", preset, PRESETS, {"text": text, "full": full, "kv": kv})
         guider = ThreeScaleGuider(model)
         guider.set_conds(positive, negative)
-        guider.set_scales(*(PRESETS[preset] or (text, full, kv)), When(start, end))
+        guider.set_scales(text, full, kv, When(start, end))
         return io.NodeOutput(guider)

@@ -18,7 +18,7 @@ from ...lookahead.method.guidance_presets import PRESETS, GuidanceSettings
 from ...lookahead.method.latent_optimisation import RAW, RELATIVE, UNIT_RMS, Optimisation
 from ...lookahead.method.schedule import chosen_steps
 from ..losses.lookahead_loss import LookaheadLoss
-from ..presets import log_ignored, told_to_the_page
+from ..presets import AS_SET, log_ignored, told_to_the_page
 from ..schema import schema
 from ..sockets import GUIDANCE_REPORT, LOSS, NOISE_GUIDE, SHORTCUT
 from .guidance_report import GuidanceReport, keep
@@ -31,7 +31,6 @@ from .preview import Call
 from .sampler_steps import GuidedStep, guided_steps
 from .shortcut import Shortcut
 
-AS_SET = "as set below"  # no preset: the node's own numbers
 _NOTHING = "[LCM-Lookahead] no step of this run is guided: it ends at noise level %.3g, before start (%.3g)."
 
 
@@ -262,6 +261,7 @@ class LookaheadGuidanceSampler(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "clamp",
+                    display_name="largest move",
                     default=defaults.clamp,
                     min=0.0,
                     max=10.0,
@@ -271,6 +271,7 @@ class LookaheadGuidanceSampler(io.ComfyNode):
                 ),
                 io.Boolean.Input(
                     "keep_norm",
+                    display_name="keep noise strength",
                     default=defaults.keep_norm,
                     advanced=True,
                     tooltip="Keep the strength of the noise as it was. Off, pictures may get washed out or burnt.",
@@ -293,6 +294,7 @@ class LookaheadGuidanceSampler(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "time_travel",
+                    display_name="time travel",
                     default=0,
                     min=0,
                     max=20,
@@ -302,6 +304,7 @@ class LookaheadGuidanceSampler(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "jitter",
+                    display_name="LoRA jitter",
                     default=settings.jitter,
                     min=0.0,
                     max=0.9,
@@ -356,6 +359,7 @@ class LookaheadGuidanceSampler(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "best_of",
+                    display_name="best of N noises",
                     default=settings.best_of,
                     min=1,
                     max=1000,
@@ -367,6 +371,7 @@ class LookaheadGuidanceSampler(io.ComfyNode):
                 ),
                 io.Boolean.Input(
                     "backward",
+                    display_name="gradient through the network",
                     default=defaults.backward,
                     optional=True,
                     advanced=True,
@@ -377,12 +382,13 @@ class LookaheadGuidanceSampler(io.ComfyNode):
                     "noise_guide",
                     optional=True,
                     advanced=True,
-                    tooltip="From Load Lookahead Noise Guide: moves the noise in one pass, in the place of lean and "
-                    "before the iterations, or alone with preset off. The loss must be Lookahead Identity Loss, alone "
-                    "or combined.",
+                    tooltip="From Load Lookahead Noise Guide: moves the noise in one pass, in the place of the warm "
+                    "start and before the iterations, or alone with preset off. The loss must be Lookahead Identity "
+                    "Loss, alone or combined.",
                 ),
                 io.Float.Input(
                     "lean",
+                    display_name="warm start",
                     default=settings.lean,
                     min=0.0,
                     max=1.0,

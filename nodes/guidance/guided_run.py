@@ -209,7 +209,9 @@ class GuidedRun:
             return z
         showing = showing_in(self._loss) if guide is None else identity_in(self._loss)
         if showing is None:
-            self.report.notes.append("lean: nothing to lean to, since no part of the loss is likeness of a person")
+            self.report.notes.append(
+                "warm start: nothing to lean to, since no part of the loss has a picture of a person"
+            )
             return z
         self._lora_scale = torch.ones(len(z), device=z.device)
         with torch.no_grad(), self.previewer.installed():

@@ -15,8 +15,11 @@ from ...lookahead.vision.face_models import FaceModels
 from ...lookahead.vision.perceptual import BACKBONES
 from ..folders import file_names
 from ..reference.images import split_alpha
+from ..reference.known_faces import known_people
+from ..reference.subject import Reference
 from ..schema import schema
 from ..sockets import FACE_ANALYSIS, LOSS
+from ..sockets import REFERENCE as REFERENCE_SOCKET
 from .lookahead_loss import LookaheadLoss
 from .network import AVERAGE, EXTENSIONS, FOLDER, ONE_EACH, GradientPatcher, fingerprint
 
@@ -49,8 +52,22 @@ def open_recogniser(face_analysis: FaceModels, name: str) -> GradientPatcher:
     return patcher
 
 
-def read_person(patcher: GradientPatcher, face_analysis: FaceModels, image: Tensor, several: str) -> FaceReferences:
-    """Who is in IMAGE [n, H, W, 1 to 4]. Raises NoFaceError, one sentence."""
+def person_input(name: str, tooltip: str, optional: bool = False) -> io.Input:
+    """An input that takes a person as pictures or as a reference that knows their face."""
+    return io.MultiType.Input(
+        name,
+        types=[io.Image, REFERENCE_SOCKET],
+        optional=optional,
+        tooltip=f"{tooltip} Or a reference that knows its face, for example from Load Lookahead Reference.",
+    )
+
+
+def read_person(
+    patcher: GradientPatcher, face_analysis: FaceModels, image: Tensor | Reference, several: str
+) -> FaceReferences:
+    """Who is in IMAGE [n, H, W, 1 to 4], or whom a reference knows. Raises NoFaceError or ValueError, one sentence."""
+    if isinstance(image, Reference):
+        return known_people(image, patcher.model, several == AVERAGE)
     pictures = split_alpha(image)[0].movedim(-1, 1).clone().to(patcher.load_device)
     return read_references(patcher.model, face_analysis, list(pictures), several == AVERAGE)
 
@@ -99,7 +116,7 @@ def fingerprint_of_recogniser(name: str | None) -> str:
 
 
 class LookaheadIdentityLoss(io.ComfyNode):
-    """FACE_ANALYSIS, pictures of a person -> LOOKAHEAD_LOSS."""
+    """FACE_ANALYSIS, pictures of a person or a REFERENCE -> LOOKAHEAD_LOSS."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -121,10 +138,9 @@ class LookaheadIdentityLoss(io.ComfyNode):
             ],
             inputs=[
                 face_analysis_input(),
-                io.Image.Input(
+                person_input(
                     "image",
-                    tooltip="Who the picture should show: one picture, or several as a batch. The largest face of each "
-                    "counts.",
+                    "Who the picture should show: one picture, or several as a batch. The largest face of each counts.",
                 ),
                 io.Combo.Input(
                     "several",
@@ -136,6 +152,7 @@ class LookaheadIdentityLoss(io.ComfyNode):
                 recogniser_input(),
                 io.Combo.Input(
                     "no_face",
+                    display_name="if no face",
                     options=list(FALLBACKS),
                     default=next(iter(FALLBACKS)),
                     tooltip="Where the face of a preview is taken to be when none is found in it: where it was last, "
@@ -158,7 +175,7 @@ class LookaheadIdentityLoss(io.ComfyNode):
     def execute(
         cls,
         face_analysis: FaceModels,
-        image: Tensor,
+        image: Tensor | Reference,
         several: str = AVERAGE,
         recogniser: str = OF_THE_PACK,
         no_face: str = next(iter(FALLBACKS)),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from comfy_api.latest import io
 from torch import Tensor
@@ -17,6 +19,7 @@ from .identity_loss import (
     face_analysis_input,
     fingerprint_of_recogniser,
     open_recogniser,
+    person_input,
     read_person,
     recogniser_input,
     views_input,
@@ -29,16 +32,16 @@ MATCHINGS = {"by likeness": LIKENESS, "from left to right": ORDER}
 
 
 class LookaheadPeopleLoss(io.ComfyNode):
-    """FACE_ANALYSIS, pictures of each person, masks -> LOOKAHEAD_LOSS."""
+    """FACE_ANALYSIS, pictures of each person or a REFERENCE, masks -> LOOKAHEAD_LOSS."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         def person(number: int) -> io.Input:
-            return io.Image.Input(
+            return person_input(
                 f"person_{number}",
+                "Who one of the people in the picture should be: one picture, or several as a batch. The largest face "
+                "of each counts.",
                 optional=number > 2,
-                tooltip="Who one of the people in the picture should be: one picture, or several as a batch. The "
-                "largest face of each counts.",
             )
 
         def mask(number: int) -> io.Input:
@@ -99,7 +102,7 @@ class LookaheadPeopleLoss(io.ComfyNode):
         several: str = AVERAGE,
         recogniser: str = OF_THE_PACK,
         views: int = 0,
-        **given: Tensor | None,
+        **given: Any,
     ) -> io.NodeOutput:
         numbers = [number for number in PEOPLE if given.get(f"person_{number}") is not None]
         masks = tuple(checked_mask(number, given.get(f"mask_{number}")) for number in numbers)

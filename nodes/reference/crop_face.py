@@ -88,6 +88,7 @@ class LookaheadCropFace(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "if_none",
+                    display_name="if no face",
                     options=[ERROR, SKIP, WHOLE],
                     default=ERROR,
                     advanced=True,

@@ -8,13 +8,14 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ...lookahead.vision.face_models import FaceModels
-from ...lookahead.vision.faces import Face, align, area, template
+from ...lookahead.vision.faces import align, template
 from ..schema import schema
 from ..sockets import ENCODER, FACE_ANALYSIS, REFERENCE
 from .encode_reference import AVERAGE, ONE_EACH, TOGETHER, arranged, check_clip_vision, image_features
 from .encoder import LoadedEncoder, keys_values_of
 from .face_id_encoder import FaceIDEncoder
 from .images import clip_pixels, split_alpha
+from .known_faces import largest_faces
 from .subject import Reference, Subject
 
 CROP = 224  # pixels a side of the aligned face that the image encoder sees, as in training
@@ -103,17 +104,3 @@ class LookaheadEncodeFace(io.ComfyNode):
             recogniser=face_analysis.recogniser.name,
         )
         return io.NodeOutput(Reference((subject,)), crops)
-
-
-def largest_faces(face_analysis: FaceModels, pictures: Tensor) -> tuple[list[Face], Tensor]:
-    """The largest face of each picture [n, 3, h, w], and their embeddings [n, d].
-
-    Raises ValueError, one sentence, for a picture without one.
-    """
-    found = face_analysis.embed(pictures)
-    for number, faces in enumerate(found, 1):
-        if not faces:
-            which = "the picture" if len(found) == 1 else f"picture {number} of {len(found)}"
-            raise ValueError(f"No face was found in {which}: use one in which it is larger and seen from the front.")
-    largest = [max(faces, key=lambda one: area(one[0])) for faces in found]
-    return [face for face, _ in largest], torch.stack([embedding for _, embedding in largest])

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from ...lookahead.files.encoder_file import DEFAULT_KV_PROMPT, kv_prompt, reference_size
 from ...lookahead.method.layer_weights import numbers
+from ...lookahead.vision.face_models import FaceModels
 from ...lookahead.vision.images import centre_square
 from ..schema import schema
-from ..sockets import ENCODER, REFERENCE
+from ..sockets import ENCODER, FACE_ANALYSIS, REFERENCE
 from .encoder import LoadedEncoder, keys_values_of
 from .face_id_encoder import FaceIDEncoder
 from .images import CENTRE, PADDED, TOP, as_square, centre_square_masks, clip_pixels, join_masks, split_alpha
+from .known_faces import largest_faces
 from .kv_cache import KVCache
 from .subject import Reference, Subject
 
@@ -116,6 +118,13 @@ class LookaheadEncodeReference(io.ComfyNode):
                     tooltip="Square of a picture that is not square. centre and top cut it, about the centre or at the "
                     "top (a portrait keeps its hair); padded keeps all of it, and the padding counts as masked out.",
                 ),
+                FACE_ANALYSIS.Input(
+                    "face_analysis",
+                    optional=True,
+                    advanced=True,
+                    tooltip="From Load Lookahead Face Analysis: the reference then also knows whose face it is, for "
+                    "losses and scores and in a saved file. Else leave it open.",
+                ),
             ],
             outputs=[
                 REFERENCE.Output(
@@ -138,12 +147,18 @@ class LookaheadEncodeReference(io.ComfyNode):
         conditioning=None,
         picture_weights: str = "",
         square: str = CENTRE,
+        face_analysis: FaceModels | None = None,
     ) -> io.NodeOutput:
         if size and size < 64:
             raise ValueError(f"size is {size}, and a reference needs at least 64 pixels: use 0 for the encoder's own.")
         colour, alpha = split_alpha(image)
         shares = shares_of(picture_weights, len(colour), several)
         several = ONE_EACH if shares else several
+        face = recogniser = None
+        if face_analysis is not None:
+            face = largest_faces(face_analysis, colour.movedim(-1, 1))[1]
+            face = face.to(comfy.model_management.intermediate_device())
+            recogniser = face_analysis.recogniser
         colour, mask = as_square(colour, join_masks(colour, mask, alpha), square)
         tokens = null_tokens = keys_values = null_keys_values = None
         if encoder is not None and clip_vision is not None:
@@ -173,6 +188,8 @@ class LookaheadEncodeReference(io.ComfyNode):
             one_each=several == ONE_EACH,
             tokens=tokens,
             null_tokens=null_tokens,
+            face=face,
+            recogniser="" if recogniser is None else recogniser.name,
         )
         weighed = [one_picture(subject, number, share) for number, share in enumerate(shares) if share]
         return io.NodeOutput(Reference(tuple(weighed) or (subject,)))

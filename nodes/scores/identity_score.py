@@ -8,18 +8,19 @@ import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ...lookahead.losses.identity import embed, largest, read_references
+from ...lookahead.losses.identity import embed, largest
 from ...lookahead.vision.face_models import FaceModels
-from ..losses.identity_loss import OF_THE_PACK, load_recogniser, recogniser_files
+from ..losses.identity_loss import OF_THE_PACK, load_recogniser, person_input, read_person, recogniser_files
 from ..losses.network import AVERAGE, FOLDER, ONE_EACH, GradientPatcher, fingerprint
 from ..reference.images import split_alpha
+from ..reference.subject import Reference
 from ..schema import schema
 from ..sockets import FACE_ANALYSIS, SCORES
 from .scores import Scores
 
 
 class LookaheadIdentityScore(io.ComfyNode):
-    """Pictures, pictures of a person -> LOOKAHEAD_SCORES."""
+    """Pictures, pictures of a person or a REFERENCE -> LOOKAHEAD_SCORES."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -37,7 +38,7 @@ class LookaheadIdentityScore(io.ComfyNode):
                     tooltip="From Load Lookahead Face Analysis: finds the faces, and brings a recogniser.",
                 ),
                 io.Image.Input("image", tooltip="The pictures to judge. The largest face of each counts."),
-                io.Image.Input("reference", tooltip="Who they should show: one picture, or several as a batch."),
+                person_input("reference", "Who they should show: one picture, or several as a batch."),
                 io.Combo.Input(
                     "several",
                     options=[AVERAGE, ONE_EACH],
@@ -72,16 +73,16 @@ class LookaheadIdentityScore(io.ComfyNode):
         cls,
         face_analysis: FaceModels,
         image: Tensor,
-        reference: Tensor,
+        reference: Tensor | Reference,
         several: str = AVERAGE,
         recogniser: str = OF_THE_PACK,
     ) -> io.NodeOutput:
         with torch.inference_mode(False), torch.no_grad():
             patcher = GradientPatcher(load_recogniser(face_analysis, recogniser))
             comfy.model_management.load_model_gpu(patcher)
-            network, device = patcher.model, patcher.load_device
-            shown, wanted = (split_alpha(x)[0].movedim(-1, 1).clone().to(device) for x in (image, reference))
-            people = read_references(network, face_analysis, list(wanted), several == AVERAGE).embeddings
+            network = patcher.model
+            shown = split_alpha(image)[0].movedim(-1, 1).clone().to(patcher.load_device)
+            people = read_person(patcher, face_analysis, reference, several).embeddings
             values = []
             for number, (picture, faces) in enumerate(zip(shown, face_analysis(shown), strict=True)):
                 face = largest(faces)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 pytestmark = pytest.mark.contract
+PRESETS = ["likeness", "balanced", "style"]
 
 
 def test_models_that_are_not_sdxl_are_refused(mini, tools):
@@ -116,3 +117,27 @@ def test_a_new_node_begins_where_the_figures_are_better_and_an_old_api_graph_whe
     node = pack.nodes["LookaheadApplyImagePrompt"]
     (weight,) = [asked for asked in node.define_schema().inputs if asked.id == "weight"]
     assert weight.default == 0.75 and inspect.signature(node.execute).parameters["weight"].default == 1.0
+
+
+@pytest.mark.parametrize(
+    ("of", "node", "own"),
+    [
+        ("IMAGE_PROMPT", "LookaheadApplyImagePrompt", {"weight": 0.3, "end": 0.7}),
+        ("KV_INJECTION", "LookaheadApplyKVInjection", {"weight": 0.3, "end": 0.7}),
+    ],
+)
+def test_a_preset_takes_the_place_of_the_numbers_and_says_so(pack, mini, tools, caplog, of, node, own):
+    reference = tools.kv_reference(mini, tools.picture(1), encoder=tools.kv_encoder(mini))
+
+    def draw(**options):
+        model = tools.run(node, mini.model, reference, **options)
+        return tools.sample(model, mini.text(1), mini.text(2), torch.zeros(1, 4, 8, 8), steps=2)
+
+    presets = getattr(pack.module("lookahead.method.reference_presets"), of)
+    values = {asked.id: getattr(asked, "default", None) for asked in pack.nodes[node].define_schema().inputs}
+    assert {name: values[name] for name in presets["balanced"]} == presets["balanced"] and list(presets) == PRESETS
+    with caplog.at_level(logging.INFO):
+        assert torch.equal(draw(**own, preset="style"), draw(**presets["style"]))
+    said = [f"{name} {presets['style'][name]} (not {value})" for name, value in own.items()]
+    assert f"acts by its preset style: {', '.join(said)}." in caplog.text
+    assert torch.equal(draw(**own, preset="as set below"), draw(**own))

@@ -160,11 +160,12 @@ def test_areas_are_given_to_both_passes(model, watch, tiny, tools, texts):
 
 
 def test_presets_are_scales(pack, model, draw, tools, texts):
-    presets = pack.module("nodes.conditioning.guider").PRESETS
-    assert presets["paper"] == (3.0, 2.0, 2.0) and presets["as set below"] is None
-    for name, scales in presets.items():
-        guider = tools.three_scales(model, *texts, 1.5, 0.5, 0.25, preset=name)
-        assert (guider.text, guider.full, guider.kv) == (scales or (1.5, 0.5, 0.25))
+    own = {"text": 1.5, "full": 0.5, "kv": 0.25}
+    presets = pack.module("lookahead.method.reference_presets").GUIDER
+    assert list(presets["paper"].values()) == [3.0, 2.0, 2.0]
+    for name, scales in {"as set below": own, **presets}.items():
+        guider = tools.three_scales(model, *texts, *own.values(), preset=name)
+        assert {"text": guider.text, "full": guider.full, "kv": guider.kv} == scales
         assert guider.cfg == guider.text + guider.full
     out = tools.sample(
         model, *texts, torch.zeros(LATENT), steps=2, guider=tools.three_scales(model, *texts, preset="faster")

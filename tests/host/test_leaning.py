@@ -16,6 +16,8 @@ def vae(pack):
 class Wanted:
     """The distance to a picture, which it shows where the place is white."""
 
+    shows = True
+
     def __init__(self, place):
         self.picture = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(5)) * 2 - 1
         self.place = torch.ones(1, 64, 64) * place
@@ -130,5 +132,5 @@ def test_a_preset_of_ours_begins_early_where_the_loss_shows_nobody(pack, tools, 
     loss = pack.module("nodes.losses.lookahead_loss").LookaheadLoss(loss or colour, name="it")
     shortcut = tools.run("LookaheadShortcut", tools.with_lora(mini.model), vae)
     node, euler = pack.nodes["LookaheadGuidanceSampler"], comfy.samplers.sampler_object("euler")
-    sampler, _ = node.execute(euler, shortcut, loss, start=0.7, preset="gentle").result
+    sampler, _ = node.execute(euler, shortcut, loss, start=0.7, preset="balanced").result
     assert sampler.lookahead[0].settings.start == start

@@ -42,6 +42,8 @@ CHANGES = {
     "an input is required now": lambda s: s["LookaheadGuider"]["inputs"][6].__setitem__(2, "required"),
     "a new input is required": lambda s: s["LookaheadGuider"]["inputs"].append(["a", "INT", "required", "open"]),
     "an option is gone": lambda s: s["LookaheadGuider"]["inputs"][6][4].remove("paper"),
+    "a socket takes something else": lambda s: s["LookaheadGuider"]["inputs"][0].__setitem__(1, "IMAGE"),
+    "an output is of several types": lambda s: s["LookaheadGuider"]["outputs"][0].__setitem__(1, "GUIDER,MODEL"),
     "an output is gone": lambda s: s["LookaheadGuider"]["outputs"].pop(),
     "an output is put before others": lambda s: s["LookaheadGuider"]["outputs"].insert(0, ["a", "INT"]),
 }
@@ -64,6 +66,7 @@ def test_what_comes_last_may_come_and_is_recorded(now, tmp_path):
     node["inputs"].append(["more", "FLOAT", "optional", "folded"])
     node["outputs"].append(["more", "MODEL"])
     node["inputs"][6][4].append("another preset")
+    node["inputs"][0][1] += ",IMAGE"  # a socket that takes more
     assert signatures.broken(now, other) == []
     signatures.write(other, path)
     assert path.read_text() != signatures.RECORD.read_text()

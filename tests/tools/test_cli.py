@@ -25,6 +25,7 @@ COMMANDS = {
         "--null-text",
         "--people",
         "--layers",
+        "--reference-presets",
         "--references",
         "--first",
         "--out",

@@ -85,12 +85,12 @@ def test_what_views_are_worth_is_measured_beside_the_same_preset_with_one_crop()
 
 def test_the_noise_guide_stands_alone_and_with_a_preset_s_iterations_on_top():
     alone, more = guidance.BY_NOISE_GUIDE
-    arms, baselines, costs = guidance.preset_arms(["gentle", alone, more])
-    assert costs[alone] == 1 and costs[more] == costs["gentle"]
-    assert baselines[alone] == guidance.NONE and baselines[more] == baselines["gentle"] == "best of 15"
-    nodes = guidance.graph(guidance.IDENTITY, ["a.png"], 0, 5, {n: arms[n] for n in ("gentle", alone, more)})
-    plain, one, both = (nodes[f"{name} guidance"]["inputs"] for name in ("gentle", alone, more))
-    assert (one["preset"], both["preset"]) == ("off", "gentle") and "noise_guide" not in plain
+    arms, baselines, costs = guidance.preset_arms(["balanced", alone, more])
+    assert costs[alone] == 1 and costs[more] == costs["balanced"]
+    assert baselines[alone] == guidance.NONE and baselines[more] == baselines["balanced"] == "best of 21"
+    nodes = guidance.graph(guidance.IDENTITY, ["a.png"], 0, 5, {n: arms[n] for n in ("balanced", alone, more)})
+    plain, one, both = (nodes[f"{name} guidance"]["inputs"] for name in ("balanced", alone, more))
+    assert (one["preset"], both["preset"]) == ("off", "balanced") and "noise_guide" not in plain
     loaders = {nodes[part["noise_guide"][0]]["inputs"]["guide_name"] for part in (one, both)}
     assert loaders == {Path(file).name for file in OF_CREATORS if "noise_guide" in file}
     assert set(guidance.BY_NOISE_GUIDE) < guidance.preset_arms()[0].keys()

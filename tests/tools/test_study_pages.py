@@ -4,7 +4,16 @@ import json
 
 import pytest
 from lcm_lookahead.evaluation.stats import Interval
-from lcm_lookahead.mini.studies import encoders, guidance, knobs, layers, null_text, people, reference
+from lcm_lookahead.mini.studies import (
+    encoders,
+    guidance,
+    knobs,
+    layers,
+    null_text,
+    people,
+    reference,
+    reference_presets,
+)
 from lcm_lookahead.tools.common import ROOT
 
 DOCS = ROOT / "docs"
@@ -27,6 +36,7 @@ PAGES = {
     "guidance_strong": lambda found: guidance.page(found, 96, 200),
     "encoders": encoders_page,
     "layers": lambda found: layers.page(found, 20),
+    "reference_presets": lambda found: reference_presets.page(found, 24, 100),
     "people": lambda found: people.page(found, 48, 200),
     "null_text": lambda found: null_text.page(found, 10),
 }

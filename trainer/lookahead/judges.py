@@ -43,16 +43,14 @@ class Judges:
         recogniser, detector, people = self.recogniser, self.detector, None
         if recogniser is not None:
             known = embed(recogniser.to("cpu"), shown.cpu(), points)
-            people = FaceReferences(known, points, torch.tensor([shown.shape[-2:]]).expand(len(shown), 2))
+            people = (known, points, torch.tensor([shown.shape[-2:]]).expand(len(shown), 2))
 
         @torch.no_grad()
         def score(pictures: Tensor) -> dict[str, Tensor]:
             figures = {}
             count = len(pictures) // len(shown)  # prompts
             if people is not None and recogniser is not None and detector is not None:
-                known, points, sizes = (
-                    of.repeat_interleave(count, 0) for of in (people.embeddings, people.points, people.sizes)
-                )
+                known, points, sizes = (of.repeat_interleave(count, 0) for of in people)
                 rows = FaceReferences(known, points, sizes)
                 values, valid = IdentityLoss(recogniser.to(device), detector, rows, NONE)(pictures * 2 - 1)
                 figures["identity"] = torch.where(valid, 1 - values, torch.nan)
