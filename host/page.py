@@ -268,10 +268,10 @@ class Page:
         self.wait_for(f"!!document.querySelector('[data-node-id]') === {json.dumps(on)} || !app.graph.nodes.length")
 
     def boxes(self) -> dict[str, tuple[float, float, float, float]]:
-        """Left, top, right and bottom of every node of the open graph by its id, in the graph's units: with its title
-        and, where it is drawn on the canvas, its badge."""
+        """Left, top, right and bottom of every node of the graph (or subgraph) that is shown by its id, in the graph's
+        units: with its title and, where it is drawn on the canvas, its badge."""
         boxes = self.evaluate(
-            "app.graph.nodes.map(n => { const e = document.querySelector(`[data-node-id='${n.id}']`); if (!e) {"
+            "app.canvas.graph.nodes.map(n => { const e = document.querySelector(`[data-node-id='${n.id}']`); if (!e) {"
             f" const up = {TITLE} + (n.badges?.some(b => (b.visible ?? b().visible)) ? {BADGE} : 0);"
             " return [n.id, n.pos[0], n.pos[1] - up, n.pos[0] + n.size[0], n.pos[1] + n.size[1]]; }"
             " const r = e.getBoundingClientRect(), c = app.canvas.canvas.getBoundingClientRect(),"

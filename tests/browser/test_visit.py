@@ -289,6 +289,23 @@ def test_a_blueprint_is_found_and_put_as_one_node(new_page, keep, name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("nodes_2", [False, True], ids=["classic", "Nodes 2.0"])
+@pytest.mark.parametrize("name", [graph.parts[0].name for graph in BLUEPRINTS])
+def test_inside_of_a_blueprint_no_node_covers_another(new_page, keep, name, nodes_2):
+    page = new_page
+    page.nodes_2(nodes_2)
+    page.open(load(ROOT / "subgraphs" / f"{name}.json"))
+    page.evaluate("app.canvas.setGraph(app.graph.nodes.find(node => node.subgraph).subgraph)")
+    shown = "app.canvas.graph.nodes.every(node => document.querySelector(`[data-node-id='${node.id}']`))"
+    page.wait_for(shown if nodes_2 else "app.canvas.graph !== app.graph")
+    page.evaluate("app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+    time.sleep(1)  # nodes of Nodes 2.0 take their height when they are drawn
+    keep(page, f"inside of {name}{' (Nodes 2.0)' if nodes_2 else ''}")
+    boxes = page.boxes()
+    assert len(boxes) >= 4 and covered(boxes) == []
+
+
+@pytest.mark.slow
 def test_a_graph_with_a_blueprint_put_by_hand_draws_a_picture(new_page, host, keep):
     """It takes the place of the template's own."""
     page = new_page
