@@ -28,6 +28,8 @@ from .fetch import environment_python, fetch
 
 #: Custom nodes that stand in for what a machine without a GPU lacks
 EXTENSIONS = (ROOT / "host" / "custom_nodes" / "cpu_torchvision",)
+#: One that every host has, whatever its extensions are: it saves time alone
+FROZEN_LIBRARIES = ROOT / "host" / "custom_nodes" / "frozen_libraries"
 
 
 @functools.lru_cache(maxsize=1)
@@ -156,7 +158,7 @@ class Host(Client):
         (self.base / "web" / "index.html").write_text("<!doctype html><title>ComfyUI without its page</title>\n")
         if self.pack is not None:
             link(Path(self.pack), self.base / "custom_nodes" / self.pack_name)
-        for extension in self.extensions:
+        for extension in (*self.extensions, FROZEN_LIBRARIES):
             link(Path(extension), self.base / "custom_nodes" / Path(extension).name)
         if self.prepare is not None:
             self.prepare(self.base)

@@ -121,7 +121,7 @@ GUIDED_WORKFLOWS: dict[str, Template] = {
             [FACE, "prompt", "negative", "faces", "loss"],
         ),
         (FACE_PART, AHEAD_PART),
-        [("picture", "image"), ("prompt", "text"), (FACE, "preset"), (AHEAD, "preset"), ("noise", "noise_seed")],
+        [("picture", "image"), ("prompt", "text"), (FACE, "weight"), (AHEAD, "preset"), ("noise", "noise_seed")],
         ["save"],
     ),
     "24 Look ahead in one pass (noise guide)": Template(
@@ -155,7 +155,7 @@ GUIDED_WORKFLOWS: dict[str, Template] = {
             (400, ["decode", "save", "report", "previews"]),
         ],
         (FACE_PART,),
-        [("picture", "image"), ("prompt", "text"), (FACE, "preset"), ("ahead", "preset"), ("noise", "noise_seed")],
+        [("picture", "image"), ("prompt", "text"), (FACE, "weight"), ("ahead", "preset"), ("noise", "noise_seed")],
         ["save"],
     ),
     "09 Look ahead for a look (CLIP)": Template(

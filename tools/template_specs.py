@@ -10,7 +10,6 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Sequence
 
-from ..lookahead.method.reference_presets import IMAGE_PROMPT, KV_INJECTION
 from .common import ROOT
 from .template_graph import Node, Subgraph, Template
 
@@ -216,11 +215,6 @@ FACE, FACE_KV, TWO, AHEAD = (
 )
 
 
-AS_SET = "as set below"
-PRESETS = {of["weight"]: name for name, of in IMAGE_PROMPT.items()}  # by what a workflow begins with
-KV_PRESETS = {of["end"]: name for name, of in KV_INJECTION.items()}
-
-
 def face_nodes(image: str, model_: str = "checkpoint", weight: float = 0.75) -> dict[str, Node]:
     """Encoder, image encoder, reference, image prompt."""
     parts = {"encoder": "encoder", "clip_vision": "vision"} | ({"image": image} if image else {})
@@ -229,11 +223,7 @@ def face_nodes(image: str, model_: str = "checkpoint", weight: float = 0.75) -> 
         "encoder": LOAD_ENCODER,
         "vision": LOAD_VISION,
         "reference": Node("LookaheadEncodeReference", links=parts),
-        "face": Node(
-            "LookaheadApplyImagePrompt",
-            values={"weight": weight, "start": 0, "end": 1, "preset": PRESETS.get(weight, AS_SET)},
-            links=applied,
-        ),
+        "face": Node("LookaheadApplyImagePrompt", values={"weight": weight, "start": 0, "end": 1}, links=applied),
     }
 
 
@@ -243,7 +233,9 @@ FACE_PART = Subgraph(
     ("encoder", "vision", "reference", "face"),
     {"model": [("face", "model")], "image": [("reference", "image")]},
     {
-        "preset": ("face", "preset"),  # its numbers are inside: outside they would not follow it
+        "weight": ("face", "weight"),  # no preset: outside of the node the numbers would not follow it
+        "start": ("face", "start"),
+        "end": ("face", "end"),
         "encoder_name": ("encoder", "encoder_name"),
         "clip_name": ("vision", "clip_name"),
     },
@@ -254,7 +246,7 @@ FACE_PART = Subgraph(
 def kv_node(model_: str, end: float) -> Node:
     """KV injection; the widgets keep the node's own values."""
     links = {"reference": "reference"} | ({"model": model_} if model_ else {})
-    values = {"weight": 1, "start": 0, "end": end, "preset": KV_PRESETS.get(end, AS_SET)}
+    values = {"weight": 1, "start": 0, "end": end}
     return Node("LookaheadApplyKVInjection", values=values, links=links, height=430)  # it says more after a run
 
 
@@ -275,8 +267,9 @@ FACE_KV_PART = Subgraph(
         "image": [("reference", "image")],
     },
     {
-        "preset": ("face", "preset"),
-        "kv_preset": ("kv", "preset"),
+        "weight": ("face", "weight"),
+        "kv_weight": ("kv", "weight"),
+        "kv_end": ("kv", "end"),
         "encoder_name": ("encoder", "encoder_name"),
         "clip_name": ("vision", "clip_name"),
     },
@@ -328,7 +321,7 @@ TWO_PART = Subgraph(
 )
 
 
-def ahead_nodes(model_: str = "", loss: str = "", preset: str = AS_SET) -> dict[str, Node]:
+def ahead_nodes(model_: str = "", loss: str = "", preset: str = "as set below") -> dict[str, Node]:
     """Few-step LoRA, preview VAE, shortcut and guided sampler; but for the preset the widgets keep the nodes' own
     values."""
     steered = {"sampler": "chosen", "shortcut": "shortcut"} | ({"loss": loss} if loss else {})
@@ -374,9 +367,9 @@ PAINTING = "oil painting, portrait of a person in a red coat, autumn park, visib
 PHOTO = "photo, portrait of a person on a beach at sunset, wind in the hair, 85 mm lens"
 TWO_FRIENDS = "photo, two friends side by side in a cafe, half length, warm light"
 WEIGHT = (
-    "**preset**: *likeness* for more of the person, *style* to leave the prompt more room "
-    f"([measured]({ADDRESS}/blob/main/docs/reference_presets.md)); for a **weight** of your own open the blue node"
+    "**weight**: 0.75 to begin with; 1 for more likeness, 0.5 to leave the prompt more room "
+    f"([measured]({ADDRESS}/blob/main/docs/reference_presets.md))"
 )
 OWN = "Choose **your own picture** in *Reference face*: one face, cropped to a square"
-FACE_TIPS = (OWN, WEIGHT, "a **start** later than 0, inside of it, keeps the prompt's composition")
+FACE_TIPS = (OWN, WEIGHT, "**start** later than 0 keeps the prompt's composition")
 PLAIN = {"checkpoint": CHECKPOINT, "negative": NEGATIVE, "latent": LATENT, "decode": DECODE}

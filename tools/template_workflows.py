@@ -62,7 +62,7 @@ WORKFLOWS: dict[str, Template] = {
             (440, ["decode", "save"]),
         ],
         (FACE_PART,),
-        [("picture", "image"), ("prompt", "text"), (FACE, "preset"), ("sampler", "seed")],
+        [("picture", "image"), ("prompt", "text"), (FACE, "weight"), ("sampler", "seed")],
         ["save"],
         app=True,
     ),
@@ -92,12 +92,12 @@ WORKFLOWS: dict[str, Template] = {
                 "Lookahead Guider weighs them.",
                 ADAPTER,
                 OWN,
-                "**preset** of the KV injection: *balanced* ends at 0.4 and keeps the prompt's style; *likeness* also "
-                "brings in light, colours and style of the reference",
+                "**end** of the KV injection: 0.4 keeps the prompt's style at the same likeness; 1 also brings in "
+                "light, colours and style of the reference (both nodes have a **preset** for it)",
                 "**text scale**, **text + KV scale**: raise the first for the prompt's style, the other for likeness",
                 NULL_TEXT,
                 "**cache in GB**: 5 keeps all 12 steps, and the next run with this reference and seed is quicker",
-                height=370,
+                height=430,
             ),
         },
         [
@@ -107,7 +107,7 @@ WORKFLOWS: dict[str, Template] = {
             (320, ["noise", "chosen", "sigmas", "sampler"]),
             (400, ["note", "decode", "save"]),
         ],
-        asks=[("picture", "image"), ("prompt", "text"), ("face", "preset"), ("kv", "preset"), ("noise", "noise_seed")],
+        asks=[("picture", "image"), ("prompt", "text"), ("face", "weight"), ("kv", "end"), ("noise", "noise_seed")],
         shows=["save"],
         app=True,
     ),
@@ -206,7 +206,7 @@ WORKFLOWS: dict[str, Template] = {
             (400, ["note", "decode", "save"]),
         ],
         (FACE_PART,),
-        [("picture", "image"), ("crop", "face"), ("prompt", "text"), (FACE, "preset")],
+        [("picture", "image"), ("crop", "face"), ("prompt", "text"), (FACE, "weight")],
         ["found", "save"],
     ),
     "06 Several photos of one person": Template(
@@ -238,7 +238,7 @@ WORKFLOWS: dict[str, Template] = {
             (400, ["decode", "save"]),
         ],
         (FACE_PART,),
-        [("one", "image"), ("two", "image"), ("three", "image"), ("prompt", "text"), (FACE, "preset")],
+        [("one", "image"), ("two", "image"), ("three", "image"), ("prompt", "text"), (FACE, "weight")],
         ["save"],
     ),
     "07 Face in the lines of a pose (ControlNet, 8 steps)": Template(
@@ -323,7 +323,7 @@ WORKFLOWS: dict[str, Template] = {
             (440, ["decode plain", "decode", "side by side", "save"]),
         ],
         (FACE_PART,),
-        [("picture", "image"), ("prompt", "text"), (FACE, "preset")],
+        [("picture", "image"), ("prompt", "text"), (FACE, "weight")],
         ["save"],
     ),
     "13 Paint a face into a picture (inpaint)": Template(

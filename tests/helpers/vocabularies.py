@@ -22,14 +22,14 @@ def read_once() -> Iterator[None]:
 
     read, known = CLIPTokenizer.from_pretrained, {}
 
-    def from_pretrained(folder: Any, *args: Any, **options: Any) -> CLIPTokenizer:
-        where = Path(folder) / options.get("subfolder", "")
+    def from_pretrained(pretrained_model_name_or_path: Any, *args: Any, **options: Any) -> CLIPTokenizer:
+        where = Path(pretrained_model_name_or_path) / options.get("subfolder", "")
         if not where.is_dir():
-            return read(folder, *args, **options)
+            return read(pretrained_model_name_or_path, *args, **options)
         files = tuple((file.name, hashlib.sha256(file.read_bytes()).digest()) for file in sorted(where.glob("*.*")))
         key = files, args, repr(sorted(options.items()))
         if key not in known:
-            known[key] = read(folder, *args, **options)
+            known[key] = read(pretrained_model_name_or_path, *args, **options)
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:

@@ -3,8 +3,15 @@
 from collections.abc import Iterator
 
 import pytest
+import vocabularies
 from lcm_lookahead.host.server import Host
 from lcm_lookahead.mini.files.host_models import mini_host
+
+
+@pytest.fixture(autouse=True, scope="session")
+def vocabularies_are_read_once() -> Iterator[None]:
+    with vocabularies.read_once():
+        yield
 
 
 @pytest.fixture(scope="session")

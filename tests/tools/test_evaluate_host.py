@@ -1,5 +1,6 @@
 """`lookahead evaluate` in a real ComfyUI: the same pictures as from diffusers, any workflow file, guidance."""
 
+import contextlib
 import json
 import sys
 from dataclasses import replace
@@ -15,6 +16,7 @@ from lcm_lookahead.evaluation.harness.backends import Setting
 from lcm_lookahead.evaluation.harness.library import EvaluationError
 from lcm_lookahead.evaluation.harness.opening import opened
 from lcm_lookahead.evaluation.harness.scenes import HostNames, HostScene
+from lcm_lookahead.mini.files import host_models
 from lcm_lookahead.tools.common import ROOT
 from lcm_lookahead.trainer.concept.config import ConceptModels
 from PIL import Image
@@ -40,7 +42,20 @@ METHODS = {
 
 
 @pytest.fixture(scope="module")
-def evaluation(tmp_path_factory):
+def the_running_host(drawing_host):
+    """The host that all draw with, given files as one that is started is given them before."""
+
+    def mini_host(prepare):
+        prepare(drawing_host.base)
+        return contextlib.nullcontext(drawing_host)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(host_models, "mini_host", mini_host)
+        yield
+
+
+@pytest.fixture(scope="module")
+def evaluation(tmp_path_factory, the_running_host):
     folder = tmp_path_factory.mktemp("evaluated")
     frozen = assemble_concept.frozen_models(ConceptModels(base="mini"), "fp32")
     concept = {"kind": "concept", "file": str(random_concept_encoder(frozen, folder)), "steps": 1, "weights": [1, 0.5]}

@@ -394,7 +394,22 @@ def test_what_stands_in_for_a_gpu_is_linked_and_the_base_is_prepared_before_the_
     with make_host(extensions=None, prepare=lambda base: before.append((base, sorted(base.iterdir())))) as running:
         linked = {path.name for path in running.folder("custom_nodes").iterdir()}
         assert before == [(running.base, before[0][1])] and running.folder("input") in before[0][1]
-    assert linked == {"cpu_torchvision"} and not any(path.name == "host.log" for path in before[0][1])
+    assert linked == {"cpu_torchvision", "frozen_libraries"} and not any(
+        path.name == "host.log" for path in before[0][1]
+    )
+
+
+def test_what_a_host_imported_is_never_collected_and_what_came_later_is():
+    first, second = server.FROZEN_LIBRARIES / "prestartup_script.py", server.FROZEN_LIBRARIES / "__init__.py"
+    code = (
+        "import gc, runpy, sys, weakref\nclass Ring: pass\n"
+        "runpy.run_path(sys.argv[1])\nassert not gc.isenabled()\nearly = Ring(); early.own = early\n"
+        "runpy.run_path(sys.argv[2])\nassert gc.isenabled()\nlate = Ring(); late.own = late\n"
+        "kept, gone = weakref.ref(early), weakref.ref(late)\ndel early, late\ngc.collect()\n"
+        "assert kept() is not None and gone() is None"
+    )
+    done = subprocess.run([sys.executable, "-c", code, first, second], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_mini_host_reads_the_mini_files(make_host, tmp_path):
@@ -404,7 +419,7 @@ def test_the_mini_host_reads_the_mini_files(make_host, tmp_path):
     with host_models.mini_host(prepare=seen.append, **options) as running:
         linked = {path.name for path in running.folder("custom_nodes").iterdir()}
         models = {path.relative_to(running.folder("models")).as_posix() for path in running.folder("models").rglob("*")}
-    assert linked == {"cpu_torchvision", "host_extension"} and seen == [tmp_path / "base"]
+    assert linked == {"cpu_torchvision", "frozen_libraries", "host_extension"} and seen == [tmp_path / "base"]
     ours = {host_models.TRAINED, host_models.THINGS, *host_models.OF_CREATORS}
     assert {*host_models.MINI_MODELS, *host_models.TAESD, *ours} <= models
 

@@ -293,7 +293,7 @@ def test_beside_a_cpu_torch_a_torchvision_for_cuda_declares_its_operators_itself
 
 
 def test_in_this_environment_diffusers_may_be_imported_first():
-    code = "from diffusers import StableDiffusionXLPipeline\nimport lcm_lookahead.sdxl"
+    code = "import gc\ngc.disable()\nfrom diffusers import StableDiffusionXLPipeline\nimport lcm_lookahead.sdxl"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

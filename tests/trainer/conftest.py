@@ -2,6 +2,13 @@
 
 import lcm_lookahead.trainer  # noqa: F401
 import pytest
+import vocabularies
+
+
+@pytest.fixture(autouse=True, scope="session")
+def vocabularies_are_read_once():
+    with vocabularies.read_once():
+        yield
 
 
 @pytest.fixture(autouse=True)

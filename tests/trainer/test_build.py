@@ -1,6 +1,7 @@
 """The mini world's build: every stage runs, a second call does nothing again, and the files are the public ones."""
 
 import dataclasses
+import functools
 import hashlib
 import importlib
 import json
@@ -16,7 +17,7 @@ from lcm_lookahead.mini.build import build, stages
 from lcm_lookahead.mini.files import derived, models, shipped, weights
 from lcm_lookahead.mini.plan import QUICK
 from lcm_lookahead.mini.report import gate, measure, measure_faces, measure_few_step, page, report
-from lcm_lookahead.mini.stages import base, detector, stage, things
+from lcm_lookahead.mini.stages import base, detector, stage, style_lora, things
 from lcm_lookahead.mini.world.things import CLASSES
 from lcm_lookahead.sdxl import lora
 from markupsafe import escape
@@ -48,15 +49,18 @@ def contents(path):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """The folder of a tiny build, in batches of four, whose report was left out: measuring takes longer than all."""
+    """The folder of a tiny build, in batches of two and of few pictures, whose report was left out: measuring takes
+    longer than all."""
     folder = tmp_path_factory.mktemp("tiny")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         for module in pkgutil.iter_modules(stages_of_build.__path__):
             code = importlib.import_module(f"{stages_of_build.__name__}.{module.name}")
             if hasattr(code, "BATCH") and code is not detector:  # whose batch is made of three parts
-                patch.setattr(code, "BATCH", 4)
-        patch.setattr(things, "FACES", 2)
+                patch.setattr(code, "BATCH", 2)
+        patch.setattr(things, "FACES", 1)
+        patch.setattr(style_lora, "SHOTS", 4)
+        patch.setattr(detector, "source", functools.partial(detector.source, empty=50))
         patch.setattr(report, "report", lambda folder, plan, to: "not written")
         build(folder, TINY, export_to=folder / "weights")
     return folder

@@ -35,6 +35,11 @@ def test_the_paper_s_run_costs_what_was_derived_by_hand():
     assert "It fits into 141 GB" in describe(cost, "h200")
 
 
+def test_mini_fits_anywhere(capsys):
+    main.main(["estimate", str(CONFIGS / "mini.yaml"), "--card", "8"])
+    assert "It fits into 8 GB" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_shipped_configuration_dry_runs(path, shallow, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -81,11 +86,6 @@ def test_a_card_that_is_unknown_is_said():
 def test_no_process_at_all_is_said():
     with pytest.raises(SystemExit, match="processes is 0: give at least 1"):
         main.main(["estimate", str(CONFIGS / "mini.yaml"), "--processes", "0"])
-
-
-def test_mini_fits_anywhere(capsys):
-    main.main(["estimate", str(CONFIGS / "mini.yaml"), "--card", "8"])
-    assert "It fits into 8 GB" in capsys.readouterr().out
 
 
 def test_the_ledger_counts_what_is_alive():

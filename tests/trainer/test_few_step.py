@@ -1,5 +1,6 @@
 """The few-step LoRAs: what each stage trains, and how spread is measured."""
 
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -128,6 +129,9 @@ def test_everything_is_measured_and_drawn(folder, monkeypatch):
     stage.write_tensors(folder / "style_scorer.safetensors", StyleScorer().state_dict())
     monkeypatch.setattr(measure_few_step, "DDIM_STEPS", 2)
     monkeypatch.setattr(measure_few_step, "SHARES", (0.0, 0.5))
+    monkeypatch.setattr(measure_few_step, "spread", functools.partial(measure_few_step.spread, seeds=2))
+    open_world, opened = measure_few_step.open_world, []
+    monkeypatch.setattr(measure_few_step, "open_world", lambda *of: opened.append(open_world(*of)) or opened[0])
     plan = SimpleNamespace(held_out_people=2, styles=("photo", "comic"))
     figures = measure_few_step.measure(folder, plan, n=2)
     assert set(figures) == {"previews", "few steps", "spread", "person", "previews of one person"}
@@ -135,7 +139,7 @@ def test_everything_is_measured_and_drawn(folder, monkeypatch):
     everything = [f for part in figures.values() for f in part.values()]
     assert all(f.low <= f.value <= f.high for f in everything)
     assert (folder / "previews.png").exists() and (folder / "previews_of_one_person.png").exists()
-    world = measure_few_step.open_world(folder, plan)
+    (world,) = opened  # that of all these figures
     run = measure_few_step.run_with_previews(world, ["a photo of a face"], seed=1)
     assert not torch.equal(run.foreseen["LCM-LoRA"][0], run.foreseen["x0"][0])
     assert all(each.scale == 0 for each in world.loras.values())

@@ -2,14 +2,14 @@
 
 import json
 import os
+import runpy
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import fresh
 import numpy as np
 import pytest
 import torch
@@ -108,17 +108,20 @@ def test_a_finished_shard_is_not_made_again_and_more_can_be_added(drawn, tmp_pat
     assert made == [2]
 
 
+def the_command(*said):
+    sys.argv[1:] = said
+    runpy.run_module("lcm_lookahead.cli.main", run_name="__main__")
+
+
 def test_a_run_that_is_killed_goes_on_to_the_same_bytes(drawn, tmp_path):
     """Killed as soon as it has begun to write; the same command ends with the same files."""
     out = tmp_path / "killed"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lcm_lookahead.cli.main", "generate", *arguments(out)], stderr=subprocess.DEVNULL
-    )
+    process = fresh.start(the_command, "generate", *arguments(out), output=tmp_path / "said")
     until = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < until and not (out.is_dir() and any(out.iterdir())):
+    while process.is_alive() and time.monotonic() < until and not (out.is_dir() and any(out.iterdir())):
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     run(arguments(out))
     assert content(out) == content(drawn)
 

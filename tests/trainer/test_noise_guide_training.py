@@ -166,7 +166,7 @@ def test_the_loss_on_the_same_samples_falls(assembled, monkeypatch):
     start = {k: v.clone() for k, v in step.guide.state_dict().items()}
     optimiser = torch.optim.Adam(step.guide.parameters(), lr=3e-3)
     losses = []
-    for _ in range(6):
+    for _ in range(4):
         optimiser.zero_grad()
         loss = step("guide", batch, draws).loss
         loss.backward()

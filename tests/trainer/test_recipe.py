@@ -6,10 +6,10 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 from dataclasses import dataclass
 
+import fresh
 import pytest
 import torch
 from lcm_lookahead.trainer.checkpoints import TrainingError
@@ -306,18 +306,10 @@ def test_its_configuration_is_checked_like_any(tmp_path):
         run(tmp_path, steps=2, ridge=0.5)
 
 
-_ONE_OF_TWO = """
-import importlib.util, pathlib, sys
-import lcm_lookahead.trainer  # before diffusers: see conftest.py
-import torch
-spec = importlib.util.spec_from_file_location("recipe_test", sys.argv[1])
-module = importlib.util.module_from_spec(spec)
-sys.modules["recipe_test"] = module
-spec.loader.exec_module(module)
-for steps in (3, 5):  # stopped after the third, and gone on from there
-    module.run(pathlib.Path(sys.argv[2]), steps=steps)
-torch.distributed.destroy_process_group()
-"""
+def one_of_two(out):
+    for steps in (3, 5):  # stopped after the third, and gone on from there
+        run(out, steps=steps)
+    torch.distributed.destroy_process_group()
 
 
 def test_two_processes_share_its_batch(tmp_path):
@@ -325,20 +317,12 @@ def test_two_processes_share_its_batch(tmp_path):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, "-c", _ONE_OF_TWO, __file__, str(tmp_path / "two")]
-    processes = [
-        subprocess.Popen(
-            command,
-            env=os.environ | common | {"RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
-    for process in processes:
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, output
+    processes = []
+    for rank in ("0", "1"):
+        env = os.environ | common | {"RANK": rank, "LOCAL_RANK": rank}
+        processes.append(fresh.start(one_of_two, tmp_path / "two", output=tmp_path / rank, environment=env))
+    for rank, process in enumerate(processes):
+        fresh.check(process, tmp_path / str(rank))
     run(tmp_path / "one", steps=5)
     steps = [[line for line in lines(tmp_path / which) if "fit" in line] for which in ("one", "two")]
     for one, two in zip(*steps, strict=True):

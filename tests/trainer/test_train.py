@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 
+import fresh
 import pytest
 import torch
 from diffusers import AutoencoderTiny, UNet2DConditionModel
@@ -475,26 +476,14 @@ def test_more_memory_in_use_than_there_is_gets_a_warning():
     assert "30.0 GB are in use on a GPU of 24.0 GB" in spilled(30e9, 24e9)
 
 
-_ONE_OF_TWO = """
-import importlib.util, sys
-import torch
-import lcm_lookahead.trainer  # before diffusers: see conftest.py
-spec = importlib.util.spec_from_file_location("loop", sys.argv[1])
-loop = importlib.util.module_from_spec(spec)
-sys.modules["loop"] = loop
-spec.loader.exec_module(loop)
-for steps in (1, 2):  # stopped after the first, and gone on from there
-    loop.run(sys.argv[2], steps=steps, norms_every=1, optimiser=loop.CONSTANT)
-if sys.argv[3] == "0":  # sees another folder than the other one
-    sys.argv[2] += "_elsewhere"
-try:
-    loop.run(sys.argv[2], steps=3, optimiser=loop.CONSTANT)
-except loop.TrainingError as error:
-    assert "not at the same step with the same weights (steps [0, 2])" in str(error), error
-else:
-    raise SystemExit("two processes that do not go on from the same step went on")
-torch.distributed.destroy_process_group()
-"""
+def one_of_two(out, rank):
+    for steps in (1, 2):  # stopped after the first, and gone on from there
+        run(out, steps=steps, norms_every=1, optimiser=CONSTANT)
+    elsewhere = out.with_name("elsewhere")
+    with pytest.raises(TrainingError) as error:  # the one sees another folder than the other one
+        run(elsewhere if rank == "0" else out, steps=3, optimiser=CONSTANT)
+    assert "not at the same step with the same weights (steps [0, 2])" in str(error.value)
+    torch.distributed.destroy_process_group()
 
 
 def test_two_processes_have_the_gradients_of_one_and_go_on_where_they_stopped(tmp_path):
@@ -503,11 +492,9 @@ def test_two_processes_have_the_gradients_of_one_and_go_on_where_they_stopped(tm
     processes = []
     for rank in ("0", "1"):
         env = os.environ | common | {"RANK": rank, "LOCAL_RANK": rank, "ACCELERATE_USE_CPU": "true"}
-        command = [sys.executable, "-c", _ONE_OF_TWO, __file__, str(tmp_path / "two"), rank]
-        processes.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
-    for process in processes:
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, output.decode()
+        processes.append(fresh.start(one_of_two, tmp_path / "two", rank, output=tmp_path / rank, environment=env))
+    for rank, process in enumerate(processes):
+        fresh.check(process, tmp_path / str(rank))
     logs = [(tmp_path / which / "log.jsonl").read_text().splitlines() for which in ("one", "two")]
     for one, two in zip(*(map(json.loads, log) for log in logs), strict=True):
         for figure in ("diffusion", "lookahead", "distance", "norm", "norm_diffusion", "norm_lookahead"):
