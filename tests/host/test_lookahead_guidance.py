@@ -1,242 +1,24 @@
 """Lookahead guidance in whole runs of the host, with random weights: a simple loss falls, and nothing remains."""
 
 import gc
-import logging
-import re
 import weakref
-from dataclasses import replace
 
+import guided_cases
 import pytest
 import torch
 from concept_oracle import random_offsets
+from guided_cases import LATENT, falls, means
 from tensors import relative
-from worlds import control_net, random_taesd
+from worlds import control_net
 from writing_patches import pure, with_patches, writing
 
-LATENT = (1, 4, 8, 8)
-
-
-@pytest.fixture(scope="module")
-def vae(pack):
-    return random_taesd()
-
-
-@pytest.fixture
-def loss(pack):
-    """The distance of the picture's mean colour to a colour."""
-
-    def colour(picture, rows):
-        target = torch.tensor([0.4, -0.3, 0.2])
-        return (picture.mean(dim=(2, 3)) - target).square().sum(1), torch.ones(len(picture), dtype=torch.bool)
-
-    return pack.module("nodes.losses.lookahead_loss").LookaheadLoss(colour, name="colour")
-
-
-@pytest.fixture
-def shortcut(tools, mini, vae):
-    def make(model=None, **options):
-        return tools.run("LookaheadShortcut", model or tools.with_lora(mini.model), vae, **options)
-
-    return make
-
-
-@pytest.fixture
-def guide(tools, shortcut, loss, pack):
-    """A guided sampler and its report."""
-
-    def make(sampler="euler", of=None, **options):
-        import comfy.samplers
-
-        sampler = comfy.samplers.sampler_object(sampler) if isinstance(sampler, str) else sampler
-        options = {"iterations": 3, "start": 0.0, "loss": loss, **options}
-        return pack.nodes["LookaheadGuidanceSampler"].execute(sampler, of or shortcut(), **options).result
-
-    return make
-
-
-@pytest.fixture
-def draw(texts, tools, mini):
-    def run(sampler, latent=LATENT, model=None, **options):
-        options = {"steps": 2, **options}
-        return tools.sample(model or mini.model, *texts, torch.zeros(latent), sampler=sampler, **options)
-
-    return run
-
-
-def means(report) -> list[float]:
-    (run,) = report.runs.values()
-    return [sum(i.losses) / len(i.losses) for i in run.iterates]
-
-
-def falls(losses: list[float], below: float = 0.98) -> bool:
-    """Whether the loss falls in each of the first three iterations and ends below this part of what it was. Later ones
-    hang on how the processor rounds: each multiplies by ten what that changes."""
-    return losses[:4] == sorted(losses[:4], reverse=True) and losses[3] < below * losses[0]
-
-
-# -- the shortcut
-
-
-def with_all_kinds_of_lora(tools, world, strength=0.7):
-    """A LoRA of linear layers, convolutions (also with a middle), time and label embeddings, by the host's loader."""
-    import comfy.lora
-    import comfy.sd
-
-    names, weights = comfy.lora.model_lora_keys_unet(world.model.model, {}), world.model.model.state_dict()
-    g, lora = torch.Generator().manual_seed(9), {}
-    for n, (name, key) in enumerate(
-        (k, v) for k, v in names.items() if k.startswith("lora_unet") and v in weights and weights[v].ndim > 1
-    ):
-        if n % 3:
-            continue
-        shape = weights[key].shape
-        inner = (2, *shape[1:])
-        if len(shape) == 4 and shape[-1] == 3 and n % 2:
-            lora[f"{name}.lora_mid.weight"] = torch.randn(2, 2, 3, 3, generator=g) * 0.3
-            inner = (2, shape[1], 1, 1)
-        lora[f"{name}.lora_down.weight"] = torch.randn(inner, generator=g) * 0.2
-        lora[f"{name}.lora_up.weight"] = torch.randn(shape[0], 2, *[1] * (len(shape) - 2), generator=g) * 0.2
-        lora[f"{name}.alpha"] = torch.tensor(1.5)
-    return comfy.sd.load_lora_for_models(world.model, None, lora, strength, 0.0)[0]
-
-
-def inside(pack, tools, model, texts, shortcut, x, sigma, take, **options):
-    """Calls take(previewer, call, conditions) from inside a run of the host."""
-    import comfy.samplers
-
-    preview = pack.module("nodes.guidance.preview")
-
-    def call_once(model_k, noise, sigmas, extra_args=None, callback=None, disable=None):
-        run = preview.Previewer(shortcut, guider, **options)
-        run.load([], x, 1.0)
-        call = preview.Call(model_k, sigmas[:1].expand(len(x)), extra_args)
-        take(run, call, run.conds(noise, None, call))
-        run.close()
-        return noise
-
-    guider = tools.guider(model, *texts, 3.0)
-    sampler = comfy.samplers.KSAMPLER(call_once)
-    guider.sample(torch.zeros_like(x), torch.zeros_like(x), sampler, torch.tensor([sigma, 0.0]), seed=1)
-
-
-def look(pack, tools, world, texts, shortcut, x, sigma, strength, base=None, **options):
-    """The preview latent at (x, sigma)."""
-    found = []
-
-    def take(run, call, conds):
-        with torch.no_grad(), run.installed():
-            found.append(run.latent(x, call, conds, strength, grad=False))
-
-    inside(pack, tools, base or world.model, texts, shortcut, x, sigma, take, **options)
-    return found[0]
-
-
-@pytest.mark.contract
-def test_the_lora_beside_the_base_is_the_lora_merged_by_the_host(mini, pack, tools, texts, shortcut):
-    """For each picture by its own strength; a patch that the base has as well acts once."""
-    x = 4 * torch.randn(2, *LATENT[1:])
-    merged = with_all_kinds_of_lora(tools, mini)
-    expected = tools.denoised(merged, *texts, x, 4.0)
-    plain = tools.denoised(mini.model, *texts, x, 4.0)
-    assert relative(expected, plain) > 0.05
-    one = look(pack, tools, mini, texts, shortcut(merged), x, 4.0, torch.ones(2))
-    assert relative(one, expected) < 1e-4
-    mixed = look(pack, tools, mini, texts, shortcut(merged), x, 4.0, torch.tensor([1.0, 0.0]))
-    assert relative(mixed[:1], expected[:1]) < 1e-4 and relative(mixed[1:], plain[1:]) < 1e-4
-    both = tools.with_lora(merged, seed=11)
-    again = look(
-        pack, tools, mini, texts, shortcut(both), x, 4.0, torch.ones(2), base=tools.with_lora(mini.model, seed=11)
-    )
-    assert relative(again, tools.denoised(both, *texts, x, 4.0)) < 1e-4
-
-
-def test_plain_x0_is_what_the_sampled_model_itself_predicts(mini, pack, tools, texts, shortcut):
-    x = 4 * torch.randn(LATENT)
-    baseline = look(pack, tools, mini, texts, shortcut(kind="plain x0"), x, 4.0, torch.ones(1))
-    assert relative(baseline, tools.denoised(mini.model, *texts, x, 4.0)) < 1e-5
-
-
-@pytest.mark.parametrize(
-    ("strengths", "kept"),
-    [((1.0, 0.3), 2**28), ((0.6, 0.6), 2**28), ((0.6, 0.6), 0)],
-    ids=["each its own", "one for all", "one for all, folded again"],
-)
-@pytest.mark.parametrize("checkpointed", [False, True])
-def test_the_gradient_beside_the_base_is_that_of_the_lora_merged_by_the_host(
-    mini, pack, tools, texts, shortcut, monkeypatch, checkpointed, strengths, kept
-):
-    """Through a LoRA of all kinds of layers, beside them for each picture by its own strength, or folded into the
-    weights where all have one; also where blocks are computed twice, and where no folded weight is kept."""
-    gradients, bypass = (pack.module(f"nodes.guidance.{name}") for name in ("autograd", "lora_bypass"))
-    folds, fold = [], bypass.Bypass.add_to
-    monkeypatch.setattr(bypass, "KEPT_BYTES", kept)
-    monkeypatch.setattr(bypass.Bypass, "add_to", lambda *given: folds.append(1) or fold(*given))
-    x = 4 * torch.randn(2, *LATENT[1:], generator=torch.Generator().manual_seed(3))
-
-    def slope(latent, leaf):
-        return torch.autograd.grad(latent.square().sum(), leaf)[0]
-
-    def found(x, sigma, shortcut, strength, base, what):
-        out = []
-
-        def take(run, call, conds):
-            checkpointing = gradients.Checkpointing(enabled=checkpointed)
-            with torch.inference_mode(False), torch.enable_grad(), run.installed(checkpointing):
-                leaf = x.clone().requires_grad_()
-                call.sigma = call.sigma.clone()
-                latent = what(run.latent(leaf, call, conds, strength.clone(), grad=True), leaf, call)
-                out.append(slope(latent, leaf))
-
-        inside(pack, tools, base, texts, shortcut, x, sigma, take)
-        return out[0]
-
-    merged = with_all_kinds_of_lora(tools, mini)
-    ours = found(x, 4.0, shortcut(merged), torch.tensor(strengths), mini.model, lambda latent, *_: latent)
-    layers = len(folds) / (1 + (not kept) + checkpointed)  # in forward; again in backward; and where it is run again
-    assert layers == 0 if strengths[0] != strengths[1] else layers > 3
-    for row, strength in enumerate(strengths):
-        of_host = with_all_kinds_of_lora(tools, mini, 0.7 * strength)
-
-        def preview(original, leaf, call, model=of_host):
-            z = leaf / (call.sigma.reshape(-1, 1, 1, 1) ** 2 + 1).sqrt()
-            t = model.get_model_object("model_sampling").timestep(call.sigma)
-            return pack.module("lookahead.method.schedule").consistency_output(original, z, t)
-
-        x0 = shortcut(of_host, kind="plain x0")
-        expected = found(x[row : row + 1], 4.0, x0, torch.ones(1), of_host, preview)
-        assert relative(ours[row : row + 1], expected) < 1e-4
-    other = found(x, 4.0, shortcut(merged), torch.full((2,), 0.9), mini.model, lambda latent, *_: latent)
-    assert relative(other[1:], ours[1:]) > 0.01  # the strength matters
-
-
-def test_guidance_of_the_preview_and_its_own_positive(mini, pack, tools, texts, shortcut):
-    x, of = 4 * torch.randn(LATENT), shortcut(kind="plain x0")
-    guided = look(pack, tools, mini, texts, of, x, 4.0, torch.ones(1), cfg=3.0)
-    assert relative(guided, tools.denoised(mini.model, *texts, x, 4.0, cfg=3.0)) < 1e-5
-    own = look(pack, tools, mini, texts, of, x, 4.0, torch.ones(1), positive=mini.text(5))
-    assert relative(own, tools.denoised(mini.model, mini.text(5), texts[1], x, 4.0)) < 1e-5
-
-
-@pytest.mark.contract
-def test_a_distilled_checkpoint_is_a_second_model(mini, pack, tools, texts, shortcut, caplog):
-    other = tools.make_model(mini)
-    with torch.no_grad():
-        for parameter in other.model.diffusion_model.parameters():
-            parameter *= 1.01
-    x = 4 * torch.randn(LATENT)
-    with caplog.at_level(logging.INFO):
-        found = look(pack, tools, mini, texts, shortcut(other), x, 4.0, torch.ones(1))
-    assert relative(found, tools.denoised(other, *texts, x, 4.0)) < 1e-5 and "second model" in caplog.text
-
-
-@pytest.mark.contract
-def test_other_patches_than_lora_are_refused(mini, pack, tools, texts, shortcut):
-    key = next(k for k in mini.model.model.state_dict() if k.endswith("attn1.to_v.weight"))
-    model = mini.model.clone()
-    model.add_patches({key: ("diff", (torch.zeros_like(mini.model.model.state_dict()[key]),))}, 1.0)
-    with pytest.raises(ValueError, match="of the kind diff") as error:
-        look(pack, tools, mini, texts, shortcut(model), torch.randn(LATENT), 4.0, torch.ones(1))
-    tools.one_sentence(error)
+draw, guide, loss, shortcut, vae = (
+    guided_cases.draw,
+    guided_cases.guide,
+    guided_cases.loss,
+    guided_cases.shortcut,
+    guided_cases.vae,
+)  # fixtures
 
 
 # -- guided runs
@@ -449,69 +231,6 @@ def test_later_steps_and_travels_go_on_from_the_noise_that_was_chosen(guide, dra
     draw(sampler, steps=3)
     (run,) = report.runs.values()
     assert run.text().count("noises") == 1 and len(run.iterates) == 8
-
-
-# -- presets
-
-
-def test_as_set_below_or_no_preset_is_the_node_s_numbers_to_the_bit_and_off_is_no_guidance(guide, draw):
-    own = draw(guide()[0])
-    assert torch.equal(draw(guide(preset="as set below")[0]), own) and not torch.equal(draw("euler"), own)
-    assert torch.equal(draw(guide(preset="off")[0]), draw("euler"))
-
-
-def test_a_preset_takes_the_place_of_the_numbers(guide, pack, caplog):
-    """A field that says otherwise is named in the log. (The loss here shows nobody.)"""
-    presets, numbers_of = (
-        pack.module("lookahead.method.guidance_presets").PRESETS,
-        pack.module("nodes.guidance.preset_numbers").numbers_of,
-    )
-    for name, preset in presets.items():
-        with caplog.at_level(logging.INFO):
-            caplog.clear()
-            settings = guide(preset=name, iterations=7, start=0.9, best_of=5)[0].lookahead[0].settings
-            assert settings == preset.with_nobody_shown()
-            assert f"by its preset {name}: " in caplog.text and "(not 7)" in caplog.text
-            caplog.clear()
-            settings = guide(preset=name, **numbers_of(preset))[0].lookahead[0].settings
-            assert settings == preset.with_nobody_shown()
-            assert (f"start 0.12 (not {preset.start})." in caplog.text) if preset.lean else not caplog.text
-
-
-@pytest.mark.parametrize(
-    "name", ["off", "gentle", "balanced", "strong", "quick", "best of 16", "DPS", "MPGD", "FreeDoM", "DSG", "ReNO"]
-)
-def test_the_page_writes_a_preset_s_numbers_and_knows_what_no_number_says(guide, pack, name):
-    """By the numbers that the page writes, a run is that of the preset but for what the page says is lost."""
-    preset = pack.module("lookahead.method.guidance_presets").PRESETS[name]
-    (asked,) = [i for i in pack.nodes["LookaheadGuidanceSampler"].define_schema().inputs if i.id == "preset"]
-    about = asked.as_dict()
-    assert set(about["lookahead_presets"]) == set(about["options"]) - {about["default"]}
-    settings = guide(**about["lookahead_presets"][name])[0].lookahead[0].settings
-    beyond = pack.module("nodes.guidance.preset_numbers").BEYOND
-    usual = {field: getattr(settings.optimisation, field) for field in beyond}
-    numbers = replace(preset.optimisation, **usual)
-    assert settings == replace(preset, source="", optimisation=numbers, shown_nobody=None)
-    lost = [word for field, word in beyond.items() if getattr(preset.optimisation, field) != usual[field]]
-    assert about["lookahead_beyond"].get(name, "") == ", ".join(lost)
-
-
-def test_the_report_says_whether_the_best_or_the_last_iteration_was_kept(guide, draw, pack):
-    for keep_best, kept in ((True, "best"), (False, "last")):
-        sampler, report = guide(iterations=2, keep_best=keep_best)
-        latent = {"samples": draw(sampler, steps=1)}
-        text = pack.nodes["LookaheadGuidanceReport"].execute(latent, report).result[2]
-        assert re.search(rf"\(best [\d.e-]+\) in 2 iterations, kept: {kept}$", text, re.M)
-
-
-@pytest.mark.parametrize("preset", ["gentle", pytest.param("strong", marks=pytest.mark.slow), "quick", "FreeDoM"])
-def test_a_run_by_a_preset_lowers_the_loss(guide, draw, preset):
-    """The strong one by a re-noised preview too; FreeDoM's goes back in time."""
-    sampler, report = guide(preset=preset)
-    out = draw(sampler, steps=3)
-    (run,) = report.runs.values()
-    first, best = run.iterates[0].losses[0], min(i.losses[0] for i in run.iterates)
-    assert out.isfinite().all() and best < first
 
 
 def test_time_travel_goes_back_and_guides_again(guide, draw):
@@ -772,60 +491,6 @@ def test_with_previews_of_half_size_the_warm_start_has_the_latent_s_own(guide, d
     assert relative(leaned, plain) > 1e-2
 
 
-# -- the preview grid
-
-
-def test_the_preview_grid_shows_what_was_foretold_and_how_well(mini, texts, shortcut, loss, pack):
-    """With no LoRA and no guidance, shortcut and x0 are one; nearer to the end previews are nearer to the picture."""
-    node, latent = pack.nodes["LookaheadPreviewGrid"], {"samples": torch.zeros(2, *LATENT[1:])}
-    options = {"steps": 4, "cfg": 1.0, "fractions": "0, 0.5, 0.75", "loss": loss}
-    of = shortcut(kind="plain x0")
-    grid, finished, text = node.execute(mini.model, of, *texts, latent, **options).result
-    assert grid.shape == (2, 2 * (64 + 34), 4 * 64, 3) and finished.shape == (2, 64, 64, 3)
-    rows = [line.split("|")[1:-1] for line in text.splitlines()[2:]]
-    assert [(row[0].strip(), row[1].strip()) for row in rows] == [
-        *((f"{n} %", which) for n in (0, 50, 75) for which in ("shortcut", "x0")),
-        ("100 %", "finished"),
-    ]
-    numbers = [[float(cell) for cell in row[2:]] for row in rows]
-    for one, other in zip(numbers[0:6:2], numbers[1:6:2], strict=True):
-        assert one == pytest.approx(other, abs=2e-3)
-    assert numbers[0][0] > numbers[4][0] and numbers[0][1] < numbers[4][1]
-
-
-@pytest.mark.parametrize("sampler", ["euler", "dpm_2", "uni_pc", "dpm_fast", "dpm_adaptive"])
-def test_the_preview_grid_draws_what_ksampler_draws_and_looks_ahead_everywhere(
-    mini, texts, shortcut, pack, vae, sampler
-):
-    """KSampler leaves the penultimate noise level out for some samplers; others have steps or a scale of their own."""
-    latent = {"samples": torch.zeros(LATENT), "noise_mask": torch.ones(1, 1, 64, 64)}
-    asked = {"steps": 5, "cfg": 1.0, "sampler_name": sampler, "scheduler": "normal"}
-    grid = pack.nodes["LookaheadPreviewGrid"].execute
-    _, finished, text = grid(
-        mini.model, shortcut(kind="plain x0"), *texts, latent, 7, fractions="0, 0.4, 0.8", **asked
-    ).result
-    (drawn,) = pack.host_nodes.KSampler().sample(mini.model, 7, 5, 1.0, sampler, "normal", *texts, latent)
-    assert torch.allclose(finished, vae.decode(drawn["samples"]).cpu(), atol=5e-3)
-    assert all(f"{n} %" in text for n in (0, 40, 80))
-    rows = [[float(cell) for cell in line.split("|")[3:5]] for line in text.splitlines() if " % |" in line]
-    for one, other in zip(rows[0::2], rows[1::2], strict=True):  # without a LoRA and guidance, shortcut and x0 are one
-        assert one == pytest.approx(other, abs=2e-2)  # (dpm_adaptive tells of a step after its last call: 0.01)
-
-
-def test_fractions_that_a_sampler_never_came_to_are_named(pack, caplog):
-    grid = pack.module("nodes.guidance.preview_grid")
-    shots = [grid.Shot(0.0, torch.zeros(1, 8, 8, 3), torch.zeros(1, 8, 8, 3))]
-    assert grid.left_out([0.0], shots, "euler") == ""
-    note = grid.left_out([0.0, 0.5, 0.75], shots, "dpm_adaptive")
-    assert "ended before 50 %, 75 %" in note and note.strip() in caplog.text
-
-
-def test_a_fraction_after_the_last_step_is_that_step(mini, texts, shortcut, pack):
-    latent, options = {"samples": torch.zeros(LATENT)}, {"steps": 3, "cfg": 1.0, "fractions": "0.99"}
-    *_, text = pack.nodes["LookaheadPreviewGrid"].execute(mini.model, shortcut(), *texts, latent, **options).result
-    assert [line.split("|")[1].strip() for line in text.splitlines()[2:]] == ["99 %", "99 %"]
-
-
 def test_reports_decode_the_first_and_the_last_step_when_somebody_looks(pack):
     decoded = []
 
@@ -840,13 +505,6 @@ def test_reports_decode_the_first_and_the_last_step_when_somebody_looks(pack):
     assert [name for name, _ in run.previews] == ["step 0, before", "step 0, after", "step 4, before", "step 4, after"]
     assert not decoded
     assert {tuple(picture.shape) for picture in run.pictures()} == {(1, 512, 256, 3)} and decoded == 4 * [LATENT]
-
-
-@pytest.mark.parametrize("text", ["", "0.5, 1", "-0.1", "a half"])
-def test_fractions_that_make_no_sense_are_refused(pack, tools, text):
-    with pytest.raises(ValueError, match="give numbers from 0 to below 1") as error:
-        pack.module("nodes.guidance.preview_grid").parse_fractions(text)
-    assert str(error.value).endswith("0.5.")
 
 
 def test_it_guides_a_model_that_draws_a_concept(guide, shortcut, draw, tools, mini, pack):

@@ -6,7 +6,7 @@ import pytest
 from lcm_lookahead.mini.studies.evaluate import PEOPLE, evaluate
 from lcm_lookahead.tools.common import Problem
 
-MODULES = {"presets": "guidance", "null-text": "null_text"}
+MODULES = {"presets": "guidance", "null-text": "null_text", "reference-presets": "reference_presets"}
 
 
 @pytest.mark.parametrize("references", [0, 9])

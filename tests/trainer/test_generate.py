@@ -126,6 +126,19 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bytes(drawn, tmp_path):
     assert content(out) == content(drawn)
 
 
+def test_what_a_run_left_half_written_of_a_shard_is_taken_away_when_it_is_made_again(drawn, tmp_path):
+    out = tmp_path / "left"
+    shutil.copytree(drawn, out)
+    names = [path.name for path in out.iterdir() if path.name.startswith("shard-000000")]
+    assert len(names) == 4  # tar, side file, times, and the index, without which the shard is not finished
+    for name in names:
+        (out / f".{name}.0badcafe.part").write_bytes(b"half of it")
+        if "index" in name:
+            (out / name).unlink()
+    run(arguments(out))
+    assert content(out) == content(drawn) and not list(out.glob(".*.part"))
+
+
 def test_another_configuration_is_refused_in_the_same_folder(drawn):
     with pytest.raises(SystemExit, match="made with another configuration or other models: name another folder"):
         run(arguments(drawn, "checks.similarity=0.5"))
@@ -409,7 +422,7 @@ def test_a_disk_that_is_full_in_the_middle_keeps_what_is_finished(drawn, tmp_pat
     out, sync = tmp_path / "full", os.fsync
 
     def full(file):
-        if (out / "shard-000000.times.json").exists():
+        if (out / "shard-000000.index.json").exists():
             raise OSError(28, "No space left on device")
         sync(file)
 

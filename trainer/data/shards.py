@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,16 +64,18 @@ def said(store: Store, name: str) -> Iterator[None]:
         ) from error
 
 
-def write_times(store: Store, shard: str, times: Mapping[str, Any]) -> None:
-    """Write how long a shard took, beside it. Raises ShardError or StoreError where that cannot be written."""
-    name = times_name(shard)
-    with said(store, name), store.writing(name) as path:
-        path.write_text(json.dumps(times))
+def write_shard(
+    store: Store,
+    shard: str,
+    samples: Iterable[Sample],
+    side: Mapping[str, Any],
+    content: str,
+    times: Callable[[], Mapping[str, Any]] | None = None,
+) -> None:
+    """Write tar, side file, times and index, each whole or not at all, and the index last: it says that all is there,
+    so that a run that was killed before comes again, and takes away what it left half-written.
 
-
-def write_shard(store: Store, shard: str, samples: Iterable[Sample], side: Mapping[str, Any], content: str) -> None:
-    """Write tar, side file and index, each whole or not at all. content: digest of the configuration.
-
+    content: digest of the configuration; times: how long it took until now, which is no part of the shard.
     Raises ShardError, one sentence, where the disk is full or cannot be written, or StoreError.
     """
 
@@ -89,6 +91,9 @@ def write_shard(store: Store, shard: str, samples: Iterable[Sample], side: Mappi
             index = shard_index(path, shard, content)
         with store.writing(side_name(shard)) as path:
             path.write_text(json.dumps(side, ensure_ascii=False, indent=1))
+        if times is not None:
+            with store.writing(times_name(shard)) as path:
+                path.write_text(json.dumps(times()))
         write_index(store, shard, index)
 
 

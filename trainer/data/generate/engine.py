@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..shards import Sample, finished, shard_name, write_shard, write_times
+from ..shards import Sample, finished, shard_name, write_shard
 from ..store import Store
 from .checks import DUPLICATE, Inspector, Measurements, mean_embedding, select
 from .config import Files, GenerateConfig, digest
@@ -95,12 +95,18 @@ class Engine:
         people = self.generate(range(number * size, (number + 1) * size), progress)
         side = {"shard": number, "content": self.content, **self.about(), **summary(people)}
         shard, begun = shard_name(number), time.perf_counter()
-        write_shard(self.store, shard, [self.sample(p) for p in people if p.kept()], side, self.content)
-        self.seconds["write"] += time.perf_counter() - begun
-        self.seconds["all"] = time.perf_counter() - started
-        # How long it took is no part of the shard: it differs from run to run.
-        times = {"pictures": side["pictures"]["generated"], "seconds": dict(self.seconds)}
-        write_times(self.store, shard, times | {"threads": torch.get_num_threads()})
+
+        def times() -> dict[str, Any]:
+            now = time.perf_counter()
+            seconds = {**self.seconds, "write": self.seconds["write"] + now - begun, "all": now - started}
+            return {
+                "pictures": side["pictures"]["generated"],
+                "seconds": seconds,
+                "threads": torch.get_num_threads(),
+            }
+
+        kept = [self.sample(p) for p in people if p.kept()]
+        write_shard(self.store, shard, kept, side, self.content, times)
         return side
 
     def generate(self, numbers: Sequence[int], progress: Progress = silent) -> list[GeneratedPerson]:
