@@ -349,7 +349,8 @@ class HostScene:
     def _set(self, path: Path, where: str, name: str | None, value: Any) -> None:
         """Write a value into "node" (its input `name`, or the seed) or "node.input"."""
         node, dot, chosen = where.rpartition(".") if "." in where and where not in self.nodes else (where, "", "")
-        place = self.nodes[self._node(path, node)]["inputs"]
+        number = self._node(path, node)
+        place = self.nodes[number]["inputs"]
         name = chosen if dot else name or next((n for n in ("seed", "noise_seed") if n in place), "seed")
         if name not in place or isinstance(place[name], list):
             state = "comes from another node" if name in place else "is not there"
@@ -358,6 +359,11 @@ class HostScene:
                 f"as node.input; it has {', '.join(k for k, v in place.items() if not isinstance(v, list)) or 'none'}."
             )
         place[name] = value
+        # What is set counts, as in the page: a preset that would act in its place is left.
+        known = self.info.get(self.nodes[number]["class_type"], {}).get("input", {}).get("optional", {})
+        about = (known.get("preset") or [None, {}])[1]
+        if name in about.get("lookahead_presets", {}).get(place.get("preset"), {}):
+            place["preset"] = about["default"]
 
     def _only_seed(self, path: Path) -> str:
         found = [

@@ -156,6 +156,28 @@ def test_a_workflow_file_is_drawn_with_this_picture_prompt_seed_and_weight(done)
     assert line["backend"].startswith("host, ComfyUI 0.") and line["seconds"] > 0
 
 
+def test_a_number_that_is_set_in_a_workflow_leaves_the_preset_that_would_act_in_its_place(done, drawing_host, tmp_path):
+    from lcm_lookahead.evaluation.harness import host
+
+    graph = {
+        "1": {"class_type": "LoadImage", "inputs": {"image": "a.png"}},
+        "2": {"class_type": "CLIPTextEncode", "inputs": {"text": "a"}},
+        "3": {"class_type": "RandomNoise", "inputs": {"noise_seed": 1}},
+        "4": {"class_type": "LookaheadGuider", "inputs": {"text": 1.0, "end": 1.0, "preset": "paper"}},
+        "5": {"class_type": "SaveImage", "inputs": {"images": ["2", 0], "filename_prefix": "a"}},
+    }
+    file = tmp_path / "by_preset.json"
+    file.write_text(json.dumps(graph))
+    (job,) = done.jobs()
+    setting = Setting(done.world.files, done.protocol.drawing, done.world.library, done.methods, done.world.open_host)
+    backend = host.HostBackend(drawing_host, setting, None)
+    for where, kept in (("LookaheadGuider.text", "as set below"), ("LookaheadGuider.end", "paper")):
+        method = run.METHODS["workflow"].model_validate({"file": str(file), "weight": where})
+        scene, _ = backend._scene(method, job, 0.5, "reference.png")
+        inputs = scene.nodes["4"]["inputs"]
+        assert inputs[where.partition(".")[2]] == 0.5 and inputs["preset"] == kept
+
+
 def test_a_workflow_whose_nodes_are_missing_or_unclear_is_refused_before_anything_is_drawn(done, tmp_path, monkeypatch):
     """By the answers of the host that has just drawn, which need not run for that."""
     from lcm_lookahead.evaluation.harness import host
