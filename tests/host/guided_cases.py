@@ -54,6 +54,9 @@ def draw(texts, tools, mini):
     return run
 
 
+ALL = draw, guide, loss, shortcut, vae  # fixtures, for the files that guide runs
+
+
 def means(report) -> list[float]:
     (run,) = report.runs.values()
     return [sum(i.losses) / len(i.losses) for i in run.iterates]

@@ -12,13 +12,7 @@ from tensors import relative
 from worlds import control_net
 from writing_patches import pure, with_patches, writing
 
-draw, guide, loss, shortcut, vae = (
-    guided_cases.draw,
-    guided_cases.guide,
-    guided_cases.loss,
-    guided_cases.shortcut,
-    guided_cases.vae,
-)  # fixtures
+draw, guide, loss, shortcut, vae = guided_cases.ALL  # fixtures
 
 
 # -- guided runs

@@ -8,13 +8,7 @@ import guided_cases
 import pytest
 import torch
 
-draw, guide, loss, shortcut, vae = (
-    guided_cases.draw,
-    guided_cases.guide,
-    guided_cases.loss,
-    guided_cases.shortcut,
-    guided_cases.vae,
-)  # fixtures
+draw, guide, loss, shortcut, vae = guided_cases.ALL  # fixtures
 
 
 def test_as_set_below_or_no_preset_is_the_node_s_numbers_to_the_bit_and_off_is_no_guidance(guide, draw):
