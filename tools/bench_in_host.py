@@ -260,6 +260,10 @@ class _ColourVAE:
         self.device = comfy.model_management.get_torch_device()
         self.patcher = comfy.model_patcher.ModelPatcher(self.first_stage_model, self.device, self.device)
 
+    def decode(self, z: Any) -> Any:
+        """As a VAE of the host: pictures [n, h, w, 3] in [0, 1]."""
+        return (self.first_stage_model.decode(z).movedim(1, -1) / 2 + 0.5).clamp(0, 1)
+
     @staticmethod
     def memory_used_decode(shape: Any, dtype: Any) -> int:
         return 0

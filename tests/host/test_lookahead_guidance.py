@@ -142,6 +142,15 @@ def test_each_picture_of_a_batch_is_guided_as_if_alone(guide, draw):
     assert torch.equal(*noise) and relative(together[:1], draw(alone)) < 1e-3
 
 
+def test_the_previews_by_which_the_benchmark_times_the_unet_alone_can_be_guided_by(guide, draw, pack, tools, mini):
+    vae = pack.module("tools.bench_in_host")._ColourVAE()
+    shortcut = tools.run("LookaheadShortcut", tools.with_lora(mini.model), vae)
+    sampler, report = guide(of=shortcut, iterations=2)
+    latent = {"samples": draw(sampler)}
+    plot, previews, _ = pack.nodes["LookaheadGuidanceReport"].execute(latent, report).result
+    assert len(means(report)) == 3 and previews.shape[-1] == 3 and float(previews.std()) > 0
+
+
 def test_without_iterations_it_is_bit_equal_to_the_sampler(guide, draw):
     assert torch.equal(draw(guide(iterations=0)[0]), draw("euler"))
 
