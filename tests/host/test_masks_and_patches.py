@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from other_packs import in_tiles, row_by_row
-from tensors import half_masks
+from tensors import half_masks, relative
 from worlds import VISION, make_encoder, widths_of
 
 LATENT = (1, 4, 16, 16)
@@ -226,7 +226,8 @@ def test_a_block_that_cannot_be_followed_runs_without_the_image_prompt_and_is_lo
     plain = draw(tiny.model)
     with caplog.at_level("WARNING"):
         out = draw(other(tools.apply(tiny.model, reference)))
-    assert torch.allclose(out, plain, atol=1e-5)
+    # Some processors round a doubled batch otherwise; the image prompt would change the picture by far more.
+    assert relative(out, plain) < 1e-4 < 1e-2 < relative(draw(tools.apply(tiny.model, reference)), plain)
     assert len([r for r in caplog.records if "LCM-Lookahead" in r.getMessage()]) == 1
 
 
