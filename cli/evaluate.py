@@ -68,7 +68,7 @@ def evaluate(
     ] = False,
     reference_presets: Annotated[
         bool,
-        typer.Option("--reference-presets", help="Study the presets of the image prompt and of the guider instead."),
+        typer.Option("--reference-presets", help="Study the presets of image prompt, KV injection and guider instead."),
     ] = False,
     concepts: Annotated[
         bool, typer.Option("--concepts", help="Study concept encoders (DATE) against tuning without one instead.")

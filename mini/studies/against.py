@@ -57,7 +57,12 @@ def _by_person(value: Tensor) -> paired.Column:
     return np.asarray(value.mean(1).double().numpy())
 
 
+def is_clear(figures: Table, between: str, name: str) -> bool:
+    """Says whether the interval of a difference leaves out 0."""
+    found = figures[between][name]
+    return found.low > 0 or found.high < 0
+
+
 def marked(figures: Table, between: str, name: str) -> str:
     """A difference with its interval, and a star where that leaves out 0."""
-    found = figures[between][name]
-    return f"{found}{'*' if found.low > 0 or found.high < 0 else ''}"
+    return f"{figures[between][name]}{'*' if is_clear(figures, between, name) else ''}"

@@ -20,13 +20,8 @@ PEOPLE = {
     "reference-presets": 24,
     "concepts": 144,
 }  # by study, how many unless said
-FROM_ANYONE = (
-    "encoders",
-    "guidance",
-    "presets",
-    "people",
-    "reference-presets",
-)  # people of these may be others than the first ones
+#: People of these may be others than the first ones.
+FROM_ANYONE = ("encoders", "guidance", "presets", "people", "reference-presets")
 FEWEST = 10  # fewer make no interval, and a draw may hold one person alone
 FEWEST_CONCEPTS = 6  # of these a study is tried with
 

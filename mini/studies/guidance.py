@@ -9,6 +9,7 @@ into docs/guidance_presets.md likewise.
 
 from __future__ import annotations
 
+import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -356,11 +357,14 @@ def preset_arms(names: Sequence[str] = ()) -> tuple[dict[str, GuidanceArm], dict
 def presets_page(figures: Table, costs: Mapping[str, float], seconds: Mapping[str, float], people: range) -> str:
     """docs/guidance_presets.md. people: the numbers of those who were drawn."""
     measures = list(figures[NONE])
+    named = [] if CUSTOM in figures else [name for name in figures if name in PRESETS or name in BY_NOISE_GUIDE]
+    first = ["--first", str(people.start)] if people.start else []
     gains = (f"{name}, {what}" for name in measures[:2] for what in ("gain", f"gain over {AS_MANY}"))
     columns = [*measures, *gains, *(f"{measures[0]}, {OVER_INSTANT}",)]
     setup = {"steps": STEPS, "sampler": SAMPLER, "scheduler": SCHEDULER, "cfg": CFG, "batch": BATCH}
     return render(
         "guidance_presets.md.jinja",
+        command=shlex.join(["lookahead", "evaluate", "--presets", *named, *first]),
         arms=figures,
         columns=columns,
         costs=costs,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...lookahead.method.guidance_presets import BALANCED, INSTANT
 from . import guidance
-from .against import compared, marked, measured
+from .against import compared, is_clear, marked, measured
 from .drawing import BOTH, MEASURED_WITH, ReferenceArm, draw
 from .guidance import GuidanceArm
 from .study import SIMILARITY, STYLE, Table, render, sheet, write_page
@@ -61,10 +61,6 @@ def page(figures: Table, references: int, guided: range = GUIDED_PEOPLE) -> str:
 
     arms, names = [*ARMS, *GUIDED], (SIMILARITY, STYLE)
 
-    def is_beyond(arm: str, name: str) -> bool:
-        found = figures[change_of(arm)][name]
-        return found.low > 0 or found.high < 0
-
     def change(arm: str, name: str) -> str:
         return marked(figures, change_of(arm), name)
 
@@ -81,7 +77,7 @@ def page(figures: Table, references: int, guided: range = GUIDED_PEOPLE) -> str:
         names=names,
         change=change,
         within=within,
-        beyond=[f"{name} of {arm}" for arm in arms for name in names if is_beyond(arm, name)],
+        beyond=[f"{name} of {arm}" for arm in arms for name in names if is_clear(figures, change_of(arm), name)],
         references=references,
         guided=guided,
         styles=STYLES,

@@ -46,10 +46,11 @@ def identity_in(loss: Loss) -> IdentityLoss:
     """The identity loss that a loss is or combines. Raises ValueError, one sentence, where there is none, or it has no
     picture of anybody."""
     parts = loss.parts if isinstance(loss, Combined) else ((1.0, loss),)
-    found = next((part for weight, part in parts if weight and isinstance(part, IdentityLoss)), None)
-    if found is not None and found.shows:
-        return found
-    if found is not None:
+    found = [part for weight, part in parts if weight and isinstance(part, IdentityLoss)]
+    for part in found:
+        if part.shows:
+            return part
+    if found:
         raise ValueError(
             "A noise guide begins with the reference's picture, and Lookahead Identity Loss has none, only a face "
             "embedding: connect a picture at its image, or leave noise_guide open."

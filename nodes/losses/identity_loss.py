@@ -67,7 +67,7 @@ def read_person(
 ) -> FaceReferences:
     """Who is in IMAGE [n, H, W, 1 to 4], or whom a reference knows. Raises NoFaceError or ValueError, one sentence."""
     if isinstance(image, Reference):
-        return known_people(image, patcher.model, several == AVERAGE)
+        return known_people(image, patcher.model, patcher.load_device, several == AVERAGE)
     pictures = split_alpha(image)[0].movedim(-1, 1).clone().to(patcher.load_device)
     return read_references(patcher.model, face_analysis, list(pictures), several == AVERAGE)
 

@@ -27,10 +27,11 @@ def largest_faces(face_analysis: FaceModels, pictures: Tensor) -> tuple[list[Fac
     return [face for face, _ in largest], torch.stack([embedding for _, embedding in largest])
 
 
-def known_people(reference: Reference, recogniser: Recogniser, average: bool) -> FaceReferences:
+def known_people(reference: Reference, recogniser: Recogniser, device: torch.device, average: bool) -> FaceReferences:
     """The people whom a reference names by their face embeddings, without a picture of them.
 
-    average: all are one person, whose embedding is the mean by the subjects' weights; else each is one of its own.
+    device: where the recogniser is; average: all are one person, whose embedding is the mean by the subjects' weights;
+    else each is one of its own.
     Subjects that are subtracted do not count. Raises ValueError, one sentence, where an embedding is missing or of
     another recogniser.
     """
@@ -48,7 +49,6 @@ def known_people(reference: Reference, recogniser: Recogniser, average: bool) ->
         )
     rows = torch.cat([subject.face.float().cpu() for subject in subjects])
     with torch.no_grad():
-        device = next(recogniser.parameters()).device
         width = recogniser(torch.zeros(1, 3, recogniser.size, recogniser.size, device=device)).shape[-1]
     if rows.shape[-1] != width:
         raise ValueError(

@@ -137,6 +137,12 @@ def test_a_reference_that_cannot_say_whose_face_it_is_is_refused_in_a_sentence(
 
 def test_a_noise_guide_asks_for_the_picture_that_it_begins_with(pack, tools, analysis, photos, read):
     loss = pack.nodes["LookaheadIdentityLoss"].execute(analysis, read(photos[0, :1])).result[0].loss
+    identity_in, combined = (
+        getattr(pack.module(of), name)
+        for of, name in (("nodes.guidance.noise_guide", "identity_in"), ("lookahead.losses.base", "Combined"))
+    )
     with pytest.raises(ValueError, match="has none, only a face embedding: connect a picture") as error:
-        pack.module("nodes.guidance.noise_guide").identity_in(loss)
+        identity_in(loss)
     tools.one_sentence(error)
+    shows = pack.nodes["LookaheadIdentityLoss"].execute(analysis, photos[0, :1]).result[0].loss
+    assert identity_in(combined(((1.0, loss), (1.0, shows)))) is shows
