@@ -27,7 +27,7 @@ def sdxl_kept_bytes(side: int = 1024, itemsize: int = 2) -> int:
 
 def measure(side: int = 0, part: str = "") -> dict[str, Any]:
     """Run the benchmark in a process of its own, inside the host's tree; with a side, for SDXL at full size; part: "kv"
-    for the arms of KV injection alone."""
+    or "guidance" for these arms alone."""
     host = fetch()
     CACHE.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="bench-", dir=CACHE) as folder:
@@ -63,29 +63,33 @@ def _answer(command: list[str], folder: Path, environment: dict[str, str]) -> di
 
 def table(report: dict[str, Any]) -> str:
     """The figures as a Markdown table."""
+    parts = [kv_table(report)] if "seconds" in report else []
+    parts += [guidance_table(report)] if "guidance" in report else []
+    parts += [[f"UNets in the process: {report['unets']}; peak memory {report['peak_memory'] / 1e9:.1f} GB."]]
+    return "\n\n".join("\n".join(lines) for lines in parts)
+
+
+def kv_table(report: dict[str, Any]) -> list[str]:
+    """The figures of KV injection and of the guider as lines of Markdown."""
     plain = report["seconds"]["plain CFG"]
     rows = [
         f"| {name} | {1000 * seconds:.1f} ms | {seconds / plain:.2f} | {report['flop_ratios'][name]:.2f} |"
         for name, seconds in report["seconds"].items()
     ]
-    return "\n".join(
-        [
-            f"One model call on {report['device']}, {report['model']} (medians; all arms in turn, in one run):",
-            "",
-            "| | time | over plain CFG | FLOP ratio of SDXL at 1024x1024 |",
-            "|---|---|---|---|",
-            *rows,
-            "",
-            f"UNets in the process: {report['unets']}; peak memory {report['peak_memory'] / 1e9:.1f} GB.",
-            *(
-                f"What is kept of a pass (one role), precision {name}: {size / 1e6:.3f} MB, "
-                f"{report['kv_bytes_from_shapes'][name] / 1e6:.3f} MB counted from shapes;"
-                for name, size in report["kv_bytes"].items()
-            ),
-            f"SDXL at 1024x1024 in 16 bit, counted the same way: {sdxl_kept_bytes() / 1e9:.2f} GB.",
-            *(["", *guidance_table(report)] if "guidance" in report else []),
-        ]
-    )
+    return [
+        f"One model call on {report['device']}, {report['model']} (medians; all arms in turn, in one run):",
+        "",
+        "| | time | over plain CFG | FLOP ratio of SDXL at 1024x1024 |",
+        "|---|---|---|---|",
+        *rows,
+        "",
+        *(
+            f"What is kept of a pass (one role), precision {name}: {size / 1e6:.3f} MB, "
+            f"{report['kv_bytes_from_shapes'][name] / 1e6:.3f} MB counted from shapes;"
+            for name, size in report["kv_bytes"].items()
+        ),
+        f"SDXL at 1024x1024 in 16 bit, counted the same way: {sdxl_kept_bytes() / 1e9:.2f} GB.",
+    ]
 
 
 def guidance_table(report: dict[str, Any]) -> list[str]:
@@ -93,8 +97,8 @@ def guidance_table(report: dict[str, Any]) -> list[str]:
     seconds, sizes = report["guidance"], report["guidance_bytes"]
     one = seconds["evaluation"]
     return [
-        "Lookahead guidance, one picture (goal: an iteration takes at most 3.3 evaluations of the UNet, 1.6 without "
-        "backward):",
+        f"Lookahead guidance on {report['device']}, {report['model']}, one picture (goal: an iteration takes at most "
+        "3.3 evaluations of the UNet, 1.6 without backward):",
         "",
         "| | time | over one evaluation |",
         "|---|---|---|",
@@ -121,6 +125,7 @@ def main(arguments: list[str]) -> int:
         help="SDXL with random weights in bfloat16 at SIDE x SIDE pixels (256; takes 14 GB and some minutes on a CPU)",
     )
     parser.add_argument("--kv", action="store_true", help="KV injection alone")
+    parser.add_argument("--guidance", action="store_true", help="lookahead guidance alone")
     parser.add_argument("--training", action="store_true", help="the training step alone")
     parser.add_argument("--data", action="store_true", help="reading and preparing data alone")
     parser.add_argument(
@@ -141,8 +146,9 @@ def main(arguments: list[str]) -> int:
         return 0
     if not chosen.training:
         say("Measuring in a real ComfyUI (about a minute for the mini world) ...")
-        print(table(measure(chosen.full_size, "kv" if chosen.kv else "")), end="\n\n")
-    if chosen.kv:
+        part = "" if chosen.kv == chosen.guidance else "kv" if chosen.kv else "guidance"
+        print(table(measure(chosen.full_size, part)), end="\n\n")
+    if chosen.kv or chosen.guidance:
         return 0
     say("Measuring the training step (about a minute) ...")
     print(bench_training.table(measure_training()))

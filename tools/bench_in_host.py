@@ -1,9 +1,9 @@
 """Run by `make bench` inside a ComfyUI tree: times model calls of one run beside each other and prints JSON.
 
-python bench_in_host.py HOST_DIRECTORY BASE_DIRECTORY PACK_DIRECTORY CPU_TORCHVISION MINI_EXTENSION [SIDE [kv]]
+python bench_in_host.py HOST_DIRECTORY BASE_DIRECTORY PACK_DIRECTORY CPU_TORCHVISION MINI_EXTENSION [SIDE [PART]]
 
 With SIDE it measures SDXL at full size with random weights in bfloat16, at SIDE x SIDE pixels, else (0) the mini world;
-with "kv" the arms of KV injection alone.
+with the part "kv" the arms of KV injection alone, with "guidance" lookahead guidance alone.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ def main(host: str, base: str, pack: str, cpu_torchvision: str, mini: str, side:
 
     args.cpu = not torch.cuda.is_available()
     args.base_directory = base
-    import comfy.samplers
     import folder_paths
 
     import nodes
@@ -43,9 +42,6 @@ def main(host: str, base: str, pack: str, cpu_torchvision: str, mini: str, side:
     for folder in (mini, pack):
         if not asyncio.run(nodes.load_custom_node(folder, module_parent="custom_nodes")):
             raise SystemExit(f"{folder} could not be loaded as a custom node")
-
-    def run(node: str, *arguments: Any, **options: Any) -> Any:
-        return nodes.NODE_CLASS_MAPPINGS[node].execute(*arguments, **options).result[0]
 
     with torch.inference_mode():
         full_size = int(side or 0)
@@ -61,65 +57,9 @@ def main(host: str, base: str, pack: str, cpu_torchvision: str, mini: str, side:
             positive, negative = (nodes.CLIPTextEncode().encode(clip, text)[0] for text in ("a photo of a face", ""))
             read = {"vae": vae, "clip": clip}
 
-        def reference() -> Any:
-            return run("LookaheadEncodeReference", image=face, size=pixels, **read)
-
-        def with_kv(reference: Any, cache_gb: float, **settings: Any) -> Any:
-            return run("LookaheadApplyKVInjection", model, reference, cache_gb=cache_gb, **settings)
-
-        def cfg(model: Any) -> Any:
-            guider = comfy.samplers.CFGGuider(model)
-            guider.set_conds(positive, negative)
-            guider.set_cfg(3.0)
-            return guider
-
-        def three(model: Any, kv: float = 2.0) -> Any:
-            return run("LookaheadGuider", model, positive, negative, 3.0, 2.0, kv)
-
-        kept = reference()
-        replayed, cold = with_kv(kept, 2.0), with_kv(reference(), 0.0)
-        less = {"precision": "8 bit", "renew": RENEW}
-        kept_less = reference()
-        replayed_less, cold_less = with_kv(kept_less, 2.0, **less), with_kv(reference(), 0.0, **less)
-        arms = {
-            "plain CFG": cfg(model),
-            "CFG with KV, cold": cfg(cold),
-            "CFG with KV, replayed": cfg(replayed),
-            COLD_RENEWED: cfg(cold_less),
-            REPLAYED_RENEWED: cfg(replayed_less),
-            "guider, cold": three(cold),
-            "guider, replayed": three(replayed),
-            "guider, kv = 0, replayed": three(replayed, 0.0),
-        }
-        if part == "kv":
-            arms = {name: guider for name, guider in arms.items() if not name.startswith("guider")}
-        times: dict[str, list[float]] = {name: [] for name in arms}
-        for turn in range(rounds + 1):
-            for name, guider in arms.items():
-                seconds = _step_times(guider, model, pixels // 8, steps)
-                if name in (COLD_RENEWED, REPLAYED_RENEWED):  # their steps differ: the mean of a run
-                    seconds = [statistics.mean(seconds)]
-                if turn:  # the first round warms up, and fills the cache
-                    times[name] += seconds
-        sizes, counted = {}, {}
-        for name, subject, patched in (("full", kept, replayed), ("8 bit", kept_less, replayed_less)):
-            entries = [rows for run_ in subject.subjects[0].cache.runs.values() for rows in run_.values()]
-            (sizes[name],) = {sum(t.nbytes for row in e.values() for parts in row for t in parts) for e in entries}
-            source = patched.model_options["transformer_options"]["lookahead"].effects[0].source
-            counted[name] = source.bytes_per_row(model.model.get_dtype_inference().itemsize)
-        gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
-        report = {
-            "flop_ratios": _flop_ratios(list(arms)),
-            "renew": RENEW,
-            "seconds": {name: statistics.median(values) for name, values in times.items()},
-            "spread": {name: [min(values), max(values)] for name, values in times.items()},
-            "kv_bytes": sizes,
-            "kv_bytes_from_shapes": counted,
-            "unets": _unets(type(model.model.diffusion_model)),
-            "model": f"SDXL with random weights, {pixels}x{pixels}" if full_size else "mini world, 128x128",
-            "peak_memory": _peak_memory(),
-            "device": gpu or f"{torch.get_num_threads()} CPU thread(s)",
-        }
+        report: dict[str, Any] = {}
+        if part != "guidance":
+            report |= _kv_injection(model, positive, negative, face, read, steps, rounds, part == "kv")
         if part != "kv":
             if full_size:
                 vae, few = _ColourVAE(), _with_random_lora(model)
@@ -127,8 +67,84 @@ def main(host: str, base: str, pack: str, cpu_torchvision: str, mini: str, side:
                 few = nodes.LoraLoaderModelOnly().load_lora_model_only(model, "lcm-lora-sdxl.safetensors", 1.0)[0]
             report["guidance"] = _guidance(model, few, positive, negative, vae, pixels, rounds)
             report["guidance_bytes"] = _guidance_bytes()
-            report["peak_memory"] = _peak_memory()
+        gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+        report |= {
+            "unets": _unets(type(model.model.diffusion_model)),
+            "model": f"SDXL with random weights, {pixels}x{pixels}" if full_size else "mini world, 128x128",
+            "peak_memory": _peak_memory(),
+            "device": gpu or f"{torch.get_num_threads()} CPU thread(s)",
+        }
     print("BENCH " + json.dumps(report))
+
+
+def _kv_injection(
+    model: Any, positive: Any, negative: Any, face: Any, read: dict, steps: int, rounds: int, without_guider: bool
+) -> dict[str, Any]:
+    """Seconds of a step with and without KV injection and the guider, and the bytes that KV injection keeps.
+
+    face: picture [1, side, side, 3], the reference and the size that is drawn; read: what encodes it.
+    """
+    import comfy.samplers
+
+    import nodes
+
+    def run(node: str, *arguments: Any, **options: Any) -> Any:
+        return nodes.NODE_CLASS_MAPPINGS[node].execute(*arguments, **options).result[0]
+
+    def reference() -> Any:
+        return run("LookaheadEncodeReference", image=face, size=face.shape[1], **read)
+
+    def with_kv(reference: Any, cache_gb: float, **settings: Any) -> Any:
+        return run("LookaheadApplyKVInjection", model, reference, cache_gb=cache_gb, **settings)
+
+    def cfg(model: Any) -> Any:
+        guider = comfy.samplers.CFGGuider(model)
+        guider.set_conds(positive, negative)
+        guider.set_cfg(3.0)
+        return guider
+
+    def three(model: Any, kv: float = 2.0) -> Any:
+        return run("LookaheadGuider", model, positive, negative, 3.0, 2.0, kv)
+
+    kept = reference()
+    replayed, cold = with_kv(kept, 2.0), with_kv(reference(), 0.0)
+    less = {"precision": "8 bit", "renew": RENEW}
+    kept_less = reference()
+    replayed_less, cold_less = with_kv(kept_less, 2.0, **less), with_kv(reference(), 0.0, **less)
+    arms = {
+        "plain CFG": cfg(model),
+        "CFG with KV, cold": cfg(cold),
+        "CFG with KV, replayed": cfg(replayed),
+        COLD_RENEWED: cfg(cold_less),
+        REPLAYED_RENEWED: cfg(replayed_less),
+        "guider, cold": three(cold),
+        "guider, replayed": three(replayed),
+        "guider, kv = 0, replayed": three(replayed, 0.0),
+    }
+    if without_guider:
+        arms = {name: guider for name, guider in arms.items() if not name.startswith("guider")}
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    for turn in range(rounds + 1):
+        for name, guider in arms.items():
+            seconds = _step_times(guider, model, face.shape[1] // 8, steps)
+            if name in (COLD_RENEWED, REPLAYED_RENEWED):  # their steps differ: the mean of a run
+                seconds = [statistics.mean(seconds)]
+            if turn:  # the first round warms up, and fills the cache
+                times[name] += seconds
+    sizes, counted = {}, {}
+    for name, subject, patched in (("full", kept, replayed), ("8 bit", kept_less, replayed_less)):
+        entries = [rows for run_ in subject.subjects[0].cache.runs.values() for rows in run_.values()]
+        (sizes[name],) = {sum(t.nbytes for row in e.values() for parts in row for t in parts) for e in entries}
+        source = patched.model_options["transformer_options"]["lookahead"].effects[0].source
+        counted[name] = source.bytes_per_row(model.model.get_dtype_inference().itemsize)
+    return {
+        "flop_ratios": _flop_ratios(list(arms)),
+        "renew": RENEW,
+        "seconds": {name: statistics.median(values) for name, values in times.items()},
+        "spread": {name: [min(values), max(values)] for name, values in times.items()},
+        "kv_bytes": sizes,
+        "kv_bytes_from_shapes": counted,
+    }
 
 
 def _flop_ratios(arms: list[str], side: int = 1024) -> dict[str, float]:
