@@ -348,8 +348,9 @@ def _guidance(
         "iteration without backward, UNet and few-step LoRA": lambda: iteration(
             _ColourVAE(), "never", "one-step", backward=False
         ),
-        "iteration, UNet, few-step LoRA and decoder": lambda: iteration(vae, "never", "one-step"),
     }
+    if not isinstance(vae, _ColourVAE):  # a real decoder
+        arms["iteration, UNet, few-step LoRA and decoder"] = lambda: iteration(vae, "never", "one-step")
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for turn in range(rounds + 1):
         for name, arm in arms.items():
