@@ -18,6 +18,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 from ...lookahead.files.atomic import atomic, first_line
 from ...lookahead.files.tensors import sha256
 from .pairs import DataError
@@ -118,12 +123,12 @@ class Store:
                 self._asked(lambda fs, root: _put(fs, root, path))
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        with atomic(self.folder / name) as part:
+        with atomic(self.folder / name) as part, _locked(part):
             yield part
             with part.open("rb") as file:
                 os.fsync(file.fileno())
-        for left in self.folder.glob(f".{name}.*.part"):  # of a run that was killed
-            left.unlink(missing_ok=True)
+        for left in self.folder.glob(f".{name}.*.part"):
+            _remove_if_dead(left)
 
     def remove(self, name: str) -> None:
         if not self.remote:
@@ -191,12 +196,30 @@ def ends(path: Path) -> tuple[int, str]:
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
     """One process at a time brings a file; a lock of one that was killed is open again."""
-    with contextlib.ExitStack() as stack:
-        try:
-            import fcntl
-        except ImportError:  # Windows: it may be brought twice
-            pass
-        else:
-            file = stack.enter_context(path.with_name(f".{path.name}.lock").open("w"))
-            fcntl.flock(file, fcntl.LOCK_EX)
+    with _locked(path.with_name(f".{path.name}.lock")):
         yield
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a file, which is made where there is none: while it is written, others see by that that its
+    process lives. Where there are no such locks (Windows, some network folders) it does nothing."""
+    while fcntl is not None:
+        with path.open("ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError:
+                break
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):  # else it was just taken away
+                yield
+                return
+    yield
+
+
+def _remove_if_dead(path: Path) -> None:
+    """Take away what a killed process left half-written, but not what a living one is writing."""
+    with contextlib.suppress(OSError):  # it is locked, or gone already
+        with path.open("rb") as file:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
