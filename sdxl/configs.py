@@ -16,6 +16,7 @@ from diffusers import UNet2DConditionModel
 from transformers import CLIPTokenizer
 
 from ..lookahead.files.unet_layout import SDXL
+from ..lookahead.method.schedule import BETA_END, BETA_START
 
 UNET: dict[str, Any] = {"sample_size": 128, **SDXL.diffusers()}
 VAE: dict[str, Any] = {
@@ -57,8 +58,8 @@ VIT_H: dict[str, Any] = {
 }
 SCHEDULER: dict[str, Any] = {
     "_class_name": "EulerDiscreteScheduler",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
+    "beta_start": BETA_START,
+    "beta_end": BETA_END,
     "beta_schedule": "scaled_linear",
     "timestep_spacing": "leading",
     "steps_offset": 1,

@@ -26,7 +26,7 @@ from torch import Tensor
 from ..lookahead.files import encoder_file
 from ..lookahead.files.encoder_file import EncoderFile
 from ..lookahead.method.guidance import Scales, guided
-from ..lookahead.method.schedule import add_noise
+from ..lookahead.method.schedule import add_noise, alpha_bar_at
 from ..lookahead.vision.images import centre_square, clip_input
 from .concept import ConceptRows
 from .encoder import Encoder, KeysValues
@@ -328,8 +328,4 @@ def _alpha_bar(scheduler: SchedulerMixin, t: Tensor) -> Tensor:
             f"The scheduler {type(scheduler).__name__} is one of flow matching, by whose rule the pipeline does not "
             "noise a reference: use another one, such as DDIMScheduler, or draw with use_kv=False."
         )
-    alphas = scheduler.alphas_cumprod.double().to(t.device)
-    below, above = t.floor().long(), t.ceil().long().clamp(max=len(alphas) - 1)
-    log_sigma = [0.5 * torch.log((1 - alphas[i]) / alphas[i]) for i in (below, above)]
-    between = torch.sigmoid(-2 * torch.lerp(log_sigma[0], log_sigma[1], t.double() - below))
-    return torch.where(below == above, alphas[below], between)
+    return alpha_bar_at(scheduler.alphas_cumprod.double().to(t.device), t)

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from ...lookahead.method.guidance import Scales
+from ...lookahead.method.schedule import BETA_END, BETA_START
 from ...sdxl import load  # first: it cures what diffusers' own imports need
 from ...sdxl.images import read
 from ...sdxl.pipeline import EncodedReference, LookaheadPipeline
@@ -23,7 +24,7 @@ from .methods import Method
 from .scenes import Drawable, Drawn, PictureJob
 from .sections import DrawingOptions
 
-SDXL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+SDXL = {"beta_start": BETA_START, "beta_end": BETA_END, "beta_schedule": "scaled_linear", "steps_offset": 1}
 # The host's sampler and scheduler -> what draws the same in diffusers
 SCHEDULERS: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {
     ("dpmpp_2m", "karras"): ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),

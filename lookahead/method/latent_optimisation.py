@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .schedule import signal_scale
+
 RAW, UNIT_RMS, RELATIVE = "raw", "unit rms", "relative"
 
 Predict = Callable[[Tensor], Tensor]  # z_t [n, c, h, w] -> preview latent [n, c, h, w], float32
@@ -206,7 +208,7 @@ def carried(predict: Predict, alpha_bar: Tensor) -> Predict:
     def predicted(z: Tensor) -> Tensor:
         with torch.no_grad():
             latent = predict(z)
-        return latent + _each(alpha_bar.to(latent).sqrt(), latent) * (z - z.detach())  # the sum adds 0 to the preview
+        return latent + signal_scale(alpha_bar, latent) * (z - z.detach())  # the sum adds 0 to the preview
 
     return predicted
 
@@ -242,7 +244,7 @@ def best_start(
             at = at if region is None else torch.where(region, at, z)
         e = look(at)
         if not number:
-            centre = _each(alpha_bar.to(z).sqrt(), z) * (e.preview if signal is None else signal).to(z)
+            centre = signal_scale(alpha_bar, z) * (e.preview if signal is None else signal).to(z)
             strength = _norm(z - centre, region)
         best.add(at, e)
         if on_look:
@@ -269,7 +271,7 @@ class _Path:
     def __init__(self, z: Tensor, settings: Optimisation, region: Tensor | None, alpha_bar: Tensor | None):
         self.z, self._settings, self._region = z, settings, region
         self._velocity = torch.zeros_like(z)
-        self._signal = None if alpha_bar is None or not settings.sphere else _each(alpha_bar.to(z).sqrt(), z)
+        self._signal = None if alpha_bar is None or not settings.sphere else signal_scale(alpha_bar, z)
         self._centre: Tensor | float = 0.0  # of the sphere: what is signal in the latent, by its first preview
         self._radius = _norm(z, region)
 
@@ -335,19 +337,6 @@ class _Candidates:
             e = evaluate(latents)
             best.add(latents, e._replace(valid=e.valid & lowest.isfinite()))
         return best
-
-
-def time_travel(
-    x: Tensor, denoised: Tensor, sigma: Tensor, sigma_next: Tensor, noise: Tensor, flow: bool = False
-) -> Tensor:
-    """FreeDoM's time travel (arXiv 2303.09833): one step of DDIM from sigma to sigma_next, and noise up to sigma again.
-
-    x, denoised, noise: in the host's scale, z_0 + sigma e, or (1 - sigma) z_0 + sigma e of a model of flow matching. It
-    mends what the guidance has made unlikely.
-    """
-    x_next = denoised + (x - denoised) * (sigma_next / sigma)
-    kept = (1 - sigma) / (1 - sigma_next) if flow else torch.ones_like(sigma)  # of z_0
-    return kept * x_next + (sigma**2 - (kept * sigma_next) ** 2).clamp_min(0).sqrt() * noise
 
 
 def _normalised(gradient: Tensor, z: Tensor, kind: str) -> Tensor:

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .schedule import signal_scale
+
 
 def lean_towards(
     z: Tensor, preview: Tensor, goal: Tensor, alpha_bar: Tensor, amount: float, mask: Tensor | None = None
@@ -25,4 +27,4 @@ def lean_towards(
     """
     part = amount if mask is None else amount * mask.to(z)
     shift = part * (goal.float() - preview.float())
-    return (z + alpha_bar.to(z).sqrt().reshape(-1, 1, 1, 1) * shift).to(z)
+    return (z + signal_scale(alpha_bar, z) * shift).to(z)

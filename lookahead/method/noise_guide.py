@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from .leaning import lean_towards
 from .module_list import ModuleListOf
+from .schedule import signal_scale
 
 GROUPS = 8
 FREQUENCIES = 6  # of the noise level, in units of log alpha_bar / (1 - alpha_bar): periods of 50 down to 1.6
@@ -166,7 +167,7 @@ def move_noise(z: Tensor, shift: Tensor, preview: Tensor, alpha_bar: Tensor, mas
     where the latent may move; the rest keeps its bits.
     """
     z32, shift = z.float(), shift.float()
-    centre = alpha_bar.to(z32).sqrt().reshape(-1, 1, 1, 1) * preview.float()
+    centre = signal_scale(alpha_bar, z32) * preview.float()
     noise, region = z32 - centre, None
     if mask is not None:
         shift, region = shift * mask, (mask > 0).expand_as(z)

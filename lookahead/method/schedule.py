@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 TIMESTEPS = 1000
+BETA_START, BETA_END = 0.00085, 0.012  # of "scaled linear": their roots lie evenly
 EPSILON, V_PREDICTION = "epsilon", "v_prediction"
 
 
-def alphas_cumprod(steps: int = TIMESTEPS, start: float = 0.00085, end: float = 0.012) -> Tensor:
+def alphas_cumprod(steps: int = TIMESTEPS, start: float = BETA_START, end: float = BETA_END) -> Tensor:
     """alpha_bar of SDXL's timesteps, [steps] in float64: the cumulative product of 1 - beta, beta "scaled linear"."""
     betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
     return torch.cumprod(1 - betas, dim=0)
@@ -36,9 +37,25 @@ def to_ve(z: Tensor, sigma: Tensor) -> Tensor:
     return z * (_like(sigma, z) ** 2 + 1).sqrt()
 
 
-def alpha_bar_of(sigma: Tensor) -> Tensor:
-    """alpha_bar = 1 / (1 + sigma^2) of the host's noise level, any shape."""
-    return 1 / (sigma**2 + 1)
+def alpha_bar_of(sigma: Tensor, flow: bool = False) -> Tensor:
+    """alpha_bar = 1 / (1 + sigma^2) of the host's noise level, any shape: the square of what `to_vp` leaves of z_0.
+
+    flow: the host's latent is (1 - sigma) z_0 + sigma e, as in flow matching.
+    """
+    return (1 - sigma) ** 2 * (1 / (sigma**2 + 1)) if flow else 1 / (sigma**2 + 1)
+
+
+def alpha_bar_at(alphas: Tensor, timestep: Tensor) -> Tensor:
+    """alpha_bar at time steps, of a schedule's [steps]; between two of them log sigma is interpolated."""
+    below, above = timestep.floor().long(), timestep.ceil().long().clamp(max=len(alphas) - 1)
+    log_sigma = [0.5 * torch.log((1 - alphas[i]) / alphas[i]) for i in (below, above)]
+    between = torch.sigmoid(-2 * torch.lerp(log_sigma[0], log_sigma[1], timestep.double() - below))
+    return torch.where(below == above, alphas[below], between)
+
+
+def signal_scale(alpha_bar: Tensor, z_t: Tensor) -> Tensor:
+    """sqrt(alpha_bar), what z_t has of its picture: in its precision, in a shape to multiply it, [B or 1, 1, ...]."""
+    return alpha_bar.to(z_t).sqrt().reshape(-1, *[1] * (z_t.ndim - 1))
 
 
 def signal_to_noise(alpha_bar: Tensor) -> Tensor:
@@ -71,6 +88,19 @@ def ddim_step(z_t: Tensor, noise: Tensor, alpha_bar: Tensor, alpha_bar_prev: Ten
     noise: as the network predicts it in z_t (epsilon).
     """
     return add_noise(pred_original_sample(z_t, noise, alpha_bar), noise, alpha_bar_prev)
+
+
+def time_travel(
+    x: Tensor, denoised: Tensor, sigma: Tensor, sigma_next: Tensor, noise: Tensor, flow: bool = False
+) -> Tensor:
+    """FreeDoM's time travel (arXiv 2303.09833): one step of DDIM from sigma to sigma_next, and noise up to sigma again.
+
+    x, denoised, noise: in the host's scale, z_0 + sigma e, or (1 - sigma) z_0 + sigma e of a model of flow matching. It
+    mends what the guidance has made unlikely.
+    """
+    x_next = denoised + (x - denoised) * (sigma_next / sigma)
+    kept = (1 - sigma) / (1 - sigma_next) if flow else torch.ones_like(sigma)  # of z_0
+    return kept * x_next + (sigma**2 - (kept * sigma_next) ** 2).clamp_min(0).sqrt() * noise
 
 
 def boundary_scaling(

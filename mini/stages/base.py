@@ -18,7 +18,7 @@ from torch import Tensor
 from ...lookahead.files.unet_layout import UNetLayout
 from ...lookahead.method.guidance import Scales, guided
 from ...lookahead.method.sampling import Predict
-from ...lookahead.method.schedule import TIMESTEPS, add_noise, alphas_cumprod, signal_to_noise
+from ...lookahead.method.schedule import BETA_END, BETA_START, TIMESTEPS, add_noise, alphas_cumprod, signal_to_noise
 from ...sdxl.shared_unet import Condition
 from ..plan import CONTEXT, IMAGE_SIZE, LATENT_SIZE, SIZES, Plan
 from ..world.data import Pictures
@@ -47,8 +47,8 @@ def build_unet() -> UNet2DConditionModel:
 
 def scheduler() -> DDIMScheduler:
     return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
+        beta_start=BETA_START,
+        beta_end=BETA_END,
         beta_schedule="scaled_linear",
         clip_sample=False,
         set_alpha_to_one=False,

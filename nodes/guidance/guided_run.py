@@ -24,10 +24,9 @@ from ...lookahead.method.latent_optimisation import (
     best_start,
     evaluate_preview,
     optimise_latent,
-    time_travel,
 )
 from ...lookahead.method.leaning import lean_towards
-from ...lookahead.method.schedule import alpha_bar_of, lora_scale, to_ve, to_vp
+from ...lookahead.method.schedule import alpha_bar_of, lora_scale, time_travel, to_ve, to_vp
 from .guidance_report import Iterate, RunReport, mean, shown_while_running
 from .memory import AUTO, MemoryLadder
 from .noise_guide import LoadedNoiseGuide, apply_noise_guide, identity_in, warn_of_level
@@ -231,7 +230,7 @@ class GuidedRun:
     def _signal_share(self, sigma: Tensor) -> Tensor:
         """alpha_bar [n]: the square of what z_t has of z_0, in flow matching too."""
         flow = isinstance(self.guider.inner_model.model_sampling, comfy.model_sampling.CONST)
-        return (1 - sigma) ** 2 * alpha_bar_of(sigma) if flow else alpha_bar_of(sigma)
+        return alpha_bar_of(sigma, flow)
 
     def _signal(self, step: GuidedStep) -> Tensor | None:
         """What is z_0 in the latent of a run that has just put its noise on it; None where that is not known."""

@@ -11,7 +11,6 @@ from lcm_lookahead.lookahead.method.latent_optimisation import (
     carried,
     evaluate_preview,
     optimise_latent,
-    time_travel,
 )
 
 SHAPE = (3, 4, 8, 8)
@@ -166,26 +165,6 @@ def test_an_evaluation_can_be_wrapped(z):
 
     assert torch.allclose(optimise(z, Optimisation(2), evaluate=one_by_one), optimise(z, Optimisation(2)), atol=1e-6)
     assert calls == [True, True, False]
-
-
-def test_going_back_keeps_the_noise_level():
-    g = torch.Generator().manual_seed(2)
-    original, noise, fresh = (torch.randn(1, 4, 64, 64, generator=g) for _ in range(3))
-    sigma, sigma_next = torch.tensor(5.0), torch.tensor(4.0)
-    x = time_travel(original + sigma * noise, original, sigma, sigma_next, fresh)
-    assert float((x - original).std()) == pytest.approx(5.0, rel=0.02)
-    assert not torch.allclose(x, original + sigma * noise)
-
-
-def test_time_travel_of_a_flow_model_keeps_its_noise_level():
-    g = torch.Generator().manual_seed(3)
-    original, noise, fresh = (torch.randn(64, 4, 16, 16, generator=g) for _ in range(3))
-    sigma, sigma_next = torch.tensor(0.8), torch.tensor(0.6)
-    x = time_travel(0.2 * original + 0.8 * noise, original, sigma, sigma_next, fresh, flow=True)
-    rest = x - 0.2 * original  # of which 0.3 is the noise of before: 0.6 * 0.2 / 0.4
-    assert float(rest.std()) == pytest.approx(0.8, rel=0.01) and float((rest * noise).mean()) == pytest.approx(
-        0.3, abs=0.01
-    )
 
 
 def test_an_unknown_normalisation_is_refused():

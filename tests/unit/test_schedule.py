@@ -97,3 +97,45 @@ def test_the_paper_s_step_is_the_seventh_of_fifty():
     assert schedule.chosen_steps(steps, 1e9, 1) == [0]
     assert schedule.chosen_steps([14.6], 7.5, 3, 0.0) == [0] and schedule.chosen_steps([14.6, 9.0], 7.5, 1, 0.0) == [1]
     assert schedule.chosen_steps([14.6, 9.0], 7.5, 1, 8.0) == [] == schedule.chosen_steps([], 7.5, 1, 0.0)
+
+
+def test_going_back_keeps_the_noise_level():
+    g = torch.Generator().manual_seed(2)
+    original, noise, fresh = (torch.randn(1, 4, 64, 64, generator=g) for _ in range(3))
+    sigma, sigma_next = torch.tensor(5.0), torch.tensor(4.0)
+    x = schedule.time_travel(original + sigma * noise, original, sigma, sigma_next, fresh)
+    assert float((x - original).std()) == pytest.approx(5.0, rel=0.02)
+    assert not torch.allclose(x, original + sigma * noise)
+
+
+def test_time_travel_of_a_flow_model_keeps_its_noise_level():
+    g = torch.Generator().manual_seed(3)
+    original, noise, fresh = (torch.randn(64, 4, 16, 16, generator=g) for _ in range(3))
+    sigma, sigma_next = torch.tensor(0.8), torch.tensor(0.6)
+    x = schedule.time_travel(0.2 * original + 0.8 * noise, original, sigma, sigma_next, fresh, flow=True)
+    rest = x - 0.2 * original  # of which 0.3 is the noise of before: 0.6 * 0.2 / 0.4
+    assert float(rest.std()) == pytest.approx(0.8, rel=0.01) and float((rest * noise).mean()) == pytest.approx(
+        0.3, abs=0.01
+    )
+
+
+def test_between_two_time_steps_the_noise_level_is_that_between_theirs():
+    alphas = schedule.alphas_cumprod()
+    at = schedule.alpha_bar_at(alphas, torch.tensor([0.0, 500.0, 500.5, 999.0]))
+    assert torch.equal(at[[0, 1, 3]], alphas[[0, 500, 999]]) and alphas[501] < at[2] < alphas[500]
+    assert torch.allclose(schedule.alpha_bar_of(sigma_between(alphas[500], alphas[501])), at[2])
+
+
+def sigma_between(*alphas):
+    return torch.stack([((1 - a) / a).sqrt().log() for a in alphas]).mean().exp()
+
+
+def test_what_a_latent_has_of_its_picture_is_its_scale_by_either_rule():
+    z_0, noise = (
+        torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(n), dtype=torch.float64) for n in (4, 5)
+    )
+    sigma = torch.tensor([0.3, 0.8], dtype=torch.float64)
+    s = sigma.view(-1, 1, 1, 1)
+    for flow, x in ((False, z_0 + s * noise), (True, (1 - s) * z_0 + s * noise)):
+        signal = schedule.signal_scale(schedule.alpha_bar_of(sigma, flow), z_0) * z_0
+        assert torch.allclose(schedule.to_vp(x, sigma) - schedule.to_vp(s * noise, sigma), signal)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ...lookahead.method.guidance import classifier_free_guidance
 from ...lookahead.method.schedule import add_noise, ddim_step, preview_latent
 from ...sdxl.shared_unet import TextRead
 from .draws import Draws
@@ -51,7 +52,7 @@ def consistency(predict: Predict, alpha_bar: Tensor, latent: Tensor, z_t: Tensor
     nothing = replace(draws, no_text=everything, no_image_prompt=everything, no_kv=everything)
     with torch.no_grad():
         e_uncond, e_cond = predict(z_t, nothing, t, 0.0), predict(z_t, draws, t, 0.0)
-        e, s = e_uncond + GUIDANCE * (e_cond - e_uncond), (t - STRIDE).clamp(min=0)
+        e, s = classifier_free_guidance(e_uncond, e_cond, GUIDANCE), (t - STRIDE).clamp(min=0)
         z_s = ddim_step(z_t, e, alpha_bar[t], alpha_bar[s])
         wanted = preview_latent(z_s, predict(z_s, draws, s, 1.0), s, alpha_bar[s])
     return ((latent - wanted).square() + HUBER**2).sqrt().sub(HUBER).mean((1, 2, 3))

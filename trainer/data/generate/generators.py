@@ -25,6 +25,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
 from ....lookahead.files.tensors import EncoderFileError, read_tensors, sha256
+from ....lookahead.method.schedule import BETA_END, BETA_START
 from ....sdxl import load, lora
 from ....sdxl.load import ModelError, PromptEncoder
 from ....sdxl.subject_attention import Sharing, SubjectAttention
@@ -51,7 +52,7 @@ class PictureGenerator(Protocol):
 
 
 # The distilled models of SDXL keep its noise schedule, and start from pure noise, at the last time step.
-_SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+_SCHEDULE = {"beta_start": BETA_START, "beta_end": BETA_END, "beta_schedule": "scaled_linear"}
 SAMPLERS = {
     "ddim": lambda: DDIMScheduler(**_SCHEDULE, timestep_spacing="trailing", clip_sample=False),
     "lcm": lambda: LCMScheduler(**_SCHEDULE, original_inference_steps=50),
