@@ -80,6 +80,16 @@ def test_everything_that_is_wrong_is_counted_and_said(faces, tmp_path, capsys):
     assert listed == {"ben/broken.png", "ben/1.png", "ben/copy.png", "dora/1.png"}
 
 
+def test_a_photo_of_two_people_is_counted_and_named(faces, tmp_path, capsys):
+    (a, b), (c, d) = faces
+    both = torch.cat([c, a], 2)
+    for name, picture in {"anna/1": a, "anna/2": b, "ben/1": c, "ben/2": d, "ben/with_anna": both}.items():
+        save(tmp_path / f"data/{name}.png", picture)
+    status, rows, text = doctor(capsys, tmp_path / "data")
+    assert status == 0 and (rows["pictures"], rows["with several faces"]) == (5, 1)
+    assert "See that the largest face is the person's. (ben/with_anna.png)" in text
+
+
 def test_small_pictures_and_small_faces_are_said(faces, tmp_path, capsys):
     for n, picture in enumerate(faces[0]):
         small = torch.nn.functional.interpolate(picture[None], (100, 100), mode="area")[0]

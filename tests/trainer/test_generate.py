@@ -1,5 +1,6 @@
 """A generated data set: bytes are a function of configuration and number, checks leave out what they say, errors."""
 
+import io
 import json
 import os
 import runpy
@@ -19,6 +20,7 @@ from lcm_lookahead.cli import generate, main
 from lcm_lookahead.mini import drawn_people
 from lcm_lookahead.mini.generator import DrawnWorld
 from lcm_lookahead.mini.plan import WEIGHTS
+from lcm_lookahead.mini.world.references import reference_faces
 from lcm_lookahead.sdxl.load import ModelError
 from lcm_lookahead.trainer.config import CONFIGS, ConfigError
 from lcm_lookahead.trainer.data.generate import checks, engine
@@ -32,10 +34,13 @@ from lcm_lookahead.trainer.data.generate.report import added, auc, mean_and_devi
 from lcm_lookahead.trainer.data.shards import Shards, shard_name, side_name
 from lcm_lookahead.trainer.data.store import Store
 from lcm_lookahead.trainer.data.tars import ShardError
+from PIL import Image
 
 FOLDER = CONFIGS / "generate"
 CPU = torch.device("cpu")
 SMALL = ["shards=2", "people_per_shard=3", "prompts.per_person=3", "generator.batch=4"]
+# In a few steps the mini base draws no face that a check would let through.
+UNCHECKED = [f"checks.{name}=null" for name in ("detector", "recogniser", "clip", "sharpness")]
 
 
 def settings(out, *more, name="drawn"):
@@ -235,6 +240,14 @@ def test_each_fault_of_a_picture_has_its_reason(measured, why):
     assert rejection_of(opened, measured) == (checks.NO_FACE if measured.face is None else None)
 
 
+def test_a_photo_of_two_people_is_rejected_for_its_faces(inspector):
+    pair = (reference_faces(2) * 255).round().byte()
+    measured = inspector([*pair, torch.cat([*pair], 2)], [plan_of(0)] * 3)
+    assert [one.face_count for one in measured] == [1, 1, 2]
+    asked = settings("nowhere").checks
+    assert [rejection_of(asked, one) for one in measured] == [None, None, checks.SEVERAL_FACES]
+
+
 def test_the_one_that_is_unlike_goes_and_those_that_are_alike_stay():
     """One stranger pulls the means of all below the threshold; without it the others are alike."""
     pictures = [seen(0), seen(20), seen(170), seen(10)]
@@ -335,6 +348,27 @@ def test_an_autoencoder_of_sdxl_s_own_kind_takes_the_base_s_place(tmp_path):
     assert made(plans(config)[:1])[0].pixels.shape == (3, 128, 128)
 
 
+def pictures(folder):
+    """What a folder of shards holds: the pictures, float [n, h, w, 3] in [0, 255], in the order of the shards."""
+    shards = Shards(Store(folder))
+    files = [Image.open(io.BytesIO(shards.picture(n))) for n in range(len(shards))]
+    return np.stack([np.asarray(file, np.float32) for file in files])
+
+
+def test_pictures_of_a_person_that_share_attention_are_others_than_those_drawn_one_by_one(tmp_path):
+    """The same base, seeds, sampler and steps; in the first of the steps the subject is only looked for."""
+    one = ["shards=1", "people_per_shard=1", "prompts.per_person=2", "prompts.plain_count=1", "generator.batch=2"]
+    one += ["generator.steps=3", "generator.precision=fp32", *UNCHECKED]
+    run(arguments(tmp_path / "shared", *one, name="mini_consistent"))
+    apart = [*one, "generator.kind=sdxl", "generator.shared=null"]
+    run(arguments(tmp_path / "apart", *apart, name="mini_consistent"))
+    shared, alone = (pictures(tmp_path / name) for name in ("shared", "apart"))
+    assert shared.shape == alone.shape == (2, 128, 128, 3)
+    assert (np.abs(shared - alone).mean((1, 2, 3)) > 0.5).all()  # rounding alone: 0.0001
+    seeds = [[p["seed"] for p in Shards(Store(tmp_path / name)).about(0)["pictures"]] for name in ("shared", "apart")]
+    assert seeds[0] == seeds[1]
+
+
 def test_files_that_are_missing_or_do_not_fit_are_said(tmp_path):
     config = settings("nowhere", "generator.lora=nothing.safetensors", name="mini")
     with pytest.raises(FileNotFoundError, match="no nothing.safetensors, which generator.lora names"):
@@ -395,6 +429,25 @@ def test_names_warn(tmp_path, capsys, monkeypatch):
     more = [f"names={tmp_path / 'names.txt'}", "people=null", "--verify"]
     run(arguments(tmp_path / "out", *more, name="mini"))
     assert "makes pictures of real people" in capsys.readouterr().err
+
+
+def test_people_of_a_list_are_drawn_by_their_names_which_no_caption_tells(tmp_path, capsys):
+    names = ["Ada Example", "Ben Example"]
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    more = [f"names={tmp_path / 'names.txt'}", "people=null", "shards=1", "people_per_shard=2", *UNCHECKED]
+    run(arguments(tmp_path / "out", *more, "prompts.per_person=2", "prompts.plain_count=1", name="mini"))
+    assert "makes pictures of real people" in capsys.readouterr().err
+    shards = Shards(Store(tmp_path / "out"))
+    people = [shards.about(n) for n in range(2)]
+    assert [about["description"] for about in people] == names
+    for about in people:
+        assert len(about["pictures"]) == 2
+        for picture in about["pictures"]:
+            assert picture["prompt"].startswith(f"{picture['style']} of {about['description']}")
+            assert picture["caption"] == picture["prompt"].replace(about["description"], "a face")
+            assert "Example" not in picture["caption"]
+    ada, ben = pictures(tmp_path / "out").reshape(2, 2, 128, 128, 3)
+    assert np.abs(ada - ben).mean() > 10
 
 
 @pytest.mark.parametrize(

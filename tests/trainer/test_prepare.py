@@ -1,6 +1,7 @@
 """What the frozen models see, made ahead as shards: the same bytes whoever makes them and whenever they are killed;
 batches that workers read ahead are those that are computed."""
 
+import os
 import pickle
 import random
 import subprocess
@@ -30,9 +31,13 @@ def drawn(tmp_path_factory):
     return out
 
 
+def asked(drawn, cache, *more):
+    small = [f"data.source={drawn}", "data.size=64", f"data.cache={cache}", "batch=2", "steps=6", "validate_every=0"]
+    return [*small, "precision=fp32", "workers=0", "data.read_batch=3", *more]
+
+
 def settings(drawn, cache, *more):
-    values = [f"data.source={drawn}", "data.size=64", f"data.cache={cache}", "batch=2", "steps=6", "validate_every=0"]
-    return Config.load(CONFIGS / "mini.yaml", [*values, "precision=fp32", "workers=0", "data.read_batch=3", *more])
+    return Config.load(CONFIGS / "mini.yaml", asked(drawn, cache, *more))
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +185,34 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_read(loaded, drawn,
     with pytest.raises(DataError, match="takes .* GB, and .* has 1e-06 GB free: free some space, set data.cache"):
         opened(loaded, settings(drawn, tmp_path)).prepare(CPU)
     assert not (tmp_path / "features").exists()
+
+
+@pytest.mark.parametrize("finished", [2, 3])
+def test_a_disk_that_is_full_in_the_middle_keeps_what_is_finished(
+    loaded, drawn, tmp_path, short, monkeypatch, finished
+):
+    """Full after so many files, so while a tar is written, or its index."""
+    opened(loaded, settings(drawn, tmp_path / "whole")).prepare(CPU)
+    whole = written(tmp_path / "whole")
+    assert len(whole) >= 8  # four shards with their indexes
+    sync, synced = os.fsync, []
+
+    def full(file):
+        if len(synced) == finished:
+            raise OSError(28, "No space left on device")
+        synced.append(file)
+        sync(file)
+
+    command = ["prepare", str(CONFIGS / "mini.yaml"), *asked(drawn, tmp_path / "full")]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
+        patch.setattr("lcm_lookahead.trainer.data.store.os.fsync", full)
+        main.main(command)
+    said = str(caught.value)
+    assert "cannot be kept in" in said and "(No space left on device): free some space" in said and "\n" not in said
+    there = written(tmp_path / "full")
+    assert there.items() < whole.items() and len(there) == finished  # whole files alone, and no part of one
+    main.main(command)
+    assert written(tmp_path / "full") == whole
 
 
 def test_the_command_says_what_is_missing_makes_it_and_says_that_it_is_there(drawn, tmp_path, capsys):
