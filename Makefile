@@ -33,7 +33,7 @@ test: ## lint, types and the tests, on the newest ComfyUI and, where versions di
 	@$(PYTHON) -m tools.start
 	@$(RUN).tools.testing $(ARGS)
 
-portable: ## the tests as on other processors, with one and two threads, the slow ones too (about two hours; ARGS="--processor avx2": one of them)
+portable: ## the tests as on other processors, with one and two threads; on this one the slow tests too (about two hours; ARGS="--processor avx2": one of them)
 	@$(PYTHON) -m tools.start
 	@$(RUN).tools.testing --portable $(ARGS)
 

@@ -2,7 +2,7 @@
 and one line that sums them up.
 
     make test                       lint, types; all tests but the slow; on the oldest ComfyUI those marked `contract`
-    make portable                   the suite as on other processors, with one and two threads; the slow tests too
+    make portable                   the suite as on other processors, with one and two threads; the slow tests on its own
     make matrix                     the whole host suite on every supported version
     make browser                    workflows and help in ComfyUI's web page; with Chromium, a part of `make test`
     make lint                       lint and types alone
@@ -42,7 +42,8 @@ SLOWEST = 20  # tests shown with their durations
 PROGRESS_SECONDS = 60.0  # between lines of progress
 
 # Results must not hang on how a processor rounds: these take away its widest instructions, as an older one would.
-# ATen's own kernels, oneDNN's convolutions and MKL's matrix products each have a switch of their own.
+# ATen's own kernels, oneDNN's convolutions and MKL's matrix products each have a switch of their own; under avx2
+# MKL's is left as it is.
 _OLDER = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 _OLDEST = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_CBWR": "COMPATIBLE"}
 _TWO_THREADS = {"OMP_NUM_THREADS": "2"}
