@@ -1,5 +1,6 @@
 """Training on shards: opened by indexes, pairs of one person, batches that depend on nothing but their numbers."""
 
+import base64
 import os
 import re
 import shutil
@@ -161,6 +162,26 @@ def test_shards_that_cannot_be_trained_on_are_said(tmp_path, models):
     )
     with pytest.raises(DataError, match="not one pair to train on"):
         opened(settings(tmp_path / "nobody", "nowhere"), models)
+
+
+def test_the_doctor_names_people_of_different_shards_who_are_one_to_the_recogniser(tmp_path, capsys):
+    """Person 1 and person 4, whose pictures differ a little; nobody else is near."""
+    random = np.random.default_rng(0)
+    faces = random.normal(size=(5, 64))
+    faces[4] = faces[1] + 0.1 * random.normal(size=64)
+    for shard, people in enumerate(((0, 1, 2), (3, 4))):
+        samples = []
+        for n in people:
+            seen = (faces[n] + 0.3 * random.normal(size=64) for _ in range(2))
+            codes = [base64.b64encode(e.astype("<f2").tobytes()).decode() for e in seen]
+            about = {"pictures": [picture(f"0{i}.png", True, embedding=code) for i, code in enumerate(codes)]}
+            samples.append(Sample(f"{n:08}", {"00.png": b"", "01.png": b""}, about))
+        write_shard(Store(tmp_path), shard_name(shard), samples, {}, "c")
+    with pytest.raises(SystemExit):  # nothing says where faces are
+        main.main(["doctor", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert re.search(r"^pairs of twins +1 .* among 5 people$", said, re.MULTILINE), said
+    assert "Pairs of people who are one to the recogniser: 1 (00000001 and 00000004). Give" in said
 
 
 def test_the_order_in_which_people_are_held_out_is_their_own(drawn, models, tmp_path):

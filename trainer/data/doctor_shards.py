@@ -8,11 +8,15 @@ import numpy as np
 
 from ..lookahead.config import Data, cache_folder
 from .doctor import FEW_PEOPLE, SMALL_FACE, Report
+from .generate.engine import embedding_of
 from .sharded import face_of
 from .shards import Shards
 from .store import Store
 
 SOME = 500  # samples whose JSON is read
+COMPARED = 20_000  # people who are compared with each other
+TWINS = 0.9  # cosine of mean embeddings from which on two people are one to a recogniser
+_SHOWN = 3  # pairs named in a sentence
 
 
 def examine_shards(data: Data) -> Report:
@@ -34,6 +38,7 @@ def examine_shards(data: Data) -> Report:
     elif people < FEW_PEOPLE:
         report.better.append(f"An encoder for anybody is learnt from many people, and here are {people:,}: make more.")
     _samples(report, data, shards)
+    _twins(report, shards)
     return report
 
 
@@ -77,3 +82,29 @@ def _samples(report: Report, data: Data, shards: Shards) -> None:
     who = Counter(str(about.get("generator", {}).get("name", "unknown")) for about in abouts)
     licence = next((about["generator"]["licence"] for about in abouts if "generator" in about), "unknown")
     report.rows.append(("generators", len(who), f"{', '.join(who)}; licence: {licence}"))
+
+
+def _twins(report: Report, shards: Shards) -> None:
+    """People whom a recogniser takes for one, in any two shards: where they are made, a shard knows its own alone."""
+    keys, means = [], []
+    for sample in range(min(len(shards.keys), COMPARED)):
+        known = [e for e in map(embedding_of, shards.about(sample)["pictures"]) if e is not None]
+        if known:
+            mean = np.mean(known, axis=0)
+            means.append(mean / max(float(np.linalg.norm(mean)), 1e-12))
+            keys.append(int(shards.keys[sample]))
+    if len(means) < 2:
+        return
+    everyone, pairs = np.stack(means), []
+    for start in range(0, len(everyone), 1000):  # a block at a time: 20,000 x 20,000 are 1.6 GB
+        rows, columns = np.nonzero(everyone[start : start + 1000] @ everyone.T >= TWINS)
+        pairs += [(keys[start + a], keys[b]) for a, b in zip(rows, columns, strict=True) if start + a < b]
+    report.rows.append(
+        ("pairs of twins", len(pairs), f"mean embeddings at least {TWINS} alike, among {len(means):,} people")
+    )
+    if pairs:
+        some = ", ".join(f"{a:08d} and {b:08d}" for a, b in pairs[:_SHOWN])
+        report.better.append(
+            f"Pairs of people who are one to the recogniser: {len(pairs):,} ({some}). Give people more that tells them "
+            "apart, in people.attributes, or make fewer."
+        )
