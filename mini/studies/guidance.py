@@ -93,7 +93,7 @@ VIEWED = f"{BALANCED}, {VIEWS} views"
 REDRAWN = 0.7  # denoise of the baseline that draws from the reference itself
 IMAGE_TO_IMAGE = f"image to image, denoise {REDRAWN:g}"
 #: The noise guide alone, and with a preset's iterations on top -> that preset
-BY_NOISE_GUIDE = {"noise guide": OFF, f"noise guide, then {BALANCED}": BALANCED}
+BY_NOISE_GUIDE = {"noise guide": OFF} | {f"noise guide, then {name}": name for name in (GENTLE, BALANCED)}
 
 
 def style_of(batch: int) -> str:

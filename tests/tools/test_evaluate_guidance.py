@@ -84,7 +84,7 @@ def test_what_views_are_worth_is_measured_beside_the_same_preset_with_one_crop()
 
 
 def test_the_noise_guide_stands_alone_and_with_a_preset_s_iterations_on_top():
-    alone, more = guidance.BY_NOISE_GUIDE
+    alone, _, more = guidance.BY_NOISE_GUIDE
     arms, baselines, costs = guidance.preset_arms(["balanced", alone, more])
     assert costs[alone] == 1 and costs[more] == costs["balanced"]
     assert baselines[alone] == guidance.NONE and baselines[more] == baselines["balanced"] == "best of 21"
