@@ -25,7 +25,7 @@ from ..trainer.lookahead.config import Config, cache_folder
 from ..trainer.lookahead.estimate import Shapes
 from ..trainer.noise_guide.config import NoiseGuideConfig
 
-Files = TypeVar("Files", bound=BaseModels)
+AnyModels = TypeVar("AnyModels", bound=BaseModels)
 DRAWN = "mini"  # `data.source` of people who are drawn as they are asked for
 
 
@@ -86,7 +86,7 @@ def known_base(base: str) -> KnownBase | None:
     return next((known for ask in KNOWN if (known := ask(base)) is not None), None)
 
 
-def resolve(model: Files, base: KnownBase | None) -> Files:
+def resolve(model: AnyModels, base: KnownBase | None) -> AnyModels:
     """The section `model` with the paths of a known base in the place of names."""
     if base is None:
         return model

@@ -42,7 +42,7 @@ Stock = Annotated[
 
 @app.command()
 def train(
-    config: options.Config,
+    config: options.ConfigFile,
     overrides: options.Overrides = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the whole configuration and the memory it takes; train nothing.")

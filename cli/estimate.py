@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def estimate(
-    config: options.Config,
+    config: options.ConfigFile,
     overrides: options.Overrides = None,
     card: Annotated[
         str | None, typer.Option(help="Memory of the GPU in GB, or its name: rtx4090, a100, h100 ...")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from .options import Overrides, Worker
 
@@ -19,6 +20,18 @@ NAMES_WARNING = (
     "Warning: `names` makes pictures of real people. Their likeness is theirs: make sure that you may use it, and do "
     "not publish these pictures, or models trained on them, without their consent."
 )
+
+PILOT = 50  # people of a pilot that does not say how many
+
+
+class GenerateCommand(TyperCommand):
+    """The command, whose --pilot also stands without a number."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        for n, (word, following) in enumerate(zip(args, [*args[1:], ""], strict=True)):
+            if word == "--pilot" and not following.isdecimal():
+                args[n] = f"--pilot={PILOT}"
+        return super().parse_args(ctx, args)
 
 
 def generate(
@@ -32,7 +45,12 @@ def generate(
     ] = None,
     worker: Worker = None,
     pilot: Annotated[
-        int | None, typer.Option(min=2, help="People to try: write pilot.html, with thresholds, and no shard.")
+        int | None,
+        typer.Option(
+            metavar="[N]",
+            min=2,
+            help=f"People to try, {PILOT} if not said: write pilot.html, with thresholds, and no shard.",
+        ),
     ] = None,
     report: Annotated[bool, typer.Option("--report", help="Write report.html of what is there; make nothing.")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Print disk, GPU hours and commands; make nothing.")] = False,

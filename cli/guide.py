@@ -22,7 +22,7 @@ app = typer.Typer(
 
 @app.command()
 def train(
-    config: options.Config,
+    config: options.ConfigFile,
     overrides: options.Overrides = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the whole configuration and what the run will cost; train nothing.")
@@ -57,7 +57,7 @@ def train(
 
 
 @app.command()
-def doctor(config: options.Config, overrides: options.Overrides = None) -> None:
+def doctor(config: options.ConfigFile, overrides: options.Overrides = None) -> None:
     """Examine the pictures of a noise guide's run. Status 1 if something is wrong."""
     from ..trainer.noise_guide.config import NoiseGuideConfig
     from .doctor import examined

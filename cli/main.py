@@ -75,7 +75,7 @@ for command in (
     evaluate.evaluate,
     claims.claims,
 ):
-    app.command()(command)
+    app.command(cls=generate.GenerateCommand if command is generate.generate else None)(command)
 app.add_typer(mini.app)
 app.add_typer(concept.app)
 app.add_typer(guide.app)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-Config = Annotated[
+ConfigFile = Annotated[
     Path, typer.Argument(help="YAML file of the run, such as trainer/configs/sdxl_24gb.yaml.", show_default=False)
 ]
 Worker = Annotated[

@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from .options import Config, Overrides, Worker
+from .options import ConfigFile, Overrides, Worker
 
 
 def prepare(
-    config: Config,
+    config: ConfigFile,
     overrides: Overrides = None,
     worker: Worker = None,
     dry_run: Annotated[

@@ -13,11 +13,11 @@ import typer
 if TYPE_CHECKING:
     from ..trainer.config import Section
 
-Kind = Literal["train", "generate", "guide", "concept", "evaluate"]
+ConfigKind = Literal["train", "generate", "guide", "concept", "evaluate"]
 
 
 def schema(
-    kind: Annotated[Kind, typer.Argument(help="Command whose files it is for.")] = "train",
+    kind: Annotated[ConfigKind, typer.Argument(help="Command whose files it is for.")] = "train",
 ) -> None:
     """Print the JSON schema of a configuration. Editors complete and check YAML files by it.
 

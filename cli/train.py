@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .estimate import print_estimate
-from .options import Config, Overrides
+from .options import ConfigFile, Overrides
 from .training import run
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def train(
-    config: Config,
+    config: ConfigFile,
     overrides: Overrides = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the whole configuration and what the run will cost; train nothing.")

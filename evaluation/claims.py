@@ -23,8 +23,8 @@ from .stats import Interval
 from .unique_keys import DuplicateKeyError, load_yaml
 
 CLAIMS = Path(__file__).with_name("claims.yaml")
-Verdict = Literal["shown", "in part", "not shown", "contrary", "not measured"]
-WORDS: Mapping[Verdict, str] = {
+ClaimVerdict = Literal["shown", "in part", "not shown", "contrary", "not measured"]
+WORDS: Mapping[ClaimVerdict, str] = {
     "shown": "the whole interval is on the claim's side",
     "in part": "some of a claim's checks are shown",
     "not shown": "the interval reaches over to the other side",
@@ -96,7 +96,7 @@ class ClaimCheck(_Entry):
         return ClaimFigure(self, found, _side(found.low, found.high, self.above or 0.0))
 
 
-def _side(low: float, high: float, bound: float) -> Verdict:
+def _side(low: float, high: float, bound: float) -> ClaimVerdict:
     """Where an interval lies to a bound that it should exceed."""
     if low > bound:
         return "shown"
@@ -109,7 +109,7 @@ class ClaimFigure:
 
     check: ClaimCheck
     found: Interval | None
-    verdict: Verdict
+    verdict: ClaimVerdict
 
     @property
     def figure(self) -> str:
@@ -140,7 +140,7 @@ class JudgedClaim:
     results: tuple[ClaimFigure, ...]
 
     @property
-    def verdict(self) -> Verdict:
+    def verdict(self) -> ClaimVerdict:
         """All of its checks together."""
         verdicts = [result.verdict for result in self.results]
         if "shown" in verdicts:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import shutil
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +20,7 @@ from typing import Any
 from PIL import Image
 from scipy.stats import binomtest
 
-from ..lookahead.files.atomic import first_line
+from ..lookahead.files.atomic import atomic_folder, first_line
 from ..sdxl.images import PictureError, read
 
 QUESTIONS = {
@@ -117,10 +116,8 @@ def make_study(
     places = [(n, chance.random() < 0.5, False) for n in range(len(pairs))]
     places += [(n, not places[n][1], True) for n in again]
     chance.shuffle(places)
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    (part / "public").mkdir(parents=True)
-    try:
+    with atomic_folder(folder) as part:
+        (part / "public").mkdir()
         items, key = [], []
         for place, (n, turned, repeat) in enumerate(places):
             sides = (pairs[n].second, pairs[n].first) if turned else (pairs[n].first, pairs[n].second)
@@ -131,11 +128,6 @@ def make_study(
         page = _page(items, {q: QUESTIONS[q] for q in asked})
         (part / "public" / "index.html").write_text(page, encoding="utf-8")
         (part / "key.json").write_text(json.dumps({"methods": methods, "questions": asked, "items": key}, indent=1))
-        if folder.exists():
-            folder.rmdir()
-        part.rename(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return folder / "public" / "index.html"
 
 

@@ -21,6 +21,9 @@ class Interval(NamedTuple):
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
+Intervals = dict[str, Interval]  # by the name of the figure
+
+
 def auc(own: Tensor, other: Tensor) -> float:
     """Area under the ROC curve: the chance that a value of `own` [n] exceeds one of `other` [m]; ties count half."""
     if not len(own) or not len(other):

@@ -15,6 +15,7 @@ import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from ..lookahead.files.atomic import atomic_folder
 from ..tools.common import (
     CACHE,
     ROOT,
@@ -62,32 +63,28 @@ def own_checkout(path: str) -> Path:
 
 def unpack(archive: Path, target: Path) -> None:
     """Unpack the part of a source archive under `*/vendor/ComfyUI/` to `target`, whole or not at all."""
-    new = target.with_name(f".new-{target.name}-{os.getpid()}")
-    shutil.rmtree(new, ignore_errors=True)
     try:
-        new.mkdir(parents=True)
-        with tarfile.open(archive) as tar:
-            if hasattr(tarfile, "data_filter"):
-                tar.extraction_filter = tarfile.data_filter
-            for member in tar:
-                parts = Path(member.name).parts
-                if parts[1:3] != ("vendor", "ComfyUI") or not (member.isfile() or member.isdir()):
-                    continue
-                if ".." in parts:
-                    raise Problem(f"{archive.name} holds the path {member.name!r}, which leaves its folder: not used.")
-                member.name = str(Path(*parts[3:])) if parts[3:] else "."
-                tar.extract(member, new)
-        if not (new / "main.py").is_file():
-            raise Problem(f"{archive.name} holds no ComfyUI (no vendor/ComfyUI/main.py in it).")
-        (new / MARK).write_text(hashlib.sha256(archive.read_bytes()).hexdigest())
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(new, target)
+        with atomic_folder(target, over=True) as new:
+            with tarfile.open(archive) as tar:
+                if hasattr(tarfile, "data_filter"):
+                    tar.extraction_filter = tarfile.data_filter
+                for member in tar:
+                    parts = Path(member.name).parts
+                    if parts[1:3] != ("vendor", "ComfyUI") or not (member.isfile() or member.isdir()):
+                        continue
+                    if ".." in parts:
+                        raise Problem(
+                            f"{archive.name} holds the path {member.name!r}, which leaves its folder: not used."
+                        )
+                    member.name = str(Path(*parts[3:])) if parts[3:] else "."
+                    tar.extract(member, new)
+            if not (new / "main.py").is_file():
+                raise Problem(f"{archive.name} holds no ComfyUI (no vendor/ComfyUI/main.py in it).")
+            (new / MARK).write_text(hashlib.sha256(archive.read_bytes()).hexdigest())
     except OSError as error:
         if disk_full(error):
             raise Problem(full_disk_sentence(target)) from error
         raise
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
 
 
 def fetch(version: str | None = None) -> Path:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ..lookahead.files.atomic import atomic_folder
 from ..tools.common import CACHE, Problem, Stopwatch, one_at_a_time
 from ..tools.setup import pip
 from .fetch import environment_python
@@ -74,9 +75,7 @@ def front_end() -> Path:
     if not static.is_dir():
         with one_at_a_time("frontend"):
             if not static.is_dir():
-                new = target.with_name(f".new-{version}-{os.getpid()}")
-                try:
-                    new.mkdir(parents=True)
+                with atomic_folder(target, over=True) as new:
                     pins = new / "pins.txt"
                     known = version == FRONT_END[0]
                     pins.write_text(f"comfyui-frontend-package=={version}{f' --hash=sha256:{FRONT_END[1]}' * known}\n")
@@ -84,10 +83,6 @@ def front_end() -> Path:
                     quick += ["--require-hashes"] * known
                     step = "Fetching ComfyUI's web page"
                     pip(environment_python(), [*quick, "-r", str(pins), "--target", str(new)], step)
-                    shutil.rmtree(target, ignore_errors=True)
-                    os.replace(new, target)
-                finally:
-                    shutil.rmtree(new, ignore_errors=True)
     return static
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
+from ..lookahead.files.atomic import atomic_folder
 from ..lookahead.files.tensors import sha256
 from ..lookahead.losses.identity import NONE, FaceReferences, IdentityLoss, embed
 from ..lookahead.vision.arcface import Recogniser
@@ -80,6 +79,7 @@ class DrawnPeople:
         features = self.models.features(photos)
         loss = None
         if self.recogniser is not None:
+            assert self.detector is not None  # a recogniser comes with a detector
             points = landmarks(self.faces.rows(torch.tensor(references)), IMAGE_SIZE)
             people = embed(self.recogniser, photos, points).cpu()
             sizes = torch.full((len(points), 2), IMAGE_SIZE)
@@ -101,7 +101,8 @@ class DrawnPeople:
         )
         prompts = list(config.validation.prompts)
         wanted = torch.tensor([max((n for n, s in enumerate(STYLES) if s in p), default=-1) for p in prompts])
-        recogniser, scorer = (judge.to(device) for judge in evaluators())
+        recogniser, scorer = evaluators()
+        recogniser, scorer = recogniser.to(device), scorer.to(device)
         photos, wanted = photos.to(device), wanted.to(device).repeat(count)
 
         def score(pictures: Tensor) -> dict[str, Tensor]:
@@ -202,12 +203,10 @@ def model_folder(weights: Path = WEIGHTS, cache: Path = CACHE) -> Path:
     folder = cache / "mini" / key.hexdigest()[:16]
     if folder.is_dir():
         return folder
-    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
     try:
-        write_folder(part, weights)
-        part.rename(folder)
+        with atomic_folder(folder) as part:
+            write_folder(part, weights)
     except OSError as error:
-        shutil.rmtree(part, ignore_errors=True)
         if not folder.is_dir():  # else another process was first
             raise ModelError(
                 f"The mini world's models cannot be written to {folder} ({error.strerror or error}): free some space, "

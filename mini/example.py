@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
+from ..lookahead.files.atomic import atomic_folder
 from ..tools.common import Problem
 from .demo import draw_references
 from .drawn_people import write_folder
@@ -22,15 +22,9 @@ def write_example(folder: Path) -> Path:
     """
     if folder.exists() and any(folder.iterdir()):
         raise Problem(f"{folder} is not empty: name a new folder.")
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    try:
+    with atomic_folder(folder) as part:
         write_folder(part / BASE)
         (part / BASE / "image_encoder").rename(part / IMAGE_ENCODER)
         shutil.copyfile(HERE / "trained" / "mini_encoder.safetensors", part / ENCODER)
         draw_references(1)[0].save(part / PICTURE)
-        if folder.exists():
-            folder.rmdir()
-        part.rename(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return folder

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,6 @@ from .world.faces import (
     PLACES,
     SKIN_NAMES,
     STYLES,
-    Batch,
     Faces,
     boxes,
     identity_vector,
@@ -32,6 +32,7 @@ from .world.faces import (
     sample_identities,
     sample_nuisance,
 )
+from .world.styles import Factors
 
 _CHOICES = {  # attribute: its values' words, in the order of `world.faces`
     "hair": HAIR_NAMES,
@@ -65,7 +66,7 @@ class DrawnWorld:
         return GeneratedPicture(to_bytes(render(faces, self.size, seed=plan.seed))[0], exact)
 
 
-def identity_of(plan: PicturePlan) -> Batch:
+def identity_of(plan: PicturePlan) -> Factors:
     """Who is drawn: what the attributes say, else as the plan's person has it by chance."""
     person = plan.person
     key = hashlib.sha256(repr((person.number, sorted(person.attributes.items()))).encode()).digest()
@@ -83,7 +84,7 @@ def identity_of(plan: PicturePlan) -> Batch:
     return identity
 
 
-def nuisance_of(plan: PicturePlan) -> Batch:
+def nuisance_of(plan: PicturePlan) -> Factors:
     """Says how the picture is taken: style and place as the plan says, a smile where it asks for one."""
     numbers = torch.Generator().manual_seed(plan.seed)
     style, place = _index(STYLES, "style", _bare(plan.style)), _index(PLACES, "context", plan.context)
@@ -105,5 +106,5 @@ def _index(words: Sequence[str], what: str, word: str) -> int:
     return words.index(word)
 
 
-def _rounded(values: Tensor) -> list:
+def _rounded(values: Tensor) -> list[Any]:
     return torch.round(values.double(), decimals=3).tolist()

@@ -34,7 +34,7 @@ def picture_of(faces: Faces, seed: int) -> bytes:
 
 
 def drawn_people(people: People, prompts: Sequence[Prompt], out: Path) -> list[ReferencePerson]:
-    """Held-out people (`people.Source`); a target is the same person in the style and at the place of the prompt."""
+    """Held-out people (`PeopleSource`); a target is the same person in the style and at the place of the prompt."""
     count = people.count or 24
     everyone = reference_people(count, people.first)
     found = []

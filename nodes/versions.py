@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 
 OLDEST_HOST = "0.16.3"  # as requires-comfyui of pyproject.toml
 
-Node = TypeVar("Node", bound=type)
+AnyNode = TypeVar("AnyNode", bound=type)
 
 
-def leaves_out_unknown(node: Node) -> Node:
+def leaves_out_unknown(node: AnyNode) -> AnyNode:
     """The node itself, whose functions from now on leave out inputs that they do not have, with a line in the log.
 
     A graph of another version of the pack may link such inputs; unknown values the host leaves out by itself.

@@ -15,7 +15,7 @@ from ..lookahead.method.kv_encoder import KVEncoder
 from ..lookahead.method.resampler import ResamplerSizes
 
 KeysValues = dict[str, tuple[Tensor, Tensor]]  # by path of the block: [B, tokens, C] each, heads not split
-ImagePrompt = Callable[[str], tuple[Tensor, Tensor]]  # path of a block -> keys and values that it reads beside the text
+ImagePromptKV = Callable[[str], tuple[Tensor, Tensor]]  # path of a block -> what it reads beside the text
 
 
 def block_paths(unet: UNet2DConditionModel) -> list[str]:
@@ -84,7 +84,7 @@ class Encoder(ImagePromptNetwork):
         """The image prompt's projections of a block."""
         return self.ip_adapter[self.paths.index(path)]
 
-    def image_prompt(self, tokens: Tensor) -> ImagePrompt:
+    def image_prompt(self, tokens: Tensor) -> ImagePromptKV:
         """Tokens [B, T, context] as an image prompt that is projected where it is read, and so again in a pass that is
         repeated in backward."""
         return lambda path: self.projections(path)(tokens)

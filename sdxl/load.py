@@ -143,10 +143,10 @@ class Frozen:
         return self.vision(pixel_values=pixels, output_hidden_states=True).hidden_states[-2]
 
 
-BaseModels = tuple[UNet2DConditionModel, PromptEncoder, nn.Module]  # the last reads pictures
+LoadedBase = tuple[UNet2DConditionModel, PromptEncoder, nn.Module]  # the last reads pictures
 
 
-def load_base(path: Path, dtype: torch.dtype, vae: Path | None = None) -> BaseModels:
+def load_base(path: Path, dtype: torch.dtype, vae: Path | None = None) -> LoadedBase:
     """UNet, text encoders and the autoencoder that reads pictures, of a diffusers folder or a single checkpoint.
 
     vae: folder of an autoencoder in place of the base's. Autoencoders stay in 32 bit: SDXL's own overflows in 16, and
@@ -168,7 +168,7 @@ def load_base(path: Path, dtype: torch.dtype, vae: Path | None = None) -> BaseMo
     return unet, text, own_vae
 
 
-def _folder(path: Path, dtype: torch.dtype, vae: nn.Module | None) -> BaseModels:
+def _folder(path: Path, dtype: torch.dtype, vae: nn.Module | None) -> LoadedBase:
     parts = ("unet", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", *(() if vae else ("vae",)))
     if missing := [name for name in parts if not (path / name).is_dir()]:
         raise ModelError(f"{path} has no folder {' and no '.join(missing)}: get {_from('base')}, all of it.")
@@ -190,13 +190,13 @@ def _files(folder: Path) -> dict[str, Any]:
     return {"local_files_only": True} | ({"variant": "fp16"} if only_16 else {})
 
 
-def _checkpoint(path: Path, dtype: torch.dtype, vae: nn.Module | None) -> BaseModels:
+def _checkpoint(path: Path, dtype: torch.dtype, vae: nn.Module | None) -> LoadedBase:
     with tempfile.TemporaryDirectory() as folder:
         written = configs.write_configs(Path(folder))
         return read_checkpoint(path, written, dtype, vae)
 
 
-def read_checkpoint(path: Path, configs: Path, dtype: torch.dtype, vae: nn.Module | None = None) -> BaseModels:
+def read_checkpoint(path: Path, configs: Path, dtype: torch.dtype, vae: nn.Module | None = None) -> LoadedBase:
     """Reads what `load_base` returns from a file in SDXL's own layout; configs: of `configs.write_configs`."""
     given = {} if vae is None else {"vae": vae}
     pipe = StableDiffusionXLPipeline.from_single_file(

@@ -29,7 +29,7 @@ from ..lookahead.method.attention import (
 )
 from ..lookahead.method.kv_encoder import KVEncoder
 from .concept import ConceptRows
-from .encoder import Encoder, ImagePrompt, KeysValues, block_paths
+from .encoder import Encoder, ImagePromptKV, KeysValues, block_paths
 from .lora import LoRA
 
 CHECKPOINTING = ("none", "blocks", "all")
@@ -84,7 +84,7 @@ class Pass:
     """
 
     exported: KeysValues | None = None
-    image_prompt: ImagePrompt | None = None
+    image_prompt: ImagePromptKV | None = None
     image_prompt_scale: float = 1.0
     kv: KeysValues | None = None
     absent: Tensor | None = None
@@ -167,7 +167,7 @@ class SharedUNet:
         x: Tensor,
         t: Tensor,
         condition: Condition,
-        image_prompt: ImagePrompt | None = None,
+        image_prompt: ImagePromptKV | None = None,
         kv: KeysValues | None = None,
         absent: Tensor | None = None,
         shortcut: float | Tensor = 0.0,

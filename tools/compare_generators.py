@@ -1,13 +1,15 @@
 """Which generator draws consistent people: the same people, prompts and seeds by each, with intervals over people.
 
-    python -m lcm_lookahead.tools.compare_generators 24 2      # people; of how many arms, the first ones
+    python -m lcm_lookahead.tools.compare_generators 24              # people, two photos and two other styles each
+    python -m lcm_lookahead.tools.compare_generators 48 --photos     # photos alone, in different places
+    python -m lcm_lookahead.tools.compare_generators 24 --arms 2     # the first two ways alone
 
 Nothing is rejected: what is compared is what generators do, not what checks leave of it.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
@@ -27,10 +29,10 @@ ARMS["base, shared attention"] += ARMS["base, each picture alone"]
 PER_PERSON = 4
 
 
-def measure(arm: str, people: int) -> dict[str, Any]:
+def measure(arm: str, people: int, photos: bool = False) -> dict[str, Any]:
     """Measures of each person: mean cosine of two pictures (`identity`; NaN without two faces), mean probability of
     the asked style, mean distance of two faces' middles as a share of the picture (`layout`), share of pictures with a
-    face."""
+    face. photos: all pictures are plain, not two of the four."""
     import torch
 
     from ..cli.engine import read_engine
@@ -39,6 +41,7 @@ def measure(arm: str, people: int) -> dict[str, Any]:
 
     opened = [f"checks.{name}=null" for name in ("face_size", "sharpness", "similarity", "duplicate", "style")]
     size = [f"prompts.per_person={PER_PERSON}", f"generator.batch={PER_PERSON}"]
+    size += [f"prompts.plain_count={PER_PERSON}"] if photos else []
     engine = read_engine(load(CONFIGS / "generate" / "mini.yaml", [*size, *opened, *ARMS[arm]]))
     figures: dict[str, list[float]] = {"identity": [], "style": [], "layout": [], "faces": []}
     for person in engine.generate(range(people)):
@@ -80,9 +83,17 @@ def table(measured: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(rows)
 
 
-if __name__ == "__main__":
-    count, arms = (int(given) for given in [*sys.argv[1:3], *("24", str(len(ARMS)))[len(sys.argv) - 1 :]])
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("people", type=int, nargs="?", default=24)
+    parser.add_argument("--photos", action="store_true", help="photos alone")
+    parser.add_argument("--arms", type=int, default=len(ARMS), help="of how many ways, the first ones")
+    chosen = parser.parse_args()
     done: dict[str, dict[str, Any]] = {}
-    for each in list(ARMS)[:arms]:
-        done[each] = measure(each, count)
+    for arm in list(ARMS)[: chosen.arms]:
+        done[arm] = measure(arm, chosen.people, chosen.photos)
         print(table(done), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -18,7 +18,7 @@ GROUPS = {"CLIPTextEncode": "Prompt", "LookaheadEncodeConceptPrompt": "Prompt"} 
     ("VAEDecode", "ImageStitch", "PreviewImage", "SaveImage"), "Result"
 )
 
-Entry = dict[str, Any]
+GraphEntry = dict[str, Any]
 
 
 def identifier(*names: str) -> str:
@@ -102,7 +102,7 @@ def framed(graph: Template) -> list[tuple[str, list[str]]]:
     return groups
 
 
-def slot_at(slots: Sequence[Entry], name: str | None) -> int:
+def slot_at(slots: Sequence[GraphEntry], name: str | None) -> int:
     """The place of a socket by its name, the first without one. Raises LookupError."""
     if name is None:
         return 0
@@ -120,7 +120,7 @@ class Folding:
         ids: the id of each node by its name.
     """
 
-    def __init__(self, file: Entry, ids: Mapping[str, int], part: Subgraph) -> None:
+    def __init__(self, file: GraphEntry, ids: Mapping[str, int], part: Subgraph) -> None:
         self.file, self.ids, self.part = file, ids, part
         self.nodes = {node["id"]: node for node in file["nodes"]}
         self.host_id = max(self.nodes) + 1
@@ -130,9 +130,9 @@ class Folding:
         self.outer = {link[0]: link for link in file["links"] if not (link[1] in inside and link[3] in inside)}
         keys = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
         self.inner = [dict(zip(keys, link, strict=True)) for link in file["links"] if link[0] not in self.outer]
-        self.inputs: list[Entry] = []  # of the definition
-        self.outputs: list[Entry] = []
-        self.host: Entry = {
+        self.inputs: list[GraphEntry] = []  # of the definition
+        self.outputs: list[GraphEntry] = []
+        self.host: GraphEntry = {
             "id": self.host_id,
             "type": identifier("subgraph", part.name),
             "title": part.name,
@@ -153,7 +153,7 @@ class Folding:
         self.inner.append({"id": self.last_link, **ends, "type": kind})
         return self.last_link
 
-    def _slot(self, kind: str, name: str, type_: str, links: list[int]) -> Entry:
+    def _slot(self, kind: str, name: str, type_: str, links: list[int]) -> GraphEntry:
         return {"id": identifier(self.part.name, kind, name), "name": name, "type": type_, "linkIds": links}
 
     def _input(self, name: str, targets: Sequence[tuple[str, str]], widget: bool) -> None:

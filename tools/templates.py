@@ -23,7 +23,7 @@ from ..mini.files.host_models import touch_models
 from . import template_specs as specs
 from . import template_workflows
 from .common import ROOT, run_main, say
-from .template_graph import Entry, Folding, Template, framed, identifier, source
+from .template_graph import Folding, GraphEntry, Template, framed, identifier, source
 
 OURS, COLOURS = "Lookahead", {"ours": ("#223", "#335"), "good": ("#232", "#353"), "bad": ("#322", "#533")}
 TITLE, GAP, BESIDE = 30, 50, 50  # a node's title, which lies above its place; free room above it; and beside it
@@ -66,12 +66,14 @@ def version_of_pack() -> str:
     return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 
 
-def properties(node: Entry, version: str) -> Entry:
+def properties(node: GraphEntry, version: str) -> GraphEntry:
     """Makes what a file says of where a node comes from and which model files it names."""
     if node["type"] in specs.NOTES:
         return {}
     ours = node["type"].startswith(OURS) or "-" in node["type"]  # a subgraph's type is a UUID
-    found: Entry = {"cnr_id": specs.PACK, "ver": version} if ours else {"cnr_id": "comfy-core", "ver": DEFAULT_VERSION}
+    found: GraphEntry = (
+        {"cnr_id": specs.PACK, "ver": version} if ours else {"cnr_id": "comfy-core", "ver": DEFAULT_VERSION}
+    )
     if "-" not in node["type"]:
         found["Node name for S&R"] = node["type"]
     values = [value for value in node.get("widgets_values") or [] if isinstance(value, str)]
@@ -79,14 +81,14 @@ def properties(node: Entry, version: str) -> Entry:
     return found | ({"models": models} if models else {})
 
 
-def all_nodes(file: Entry) -> Iterator[Entry]:
+def all_nodes(file: GraphEntry) -> Iterator[GraphEntry]:
     """Every node of a file, those inside of subgraphs too."""
     yield from file["nodes"]
     for definition in file.get("definitions", {}).get("subgraphs", ()):
         yield from definition["nodes"]
 
 
-def drawn(page: Page, graph: Template) -> tuple[Entry, dict[str, int]]:
+def drawn(page: Page, graph: Template) -> tuple[GraphEntry, dict[str, int]]:
     """The graph as the page makes it, folded, without places; and the id of each node by its name."""
     spec = [
         {
@@ -116,7 +118,7 @@ def drawn(page: Page, graph: Template) -> tuple[Entry, dict[str, int]]:
     return file, ids
 
 
-def placed(page: Page, graph: Template, file: Entry, ids: dict[str, int]) -> Entry:
+def placed(page: Page, graph: Template, file: GraphEntry, ids: dict[str, int]) -> GraphEntry:
     """The file with every node in its place, large enough for what it shows in the classic page and in Nodes 2.0."""
     page.open(file)
     file, needed = page.saved(), page.needed_sizes()
@@ -152,7 +154,7 @@ def placed(page: Page, graph: Template, file: Entry, ids: dict[str, int]) -> Ent
     return file
 
 
-def group(number: int, title: str, nodes: list[Entry]) -> Entry:
+def group(number: int, title: str, nodes: list[GraphEntry]) -> GraphEntry:
     """A frame around nodes that stand one below the other."""
     left, top = nodes[0]["pos"][0] - FRAME, nodes[0]["pos"][1] - TITLE - FRAME_TOP
     right, bottom = (max(node["pos"][k] + node["size"][k] for node in nodes) + FRAME for k in (0, 1))
@@ -181,7 +183,7 @@ def write(page: Page, name: str, graph: Template) -> list[Path]:
     return [path for path, _ in written]
 
 
-def normal(page: Page, file: Entry) -> Entry:
+def normal(page: Page, file: GraphEntry) -> GraphEntry:
     """A file as the page saves it."""
     page.open({**file, "extra": {**file["extra"], "linearMode": False}})
     saved = page.saved()

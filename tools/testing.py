@@ -2,7 +2,7 @@
 and one line that sums them up.
 
     make test                       lint, types; all tests but the slow; on the oldest ComfyUI those marked `contract`
-    make portable                   the suite as on other processors, with one and two threads; the slow tests on its own
+    make portable                   the suite as on other processors, with one and two threads; slow tests on its own
     make matrix                     the whole host suite on every supported version
     make browser                    workflows and help in ComfyUI's web page; with Chromium, a part of `make test`
     make lint                       lint and types alone
@@ -163,7 +163,18 @@ class TypeCheck(Check):
         return folder
 
 
-TYPED = ("lookahead", "sdxl", "trainer", "evaluation", "cli", "mini.studies", "mini.judges")
+TYPED = (
+    "lookahead",
+    "sdxl",
+    "trainer",
+    "evaluation",
+    "cli",
+    "mini.report",
+    "mini.studies",
+    "mini.judges",
+    "mini.drawn_people",
+    "mini.generator",
+)
 LINT, TYPES = Check("ruff"), TypeCheck("types", TYPED)
 
 

@@ -15,19 +15,19 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-Job = TypeVar("Job")
+AnyJob = TypeVar("AnyJob")
 Made = TypeVar("Made")
 PREFETCH = 3  # jobs that a worker has under way
 
 
-class Ahead(Generic[Job, Made]):
+class Ahead(Generic[AnyJob, Made]):
     """Iterates over what `make` makes of each job, in their order. waited: seconds that whoever iterates has waited.
 
     make, jobs and what is made travel between processes; a job may be asked for several places early, so an iterator of
     jobs is read ahead too. workers: processes, 0 for none; pinned: tensors lie where a GPU copies from quickly.
     """
 
-    def __init__(self, make: Callable[[Job], Made], jobs: Iterable[Job], workers: int, pinned: bool = False):
+    def __init__(self, make: Callable[[AnyJob], Made], jobs: Iterable[AnyJob], workers: int, pinned: bool = False):
         self.waited = 0.0
         self._end: Callable[[], None] | None = None
         if workers:

@@ -6,7 +6,6 @@ What is in them beside the loop's own state is the recipe's: weights of what it 
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shutil
 from collections.abc import Callable, Mapping
@@ -18,7 +17,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from ..lookahead.files.atomic import first_line
+from ..lookahead.files.atomic import atomic_folder, first_line
 from ..lookahead.files.tensors import EncoderFileError
 from .config import RunConfig
 from .recipe import Recipe
@@ -94,20 +93,16 @@ def save(folder: Path, config: RunConfig, progress: TrainingProgress, state: Sta
     Raises TrainingError, one sentence, where it cannot be written; what was there before then stays.
     """
     final = _path(folder, progress.step)
-    for left in (folder / "checkpoints").glob("step-*.part"):  # of a run that was killed while it saved
+    for left in (folder / "checkpoints").glob("*step-*.part"):  # of a run that was killed while it saved
         shutil.rmtree(left, ignore_errors=True)
-    part = final.with_suffix(".part")
-    part.mkdir(parents=True)
     stored: dict[str, object] = {name: each.state_dict() for name, each in state.parts().items()}
     stored |= {"progress": asdict(progress), "config": config.model_dump_json(), "surroundings": surroundings()}
     stored |= {"data": state.data, "base_model_hash": state.recipe.about.get("base_model_hash", "")}
     try:
-        torch.save(stored, part / "state.pt")
-        state.recipe.export(part / f"{config.name}.safetensors", state.exported, progress.step)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(part, final)
+        with atomic_folder(final, over=True) as part:
+            torch.save(stored, part / "state.pt")
+            state.recipe.export(part / f"{config.name}.safetensors", state.exported, progress.step)
     except (OSError, RuntimeError, EncoderFileError) as error:  # RuntimeError: torch.save's, of a full disk
-        shutil.rmtree(part, ignore_errors=True)
         raise TrainingError(
             f"The checkpoint {final} cannot be written ({first_line(error)}): free some space, and give the same "
             "command again, which goes on from the checkpoint before it."

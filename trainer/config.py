@@ -200,7 +200,7 @@ class RunConfig(Section):
         return named
 
 
-Kind = TypeVar("Kind", bound=Section)
+AnySection = TypeVar("AnySection", bound=Section)
 
 
 def read_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -211,7 +211,7 @@ def read_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     return values
 
 
-def validated(kind: type[Kind], values: Mapping[str, Any]) -> Kind:
+def validated(kind: type[AnySection], values: Mapping[str, Any]) -> AnySection:
     """Nested values as sections of fields. Raises ConfigError, with a sentence for each value that is wrong."""
     try:
         return kind.model_validate(values)

@@ -13,7 +13,7 @@ from .config import RunConfig
 from .recipe import ReadAhead, Source
 from .seeds import order
 
-Numbers = range
+SampleNumbers = range
 
 
 class Feed:
@@ -28,7 +28,7 @@ class Feed:
             self._ahead = Ahead(source.loader, jobs, config.workers, self.device.type == "cuda")
         self._spent, self._since = 0.0, time.perf_counter()
 
-    def step(self) -> list[tuple[Numbers, Any]]:
+    def step(self) -> list[tuple[SampleNumbers, Any]]:
         """(numbers of the samples, batch) of each accumulated part of this process's share of the next step."""
         begun = time.perf_counter()
         out = []
@@ -54,9 +54,9 @@ class Feed:
         if self._ahead is not None:
             self._ahead.close()
 
-    def _parts(self, step: int) -> Iterator[Numbers]:
+    def _parts(self, step: int) -> Iterator[SampleNumbers]:
         mine = range(step * self.config.batch, (step + 1) * self.config.batch)[self.share]
         return (mine[part :: self.config.accumulate] for part in range(self.config.accumulate))
 
-    def _job(self, numbers: Numbers) -> tuple[Sequence[int], Sequence[int]]:
+    def _job(self, numbers: SampleNumbers) -> tuple[Sequence[int], Sequence[int]]:
         return order(len(self.source), self.config.seed, numbers), list(numbers)

@@ -25,7 +25,7 @@ from .library import EvaluationError, Library, digest_of
 from .scenes import DIFFUSERS, HOST, Desk, DiffusersScene, Drawn, HostScene, PictureJob
 
 TUNING_BATCH = 8  # noise levels of a tuning step, of the node
-Weight = Annotated[float, Field(ge=-1, le=5)]
+MethodWeight = Annotated[float, Field(ge=-1, le=5)]
 
 
 NUMBERS = frozenset({"start", "iterations", "step_size"})  # of guidance, which a preset stands in the place of
@@ -127,7 +127,7 @@ class Method(Section):
     LATE: ClassVar[bool] = False  # drawn after the others, whose pictures or times it needs
     PERSONAL: ClassVar[bool] = True  # whether it sees the reference without guidance
     title: str | None = Field(None, description="its name in tables, by default its key")
-    weights: tuple[Weight, ...] = Field((1.0,), min_length=1, description="each is an arm, all are one curve")
+    weights: tuple[MethodWeight, ...] = Field((1.0,), min_length=1, description="each is an arm, all are one curve")
     guidance: GuidanceOption | None = None
 
     def files(self, library: Library) -> dict[str, Path]:

@@ -39,11 +39,11 @@ class ReferencePerson:
 
 
 #: section, prompts, folder for pictures -> people
-Source = Callable[[People, Sequence[Prompt], Path], list[ReferencePerson]]
+PeopleSource = Callable[[People, Sequence[Prompt], Path], list[ReferencePerson]]
 
 
 def read_people(
-    people: People, prompts: Sequence[Prompt], out: Path, worlds: Mapping[str, Source] | None = None
+    people: People, prompts: Sequence[Prompt], out: Path, worlds: Mapping[str, PeopleSource] | None = None
 ) -> list[ReferencePerson]:
     """The people of a protocol; their references are written as PNG into `out`.
 

@@ -15,7 +15,7 @@ from .library import EvaluationError, Library, digest_of
 from .measures import MEASURES, OTHERS, PLAIN, REFERENCE, TARGET, Case, MeasureKind, OpenedMeasure
 from .methods import METHODS, Method, Nothing
 from .opening import NAMES, opened
-from .people import ReferencePerson, Source, read_people
+from .people import PeopleSource, ReferencePerson, read_people
 from .protocol import Protocol, of_kind
 from .scenes import Drawable, Drawn, KeptPicture, PictureJob
 from .store import EvaluationStore, digest
@@ -42,7 +42,7 @@ class Surroundings:
     files: ModelFiles
     library: Library
     open_host: OpenHost
-    sources: Mapping[str, Source]
+    sources: Mapping[str, PeopleSource]
     measures: Mapping[str, type[MeasureKind]]
     methods: Mapping[str, type[Method]]
 

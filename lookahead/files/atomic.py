@@ -1,8 +1,9 @@
-"""Files that stand at their place whole or not at all, and what an error says in one line."""
+"""Files and folders that stand at their place whole or not at all, and what an error says in one line."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,12 +17,37 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     What stood there stays until then, and after an error nothing new is left. The folder must exist.
     """
     path = Path(path)
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+    part = _beside(path)
     try:
         yield part
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str], over: bool = False) -> Iterator[Path]:
+    """The block fills the yielded folder beside `path`, which takes its name when the block ends without an error.
+
+    What stood there stays until then, and after an error nothing new is left. Folders above it are made. over: a folder
+    that holds something gives way; without, it stays, and OSError is raised.
+    """
+    path = Path(path)
+    part = _beside(path)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        if over:
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.exists():
+            path.rmdir()
+        os.replace(part, path)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
 
 
 def check_writable(path: Path, folder: bool = False) -> None:

@@ -22,10 +22,10 @@ from .schedule import signal_scale
 
 RAW, UNIT_RMS, RELATIVE = "raw", "unit rms", "relative"
 
-Predict = Callable[[Tensor], Tensor]  # z_t [n, c, h, w] -> preview latent [n, c, h, w], float32
+PredictPreview = Callable[[Tensor], Tensor]  # z_t [n, c, h, w] -> preview latent [n, c, h, w], float32
 Decode = Callable[[Tensor], Tensor]  # preview latent -> picture [n, 3, H, W], about [-1, 1]
 # picture, numbers of its images in the batch (None: all) -> values [n], lower is better; which are valid [n], bool
-Loss = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
+PreviewLoss = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,12 @@ class Evaluation(NamedTuple):
 
 
 def evaluate_preview(
-    predict: Predict, decode: Decode, loss: Loss, z: Tensor, gradient: bool = True, chunk_size: int | None = None
+    predict: PredictPreview,
+    decode: Decode,
+    loss: PreviewLoss,
+    z: Tensor,
+    gradient: bool = True,
+    chunk_size: int | None = None,
 ) -> Evaluation:
     """Evaluates the loss of each picture's preview and its gradient by the latent z [n, c, h, w].
 
@@ -122,7 +127,7 @@ class _Chunk(NamedTuple):
     backward: tuple[Tensor, Tensor] | None
 
 
-def _evaluate_chunk(decode: Decode, loss: Loss, latent: Tensor, rows: Tensor | None, gradient: bool) -> _Chunk:
+def _evaluate_chunk(decode: Decode, loss: PreviewLoss, latent: Tensor, rows: Tensor | None, gradient: bool) -> _Chunk:
     """Evaluates the loss of some pictures, and its gradient by the preview latent."""
     with torch.set_grad_enabled(gradient):
         leaf = latent.requires_grad_(gradient)
@@ -142,13 +147,13 @@ def _evaluate_chunk(decode: Decode, loss: Loss, latent: Tensor, rows: Tensor | N
     return _Chunk(forward, (g, loss_scale.to(g.device) * decode_scale))
 
 
-Evaluate = Callable[[Predict, Decode, Loss, Tensor, bool], Evaluation]  # as `evaluate_preview`
+Evaluate = Callable[[PredictPreview, Decode, PreviewLoss, Tensor, bool], Evaluation]  # as `evaluate_preview`
 
 
 def optimise_latent(
-    predict: Predict,
+    predict: PredictPreview,
     decode: Decode,
-    loss: Loss,
+    loss: PreviewLoss,
     z: Tensor,
     settings: Optimisation,
     mask: Tensor | None = None,
@@ -197,7 +202,7 @@ def optimise_latent(
     return torch.where(_each(candidates.lowest[0].isfinite(), z), candidates.latents[0], path.z)
 
 
-def carried(predict: Predict, alpha_bar: Tensor) -> Predict:
+def carried(predict: PredictPreview, alpha_bar: Tensor) -> PredictPreview:
     """No gradient is computed through this preview: that of the preview itself is carried to z_t as it is, by the share
     sqrt(alpha_bar) that z_0 has in z_t (MPGD, arXiv 2311.16424; FlowChef, 2412.00100).
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .schedule import TIMESTEPS, add_noise, ddim_step, preview_latent
 
-Predict = Callable[[Tensor, Tensor], Tensor]
+PredictNoise = Callable[[Tensor, Tensor], Tensor]
 Callback = Callable[[dict[str, Any]], None]
 
 
@@ -26,7 +26,7 @@ def ddim_timesteps(steps: int) -> list[int]:
 
 @torch.no_grad()
 def sample_ddim(
-    predict: Predict, x: Tensor, timesteps: Sequence[int], alpha_bar: Tensor, callback: Callback | None = None
+    predict: PredictNoise, x: Tensor, timesteps: Sequence[int], alpha_bar: Tensor, callback: Callback | None = None
 ) -> Tensor:
     """DDIM with eta 0 (arXiv 2010.02502). It ends at timestep 0, whose noise is hardly any.
 
@@ -43,7 +43,7 @@ def sample_ddim(
 
 @torch.no_grad()
 def sample_lcm(
-    predict: Predict,
+    predict: PredictNoise,
     x: Tensor,
     timesteps: Sequence[int],
     alpha_bar: Tensor,

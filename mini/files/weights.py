@@ -19,7 +19,7 @@ from . import insightface_pack
 from .checkpoint import sdxl_checkpoint
 from .shipped import LICENCE, File, table, write_manifest
 
-Network = TypeVar("Network", bound=nn.Module)
+AnyNetwork = TypeVar("AnyNetwork", bound=nn.Module)
 
 CHECKPOINT = "mini_sdxl.safetensors"
 CLIP_VISION = "mini_clip_vision.safetensors"
@@ -125,7 +125,7 @@ def things_scorer(path: Path) -> StyleScorer:
     return _read(StyleScorer(), path)
 
 
-def _read(net: Network, path: Path) -> Network:
+def _read(net: AnyNetwork, path: Path) -> AnyNetwork:
     stored = stage.read_tensors(path)
     net.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in stored.items()})
     net.eval().requires_grad_(False)

@@ -7,10 +7,11 @@ have Wilson's, which stay honest where all samples are right.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderTiny
@@ -40,7 +41,7 @@ SAMPLES = "samples.safetensors"  # of the base, in `folder/report`: pictures (by
 class Measurement:
     """Figures with their intervals (a plain number is a count or a limit, not an estimate), and what they stand on."""
 
-    figures: dict[str, Interval | float]
+    figures: Mapping[str, Interval | float]
     basis: str
     curves: dict[str, list[list[float]]] = field(default_factory=dict)
 
@@ -76,7 +77,8 @@ def autoencoder(folder: Path, plan: Plan) -> Measurement:
     pictures, net = held_out(folder, plan), vae.load(folder)
     recogniser, _ = evaluators.load(folder)
     people, per_person = min(plan.report_people, plan.held_out_people), pictures.per_person
-    similarity, error, sheet = [], [], []
+    similarity, error = [], []
+    sheet: list[Tensor] = []
     for rows in torch.arange(people * per_person).split(CHUNK):
         x = pictures.images(rows)
         y = (net.decoder(net.encoder(x * 2 - 1)) / 2 + 0.5).clamp(0, 1)
@@ -91,7 +93,7 @@ def autoencoder(folder: Path, plan: Plan) -> Measurement:
         figures[f"identity similarity, {s}"] = share(kept[here].view(people, -1))
     for s in plan.styles:
         e = noise[style == STYLES.index(s)].view(people, -1)
-        figures[f"PSNR in dB, {s}"] = bootstrap(lambda i, e=e: (-10 * e[i].mean().log10()).item(), people)
+        figures[f"PSNR in dB, {s}"] = bootstrap(partial(_psnr, e), people)
     pairs, flat = torch.cat(sheet), style.flatten()
     columns = []
     for s in plan.styles:  # three pictures of every style, each above its reconstruction
@@ -101,6 +103,11 @@ def autoencoder(folder: Path, plan: Plan) -> Measurement:
     grid = torch.stack([c[:rows] for c in columns], 1).flatten(0, 1)
     save_grid(grid, len(plan.styles), drawings(folder) / "reconstructions.png")
     return Measurement(figures, f"{people * per_person} pictures of {people} held-out people")
+
+
+def _psnr(error: Tensor, index: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of those people whose numbers are in index; error: mean squares [people, n]."""
+    return (-10 * error[index].mean().log10()).item()
 
 
 # The networks that only measure
@@ -178,8 +185,9 @@ class Painter:
         out = []
         for first in range(0, len(prompts), CHUNK):
             some = prompts[first : first + CHUNK]
-            options: dict[str, object] = {}
+            options: dict[str, Any] = {}
             if tokens is not None:
+                assert self.shared.encoder is not None  # `read` attached it and gave the tokens
                 mine = tokens[:-1][first : first + CHUNK]
                 both = torch.cat([tokens[-1:].expand_as(mine), mine])
                 options = {"image_prompt": self.shared.encoder.image_prompt(both), "image_prompt_scale": weight}
@@ -279,11 +287,16 @@ def captions(folder: Path, plan: Plan) -> Measurement:
         for k in ("samples", "drawn pictures"):
             close = torch.cat(smiles[k]) @ word
             figures[f"all, smile (AUC of closeness to 'smiling'): {k}"] = bootstrap(
-                lambda i, c=close: auc(c[i][smiling[i]], c[i][~smiling[i]]), len(close), 300
+                partial(_auc_of, close, smiling), len(close), 300
             )
     return Measurement(
         figures, f"{sum(len(r) for r in groups.values())} long captions of {len(person)} held-out people"
     )
+
+
+def _auc_of(values: Tensor, true: Tensor, index: Tensor) -> float:
+    """How well values [n] tell what is true [n] from what is not, among those whose numbers are in index."""
+    return auc(values[index][true[index]], values[index][~true[index]])
 
 
 # The image prompt alone
@@ -303,7 +316,8 @@ def backbone(folder: Path, plan: Plan) -> Measurement:
         """Similarity to every reference [n, n], style [n], place [n]."""
         said = zip(*(scorer(part) for part in x.split(CHUNK)), strict=True)
         seen = torch.cat([recogniser.embed(part) for part in x.split(CHUNK)])
-        return seen @ known.T, *(torch.cat(answers).argmax(1) for answers in said)
+        styles, places = (torch.cat(answers).argmax(1) for answers in said)
+        return seen @ known.T, styles, places
 
     prompts = [short_prompt(photo, p) for p in place.tolist()]
     photos = [paint(prompts, SEEDS["backbone"] + k, tokens) for k in range(2)]

@@ -15,7 +15,7 @@ import torch
 from diffusers import AutoencoderTiny, UNet2DConditionModel
 from torch import Tensor
 
-from ...evaluation.stats import Interval, share
+from ...evaluation.stats import Interval, Intervals, share
 from ...lookahead.method.sampling import ddim_timesteps, sample_ddim
 from ...lookahead.method.schedule import preview_latent
 from ...sdxl import lora
@@ -34,7 +34,6 @@ SHARES = (0.0, 0.1, 0.25, 0.5)  # of the sampling steps done when the preview is
 DDIM_STEPS = 50
 METHODS = ("x0", "x0 with CFG", "LCM-LoRA")
 CHUNK = 32
-Figures = dict[str, Interval]
 
 
 class World(NamedTuple):
@@ -135,7 +134,7 @@ def run_with_previews(world: World, prompts: list[str], seed: int, personal: boo
 
 
 @torch.no_grad()
-def previews(world: World, n: int = 128, seed: int = 11, personal: bool = False) -> Figures:
+def previews(world: World, n: int = 128, seed: int = 11, personal: bool = False) -> Intervals:
     """Distance of a preview to the picture that it foresees: mean squared error of the latents, and identity cosine."""
     chosen = _chosen(world, n, seed)
     captions = [world.held_out.short[i] if personal or k % 2 else world.held_out.long[i] for k, i in enumerate(chosen)]
@@ -217,7 +216,9 @@ def drawers(world: World) -> dict[str, Callable[[list[str], torch.Generator], Te
     return ways
 
 
-def _draw(world: World, way: Callable, prompts: list[str], seed: int) -> tuple[Tensor, Tensor]:
+def _draw(
+    world: World, way: Callable[[list[str], torch.Generator], Tensor], prompts: list[str], seed: int
+) -> tuple[Tensor, Tensor]:
     """Latents and pictures; the same seed gives every way the same first noise."""
     latents = []
     for first in range(0, len(prompts), CHUNK):
@@ -226,7 +227,7 @@ def _draw(world: World, way: Callable, prompts: list[str], seed: int) -> tuple[T
 
 
 @torch.no_grad()
-def few_steps(world: World, n: int = 128, seed: int = 12, finds: Callable[[Tensor], Tensor] | None = None) -> Figures:
+def few_steps(world: World, n: int = 128, seed: int = 12, finds: Callable[[Tensor], Tensor] | None = None) -> Intervals:
     """Style, place and face (with `finds`: pictures -> bool [n]) of short prompts in 4 steps, 1 step and 50."""
     chosen = _chosen(world, n, seed)
     prompts = [world.held_out.short[i] for i in chosen]
@@ -256,7 +257,7 @@ def sharpness(picture: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def spread(world: World, prompts: int = 24, seeds: int = 6, seed: int = 13) -> Figures:
+def spread(world: World, prompts: int = 24, seeds: int = 6, seed: int = 13) -> Intervals:
     """Measures how pictures of one long caption differ between seeds: mean over pairs, interval by drawing prompts.
 
     Identity cosine (higher is less spread) and root mean square distance of pixels and latents (lower is less). The
@@ -287,7 +288,7 @@ def spread(world: World, prompts: int = 24, seeds: int = 6, seed: int = 13) -> F
 
 
 @torch.no_grad()
-def person(world: World, n: int = 96, seed: int = 14) -> Figures:
+def person(world: World, n: int = 96, seed: int = 14) -> Intervals:
     """Is it the person? Identity cosine to new photos of them, in all styles and in photos, with the LoRA and without,
     with the few-step LoRA beside it, and with prompts that do not name them."""
     numbers = torch.Generator().manual_seed(style_lora.PERSON)
@@ -334,7 +335,7 @@ def finder(folder: Path) -> Callable[[Tensor], Tensor]:
     return finds
 
 
-def measure(folder: Path, plan: Plan, n: int = 128) -> dict[str, Figures]:
+def measure(folder: Path, plan: Plan, n: int = 128) -> dict[str, Intervals]:
     """All of it over n pictures each, and the preview pictures in `folder`; faces are looked for when the detector is
     trained."""
     world = open_world(folder, plan)

@@ -103,7 +103,7 @@ def _verdict(row: dict[str, Any]) -> str:
 
 
 def _claim_cells(report: dict[str, Any]) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for row in report["claims"]:
         value = " ".join(_value(row["figure"])) if row.get("figure") else ""
         least = row.get("least")

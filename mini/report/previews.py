@@ -10,6 +10,7 @@ from PIL import Image
 
 from ...evaluation.pages import templates
 from ...evaluation.stats import Interval
+from ..stages import style_lora
 from . import measure_few_step
 from .measure_few_step import DDIM_STEPS, METHODS, SHARES
 
@@ -29,7 +30,7 @@ def write(out: Path, count: int) -> Path:
     for name, personal in {"base": False, "with a personal LoRA": True}.items():
         found = measure_few_step.previews(world, count, personal=personal)
         figures[name] = {_without_time(key): value for key, value in found.items()}
-        prompts = [measure_few_step.style_lora.named(p) for p in PROMPTS] if personal else PROMPTS
+        prompts = [style_lora.named(p) for p in PROMPTS] if personal else PROMPTS
         drawn = out / f"{NAME}_{name.split()[-1].lower()}.png"
         measure_few_step.draw_previews(world, prompts, drawn, personal=personal)
         with Image.open(drawn) as image:

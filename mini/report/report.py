@@ -112,7 +112,7 @@ def _person(folder: Path, plan: Plan, weights: Path) -> Measurement:
 
 def _faces(folder: Path, plan: Plan, weights: Path) -> Measurement:
     pictures, net = measure.held_out(folder, plan), FaceRecogniser()
-    net = insightface_pack.rounded(net, folder / "face_recogniser.safetensors")
+    insightface_pack.rounded(net, folder / "face_recogniser.safetensors")  # loads them into it
     figures = measure_faces.report(_app(weights), net, pictures, plan)
     return Measurement(figures, f"{len(pictures)} drawn pictures of {plan.held_out_people} held-out people")
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...lookahead.files.unet_layout import UNetLayout
 from ...lookahead.method.guidance import Scales, guided
-from ...lookahead.method.sampling import Predict
+from ...lookahead.method.sampling import PredictNoise
 from ...lookahead.method.schedule import BETA_END, BETA_START, TIMESTEPS, add_noise, alphas_cumprod, signal_to_noise
 from ...sdxl.shared_unet import Condition
 from ..plan import CONTEXT, IMAGE_SIZE, LATENT_SIZE, SIZES, Plan
@@ -74,7 +74,7 @@ def predict(unet: UNet2DConditionModel, x: Tensor, t: Tensor, text: Condition) -
 
 def classifier_free(
     predict: Callable[[Tensor, Tensor, Condition], Tensor], positive: Condition, negative: Condition, guidance: float
-) -> Predict:
+) -> PredictNoise:
     """Classifier-free guidance of `predict`, both predictions in one batch, the negative's rows first.
 
     negative: of one row, or of as many as the positive.

@@ -18,10 +18,10 @@ from .study import SIMILARITY, STYLE, Table
 COLOUR = "distance of the mean colour to the reference's"
 
 #: By arm and measure a value a picture, [n, pictures]
-Values = dict[str, dict[str, Tensor]]
+ValuesByArm = dict[str, dict[str, Tensor]]
 
 
-def measured(faces: Tensor, drawn: Mapping[str, Tensor], styles: Sequence[Sequence[str]]) -> Values:
+def measured(faces: Tensor, drawn: Mapping[str, Tensor], styles: Sequence[Sequence[str]]) -> ValuesByArm:
     """Measures pictures by recogniser and style scorer, which took part in nothing, and by their mean colour.
 
     faces: [n, 3, H, W]; drawn: by arm [n, pictures, 3, H, W], both in [0, 1]; styles: those that the prompts ask for,
@@ -29,7 +29,7 @@ def measured(faces: Tensor, drawn: Mapping[str, Tensor], styles: Sequence[Sequen
     """
     recogniser, scorer = evaluators()
     asked = torch.tensor([[ALL_STYLES.index(style) for style in of_person] for of_person in styles])
-    values: Values = {}
+    values: ValuesByArm = {}
     with torch.no_grad():
         targets = recogniser.embed(faces)
         for arm, pictures in drawn.items():
@@ -41,7 +41,7 @@ def measured(faces: Tensor, drawn: Mapping[str, Tensor], styles: Sequence[Sequen
     return values
 
 
-def compared(values: Values, differences: Mapping[str, tuple[str, str]]) -> Table:
+def compared(values: ValuesByArm, differences: Mapping[str, tuple[str, str]]) -> Table:
     """Gives the figures of each arm, and by the names of `differences` what the first of two arms has more, paired."""
     figures = {arm: {name: share(value) for name, value in of_arm.items()} for arm, of_arm in values.items()}
     for between, (arm, other) in differences.items():

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...evaluation.stats import share
+from ...evaluation.stats import Intervals, share
 from ...tools.common import Problem, Stopwatch, say
 from ..files import derived
 from ..files.weights import THINGS_JUDGE, THINGS_SCORER, evaluators, thing_judge, things_scorer
@@ -28,7 +28,6 @@ from .concept_making import (
     make_tuned,
 )
 from .concept_set import GROUPS, PEOPLE, PROMPTS, SEEN, UNSEEN, ConceptChunk
-from .study import Figures
 
 SIMILARITY, PROMPT, STYLE, PLACE, CLASS = "similarity", "prompt", "style", "place", "class"
 ALL = "all"
@@ -112,7 +111,7 @@ def joined(parts: Sequence[Values], dim: int = 0) -> Values:
     return {name: torch.cat([part[name] for part in parts], dim) for name in parts[0]}
 
 
-def figures(values: Values, groups: Sequence[str]) -> Figures:
+def figures(values: Values, groups: Sequence[str]) -> Intervals:
     """Each measure over all concepts and over those of each group; groups: that of each concept."""
     out = {}
     for measure, of_all in values.items():

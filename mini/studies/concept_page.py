@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ...evaluation.contact_sheet import Cell, contact_sheet
-from ...evaluation.stats import Interval
+from ...evaluation.stats import Interval, Intervals
 from .concept_baselines import OURS, SWEPT
 from .concept_bench import (
     ALL,
@@ -23,7 +23,7 @@ from .concept_bench import (
 )
 from .concept_set import FACE, GROUPS, PROMPTS, ConceptChunk
 from .concept_speed import Speed
-from .study import CFG, Figures, pyplot, render, save_figure, to_image
+from .study import CFG, pyplot, render, save_figure, to_image
 
 
 def above(one: Interval, other: Interval) -> bool:
@@ -31,7 +31,7 @@ def above(one: Interval, other: Interval) -> bool:
     return one.low > other.high
 
 
-def verdict(compared: Mapping[str, Any], arm: Mapping[str, Figures], speeds: Mapping[str, Speed]) -> list[str]:
+def verdict(compared: Mapping[str, Any], arm: Mapping[str, Intervals], speeds: Mapping[str, Speed]) -> list[str]:
     """Puts into words what the figures say of the aim: above both baselines at equal time, in both measures."""
     keys = [f"{measure}, {ALL}" for measure in (SIMILARITY, PROMPT)]
     said, met = [], []
@@ -59,7 +59,7 @@ def verdict(compared: Mapping[str, Any], arm: Mapping[str, Figures], speeds: Map
     return said
 
 
-def _reached(name: str, budgets: Mapping[str, Any], arm: Mapping[str, Figures], speeds: Mapping[str, Speed]) -> str:
+def _reached(name: str, budgets: Mapping[str, Any], arm: Mapping[str, Intervals], speeds: Mapping[str, Speed]) -> str:
     key = f"{SIMILARITY}, {ALL}"
     enough = [b for b in sorted(budgets, key=int) if budgets[b]["figures"][key].value >= budgets[b]["ours"][key].value]
     most = max(budgets, key=int)
@@ -97,7 +97,7 @@ def curves(found: Mapping[str, Any], path: Path) -> None:
     plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True)
 
-    def line(axis: Any, points: Mapping[str, Figures], label: str, marker: str = "o") -> None:
+    def line(axis: Any, points: Mapping[str, Intervals], label: str, marker: str = "o") -> None:
         pairs = [(of[f"{PROMPT}, {ALL}"], of[f"{SIMILARITY}, {ALL}"]) for of in points.values()]
         x, y = ([pair[i].value for pair in pairs] for i in (0, 1))
         widths = [[[abs(getattr(p[i], end) - p[i].value) for p in pairs] for end in ("low", "high")] for i in (0, 1)]

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ...evaluation.stats import proportion, share
+from ...evaluation.stats import Intervals, proportion, share
 from ...lookahead.method.concept import word_direction
 from ...sdxl.concept import token_of, word_tables
 from ..files import derived
@@ -44,7 +44,7 @@ from .concept_making import (
 )
 from .concept_page import curves, page, sheet, verdict
 from .concept_set import GROUPS, ConceptChunk, chunks
-from .study import Figures, write_page
+from .study import write_page
 
 
 def evaluate(
@@ -131,14 +131,14 @@ def summary(
     }
 
 
-def words_of(bench: Bench, runs: Sequence[DrawnConcepts], of: Sequence[ConceptChunk]) -> dict[str, Figures]:
+def words_of(bench: Bench, runs: Sequence[DrawnConcepts], of: Sequence[ConceptChunk]) -> dict[str, Intervals]:
     """Measures by group how often the hard word is the class's name, and the cosine of the soft word to that name."""
     text = bench.maker.frozen.text
     rows = {}
     for noun in dict.fromkeys(noun for chunk in of for noun in chunk.nouns):
         token = token_of(text, noun)
         rows[noun] = word_direction(*(table[token].detach() for table in word_tables(text)))
-    out: dict[str, Figures] = {}
+    out: dict[str, Intervals] = {}
     for group in GROUPS:
         hits, cosines = [], []
         for chunk in (chunk for chunk in of if chunk.group == group):

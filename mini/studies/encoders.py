@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...evaluation.contact_sheet import Cell, contact_sheet
-from ...evaluation.stats import share
+from ...evaluation.stats import Intervals, share
 from ...lookahead.files import encoder_file
 from ...lookahead.files.tensors import read_tensors, sha256, write_tensors
 from ...tools.common import CACHE, Problem, say
@@ -25,7 +25,7 @@ from ..files.weights import evaluators
 from ..world.faces import STYLES as ALL_STYLES
 from ..world.references import reference_faces
 from .drawing import BOTH, MEASURED_WITH, ReferenceArm, draw, surroundings
-from .study import SIMILARITY, STYLE, STYLES, Figures, Table, render, to_image, write_page
+from .study import SIMILARITY, STYLE, STYLES, Table, render, to_image, write_page
 
 # What training starts from: as it is, at other weights (the lower ones are what users and the paper choose to get some
 # style back), and with KV injection without training.
@@ -35,7 +35,7 @@ BASELINES = {BEFORE: ReferenceArm(image_prompt=1.0), **WEIGHTS_TOO, BEFORE_KV: B
 COMPARED = (BEFORE, *WEIGHTS_TOO)  # gains are over these
 
 #: By arm, similarity to the own reference and whether the style is right, [references, styles] each
-Scores = dict[str, dict[str, Tensor]]
+ArmScores = dict[str, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def pictures(
     return reference_faces(references, first=first), stored
 
 
-def judge(faces: Tensor, drawn: dict[str, Tensor]) -> Scores:
+def judge(faces: Tensor, drawn: dict[str, Tensor]) -> ArmScores:
     """Measures what the judges say of faces [n, 3, H, W] and what was drawn of them, [n, styles, 3, H, W] by arm."""
     recogniser, scorer = evaluators()
     asked = torch.tensor([ALL_STYLES.index(s) for s in STYLES])
@@ -118,10 +118,10 @@ def judge(faces: Tensor, drawn: dict[str, Tensor]) -> Scores:
     return scores
 
 
-def table(scores: Scores, files: dict[str, list[TrainedEncoder]]) -> Table:
+def table(scores: ArmScores, files: dict[str, list[TrainedEncoder]]) -> Table:
     """Figures by arm, the runs of an arm together, with paired gains over what training started from."""
 
-    def row(runs: list[str], gains: bool) -> Figures:
+    def row(runs: list[str], gains: bool) -> Intervals:
         values = {what: torch.cat([scores[run][what] for run in runs], 1) for what in (SIMILARITY, STYLE)}
         figures = {what: share(v) for what, v in values.items()}
         figures |= {f"{SIMILARITY}, {style}": share(_of(values[SIMILARITY], i)) for i, style in enumerate(STYLES)}
@@ -144,7 +144,7 @@ def _of(values: Tensor, style: int) -> Tensor:
     return values[:, style :: len(STYLES)]
 
 
-def differences(scores: Scores, files: dict[str, list[TrainedEncoder]]) -> Table:
+def differences(scores: ArmScores, files: dict[str, list[TrainedEncoder]]) -> Table:
     """Paired differences of arms that follow each other, run by run; of as many runs as both have."""
     pairs = {}
     for one, other in zip(list(files), list(files)[1:], strict=False):
@@ -174,7 +174,7 @@ def page(rows: Table, pairs: Table, references: int, first: int = 0) -> str:
     )
 
 
-def sheet(faces: Tensor, drawn: dict[str, Tensor], scores: Scores, path: Path, people: int = 3) -> None:
+def sheet(faces: Tensor, drawn: dict[str, Tensor], scores: ArmScores, path: Path, people: int = 3) -> None:
     """A row an arm, a person beside the other: the reference and what was drawn under each prompt."""
     rows = []
     for arm, pictures in drawn.items():

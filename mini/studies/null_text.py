@@ -21,7 +21,7 @@ from .drawing import BOTH, MEASURED_WITH, ReferenceArm, draw
 from .guidance import GuidanceArm
 from .study import SIMILARITY, STYLE, Table, render, sheet, write_page
 
-Arm = TypeVar("Arm", ReferenceArm, GuidanceArm)
+AnyArm = TypeVar("AnyArm", ReferenceArm, GuidanceArm)
 
 EMPTY, ZEROS = "empty prompt", "zeros"
 NULL_TEXTS = {EMPTY: False, ZEROS: True}
@@ -33,7 +33,7 @@ GUIDED = {guidance.NONE: GuidanceArm()} | {
 GUIDED_PEOPLE = range(300, 348)  # the numbers of those who are steered to; they are in no other study
 
 
-def with_both(arms: Mapping[str, Arm]) -> dict[str, Arm]:
+def with_both(arms: Mapping[str, AnyArm]) -> dict[str, AnyArm]:
     """Each arm under both null texts: "<arm>, <null text>"."""
     return {
         f"{name}, {text}": replace(arm, zeros=zeros) for name, arm in arms.items() for text, zeros in NULL_TEXTS.items()

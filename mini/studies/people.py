@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...evaluation.stats import proportion, share
+from ...evaluation.stats import Intervals, proportion, share
 from ...host.graph import Graph
 from ...lookahead.method.guidance_presets import BALANCED
 from ..files.weights import evaluators
 from ..world.references import reference_faces
 from .drawing import MEASURED_WITH, SAMPLER, SCHEDULER, STEPS, STOCK, draw_kept
-from .study import CFG, SIZE, Figures, Table, prompt_of, render, to_image, write_page
+from .study import CFG, SIZE, Table, prompt_of, render, to_image, write_page
 
 BATCH = 4  # pairs drawn at once
 WEIGHT = 0.6  # of the image prompts, as in the guided workflows
@@ -166,7 +166,7 @@ def table(found: dict[str, Tensor]) -> Table:
     order = torch.tensor([crossed(pair // BATCH) for pair in range(len(found[NONE]))]).long()
     rows: Table = {}
     for arm, of_arm in values.items():
-        figures: Figures = {name: share(v[:, None]) for name, v in of_arm.items() if name != SWAPPED}
+        figures: Intervals = {name: share(v[:, None]) for name, v in of_arm.items() if name != SWAPPED}
         figures[SWAPPED] = proportion(of_arm[SWAPPED] > 0)
         for baseline, name in ((NONE, "gain"), (ORDER, "gain over left to right")):
             if arm not in (NONE, baseline):

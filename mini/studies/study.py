@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...evaluation.pages import templates
-from ...evaluation.stats import Interval
+from ...evaluation.stats import Intervals
 from ...host.client import Client, Result
 from ...host.graph import Graph
 
@@ -24,9 +24,8 @@ SIZE, CFG = 128, 3.0  # side of references and pictures in pixels, and CFG scale
 STYLES = ("photo", "oil painting", "comic", "wanted poster")
 SIMILARITY, STYLE = "similarity to the own reference", "style accuracy"
 
-#: The figures of an arm by name, and those of several arms
-Figures = dict[str, Interval]
-Table = dict[str, Figures]
+#: The figures of several arms, by arm
+Table = dict[str, Intervals]
 
 
 def prompt_of(style: str) -> str:

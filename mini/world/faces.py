@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .styles import draw_place, stylise
+from .styles import Factors, draw_place, stylise
 
 STYLES = ("photo", "pencil drawing", "oil painting", "comic", "pixel art", "blueprint", "wanted poster", "neon sign")
 PLACES = ("", "in a forest", "on a beach", "in a city", "at night", "in the snow")
@@ -85,14 +85,12 @@ NUISANCE = {
     "phase_b": (0.0, 6.28),
 }
 
-Batch = dict[str, Tensor]
-
 
 class Faces(NamedTuple):
     """n pictures: who is on them and how they were taken. Every tensor has n rows."""
 
-    identity: Batch
-    nuisance: Batch
+    identity: Factors
+    nuisance: Factors
 
     def __len__(self) -> int:
         return len(self.identity["skin"])
@@ -101,7 +99,7 @@ class Faces(NamedTuple):
         return Faces(*({k: v[index] for k, v in part.items()} for part in self))
 
 
-def sample_identities(n: int, generator: torch.Generator) -> Batch:
+def sample_identities(n: int, generator: torch.Generator) -> Factors:
     """n people, every parameter drawn on its own. Continuous values are float32 [n], choices int64 [n]."""
     people = {k: _uniform(n, low, high, generator) for k, (low, high) in {**CONTINUOUS, **UNTRACKED}.items()}
     for name, weights in DISCRETE.items():
@@ -111,7 +109,7 @@ def sample_identities(n: int, generator: torch.Generator) -> Batch:
 
 def sample_nuisance(
     n: int, generator: torch.Generator, style: Tensor | None = None, place: Tensor | None = None
-) -> Batch:
+) -> Factors:
     """Draws how n pictures are taken, also style [n] and place [n] (indices into STYLES and PLACES) unless given."""
     nuisance = {k: _uniform(n, low, high, generator) for k, (low, high) in NUISANCE.items()}
     nuisance["background"] = torch.rand(n, 3, generator=generator) * 0.6 + 0.3
@@ -123,13 +121,13 @@ def sample_nuisance(
     return nuisance
 
 
-def frontal(nuisance: Batch) -> Batch:
+def frontal(nuisance: Factors) -> Factors:
     """Returns the same pictures taken straight on: a portrait as one would choose for a reference."""
     still = {k: torch.zeros_like(nuisance[k]) for k in ("shift_x", "rotation", "yaw")}
     return {**nuisance, **still, "scale": torch.full_like(nuisance["scale"], 1.22)}
 
 
-def identity_vector(identity: Batch) -> Tensor:
+def identity_vector(identity: Factors) -> Tensor:
     """[n, IDENTITY_SIZE]: continuous parameters scaled to [-1, 1], then every choice as -0.7 / 1.3 (one hot)."""
     scaled = [(identity[k] - low) / (high - low) * 2 - 1 for k, (low, high) in CONTINUOUS.items()]
     choices = [F.one_hot(identity[k], len(w)).float() * 2 - 0.7 for k, w in DISCRETE.items()]
@@ -139,7 +137,7 @@ def identity_vector(identity: Batch) -> Tensor:
 IDENTITY_SIZE = len(CONTINUOUS) + sum(len(w) for w in DISCRETE.values())
 
 
-def skin_class(identity: Batch) -> Tensor:
+def skin_class(identity: Factors) -> Tensor:
     """[n] index into SKIN_NAMES: the nearest named tone."""
     return (identity["skin"] + 0.5).floor().long().clamp(0, len(SKIN_NAMES) - 1)
 
@@ -209,7 +207,7 @@ def render(faces: Faces, size: int = 128, seed: int = 0, device: torch.device | 
 
 
 @torch.no_grad()
-def render_empty(nuisance: Batch, size: int = 128, seed: int = 0) -> Tensor:
+def render_empty(nuisance: Factors, size: int = 128, seed: int = 0) -> Tensor:
     """Draws the same places in the same styles without a person: float32 [n, 3, size, size] in [0, 1]."""
     picture = (draw_place(nuisance, size) * _column(nuisance["gain"])[:, None]).clamp(0, 1)
     return stylise(picture, nuisance["style"], torch.Generator().manual_seed(seed))
@@ -223,14 +221,14 @@ def _column(values: Tensor) -> Tensor:
     return values.view(-1, 1, 1)
 
 
-def _to_face(x: Tensor, y: Tensor, b: Batch) -> tuple[Tensor, Tensor]:
+def _to_face(x: Tensor, y: Tensor, b: Factors) -> tuple[Tensor, Tensor]:
     """Picture coordinates to the upright, centred face's."""
     cos, sin, scale = (_column(v) for v in (b["rotation"].cos(), b["rotation"].sin(), b["scale"]))
     x, y = (x - _column(b["shift_x"])) / scale, (y - _column(b["shift_y"])) / scale
     return cos * x + sin * y, -sin * x + cos * y
 
 
-def _to_picture(points: Tensor, b: Batch, size: int) -> Tensor:
+def _to_picture(points: Tensor, b: Factors, size: int) -> Tensor:
     """The inverse of `_to_face`, in pixels: points [n, k, 2] -> [n, k, 2]."""
     cos, sin = b["rotation"].cos()[:, None], b["rotation"].sin()[:, None]
     x, y = points.unbind(-1)
@@ -267,7 +265,7 @@ def _ellipse(x: Tensor, y: Tensor, a: Tensor | float, b: Tensor | float) -> Tens
     return (((x / a) ** 2 + (y / b) ** 2 + 1e-6).sqrt() - 1) * shortest
 
 
-def _draw_face(canvas: _Canvas, x: Tensor, y: Tensor, a: Batch, b: Batch) -> None:
+def _draw_face(canvas: _Canvas, x: Tensor, y: Tensor, a: Factors, b: Factors) -> None:
     paint, inside = canvas.paint, canvas.inside
     tone = a["skin"]
     low = tone.floor().long().clamp(0, len(SKIN) - 2)

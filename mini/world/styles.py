@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Batch = dict[str, Tensor]
+Factors = dict[str, Tensor]  # of variation, by name: [n] or [n, numbers] of n pictures
 LUMA = (0.30, 0.59, 0.11)
 
 
-def draw_place(b: Batch, size: int) -> Tensor:
+def draw_place(b: Factors, size: int) -> Tensor:
     """Backgrounds [n, 3, size, size] for the `place` of each picture; 0 is a plain colour."""
     n, device = len(b["place"]), b["place"].device
     axis = (torch.arange(size, device=device) + 0.5) * 2 / size - 1

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .faces import PLACES, STYLES
-from .styles import draw_place, stylise
+from .styles import Factors, draw_place, stylise
 
 #: Each is one token of CLIP, since a hard prompt has room for one. No encoder is trained on the last two.
 CLASSES = ("mug", "car", "fish", "house", "lamp", "flower", "robot", "boat", "clock", "umbrella")
@@ -37,8 +37,6 @@ NUISANCE = {
     "phase_b": (0.0, 6.28),
 }
 
-Batch = dict[str, Tensor]
-
 
 class Things(NamedTuple):
     """n pictures: what is on them and how they were taken. Every tensor has n rows.
@@ -47,8 +45,8 @@ class Things(NamedTuple):
     (a turn is 1), saturation and value; pattern int64 [n], an index into PATTERNS.
     """
 
-    identity: Batch
-    nuisance: Batch
+    identity: Factors
+    nuisance: Factors
 
     def __len__(self) -> int:
         return len(self.identity["kind"])
@@ -57,7 +55,7 @@ class Things(NamedTuple):
         return Things(*({k: v[index] for k, v in part.items()} for part in self))
 
 
-def sample_things(n: int, generator: torch.Generator, kind: Tensor | None = None) -> Batch:
+def sample_things(n: int, generator: torch.Generator, kind: Tensor | None = None) -> Factors:
     """n things, every parameter drawn on its own; kind [n] is drawn among the classes that are not held out."""
     kinds = torch.randint(len(CLASSES) - HELD_OUT, (n,), generator=generator)
     first, second = torch.rand(n, 3, generator=generator), torch.rand(n, 3, generator=generator)
@@ -74,7 +72,7 @@ def sample_things(n: int, generator: torch.Generator, kind: Tensor | None = None
 
 def sample_nuisance(
     n: int, generator: torch.Generator, style: Tensor | None = None, place: Tensor | None = None
-) -> Batch:
+) -> Factors:
     """Draws how n pictures are taken, also style [n] and place [n] (indices into STYLES and PLACES) unless given."""
     nuisance = {k: torch.rand(n, generator=generator) * (high - low) + low for k, (low, high) in NUISANCE.items()}
     nuisance["mirror"] = torch.randint(2, (n,), generator=generator) * 2.0 - 1
@@ -86,7 +84,7 @@ def sample_nuisance(
     return nuisance
 
 
-def straight(nuisance: Batch) -> Batch:
+def straight(nuisance: Factors) -> Factors:
     """Returns the same pictures with the thing upright in the middle, as one would take its picture for reference."""
     still = {k: torch.zeros_like(nuisance[k]) for k in ("shift_x", "shift_y", "rotation")}
     return {
@@ -111,7 +109,7 @@ def _article(noun: str) -> str:
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
-def identity_vector(identity: Batch) -> Tensor:
+def identity_vector(identity: Factors) -> Tensor:
     """[n, IDENTITY_SIZE]: the class as -0.7 / 1.3 (one hot), shape, both colours as a point in the cone of hue and
     saturation with its value, and the pattern (one hot)."""
 
@@ -156,7 +154,7 @@ def rgb(colour: Tensor) -> Tensor:
 class _Sheet:
     """A batch of pictures of one class that layers are painted on, in the upright thing's own coordinates."""
 
-    def __init__(self, picture: Tensor, identity: Batch, nuisance: Batch, size: int):
+    def __init__(self, picture: Tensor, identity: Factors, nuisance: Factors, size: int):
         self.picture, self.identity, self.pixel = picture, identity, 2 / size
         axis = (torch.arange(size, device=picture.device) + 0.5) * self.pixel - 1
         y, x = torch.meshgrid(axis, axis, indexing="ij")

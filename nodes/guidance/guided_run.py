@@ -19,8 +19,8 @@ from ...lookahead.method.guidance_presets import GuidanceSettings
 from ...lookahead.method.latent_optimisation import (
     Decode,
     Evaluation,
-    Loss,
-    Predict,
+    PredictPreview,
+    PreviewLoss,
     best_start,
     evaluate_preview,
     optimise_latent,
@@ -200,7 +200,9 @@ class GuidedRun:
             )
         return (x + to_ve(best - z, sigma)).detach()  # where nothing moved, the bits stay
 
-    def _begin(self, predict: Predict, z: Tensor, share: Tensor, mask: Tensor | None, step: GuidedStep) -> Tensor:
+    def _begin(
+        self, predict: PredictPreview, z: Tensor, share: Tensor, mask: Tensor | None, step: GuidedStep
+    ) -> Tensor:
         """Latents whose preview's faces give way to the loss's references, by the noise guide or by `lean`; as they are
         where there is neither, or nothing to show."""
         guide, lean = self.guidance.noise_guide, self.settings.lean
@@ -240,18 +242,22 @@ class GuidedRun:
         """Noise of the shape of z, that of each picture from a generator of its own."""
         return torch.stack([torch.randn(z.shape[1:], generator=generator) for generator in self._fresh])
 
-    def _evaluate(self, predict: Predict, decode: Decode, loss: Loss, z: Tensor, gradient: bool) -> Evaluation:
+    def _evaluate(
+        self, predict: PredictPreview, decode: Decode, loss: PreviewLoss, z: Tensor, gradient: bool
+    ) -> Evaluation:
         """`evaluate_preview` with a LoRA scale of its own, and as little memory as it takes."""
         self._lora_scale = self._draw_lora_scale(z)
         return self._evaluate_now(predict, decode, loss, z, gradient)
 
-    def _judge(self, predict: Predict, decode: Decode, _: Loss, z: Tensor, gradient: bool) -> Evaluation:
+    def _judge(self, predict: PredictPreview, decode: Decode, _: PreviewLoss, z: Tensor, gradient: bool) -> Evaluation:
         """The same without chance: the LoRA at full strength, and the loss sees every candidate in the same views."""
         self._lora_scale = torch.ones(len(z), device=z.device)
         loss = bind_rng(self.guidance.loss.loss, torch.Generator().manual_seed(self.seed or 0))
         return self._evaluate_now(predict, decode, loss, z, gradient)
 
-    def _evaluate_now(self, predict: Predict, decode: Decode, loss: Loss, z: Tensor, gradient: bool) -> Evaluation:
+    def _evaluate_now(
+        self, predict: PredictPreview, decode: Decode, loss: PreviewLoss, z: Tensor, gradient: bool
+    ) -> Evaluation:
         comfy.model_management.throw_exception_if_processing_interrupted()
 
         def once() -> Evaluation:

@@ -1,6 +1,7 @@
 """Who may import whom. The rooms and what each may see stand here as data; docs/architecture.md draws them."""
 
 import ast
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -206,13 +207,6 @@ def test_each_room_imports_only_what_it_may(part):
     assert not broken, "\n".join(broken)
 
 
-def test_no_rule_allows_a_circle_between_rooms():
-    for room, allowed in ROOMS.items():
-        for other in allowed:
-            back = ROOMS.get(other.removesuffix(".*"), ())
-            assert room in (other, "nodes", "tools") or not any(covers(rule, room) for rule in back)
-
-
 def at_load(source: str) -> ast.Module:
     """A module without what runs later or never: bodies of functions, and what stands under TYPE_CHECKING."""
     tree = ast.parse(source)
@@ -254,6 +248,24 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
     return found
 
 
+def others_seen(rooms: dict[str, tuple[str, ...]]) -> dict[str, set[str]]:
+    """The other rooms that each may import, by rules like those of ROOMS."""
+    return {
+        room: {other for other in rooms if other != room and any(covers(rule, other) for rule in rules)}
+        for room, rules in rooms.items()
+    }
+
+
+def test_no_rule_allows_a_circle_between_rooms():
+    assert not circles(others_seen(ROOMS))
+
+
+def test_a_circle_between_rooms_is_found_however_long_it_is():
+    rooms = {"a": ("b",), "b.in": ("c.*",), "c": ("d",), "d": ("a.*",), "e": ("a", "e"), "e.in": ("d",)}
+    assert circles(others_seen(rooms)) == [["a", "b.in", "c", "d"]]
+    assert not circles(others_seen(rooms | {"c": ()}))
+
+
 def test_no_modules_import_each_other_in_a_circle():
     """At load and later alike: an import inside a function hides a circle, it does not open it. (A package's __init__
     is no module here: importing a sibling runs it.)"""
@@ -270,15 +282,34 @@ def test_a_circle_is_found():
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
 
 
-def test_no_public_class_name_is_declared_twice():
+def types_declared(source: str) -> list[str]:
+    """The public names of classes, and of type aliases and type variables (whatever is assigned to a name in
+    CamelCase), at the top of a module."""
+    found = []
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            found.append(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names = [target.id for target in targets if isinstance(target, ast.Name)]
+            found += [name for name in names if re.fullmatch(r"[A-Z]\w*[a-z]\w*", name)]
+    return found
+
+
+def test_no_public_name_of_a_type_is_declared_twice():
     """One name, one thing: who reads `Run` or `Rows` must not have to ask which."""
     where = defaultdict(list)
     for part in PARTS:
         for path in modules(part):
-            for node in ast.parse((ROOT / path).read_text(encoding="utf-8")).body:
-                if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-                    where[node.name].append(path.as_posix())
+            for name in types_declared((ROOT / path).read_text(encoding="utf-8")):
+                where[name].append(path.as_posix())
     assert not {name: paths for name, paths in where.items() if len(paths) > 1}
+
+
+def test_classes_aliases_and_type_variables_are_names_of_types():
+    source = "class One: ...\nTwo = dict[str, int]\nKV3d: TypeAlias = tuple[int, int]\nAny4 = TypeVar('Any4')\n"
+    others = "class _A: ...\n_B = int\nSIZE = 3\nKV = 4\nload, x = 1, 2\ndef f():\n    Inner = int\n"
+    assert types_declared(source + others) == ["One", "Two", "KV3d", "Any4"]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import fresh
 import numpy as np
 import pytest
 import torch
+import typer
 from diffusers import AutoencoderKL
 from lcm_lookahead.cli import engine as command
 from lcm_lookahead.cli import generate, main
@@ -26,12 +27,12 @@ from lcm_lookahead.trainer.config import CONFIGS, ConfigError
 from lcm_lookahead.trainer.data.generate import checks, engine
 from lcm_lookahead.trainer.data.generate.checks import Inspector, Measurements, rejection_of, select
 from lcm_lookahead.trainer.data.generate.config import Checks, load
-from lcm_lookahead.trainer.data.generate.engine import Engine, embedding_of, summary
+from lcm_lookahead.trainer.data.generate.engine import Engine, summary
 from lcm_lookahead.trainer.data.generate.generators import FewStepSDXL, read_few_step
 from lcm_lookahead.trainer.data.generate.people import Person, read_people
 from lcm_lookahead.trainer.data.generate.prompts import PicturePlan, plan_pictures
 from lcm_lookahead.trainer.data.generate.report import added, auc, mean_and_deviation, thresholds
-from lcm_lookahead.trainer.data.shards import Shards, shard_name, side_name
+from lcm_lookahead.trainer.data.shards import Shards, embedding_of, shard_name, side_name
 from lcm_lookahead.trainer.data.store import Store
 from lcm_lookahead.trainer.data.tars import ShardError
 from PIL import Image
@@ -410,6 +411,31 @@ def test_the_pilot_says_what_each_threshold_keeps_and_writes_no_shard(tmp_path, 
     assert "checks.similarity" in said and "keeps" in said and "of 12 pictures" in said
     assert [p.name for p in (tmp_path / "pilot").iterdir()] == ["pilot.html"]
     assert "Thresholds" in (tmp_path / "pilot/pilot.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("said", "people", "overrides"),
+    [
+        ("c.yaml", None, []),
+        ("c.yaml --pilot", 50, []),
+        ("--pilot c.yaml", 50, []),
+        ("c.yaml --pilot shards=2", 50, ["shards=2"]),
+        ("c.yaml shards=2 --pilot --worker 0/2", 50, ["shards=2"]),
+        ("c.yaml --pilot 4 shards=2", 4, ["shards=2"]),
+        ("c.yaml --pilot=4 shards=2", 4, ["shards=2"]),
+    ],
+)
+def test_a_pilot_is_of_fifty_people_unless_a_number_follows(said, people, overrides):
+    command = typer.main.get_command(main.app).commands["generate"]
+    found = command.make_context("generate", said.split()).params
+    assert (str(found["config"]), found["pilot"], found["overrides"] or []) == ("c.yaml", people, overrides)
+
+
+@pytest.mark.parametrize("said", [["--pilot", "1"], ["--pilot=1"], ["--pilot=many"]])
+def test_a_pilot_of_one_is_refused(said, capsys):
+    with pytest.raises(SystemExit) as end:
+        run(["c.yaml", *said])
+    assert end.value.code == 2 and "--pilot" in capsys.readouterr().err
 
 
 def test_the_pilot_s_thresholds_keep_what_they_say(inspector):

@@ -224,8 +224,8 @@ def test_a_checkpoint_that_cannot_be_written_is_said_and_leaves_nothing(whole, t
     """A file size limit stands for a full disk."""
     shutil.copytree(whole[0], tmp_path / "run")
     shutil.rmtree(tmp_path / "run/checkpoints/step-00000007")
-    left = tmp_path / "run/checkpoints/step-00000005.part"  # of a run that was killed while it saved
-    left.mkdir()
+    for left in ("step-00000005.part", ".step-00000005.0badcafe.part"):  # of runs that were killed while they saved
+        (tmp_path / "run/checkpoints" / left).mkdir()
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

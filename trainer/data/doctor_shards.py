@@ -8,9 +8,8 @@ import numpy as np
 
 from ..lookahead.config import Data, cache_folder
 from .doctor import FEW_PEOPLE, SMALL_FACE, Report
-from .generate.engine import embedding_of
 from .sharded import face_of
-from .shards import Shards
+from .shards import Shards, embedding_of
 from .store import Store
 
 SOME = 500  # samples whose JSON is read

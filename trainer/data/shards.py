@@ -10,6 +10,7 @@ it may be one); what else stands there is for its readers. The same samples give
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -217,3 +218,9 @@ class Shards:
         if len(read) != size:
             raise ShardError(f"{self.store.at(name)} is cut short: remove its index, then {PEOPLE.again}.")
         return read
+
+
+def embedding_of(about: Mapping[str, Any]) -> np.ndarray | None:
+    """The embedding in a picture's JSON as float32 [d]; None where there is none."""
+    text = about.get("embedding")
+    return None if text is None else np.frombuffer(base64.b64decode(text), "<f2").astype(np.float32)

@@ -24,10 +24,10 @@ STRIDE, HUBER = 20, 1e-3  # of latent consistency models (arXiv 2310.04378)
 GUIDANCE = 5.0  # of the teacher's step
 
 # predict(latents, draws, t, strength): the noise [B, 4, h, w] that is predicted in latents that are at t already.
-Predict = Callable[[Tensor, Draws, Tensor, float], Tensor]
+PredictAtStrength = Callable[[Tensor, Draws, Tensor, float], Tensor]
 
 
-def score_distillation(predict: Predict, alpha_bar: Tensor, latent: Tensor, draws: Draws) -> Tensor:
+def score_distillation(predict: PredictAtStrength, alpha_bar: Tensor, latent: Tensor, draws: Draws) -> Tensor:
     """Score distillation (arXiv 2209.14988, eq. 3) on preview latents [B, 4, h, w]: values [B].
 
     The preview is noised again, to a time step of its own, and the base says in which direction it would rather have
@@ -42,7 +42,9 @@ def score_distillation(predict: Predict, alpha_bar: Tensor, latent: Tensor, draw
     return 0.5 * (latent - wanted).square().mean((1, 2, 3))
 
 
-def consistency(predict: Predict, alpha_bar: Tensor, latent: Tensor, z_t: Tensor, t: Tensor, draws: Draws) -> Tensor:
+def consistency(
+    predict: PredictAtStrength, alpha_bar: Tensor, latent: Tensor, z_t: Tensor, t: Tensor, draws: Draws
+) -> Tensor:
     """The consistency loss (arXiv 2310.04378, algorithm 1) of preview latents [B, 4, h, w], made from z_t: values [B].
 
     From z_t the base takes one guided step of DDIM; what the shortcut model previews there is what it should have

@@ -15,7 +15,7 @@ from ....lookahead.vision.faces import Detector, Face, usable
 from .config import Checks
 from .prompts import PicturePlan
 
-Scorer = Callable[[Tensor, Sequence[str]], Tensor]  # pictures [n, 3, h, w] in [0, 1], styles -> probabilities [n]
+ScoreStyles = Callable[[Tensor, Sequence[str]], Tensor]  # pictures [n, 3, h, w] in [0, 1], styles -> probabilities [n]
 _THUMBNAIL = (16, 16)  # of the grey copy by which copies are told
 _COPY = 0.006  # mean difference of thumbnails below which a picture is a copy of another
 
@@ -56,7 +56,7 @@ class Inspector:
 
     detector: Detector | None
     recogniser: Recogniser | None
-    scorer: Scorer | None
+    scorer: ScoreStyles | None
     about: dict[str, dict[str, str]]
     digest: str
 

@@ -64,7 +64,7 @@ class GeneratedPerson:
         return mean_embedding([p.measured for p in self.pictures if p.rejected is None])
 
 
-Progress = Callable[[int, int], None]  # pictures generated, and pictures kept, since the last call
+CountPictures = Callable[[int, int], None]  # pictures generated, and pictures kept, since the last call
 
 
 def silent(generated: int, kept: int) -> None:
@@ -88,7 +88,7 @@ class Engine:
         """The shards of these numbers that are not finished. Raises ShardError for one of another content."""
         return [n for n in numbers if not finished(self.store, shard_name(n), self.content)]
 
-    def make_shard(self, number: int, progress: Progress = silent) -> dict[str, Any]:
+    def make_shard(self, number: int, progress: CountPictures = silent) -> dict[str, Any]:
         """Make and write one shard; returns its side file's content. Raises ShardError where it cannot be written."""
         self.seconds, started = defaultdict(float), time.perf_counter()
         size = self.config.people_per_shard
@@ -109,7 +109,7 @@ class Engine:
         write_shard(self.store, shard, kept, side, self.content, times)
         return side
 
-    def generate(self, numbers: Sequence[int], progress: Progress = silent) -> list[GeneratedPerson]:
+    def generate(self, numbers: Sequence[int], progress: CountPictures = silent) -> list[GeneratedPerson]:
         """The people of these numbers, in their order, those that are rejected too."""
         plans = [plan for n in numbers for plan in plan_pictures(self.config.prompts, self.people(n), self.people.key)]
         per_person, theirs = self.config.prompts.per_person, []
@@ -233,12 +233,6 @@ def describe(picture: CheckedPicture, file: str) -> dict[str, Any]:
     if measured.style is not None:
         about["style_score"] = round(measured.style, 4)
     return about | ({"exact": dict(picture.exact)} if picture.exact else {})
-
-
-def embedding_of(about: Mapping[str, Any]) -> np.ndarray | None:
-    """The embedding in a picture's JSON as float32 [d]; None where there is none."""
-    text = about.get("embedding")
-    return None if text is None else np.frombuffer(base64.b64decode(text), "<f2").astype(np.float32)
 
 
 def summary(people: Sequence[GeneratedPerson]) -> dict[str, Any]:

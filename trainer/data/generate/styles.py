@@ -13,13 +13,13 @@ from ....lookahead.vision import clip
 from ....lookahead.vision.images import resize_square
 from ....sdxl.configs import tokenizers
 from ....sdxl.load import ModelError
-from .checks import Scorer
+from .checks import ScoreStyles
 from .config import Prompts
 
 SHARPNESS = 100.0  # of the softmax over cosines, as CLIP was trained
 
 
-def clip_scorer(path: Path, prompts: Prompts, device: torch.device) -> Scorer:
+def clip_scorer(path: Path, prompts: Prompts, device: torch.device) -> ScoreStyles:
     """Gives, for each picture, the probability of the asked style among all of the configuration's.
 
     Raises ModelError, one sentence, where the file is no whole CLIP.
