@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import shutil
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -116,6 +117,8 @@ def make_study(
     places = [(n, chance.random() < 0.5, False) for n in range(len(pairs))]
     places += [(n, not places[n][1], True) for n in again]
     chance.shuffle(places)
+    for left in folder.parent.glob(f".{folder.name}.*part"):  # of one that was killed
+        shutil.rmtree(left, ignore_errors=True)
     with atomic_folder(folder) as part:
         (part / "public").mkdir()
         items, key = [], []

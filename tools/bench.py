@@ -124,10 +124,11 @@ def main(arguments: list[str]) -> int:
         metavar="SIDE",
         help="SDXL with random weights in bfloat16 at SIDE x SIDE pixels (256; takes 14 GB and some minutes on a CPU)",
     )
-    parser.add_argument("--kv", action="store_true", help="KV injection alone")
-    parser.add_argument("--guidance", action="store_true", help="lookahead guidance alone")
-    parser.add_argument("--training", action="store_true", help="the training step alone")
-    parser.add_argument("--data", action="store_true", help="reading and preparing data alone")
+    alone = parser.add_mutually_exclusive_group()
+    alone.add_argument("--kv", action="store_true", help="KV injection alone")
+    alone.add_argument("--guidance", action="store_true", help="lookahead guidance alone")
+    alone.add_argument("--training", action="store_true", help="the training step alone")
+    alone.add_argument("--data", action="store_true", help="reading and preparing data alone")
     parser.add_argument(
         "--full-size-training",
         action="store_true",
@@ -146,7 +147,7 @@ def main(arguments: list[str]) -> int:
         return 0
     if not chosen.training:
         say("Measuring in a real ComfyUI (about a minute for the mini world) ...")
-        part = "" if chosen.kv == chosen.guidance else "kv" if chosen.kv else "guidance"
+        part = "kv" if chosen.kv else "guidance" if chosen.guidance else ""
         print(table(measure(chosen.full_size, part)), end="\n\n")
     if chosen.kv or chosen.guidance:
         return 0

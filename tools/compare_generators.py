@@ -1,8 +1,8 @@
 """Which generator draws consistent people: the same people, prompts and seeds by each, with intervals over people.
 
-    python -m lcm_lookahead.tools.compare_generators 24              # people, two photos and two other styles each
-    python -m lcm_lookahead.tools.compare_generators 48 --photos     # photos alone, in different places
-    python -m lcm_lookahead.tools.compare_generators 24 --arms 2     # the first two ways alone
+    python -m lcm_lookahead.tools.compare_generators 24           # people, two photos and two other styles each
+    python -m lcm_lookahead.tools.compare_generators 48 --photos  # photos, three of four in places by chance
+    python -m lcm_lookahead.tools.compare_generators 24 --arms 2  # the first two ways alone
 
 Nothing is rejected: what is compared is what generators do, not what checks leave of it.
 """
@@ -32,7 +32,7 @@ PER_PERSON = 4
 def measure(arm: str, people: int, photos: bool = False) -> dict[str, Any]:
     """Measures of each person: mean cosine of two pictures (`identity`; NaN without two faces), mean probability of
     the asked style, mean distance of two faces' middles as a share of the picture (`layout`), share of pictures with a
-    face. photos: all pictures are plain, not two of the four."""
+    face. photos: all are photos, three of them in places by chance, in the place of two plain ones and two styles."""
     import torch
 
     from ..cli.engine import read_engine
@@ -41,7 +41,7 @@ def measure(arm: str, people: int, photos: bool = False) -> dict[str, Any]:
 
     opened = [f"checks.{name}=null" for name in ("face_size", "sharpness", "similarity", "duplicate", "style")]
     size = [f"prompts.per_person={PER_PERSON}", f"generator.batch={PER_PERSON}"]
-    size += [f"prompts.plain_count={PER_PERSON}"] if photos else []
+    size += ["prompts.plain_count=1", "prompts.styles={a photo: 1}"] if photos else []
     engine = read_engine(load(CONFIGS / "generate" / "mini.yaml", [*size, *opened, *ARMS[arm]]))
     figures: dict[str, list[float]] = {"identity": [], "style": [], "layout": [], "faces": []}
     for person in engine.generate(range(people)):

@@ -29,19 +29,29 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
 def atomic_folder(path: str | os.PathLike[str], over: bool = False) -> Iterator[Path]:
     """The block fills the yielded folder beside `path`, which takes its name when the block ends without an error.
 
-    What stood there stays until then, and after an error nothing new is left. Folders above it are made. over: a folder
-    that holds something gives way; without, it stays, and OSError is raised.
+    What stood there stays until then, and after an error, which leaves nothing new. Folders above it are made. over: a
+    folder that holds something gives way; without, it stays, and OSError is raised.
     """
     path = Path(path)
     part = _beside(path)
     part.mkdir(parents=True)
     try:
         yield part
-        if over:
-            shutil.rmtree(path, ignore_errors=True)
-        elif path.exists():
-            path.rmdir()
-        os.replace(part, path)
+        if over and path.exists():
+            before = _beside(path)
+            os.replace(path, before)
+            try:
+                os.replace(part, path)
+            except OSError:  # another process may have put its own there
+                if not path.exists():
+                    os.replace(before, path)
+                raise
+            finally:
+                shutil.rmtree(before, ignore_errors=True)
+        else:
+            if path.exists():
+                path.rmdir()
+            os.replace(part, path)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

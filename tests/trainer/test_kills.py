@@ -53,6 +53,10 @@ def killed(command, folder, whole, said):
     """Two workers do the work and are killed together, twenty times; what they have finished is looked at each time."""
     chance, seen = random.Random(1), []
     while len(seen) < KILLS:
+        if finished(folder) == whole:  # sooner than it was killed often enough: half of it is made again
+            again = sorted({name.partition(".")[0] for name in whole})[::2]
+            for path in [path for path in folder.iterdir() if path.name.partition(".")[0] in again]:
+                path.unlink()
         before = entries(folder)
         both = [fresh.start(the_command, *command, "--worker", f"{n}/2", output=said / f"{n}") for n in range(2)]
         while entries(folder) == before:  # nothing can be lost before that
@@ -66,7 +70,6 @@ def killed(command, folder, whole, said):
         assert there.items() <= whole.items()
         seen.append(len(there))
     print(f"{KILLS} kills; files of finished shards after each: {seen}")
-    assert len(whole) > seen[-1]  # it was not done before
     assert len(set(seen)) > KILLS // 2  # and it was killed at work
 
 

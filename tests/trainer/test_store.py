@@ -139,12 +139,13 @@ def test_a_store_that_is_away_or_unknown_is_said_and_what_is_finished_stays(memo
 def test_who_writes_a_file_that_another_is_writing_takes_nothing_away_from_it(tmp_path):
     """As two processes that make the same shard at once; what a dead one has left goes."""
     store = Store(tmp_path)
-    (tmp_path / ".one.0123.part").write_bytes(b"of a process that was killed")
+    for name in (".one.0123.part", ".one.4567.part", ".one.4567.lock", ".one.89ab.lock"):
+        (tmp_path / name).write_bytes(b"of a process that was killed")
     with store.writing("one") as slow:
         slow.write_bytes(b"half of")
         with store.writing("one") as fast:
             fast.write_bytes(b"it")
-        assert sorted(p.name for p in tmp_path.iterdir()) == sorted([slow.name, "one"])
+        assert {p.name for p in tmp_path.iterdir()} == {slow.name, slow.with_suffix(".lock").name, "one"}
         assert (tmp_path / "one").read_bytes() == b"it"
         slow.write_bytes(b"all of it")
     assert [p.name for p in tmp_path.iterdir()] == ["one"] and (tmp_path / "one").read_bytes() == b"all of it"

@@ -94,16 +94,18 @@ def _twins(report: Report, shards: Shards) -> None:
             keys.append(int(shards.keys[sample]))
     if len(means) < 2:
         return
-    everyone, pairs = np.stack(means), []
+    everyone, count = np.stack(means), 0
+    some: list[str] = []
     for start in range(0, len(everyone), 1000):  # a block at a time: 20,000 x 20,000 are 1.6 GB
-        rows, columns = np.nonzero(everyone[start : start + 1000] @ everyone.T >= TWINS)
-        pairs += [(keys[start + a], keys[b]) for a, b in zip(rows, columns, strict=True) if start + a < b]
+        alike = np.triu(everyone[start : start + 1000] @ everyone.T >= TWINS, start + 1)
+        count += int(alike.sum())
+        for a, b in np.argwhere(alike)[: _SHOWN - len(some)]:
+            some.append(f"{keys[start + a]:08d} and {keys[b]:08d}")
     report.rows.append(
-        ("pairs of twins", len(pairs), f"mean embeddings at least {TWINS} alike, among {len(means):,} people")
+        ("pairs of twins", count, f"mean embeddings at least {TWINS} alike, among {len(means):,} people")
     )
-    if pairs:
-        some = ", ".join(f"{a:08d} and {b:08d}" for a, b in pairs[:_SHOWN])
+    if count:
         report.better.append(
-            f"Pairs of people who are one to the recogniser: {len(pairs):,} ({some}). Give people more that tells them "
-            "apart, in people.attributes, or make fewer."
+            f"Pairs of people who are one to the recogniser: {count:,} ({', '.join(some)}). Give people more that "
+            "tells them apart, in people.attributes, or make fewer."
         )

@@ -28,6 +28,7 @@ from ...lookahead.files.tensors import sha256
 from .pairs import DataError
 
 PAUSES = (1.0, 5.0)  # seconds before a store elsewhere is asked again
+_LOCK, _DAY = ".lock", 86400.0
 _ENDS = 65536  # bytes at either end of a file that tell at once whether an index belongs to it
 T = TypeVar("T")
 
@@ -123,12 +124,14 @@ class Store:
                 self._asked(lambda fs, root: _put(fs, root, path))
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        with atomic(self.folder / name) as part, _locked(part):
+        with contextlib.ExitStack() as until_it_is_there, atomic(self.folder / name) as part:
+            until_it_is_there.enter_context(_alive(part))
             yield part
             with part.open("rb") as file:
                 os.fsync(file.fileno())
-        for left in self.folder.glob(f".{name}.*.part"):
-            _remove_if_dead(left)
+        for kind in (".part", _LOCK):
+            for left in self.folder.glob(f".{name}.*{kind}"):
+                _remove_if_dead(left.with_suffix(".part"))
 
     def remove(self, name: str) -> None:
         if not self.remote:
@@ -196,30 +199,49 @@ def ends(path: Path) -> tuple[int, str]:
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
     """One process at a time brings a file; a lock of one that was killed is open again."""
-    with _locked(path.with_name(f".{path.name}.lock")):
+    with _locked(path.with_name(f".{path.name}{_LOCK}")):
         yield
 
 
 @contextmanager
+def _alive(part: Path) -> Iterator[None]:
+    """While a process writes a part, others see by a lock beside it that it lives. (A lock of the part itself would
+    keep its own writer out of some network folders.)"""
+    lock = part.with_suffix(_LOCK)
+    try:
+        with _locked(lock):
+            yield
+    finally:
+        lock.unlink(missing_ok=True)
+
+
+@contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock of a file, which is made where there is none: while it is written, others see by that that its
-    process lives. Where there are no such locks (Windows, some network folders) it does nothing."""
-    while fcntl is not None:
-        with path.open("ab") as file:
-            try:
+    """Hold the lock of a file, which is made where it is not there. Where there are no such locks (Windows, some
+    network folders) it does nothing."""
+    with path.open("ab") as file:
+        if fcntl is not None:
+            with contextlib.suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_EX)
-            except OSError:
-                break
-            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):  # else it was just taken away
-                yield
-                return
-    yield
+        yield
 
 
-def _remove_if_dead(path: Path) -> None:
-    """Take away what a killed process left half-written, but not what a living one is writing."""
-    with contextlib.suppress(OSError):  # it is locked, or gone already
-        with path.open("rb") as file:
-            if fcntl is not None:
+def _remove_if_dead(part: Path) -> None:
+    """Take away what a killed process left half-written, but not what a living one is writing; where no lock tells
+    which it is, what nobody has written to for a day."""
+    lock = part.with_suffix(_LOCK)
+    try:
+        if lock.exists():
+            with lock.open("r+b") as file:
+                if fcntl is None:
+                    raise OSError("no locks")
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
+    except BlockingIOError:
+        return
+    except OSError:
+        with contextlib.suppress(OSError):
+            if time.time() - part.stat().st_mtime < _DAY:
+                return
+    with contextlib.suppress(OSError):
+        part.unlink(missing_ok=True)
+        lock.unlink(missing_ok=True)
