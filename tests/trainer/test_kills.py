@@ -1,6 +1,6 @@
 """What stays when processes are killed, as by a lost machine: SIGKILL at twenty random moments, two workers at a time.
 
-Slow: the processes start forty times (`make portable` runs it too).
+Slow: two processes start forty times (`make portable` runs it too).
 """
 
 import random
@@ -39,9 +39,9 @@ def training(source, cache, out):
 def finished(folder):
     """The files of shards that have an index, which is written last."""
     files = list(folder.iterdir()) if folder.is_dir() else []
-    done = {path.name.removesuffix("index.json") for path in files if path.name.endswith(".index.json")}
+    done = {path.name.removesuffix(".index.json") for path in files if path.name.endswith(".index.json")}
     own = [path for path in files if not path.name.endswith(".times.json")]
-    return {p.name: p.read_bytes() for p in own if p.name.partition(".")[0] + "." in done}
+    return {path.name: path.read_bytes() for path in own if path.name.partition(".")[0] in done}
 
 
 def entries(folder):

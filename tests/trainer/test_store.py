@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import os
 import threading
 import uuid
 
@@ -149,3 +150,20 @@ def test_who_writes_a_file_that_another_is_writing_takes_nothing_away_from_it(tm
         assert (tmp_path / "one").read_bytes() == b"it"
         slow.write_bytes(b"all of it")
     assert [p.name for p in tmp_path.iterdir()] == ["one"] and (tmp_path / "one").read_bytes() == b"all of it"
+
+
+def test_a_lock_that_is_taken_away_before_it_is_held_is_made_again(tmp_path, monkeypatch):
+    """By another process that found it open, so took it for a dead one's; a part without a lock would be next."""
+    held, asked = stores.fcntl.flock, []
+
+    def late(file, how):
+        asked.append(file.name)
+        if len(asked) == 1:
+            os.unlink(file.name)
+        held(file, how)
+
+    monkeypatch.setattr(stores.fcntl, "flock", late)
+    with Store(tmp_path).writing("one") as part:
+        assert part.with_suffix(".lock").is_file() and len(asked) == 2
+        part.write_bytes(b"all of it")
+    assert [p.name for p in tmp_path.iterdir()] == ["one"]

@@ -1,5 +1,8 @@
 """Files and folders are there whole or not at all; errors of other packages fit into a sentence."""
 
+import os
+from pathlib import Path
+
 import pytest
 from lcm_lookahead.lookahead.files.atomic import atomic, atomic_folder, first_line
 
@@ -54,6 +57,23 @@ def test_a_folder_that_holds_something_gives_way_only_where_that_is_said(tmp_pat
     with pytest.raises(OSError), atomic_folder(path):
         (path / "answers.json").touch()
     assert [p.name for p in path.iterdir()] == ["answers.json"] and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_gave_way_comes_back_where_the_new_one_cannot_take_its_name(tmp_path, monkeypatch):
+    path = tmp_path / "a"
+    path.mkdir()
+    (path / "old.txt").touch()
+    replace = os.replace
+
+    def refused(source, target):
+        if Path(target) == path and (Path(source) / "new.txt").exists():
+            raise PermissionError("a file is in use")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refused)
+    with pytest.raises(PermissionError), atomic_folder(path, over=True) as part:
+        (part / "new.txt").touch()
+    assert [p.name for p in path.iterdir()] == ["old.txt"] and list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(

@@ -219,10 +219,15 @@ def _alive(part: Path) -> Iterator[None]:
 def _locked(path: Path) -> Iterator[None]:
     """Hold the lock of a file, which is made where it is not there. Where there are no such locks (Windows, some
     network folders) it does nothing."""
-    with path.open("ab") as file:
-        if fcntl is not None:
-            with contextlib.suppress(OSError):
+    file = path.open("ab")
+    if fcntl is not None:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+            while not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                file.close()  # between opening and locking it somebody took it for a dead process's
+                file = path.open("ab")
                 fcntl.flock(file, fcntl.LOCK_EX)
+    with file:
         yield
 
 
