@@ -4,14 +4,14 @@ Each loss (identity, CLIP, LPIPS) steers pictures without guidance, guided by th
 shortcut's preview (lookahead) and by plain x0. Who judges took no part in the loss: another recogniser, a style
 scorer, LPIPS with another network. Writes docs/guidance.md, .json and a picture for each loss, and with the stronger
 optimiser of a preset alone docs/guidance_strong.md; `presets` compares the presets of the guidance by the identity loss
-into docs/guidance_presets.md likewise.
+into docs/guidance_presets.md likewise, and where those of other papers are among them into docs/guidance_papers.md.
 """
 
 from __future__ import annotations
 
 import shlex
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -35,7 +35,9 @@ from ...lookahead.method.guidance_presets import (
     OFF,
     PRESETS,
     QUICK,
+    RENO,
     STRONG,
+    TFG,
     GuidanceSettings,
     best_of_as_many,
 )
@@ -86,6 +88,7 @@ IDENTITY_ARMS = ARMS | {
 BASELINES = {LOOKAHEAD: X0, STRONGER[LOOKAHEAD]: STRONGER[X0], f"{LOOKAHEAD}, earlier": f"{X0}, earlier"}
 PRESETS_SHOWN = (INSTANT, GENTLE, BALANCED, STRONG, QUICK)
 BY_X0 = (DPS, MPGD, FREEDOM, DSG)  # the methods of their papers; the other presets look ahead
+OF_PAPERS = (*BY_X0, RENO, TFG)
 CUSTOM = "the node's own numbers"
 AS_MANY, OVER_INSTANT = "the best of as many", f"gain over {INSTANT}"
 VIEWS = 4  # of the face, in place of its one crop
@@ -354,8 +357,13 @@ def preset_arms(names: Sequence[str] = ()) -> tuple[dict[str, GuidanceArm], dict
     return arms, baselines, costs
 
 
+def presets_name(arms: Collection[str]) -> str:
+    """The file of a comparison of presets, without its ending: those of other papers have one of their own."""
+    return "guidance_papers" if set(OF_PAPERS) & set(arms) else "guidance_presets"
+
+
 def presets_page(figures: Table, costs: Mapping[str, float], seconds: Mapping[str, float], people: range) -> str:
-    """docs/guidance_presets.md. people: the numbers of those who were drawn."""
+    """docs/guidance_presets.md or guidance_papers.md. people: the numbers of those who were drawn."""
     measures = list(figures[NONE])
     named = [] if CUSTOM in figures else [name for name in figures if name in PRESETS or name in BY_NOISE_GUIDE]
     first = ["--first", str(people.start)] if people.start else []
@@ -369,7 +377,9 @@ def presets_page(figures: Table, costs: Mapping[str, float], seconds: Mapping[st
         columns=columns,
         costs=costs,
         seconds=seconds,
+        name=presets_name(figures),
         by_x0=[name for name in BY_X0 if name in figures],
+        sources={name: PRESETS[name].source for name in OF_PAPERS if name in figures},
         people=people,
         **setup,
     )
@@ -377,7 +387,7 @@ def presets_page(figures: Table, costs: Mapping[str, float], seconds: Mapping[st
 
 def evaluate_presets(count: int, out: Path, names: Sequence[str] = (), first: int = 0) -> None:
     """Draw, measure and write presets (PRESETS_SHOWN where none is named) beside the best of as many noises:
-    guidance_presets.md, .json and a picture, into `out`."""
+    guidance_presets.md, or guidance_papers.md where one of OF_PAPERS is named, .json and a picture, into `out`."""
     arms, baselines, costs = preset_arms(names)
     out.mkdir(parents=True, exist_ok=True)
     references, drawn, seconds = draw(IDENTITY, arms, count, first)
@@ -389,6 +399,6 @@ def evaluate_presets(count: int, out: Path, names: Sequence[str] = (), first: in
             if name in values:
                 more = values[name][likeness] - values[INSTANT][likeness]
                 figures[name][f"{likeness}, {OVER_INSTANT}"] = share_of_rows(more[:, None])
-    sheet({"reference": references, **drawn}, out / "guidance_presets.jpg")
+    sheet({"reference": references, **drawn}, out / f"{presets_name(arms)}.jpg")
     page = presets_page(figures, costs, seconds, range(first, first + count))
-    write_page(out, "guidance_presets", figures, page)
+    write_page(out, presets_name(arms), figures, page)

@@ -130,6 +130,12 @@ def test_the_page_of_presets_has_a_row_an_arm_with_what_it_takes():
     assert "Written by `lookahead evaluate --presets quick DPS --first 200`" in text
     assert len({len(row) for row in rows}) == 1 and "DPS steer by plain x0" in text
     assert "similarity to the reference, gain over the best of as many" in figures["quick"]
+    assert "DPS (arXiv 2209.14687)" in text and "](guidance_papers.jpg)" in text
+
+
+def test_presets_of_other_papers_have_a_page_of_their_own():
+    assert guidance.presets_name(["strong", "ReNO"]) == "guidance_papers"
+    assert guidance.presets_name(guidance.preset_arms()[0]) == "guidance_presets"
 
 
 # -- guidance of a protocol's method
