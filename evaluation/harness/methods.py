@@ -98,6 +98,7 @@ class GuidanceOption(Section):
     def settings(self, steps: int) -> GuidanceSettings:
         """Says what these inputs mean, with a guide in the place of `lean`, which takes as much."""
         without = self._settings(steps)
+        without = without.without_chance() if self.kind == "x0" else without
         return without if self.noise_guide is None else replace(without, lean=1.0)
 
     def _settings(self, steps: int) -> GuidanceSettings:
@@ -106,7 +107,9 @@ class GuidanceOption(Section):
         if self.preset is not None:
             return PRESETS[self.preset]
         if isinstance(self.best_of, str):
-            return best_of_as_many(PRESETS[self.best_of], ITERATION[self.kind], steps)
+            preset = PRESETS[self.best_of]
+            preset = preset.without_chance() if self.kind == "x0" else preset
+            return best_of_as_many(preset, ITERATION[self.kind], steps)
         if self.best_of is not None:
             return GuidanceSettings(Optimisation(0), start=0.0, best_of=self.best_of)
         own = Optimisation()

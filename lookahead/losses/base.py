@@ -66,6 +66,17 @@ def bind_rng(loss: Loss, generator: torch.Generator) -> Loss:
     return loss if bind is None else bind(generator)
 
 
+def rebind_rng(loss: Loss, generator: torch.Generator) -> Loss:
+    """A run's loss with other random numbers, to judge by: it knows what the run has seen, and adds nothing to it."""
+    rebind = getattr(loss, "rebind_rng", None)
+    return bind_rng(loss, generator) if rebind is None else rebind(generator)
+
+
+def draws(loss: Loss) -> bool:
+    """Says whether a loss draws anything by chance: random views, or cuts of a picture."""
+    return bool(getattr(loss, "draws", hasattr(loss, "bind_rng")))
+
+
 def clamp_preview(preview: Tensor) -> Tensor:
     """Clamps the preview to [-1, 1], as it will be seen: a loss must not pay for what saving cuts off.
 
@@ -120,8 +131,16 @@ class Combined:
         if not any(weights) or any(weight < 0 for weight in weights):
             raise ValueError(f"The weights of the losses are {weights}: use 0 or more, and above 0 for one at least.")
 
+    @property
+    def draws(self) -> bool:
+        """Says whether a part that counts draws by chance."""
+        return any(draws(loss) for weight, loss in self.parts if weight)
+
     def bind_rng(self, generator: torch.Generator) -> Combined:
         return replace(self, parts=tuple((weight, bind_rng(loss, generator)) for weight, loss in self.parts))
+
+    def rebind_rng(self, generator: torch.Generator) -> Combined:
+        return replace(self, parts=tuple((weight, rebind_rng(loss, generator)) for weight, loss in self.parts))
 
     def __call__(self, preview: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         total = sum(weight for weight, _ in self.parts)

@@ -35,6 +35,11 @@ class EmbeddingLoss:
     cutouts: Cutouts | None = None
     generator: torch.Generator | None = None
 
+    @property
+    def draws(self) -> bool:
+        """Says whether it cuts random views out of pictures."""
+        return self.cutouts is not None and self.cutouts.count > 0
+
     def bind_rng(self, generator: torch.Generator) -> EmbeddingLoss:
         return replace(self, generator=generator)
 

@@ -134,6 +134,10 @@ class Memory:
     size: tuple[int, int] | None = None  # height and width of the previews that they are in
     warned: bool = False  # that some have no face
 
+    def copy(self) -> Memory:
+        """The same memory, which changes by itself."""
+        return replace(self, places=dict(self.places))
+
 
 @dataclass(frozen=True, eq=False)
 class IdentityLoss:
@@ -160,9 +164,18 @@ class IdentityLoss:
         if self.fallback not in FALLBACKS:
             raise ValueError(f"The fallback is {self.fallback!r}: use one of {', '.join(FALLBACKS)}.")
 
+    @property
+    def draws(self) -> bool:
+        """Says whether it draws views of faces."""
+        return self.views is not None and self.views.count > 0
+
     def bind_rng(self, generator: torch.Generator | None = None) -> IdentityLoss:
         """Gives the loss a memory for one run; its views are drawn from the generator."""
         return replace(self, memory=Memory(), generator=generator)
+
+    def rebind_rng(self, generator: torch.Generator) -> IdentityLoss:
+        """The same run's loss with another generator: it knows what the run has seen, and what it sees stays its own."""
+        return replace(self, memory=None if self.memory is None else self.memory.copy(), generator=generator)
 
     def __call__(self, preview: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Computes `Loss`. A preview without a face (`fallback`) is not valid: its value is 0, without a gradient."""

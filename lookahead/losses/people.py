@@ -45,6 +45,10 @@ class Assignments:
     size: tuple[int, int] | None = None  # height and width of the previews that they are in
     warned: bool = False  # that someone has no face
 
+    def copy(self) -> Assignments:
+        """The same memory, which changes by itself."""
+        return replace(self, places={row: dict(of_row) for row, of_row in self.places.items()})
+
     def resize(self, size: tuple[int, int]) -> None:
         """The places in previews of another size."""
         if self.size and self.size != size:
@@ -94,9 +98,18 @@ class PeopleLoss:
                 "masks at all."
             )
 
+    @property
+    def draws(self) -> bool:
+        """Says whether it draws views of faces."""
+        return self.views is not None and self.views.count > 0
+
     def bind_rng(self, generator: torch.Generator | None = None) -> PeopleLoss:
         """Gives the loss a memory for one run; its views are drawn from the generator."""
         return replace(self, memory=Assignments(), generator=generator)
+
+    def rebind_rng(self, generator: torch.Generator) -> PeopleLoss:
+        """The same run's loss with another generator: it knows what the run has seen, and what it sees stays its own."""
+        return replace(self, memory=None if self.memory is None else self.memory.copy(), generator=generator)
 
     def __call__(self, preview: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Computes `Loss`. A preview in which nobody has a face is not valid: its value is 0, without a gradient."""

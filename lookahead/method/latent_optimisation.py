@@ -161,15 +161,17 @@ def optimise_latent(
     evaluate: Evaluate = evaluate_preview,
     alpha_bar: Tensor | None = None,
     judge: Evaluate | None = None,
+    measure_last: bool = True,
 ) -> Tensor:
     """The latent z [n, c, h, w] descends the loss of its preview; each picture has its own gradient, momentum and best
     iterate. Returns the optimised latent.
 
     mask: [n or 1, 1, h, w] in [0, 1], where the latent may move (the rest keeps its bits). on_iterate is called with
-    each evaluation, the last of which is that of the final iterate. evaluate: `evaluate_preview`, or a function around
+    each evaluation, numbered from 0; that of the final iterate has the number `settings.iterations`. evaluate: `evaluate_preview`, or a function around
     it that, for example, tries again with less memory. alpha_bar: of z, [n] or one number; `settings.sphere` needs it,
     and so does the way without `settings.backward`. judge: an evaluation in which nothing is drawn by chance, for
-    `settings.judged`; `evaluate` where it is None.
+    `settings.judged`; `evaluate` where it is None. measure_last: whether the final iterate is
+    evaluated also where nothing is chosen by it, for `on_iterate` alone.
     """
     if not settings.iterations:
         return z
@@ -191,10 +193,11 @@ def optimise_latent(
             on_iterate(i, e)
         assert e.gradient is not None  # it was asked for
         path.step(i, e.gradient if mask is None else e.gradient * mask, e)
-    e = evaluate(predict, decode, loss, path.z, False)
-    candidates.add(path.z, e)
-    if on_iterate:
-        on_iterate(settings.iterations, e)
+    if settings.keep_best or measure_last:
+        e = evaluate(predict, decode, loss, path.z, False)
+        candidates.add(path.z, e)
+        if on_iterate:
+            on_iterate(settings.iterations, e)
     if not settings.keep_best:
         return path.z
     if settings.judged:

@@ -345,6 +345,7 @@ def preset_arms(names: Sequence[str] = ()) -> tuple[dict[str, GuidanceArm], dict
         if name in BY_NOISE_GUIDE:  # it takes the place of the lean, at the same cost
             settings = replace(settings, lean=1.0)
         iteration = ITERATION["x0" if kind == X0 else "lookahead"]
+        settings = settings.without_chance() if kind == X0 else settings
         baseline = best_of_as_many(settings, iteration, STEPS)
         arms[name] = GuidanceArm(kind, {} if name == CUSTOM else {"preset": preset}, noise_guide=name in BY_NOISE_GUIDE)
         costs[name] = settings.evaluations(iteration, STEPS)

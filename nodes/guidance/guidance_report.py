@@ -23,11 +23,13 @@ _COLOURS = ("#1b6ca8", "#d1495b", "#2e7d32", "#b8860b", "#6a4c93", "#00838f", "#
 
 
 class Iterate(NamedTuple):
-    """The losses of one iteration: one number an image, None where it is not valid; step: the sampler's step."""
+    """The losses of one iteration: one number an image, None where it is not valid; step: the sampler's step; final:
+    whether this is where the iterations have led."""
 
     step: int
     sigma: float
     losses: list[float | None]
+    final: bool = False
 
 
 @dataclass
@@ -50,9 +52,8 @@ class RunReport:
     kept: str = ""
 
     def add(self, name: str, latent: Tensor) -> None:
-        """Keep a preview, latents [n, c, h, w]. Of many guided steps those between make way."""
+        """Keep a preview, latents [n, c, h, w]."""
         self.previews.append((name, latent.float().cpu()))
-        del self.previews[2:-2]
 
     def pictures(self) -> list[Tensor]:
         """The previews as IMAGE [n, H, W, 3] in [0, 1], at most SHOWN pixels a side."""
@@ -68,7 +69,8 @@ class RunReport:
             shown = ["none counted" if m is None else f"{m:.4g}" for m in (means[0], means[-1], best)]
             lines.append(
                 f"step {step + 1} (sigma {of_step[0].sigma:.3g}): {self.loss} {shown[0]} -> {shown[1]} (best "
-                f"{shown[2]}) in {len(of_step) - 1} iterations" + (f", kept: {self.kept}" if self.kept else "")
+                f"{shown[2]}) in {sum(not i.final for i in of_step)} iterations"
+                + (f", kept: {self.kept}" if self.kept else "")
             )
         return "\n".join([*(lines or [_UNGUIDED]), *self.notes])
 

@@ -165,7 +165,7 @@ class SplitSampler(comfy.samplers.Sampler):
                 sigma = sigmas[n].expand(len(x))
                 call = Call(model_wrap, sigma, {"model_options": extra_args["model_options"], "seed": run.seed})
                 x = x.clone()
-                run.guide(x, call, GuidedStep(n, n, levels[n], levels[n + 1]))
+                run.guide(x, call, GuidedStep(n, n, levels[n], levels[n + 1], n == steps[0], n == steps[-1]))
                 begin = n
             if not steps and guidance.acts:
                 logging.warning(_NOTHING, levels[-1], run.start_sigma)

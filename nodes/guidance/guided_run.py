@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ...lookahead.losses.base import bind_rng, showing_in
+from ...lookahead.losses.base import bind_rng, draws, rebind_rng, showing_in
 from ...lookahead.method.attention import mask_on_tokens
 from ...lookahead.method.guidance_presets import GuidanceSettings
 from ...lookahead.method.latent_optimisation import (
@@ -72,10 +72,12 @@ class GuidedRun:
     """
 
     def __init__(self, guidance: Guidance, guider: Any, noise: Tensor, latent_image: Tensor | None, seed: int | None):
-        self.guidance, self.settings, self.guider = guidance, guidance.settings, guider
+        self.guidance, self.guider = guidance, guider
         self.seed = seed
         self._noise, self._latent_image = noise, latent_image
         self.previewer = Previewer(guidance.shortcut, guider, guidance.positive, guidance.cfg)
+        by_chance = draws(guidance.loss.loss) or (guidance.settings.jitter > 0 and self.previewer.bypasses is not None)
+        self.settings = guidance.settings if by_chance else guidance.settings.without_chance()
         kept = "best" if self.settings.optimisation.keep_best else "last"
         self.report = RunReport(guidance.loss.name, kept=kept, decode=guidance.shortcut.vae.decode)
         self.report.notes += self.previewer.notes
@@ -117,6 +119,8 @@ class GuidedRun:
             with torch.inference_mode(False):  # autograd does not work in it
                 moved = self._optimise(x, call, conds, step)
             x.copy_(moved)  # here, in the host's own mode: x is an inference tensor
+        if not (step.first or step.last):
+            return  # the report shows the ends of the guided steps alone
         # Both with the few-step LoRA at its full strength, whatever the iterations drew.
         for when, state, latent in (("before", before, self._before), ("after", x, None)):
             latent = self.previewer.preview(state, call, conds) if latent is None else latent
@@ -151,7 +155,7 @@ class GuidedRun:
 
         def on_iterate(number: int, e: Evaluation) -> None:
             losses = show(looks + number, e, f"{number}/{settings.iterations}")
-            self.report.iterates.append(Iterate(step.number, step.sigma, losses))
+            self.report.iterates.append(Iterate(step.number, step.sigma, losses, number == settings.iterations))
 
         def on_look(number: int, e: Evaluation) -> None:
             seen.append(show(number + 1, e, f"noise {number + 1}/{looks}"))
@@ -197,6 +201,7 @@ class GuidedRun:
                 self._evaluate,
                 share,
                 self._judge,
+                step.last,
             )
         return (x + to_ve(best - z, sigma)).detach()  # where nothing moved, the bits stay
 
@@ -250,9 +255,10 @@ class GuidedRun:
         return self._evaluate_now(predict, decode, loss, z, gradient)
 
     def _judge(self, predict: PredictPreview, decode: Decode, _: PreviewLoss, z: Tensor, gradient: bool) -> Evaluation:
-        """The same without chance: the LoRA at full strength, and the loss sees every candidate in the same views."""
+        """The same without chance: the LoRA at full strength, and the loss sees every candidate in the same views, with
+        what the run knows by now of where the faces are, and whose."""
         self._lora_scale = torch.ones(len(z), device=z.device)
-        loss = bind_rng(self.guidance.loss.loss, torch.Generator().manual_seed(self.seed or 0))
+        loss = rebind_rng(self._loss, torch.Generator().manual_seed(self.seed or 0))
         return self._evaluate_now(predict, decode, loss, z, gradient)
 
     def _evaluate_now(

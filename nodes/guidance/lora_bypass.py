@@ -155,8 +155,10 @@ class Bypasses(nn.Module):
 
     def kept(self, folded: Tensor) -> Tensor | None:
         """A folded weight, where there is room to keep it until the pass goes back through it."""
+        if folded.nbytes > self._room:  # a smaller one may still fit
+            return None
         self._room -= folded.nbytes
-        return folded if self._room >= 0 else None
+        return folded
 
     @contextmanager
     def switched(self, to: Strengths | None) -> Iterator[None]:

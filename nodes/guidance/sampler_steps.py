@@ -17,12 +17,15 @@ from ...lookahead.method.schedule import chosen_steps
 
 
 class GuidedStep(NamedTuple):
-    """A guided step: its number, that of the model call with which it begins, its noise level and the next one."""
+    """A guided step: its number, that of the model call with which it begins, its noise level and the next one; whether
+    it is the first and the last of those that are guided."""
 
     number: int
     call: int
     sigma: float
     sigma_next: float
+    first: bool = True
+    last: bool = True
 
 
 class _Rehearsal(NamedTuple):
@@ -61,7 +64,8 @@ def guided_steps(
             if not (stays.abs().min() > 1e-11 or (through - 1).abs().max() < 1e-6):
                 raise ValueError(refused.format("does not go on from the latent that it shows the model"))
     following = [*levels[1:], 0.0]
-    return [GuidedStep(n, plan.begins[n], levels[n], following[n]) for n in chosen]
+    ends = [(n == chosen[0], n == chosen[-1]) for n in chosen]
+    return [GuidedStep(n, plan.begins[n], levels[n], following[n], *end) for n, end in zip(chosen, ends, strict=True)]
 
 
 def steps_shown(function: Callable, options: dict[str, Any], model: Any, sigmas: Tensor) -> int:

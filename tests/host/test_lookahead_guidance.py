@@ -494,7 +494,7 @@ def test_with_previews_of_half_size_the_warm_start_has_the_latent_s_own(guide, d
     assert relative(leaned, plain) > 1e-2
 
 
-def test_reports_decode_the_first_and_the_last_step_when_somebody_looks(pack):
+def test_reports_decode_when_somebody_looks(pack):
     decoded = []
 
     def decode(latent):
@@ -502,12 +502,10 @@ def test_reports_decode_the_first_and_the_last_step_when_somebody_looks(pack):
         return torch.rand(1, 1024, 512, 3)
 
     run = pack.module("nodes.guidance.guidance_report").RunReport("loss", decode=decode)
-    for step in range(5):
-        for when in ("before", "after"):
-            run.add(f"step {step}, {when}", torch.rand(LATENT))
-    assert [name for name, _ in run.previews] == ["step 0, before", "step 0, after", "step 4, before", "step 4, after"]
+    for when in ("before", "after"):
+        run.add(f"step 1, {when}", torch.rand(LATENT))
     assert not decoded
-    assert {tuple(picture.shape) for picture in run.pictures()} == {(1, 512, 256, 3)} and decoded == 4 * [LATENT]
+    assert {tuple(picture.shape) for picture in run.pictures()} == {(1, 512, 256, 3)} and decoded == 2 * [LATENT]
 
 
 def test_it_guides_a_model_that_draws_a_concept(guide, shortcut, draw, tools, mini, pack):

@@ -69,3 +69,38 @@ def test_a_run_by_a_preset_lowers_the_loss(guide, draw, preset):
     (run,) = report.runs.values()
     first, best = run.iterates[0].losses[0], min(i.losses[0] for i in run.iterates)
     assert out.isfinite().all() and best < first
+
+
+@pytest.fixture
+def passes(mini):
+    """Counts passes of the UNet."""
+    seen = []
+    hook = mini.model.model.diffusion_model.middle_block[0].register_forward_hook(lambda *_: seen.append(1))
+    yield seen
+    hook.remove()
+
+
+def test_of_many_guided_steps_the_first_and_the_last_are_shown_and_nothing_else_is_computed_for_the_report(
+    guide, draw, pack, passes
+):
+    sampler, report = guide(iterations=1, guided_steps=4, keep_best=False, backward=False)
+    latent = {"samples": draw(sampler, steps=5)}
+    guided = len(passes)
+    draw("euler", steps=5)
+    # An iteration each; the ends of the guided steps, before and after; the loss that all of it has led to.
+    assert guided - (len(passes) - guided) == 4 + 4 + 1
+    (run,) = report.runs.values()
+    names = [f"step {number}, {when}" for number in (1, 4) for when in ("before", "after")]
+    assert [name for name, _ in run.previews] == names
+    text = pack.nodes["LookaheadGuidanceReport"].execute(latent, report).result[2]
+    assert text.count("in 1 iterations, kept: last") == 4
+
+
+def test_what_nothing_is_drawn_by_chance_for_is_measured_once(guide, draw, shortcut, mini, passes):
+    """Without a few-step LoRA and without views a candidate has the value that it had."""
+    counts = []
+    for of in (shortcut(), shortcut(mini.model, kind="plain x0")):
+        passes.clear()
+        draw(guide(preset="quick", of=of)[0], steps=3)
+        counts.append(len(passes))
+    assert counts[0] - counts[1] == 3

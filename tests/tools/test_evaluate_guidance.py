@@ -55,7 +55,7 @@ def test_each_preset_stands_beside_the_best_of_as_many_noises_as_it_takes_evalua
     assert baselines == {
         "balanced": "best of 21",
         "quick": "best of 10",
-        "MPGD": "best of 100",
+        "MPGD": "best of 50",
     }
     assert all(abs(costs[name] - costs[baseline]) <= 0.5 for name, baseline in baselines.items())
     nodes = guidance.graph(guidance.IDENTITY, ["a.png", "b.png"], 0, 5, arms)
@@ -145,7 +145,7 @@ def test_a_protocol_names_a_preset_or_the_best_of_as_many_noises():
     assert GuidanceOption(preset="quick").inputs(50) == {"preset": "quick"}
     assert GuidanceOption(best_of=9).inputs(50) == {"start": 0.0, "iterations": 0, "best_of": 9}
     assert GuidanceOption(best_of="balanced").inputs(50)["best_of"] == 21
-    assert GuidanceOption(kind="x0", best_of="balanced").inputs(50)["best_of"] == 18
+    assert GuidanceOption(kind="x0", best_of="balanced").inputs(50)["best_of"] == 15
     assert GuidanceOption(iterations=7).inputs(50) == {"start": 0.12, "iterations": 7}
 
 

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from lcm_lookahead.lookahead.losses.base import UNLIKE, Combined, bind_rng
+from lcm_lookahead.lookahead.losses.base import UNLIKE, Combined, bind_rng, draws, rebind_rng
 from lcm_lookahead.lookahead.losses.identity import FaceReferences, IdentityLoss, read_references
 from lcm_lookahead.lookahead.losses.l1 import L1Loss
 from lcm_lookahead.lookahead.losses.people import ORDER, PeopleLoss, assign
@@ -178,6 +178,17 @@ def test_each_image_of_a_batch_has_its_own_assignment_and_references():
     assert loss(x)[0].max() < 0.2
     assert loss(x.flip(0), rows=torch.tensor([1, 0]))[0].max() < 0.2
     assert loss(x.flip(0))[0].min() > 0.3
+
+
+def test_who_judges_in_a_run_takes_the_faces_for_those_of_the_run(caplog):
+    """Not for those whom they have come to look like; and the run learns nothing by it."""
+    loss = bind_rng(Combined(((1.0, people_loss([RED, BLUE], BOTH, BOTH, BOTH)),)), torch.Generator())
+    loss(preview(left=RED, right=BLUE))
+    turned = preview(left=BLUE, right=RED)
+    judge = rebind_rng(loss, torch.Generator())
+    assert judge(turned)[0].item() > 0.5 > bind_rng(loss, torch.Generator())(turned)[0].item()
+    own, theirs = (which.parts[0][1].memory.places for which in (loss, judge))
+    assert own is not theirs and own[0] is not theirs[0] and not draws(loss)
 
 
 def test_a_person_without_a_face_counts_as_unlike_and_it_is_said_once_a_run(caplog):
