@@ -215,11 +215,10 @@ def _in_processes(path: str, overrides: list[str], full: bool, processes: int) -
 def dry(protocol: Protocol, path: str, full: bool, card: str | None) -> str:
     """The dry run of a protocol, as text."""
     from ..evaluation.harness.cost import cost, text
-    from ..evaluation.harness.people import PICTURES
+    from ..evaluation.harness.people import count_people
+    from ..mini import judges
     from .world import library_of
 
-    folder = Path(protocol.people.source).expanduser()
-    there = sum(p.suffix.lower() in PICTURES for p in folder.iterdir()) if folder.is_dir() else 0
-    people = protocol.people.count or there
+    people = count_people(protocol.people, {"drawn": judges.DRAWN})
     command = f"lookahead evaluate {path}{' --full' if full else ''}"
     return text(protocol, cost(protocol, library_of(protocol), people), command, card)

@@ -128,7 +128,7 @@ def make_study(
             files = {k: _copy(path, part / "public", f"{seed}-{place}-{k}") for k, path in shown.items() if path}
             items.append({"id": place, "prompt": pairs[n].prompt, **files})
             key.append({"id": place, "pair": pairs[n].name, "left": methods[turned], "repeat": repeat})
-        page = _page(items, {q: QUESTIONS[q] for q in asked})
+        page = _page(items, {q: QUESTIONS[q] for q in asked}, _digest(part / "public", items))
         (part / "public" / "index.html").write_text(page, encoding="utf-8")
         (part / "key.json").write_text(json.dumps({"methods": methods, "questions": asked, "items": key}, indent=1))
     return folder / "public" / "index.html"
@@ -145,12 +145,20 @@ def _copy(path: Path, folder: Path, salt: str) -> str:
     return name
 
 
-def _page(items: list[dict[str, Any]], questions: Mapping[str, str]) -> str:
+def _digest(public: Path, items: list[dict[str, Any]]) -> str:
+    """Names a study by all that it shows: what a browser keeps of one is not another's."""
+    parts = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(public.iterdir())]
+    return hashlib.sha256(repr((items, parts)).encode()).hexdigest()[:16]
+
+
+def _page(items: list[dict[str, Any]], questions: Mapping[str, str], study: str) -> str:
     from jinja2 import Environment
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
-        items=json.dumps(items).replace("<", "\\u003c"), questions=json.dumps(questions).replace("<", "\\u003c")
+        study=study,
+        items=json.dumps(items).replace("<", "\\u003c"),
+        questions=json.dumps(questions).replace("<", "\\u003c"),
     )
 
 

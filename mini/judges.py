@@ -22,6 +22,7 @@ from .plan import IMAGE_SIZE, WEIGHTS
 from .world.faces import CONTINUOUS, PLACES, STYLES, Faces, identity_vector, render, sample_nuisance
 from .world.references import reference_people
 
+DRAWN = 24  # people, unless a protocol says how many
 TARGETS = 7000  # seed of how targets are taken
 
 
@@ -35,7 +36,7 @@ def picture_of(faces: Faces, seed: int) -> bytes:
 
 def drawn_people(people: People, prompts: Sequence[Prompt], out: Path) -> list[ReferencePerson]:
     """Held-out people (`PeopleSource`); a target is the same person in the style and at the place of the prompt."""
-    count = people.count or 24
+    count = people.count or DRAWN
     everyone = reference_people(count, people.first)
     found = []
     for number, faces in enumerate(everyone, people.first):

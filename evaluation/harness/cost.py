@@ -57,12 +57,14 @@ def cost(
     drawing = protocol.drawing
     unet, decoder = work_of_a_pass(drawing.size)
     works: dict[str, PictureWork] = {}
-    each = people * len(protocol.prompt_list()) * len(protocol.seeds) * len(protocol.backends)
+    each = people * len(protocol.prompt_list()) * len(protocol.seeds)
     arms = {}
     for name, method in sorted(parsed.items(), key=lambda pair: pair[1].LATE):
         works[name] = method.work(drawing.steps, works)
         count = len(method.weights)
-        arms[name] = (count, count * each, works[name].unet * unet + works[name].decoder * decoder)
+        needed = [parsed[n] for n in (name, *method.related())]
+        backends = sum(all(b in one.drawn_by() for one in needed) for b in protocol.backends)
+        arms[name] = (count, count * each * backends, works[name].unet * unet + works[name].decoder * decoder)
     pictures = sum(count for _, count, _ in arms.values())
     disk = {PICTURE: pictures * drawing.size**2 * BYTES_A_PIXEL, "references": people * 2e6}
     disk["scores"] = pictures * len(protocol.measures) * 200.0

@@ -19,7 +19,7 @@ class ArmFigures:
     """Figures of an arm. means, gains: by measure; gains are over the baseline, empty for the baseline itself.
 
     kinds: means by measure and kind of prompt. seconds, memory (bytes): of a picture. equal: identity at the baseline's
-    prompt, on the method's curve.
+    prompt, on the method's curve; over_curve: how far the arm is above the baseline's curve, at its own prompt.
     """
 
     arm: Arm
@@ -31,6 +31,7 @@ class ArmFigures:
     memory: float | None
     equal: Interval | None = None
     equal_gain: Interval | None = None
+    over_curve: Interval | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,17 +60,22 @@ def figures(run: EvaluationRun) -> Figures:
                 for kind in (kinds if len(kinds) > 1 else ())
             }
     name = run.protocol.baseline or next(iter(run.methods))
+    baseline = Arm(name, run.methods[name].weights[0], run.protocol.backends[0])
     out = []
     for arm, values in columns.items():
         base = Arm(name, run.methods[name].weights[0], arm.backend)
         known = columns.get(base)
         gains = {m: difference(v, known[m]) for m, v in values.items()} if known and arm != base else {}
         equal, equal_gain = _at_equal_prompt(run, columns, arm, base)
+        over_curve = _over_curve(run, columns, arm, base)
         means = {m: mean(v) for m, v in values.items()}
         title = arm_title(run, arm)
         cost = run.seconds(arm), run.memory(arm)
-        out.append(ArmFigures(arm, title, means, gains, by_kind[arm], *cost, equal, equal_gain))
-    return Figures(run.measures, arm_title(run, base), tuple(out), _apart(run, columns))
+        out.append(ArmFigures(arm, title, means, gains, by_kind[arm], *cost, equal, equal_gain, over_curve))
+    title = arm_title(run, baseline)
+    if len(run.protocol.backends) > 1:  # each is compared with its own
+        title = title.removesuffix(f" ({baseline.backend})")
+    return Figures(run.measures, title, tuple(out), _apart(run, columns))
 
 
 def arm_title(run: EvaluationRun, arm: Arm) -> str:
@@ -86,14 +92,34 @@ def _at_equal_prompt(
 ) -> tuple[Interval | None, Interval | None]:
     """Identity where the method's curve over its weights has the baseline's prompt score, and its gain over the
     baseline; told once a method, at its first weight."""
-    plot, method = run.protocol.plot, run.methods[arm.method]
-    if base not in columns or plot.x not in run.measures or plot.y not in run.measures:
-        return None, None
+    method = run.methods[arm.method]
     if len(method.weights) < 2 or arm.weight != method.weights[0] or arm.method == base.method:
         return None, None
-    curve = [Arm(arm.method, w, arm.backend) for w in sorted(method.weights)]
+    return _on_curve(run, columns, arm, base)
+
+
+def _over_curve(
+    run: EvaluationRun, columns: Mapping[Arm, Mapping[str, Column]], arm: Arm, base: Arm
+) -> Interval | None:
+    """How far the identity of an arm is above the baseline's curve over its weights, where that has the arm's prompt
+    score."""
+    if len(run.methods[base.method].weights) < 2 or arm.method == base.method:
+        return None
+    gain = _on_curve(run, columns, base, arm)[1]
+    return gain and Interval(-gain.value, -gain.high, -gain.low)
+
+
+def _on_curve(
+    run: EvaluationRun, columns: Mapping[Arm, Mapping[str, Column]], of: Arm, other: Arm
+) -> tuple[Interval | None, Interval | None]:
+    """Identity on the curve of a method over its weights, where it has another arm's prompt score, and what it is above
+    the identity of that arm."""
+    plot = run.protocol.plot
+    curve = [Arm(of.method, w, of.backend) for w in sorted(run.methods[of.method].weights)]
+    if not {other, *curve} <= columns.keys() or plot.x not in run.measures or plot.y not in run.measures:
+        return None, None
     xs, ys = (np.stack([columns[a][m] for a in curve], -1) for m in (plot.x, plot.y))
-    level, reached = columns[base][plot.x], columns[base][plot.y]
+    level, reached = columns[other][plot.x], columns[other][plot.y]
     whole = ~np.isnan(np.column_stack([xs, ys, level, reached])).any(1)
     xs, ys, level, reached = xs[whole], ys[whole], level[whole], reached[whole]
     if len(xs) < 2:

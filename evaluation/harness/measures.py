@@ -18,7 +18,7 @@ from ...lookahead.vision.images import cover
 from ...lookahead.vision.perceptual import lpips_network
 from ...sdxl.images import read
 from ...trainer.config import Section
-from .library import Embedder, Library
+from .library import Embedder, Library, digest_of
 
 #: The fields of a Case that a measure may ask for
 REFERENCE, TARGET, PLAIN, OTHERS = "reference", "target", "plain", "others"
@@ -51,8 +51,8 @@ class OpenedMeasure:
     """An opened measure.
 
     title: stands over its figures; digest: changes when its scores would; needs: fields of a Case, without which it
-    says nothing; better: which way; missing: what a picture counts that it cannot judge (no face),
-    None: it does not count.
+    says nothing; better: which way; missing: what a picture counts that it cannot judge (no face), None: it does not
+    count; judge, judged_by: name and hash of its recogniser.
     """
 
     title: str
@@ -62,6 +62,7 @@ class OpenedMeasure:
     better: str = HIGHER
     missing: float | None = None
     judge: str = ""
+    judged_by: str = ""
 
 
 class MeasureKind(Section):
@@ -82,6 +83,11 @@ class _OfPeople(MeasureKind):
         """Opens the recogniser."""
         return library.embedder(self.recogniser, self.pack or pack)
 
+    def digest(self, library: Library, judge: Embedder) -> str:
+        """Tells what its scores depend on: the recogniser, and a pack of its own."""
+        own = None if self.pack is None else digest_of(library.pack_folder(self.pack))
+        return judge.digest if own is None else f"{judge.digest}, faces by {own}"
+
 
 def cosine(embedder: Embedder, one: Path, other: Path | None) -> float | None:
     """Similarity of the people in two pictures, from -1 to 1; None where the first has no face."""
@@ -101,7 +107,7 @@ class Identity(_OfPeople):
             return cosine(judge, case.picture, case.reference)
 
         return OpenedMeasure(
-            f"identity ({judge.name})", judge.digest, score, (REFERENCE,), missing=0.0, judge=judge.name
+            f"identity ({judge.name})", self.digest(library, judge), score, (REFERENCE,), missing=0.0, judge=judge.name
         )
 
 
@@ -117,7 +123,9 @@ class TargetIdentity(_OfPeople):
             return cosine(judge, case.picture, case.target)
 
         title = f"similarity to the target ({judge.name})"
-        return OpenedMeasure(title, judge.digest, score, (TARGET,), missing=0.0, judge=judge.name)
+        return OpenedMeasure(
+            title, self.digest(library, judge), score, (TARGET,), missing=0.0, judge=judge.name, judged_by=judge.digest
+        )
 
 
 def copy_paste(picture: Tensor, target: Tensor, reference: Tensor) -> float:
@@ -148,7 +156,15 @@ class CopyPaste(_OfPeople):
             return copy_paste(*found) if len(found) == 3 else None
 
         title = f"copy-paste ({judge.name})"
-        return OpenedMeasure(title, judge.digest, score, (TARGET, REFERENCE), better=NEITHER, judge=judge.name)
+        return OpenedMeasure(
+            title,
+            self.digest(library, judge),
+            score,
+            (TARGET, REFERENCE),
+            better=NEITHER,
+            judge=judge.name,
+            judged_by=judge.digest,
+        )
 
 
 class FacesFound(MeasureKind):
@@ -164,7 +180,7 @@ class FacesFound(MeasureKind):
         def score(case: Case) -> float | None:
             return None if name is None else float(library.face(name, case.picture) is not None)
 
-        digest = "none" if models is None else models.name + str(models.only_size)
+        digest = "none" if name is None else digest_of(library.pack_folder(name))
         return OpenedMeasure(f"faces found ({models.name if models else 'no pack is set'})", digest, score)
 
 
@@ -202,7 +218,11 @@ class _OfPairs(MeasureKind):
             b = cover(b, *a.shape[-2:]).clamp(0, 1)  # another workflow may draw at another size
             return float(network(a * 2 - 1, b * 2 - 1))
 
-        return f"LPIPS, {'random weights' if path is None else path.stem}", weights, apart
+        return (
+            f"LPIPS, {'random weights' if path is None else path.stem}",
+            weights if path is None else digest_of(path),
+            apart,
+        )
 
 
 class Change(_OfPairs):

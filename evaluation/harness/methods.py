@@ -129,6 +129,8 @@ class Method(Section):
     kind: ClassVar[str]
     LATE: ClassVar[bool] = False  # drawn after the others, whose pictures or times it needs
     PERSONAL: ClassVar[bool] = True  # whether it sees the reference without guidance
+    SAME_NOISE: ClassVar[bool] = True  # whether its picture begins from the noise that all others begin from
+    GUIDED: ClassVar[bool] = True  # whether guidance can act on top of it
     title: str | None = Field(None, description="its name in tables, by default its key")
     weights: tuple[MethodWeight, ...] = Field((1.0,), min_length=1, description="each is an arm, all are one curve")
     guidance: GuidanceOption | None = None
@@ -164,6 +166,17 @@ class Method(Section):
                 f"guidance begins at {start:g} of the sampling, and the noise guide {path.name} was trained to act "
                 f"from {file.start:g} to {file.end:g}: set guidance.start to {file.start:g}, or leave preset and "
                 "numbers out, where the guide alone is meant."
+            )
+
+    def check_others(self, others: Mapping[str, Method]) -> None:
+        """Raise EvaluationError, one sentence, where it does not fit to the other methods, or takes no guidance.
+
+        others: all methods, by name; the related ones are among them.
+        """
+        if self.guidance and not self.GUIDED:
+            raise EvaluationError(
+                f"guidance cannot be put on top of a method of kind {self.kind!r}: put it into the workflow, or onto "
+                "the method whose pictures are chosen from."
             )
 
     def digest(self, library: Library) -> str:
@@ -354,6 +367,7 @@ class WorkflowMethod(Method):
     """
 
     kind = "workflow"
+    GUIDED = False
     file: str
     reference: str = Field("LoadImage", description="node that loads the reference")
     prompt: str | None = Field(None, description="node with the text; by default that of the title Prompt or Positive")
@@ -388,6 +402,8 @@ class BestOf(Method):
 
     kind = "best of"
     LATE = True
+    SAME_NOISE = False
+    GUIDED = False
     of: str
     pictures: Count | None = None
     same_time_as: str | None = None
@@ -402,9 +418,17 @@ class BestOf(Method):
     def related(self) -> tuple[str, ...]:
         return (self.of, *([self.same_time_as] if self.same_time_as else []))
 
-    def make(self, desk: Desk, job: PictureJob, weight: float) -> Drawn:
+    def check_others(self, others: Mapping[str, Method]) -> None:
+        super().check_others(others)
         if (self.pictures is None) == (self.same_time_as is None):
             raise EvaluationError("A method of kind `best of` takes one of pictures and same_time_as: give one.")
+        if missing := [weight for weight in self.weights if weight not in others[self.of].weights]:
+            drawn = ", ".join(f"{weight:g}" for weight in others[self.of].weights)
+            raise EvaluationError(
+                f"weights has {missing[0]:g}, at which {self.of} is not drawn: give some of its own, {drawn}."
+            )
+
+    def make(self, desk: Desk, job: PictureJob, weight: float) -> Drawn:
         count = self.pictures or desk.count_in_the_time_of(self.of, self.same_time_as or "", weight)
         drawn = [desk.picture(self.of, job.again(n), weight) for n in range(count)]
         scores = [desk.score(self.by, one, job) for one in drawn]

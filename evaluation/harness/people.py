@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import itertools
 import sys
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -59,6 +60,20 @@ def read_people(
     return found
 
 
+def count_people(people: People, worlds: Mapping[str, int] | None = None) -> int:
+    """Counts the people that a protocol draws, without reading a picture; as many as are asked for, where its source is
+    not there. worlds: how many a source that is known by a name has unless said."""
+    folder = Path(people.source).expanduser()
+    if people.source in (worlds or {}) or not folder.is_dir():
+        return people.count or (worlds or {}).get(people.source, 0)
+    if any(folder.glob("shard-*.tar")):
+        there = len(_of_shards(folder))
+    else:
+        there = sum(path.suffix.lower() in PICTURES for path in folder.iterdir())
+    left = max(0, there - people.first)
+    return left if people.count is None else min(left, people.count)
+
+
 def _of_folder(people: People, out: Path) -> list[ReferencePerson]:
     folder = Path(people.source).expanduser()
     if not folder.is_dir():
@@ -69,6 +84,12 @@ def _of_folder(people: People, out: Path) -> list[ReferencePerson]:
         if others := passed_over(folder):
             print(others, file=sys.stderr)
         paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES)
+        for first, second in itertools.pairwise(sorted(paths, key=lambda p: p.stem)):
+            if first.stem == second.stem:
+                raise EvaluationError(
+                    f"people.source holds {first.name} and {second.name}, which would be one person, {first.stem}: "
+                    "give one of them another name."
+                )
         files = [(p.stem, p.read_bytes) for p in paths]  # read when their turn comes
     targets = Path(people.targets).expanduser() if people.targets else None
     last = None if people.count is None else people.first + people.count

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
 
@@ -22,10 +22,10 @@ class Point(NamedTuple):
     label: str = ""
 
 
-def plot(curves: Mapping[str, Sequence[Point]], x_title: str, y_title: str) -> str:
-    """Draw the curves, each by its method's name, as an SVG; points whose figures are not numbers are left out."""
-    shown = {name: [p for p in points if np.isfinite([p.x.value, p.y.value]).all()] for name, points in curves.items()}
-    xs, ys = ([i for points in shown.values() for p in points for i in (p.x if axis == 0 else p.y)] for axis in (0, 1))
+def plot(curves: Sequence[tuple[str, Sequence[Point]]], x_title: str, y_title: str) -> str:
+    """Draw the curves, each under a name, as an SVG; points whose figures are not numbers are left out."""
+    shown = [(name, [p for p in points if np.isfinite([p.x.value, p.y.value]).all()]) for name, points in curves]
+    xs, ys = ([i for _, points in shown for p in points for i in (p.x if axis == 0 else p.y)] for axis in (0, 1))
     x_ticks, y_ticks = (ticks([v for v in values if np.isfinite(v)]) for values in (xs, ys))
 
     def across(value: float) -> float:
@@ -53,7 +53,7 @@ def plot(curves: Mapping[str, Sequence[Point]], x_title: str, y_title: str) -> s
     parts.append(
         f'<text transform="translate({at}) rotate(-90)" font-size="12" text-anchor="middle">{escape(y_title)}</text>'
     )
-    for number, (name, points) in enumerate(shown.items()):
+    for number, (name, points) in enumerate(shown):
         colour = COLOURS[number % len(COLOURS)]
         if len(points) > 1:
             way = " ".join(f"{across(p.x.value):.1f},{up(p.y.value):.1f}" for p in points)

@@ -92,6 +92,12 @@ def tables(run: EvaluationRun, found: Figures) -> list[tuple[str, list[str], lis
     if equal:
         plotted = found.measures[run.protocol.plot.y].title
         out.append((f"At the prompt score of {found.baseline}", ["method's curve", plotted, "gain over it"], equal))
+    over = [[a.title, number(a.over_curve, True)] for a in found.arms if a.over_curve]
+    if over:
+        plotted = found.measures[run.protocol.plot.y].title
+        name = run.protocol.baseline or next(iter(run.methods))
+        curve = run.methods[name].title or name
+        out.append((f"Over the curve of {curve}, at each one's own prompt score", ["method", plotted], over))
     if found.apart:
         one, other = run.protocol.backends[:2]
         apart = [[title, *(number(by[m], True) for m in names)] for title, by in found.apart.items()]
@@ -120,9 +126,7 @@ def notes(run: EvaluationRun) -> list[str]:
         "Peak memory is that of the process that drew, with all that it had loaded by then; of diffusers on a GPU that "
         "of the GPU.",
     ]
-    counts = run.folder / "counts.json"
-    if counts.exists():
-        lines += [f"{name}: {count} pictures." for name, count in json.loads(counts.read_text()).items()]
+    lines += [f"{name}: {count} pictures." for name, count in run.counts().items()]
     if left and len(of_both) > 1:
         lines.append(f"Drawn by one back end alone, since the other cannot: {', '.join(left)}.")
     return [*warnings(run), *lines]
@@ -198,6 +202,7 @@ def as_values(found: Figures) -> dict[str, Any]:
             "seconds": a.seconds,
             "memory": a.memory,
             "at equal prompt": plain({k: v for k, v in (("value", a.equal), ("gain", a.equal_gain)) if v}),
+            "over the baseline's curve": plain({"gain": a.over_curve} if a.over_curve else {}),
         }
         for a in found.arms
     ]
@@ -214,14 +219,15 @@ def chart(run: EvaluationRun, found: Figures) -> str:
     x, y = run.protocol.plot.x, run.protocol.plot.y
     if x not in found.measures or y not in found.measures:
         return ""
-    curves: dict[str, list[Point]] = {}
+    curves: dict[tuple[str, str], tuple[str, list[Point]]] = {}  # of a method and back end; titles may be alike
     for a in sorted(found.arms, key=lambda a: (a.arm.backend, a.arm.weight)):
         method = run.methods[a.arm.method]
         name = method.title or a.arm.method
         name += f" ({a.arm.backend})" if len(run.protocol.backends) > 1 else ""
         label = f"{a.arm.weight:g}" if len(method.weights) > 1 else ""
-        curves.setdefault(name, []).append(Point(a.means[x], a.means[y], label))
-    return plot(curves, found.measures[x].title, found.measures[y].title)
+        _, points = curves.setdefault((a.arm.method, a.arm.backend), (name, []))
+        points.append(Point(a.means[x], a.means[y], label))
+    return plot(list(curves.values()), found.measures[x].title, found.measures[y].title)
 
 
 def grid(run: EvaluationRun, found: Figures, most: int = 6) -> Image.Image:

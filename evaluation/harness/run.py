@@ -13,7 +13,7 @@ from ...tools.common import Stopwatch, say
 from .backends import Backend, ModelFiles, OpenHost, Setting
 from .library import EvaluationError, Library, digest_of
 from .measures import MEASURES, OTHERS, PLAIN, REFERENCE, TARGET, Case, MeasureKind, OpenedMeasure
-from .methods import METHODS, Method, Nothing
+from .methods import METHODS, BestOf, Method, Nothing
 from .opening import NAMES, opened
 from .people import PeopleSource, ReferencePerson, read_people
 from .protocol import Protocol, of_kind
@@ -85,6 +85,7 @@ class EvaluationRun:
             try:
                 method.check_files(self.world.library)
                 method.check_backends(self.protocol.backends)
+                method.check_others(self.methods)
             except EvaluationError as error:
                 raise EvaluationError(f"methods.{name}: {error}") from None
         base = self.protocol.baseline
@@ -92,14 +93,26 @@ class EvaluationRun:
             raise EvaluationError(f"baseline is {base!r}: name one of the methods, {', '.join(self.methods)}.")
 
     def _check_references(self) -> None:
-        """Says of every reference whether the judges see a face in it, before anything is drawn."""
+        """Says of every reference and target whether the judges see a face in it, before anything is drawn."""
         missing = []
         for name, measure in self.measures.items():
-            if measure.judge and REFERENCE in measure.needs and measure.missing is not None:
-                for person in self.people:
+            if not measure.judge or measure.missing is None:
+                continue
+            for person in self.people:
+                if REFERENCE in measure.needs:
                     case = Case(person.reference, person.name, "", person.reference)
                     if measure.score(case) is None:
                         missing.append((person.name, name))
+                for prompt in self.prompts if TARGET in measure.needs else ():
+                    target = person.target(prompt)
+                    if (
+                        target
+                        and measure.score(Case(target, person.name, prompt.text, person.reference, target)) is None
+                    ):
+                        raise EvaluationError(
+                            f"No face was found in the target {target.name} of {person.name} (measure {name}), so that "
+                            "nobody could be like it: take it out, or give one that shows a face."
+                        )
         if missing:
             names = list(dict.fromkeys(n for n, _ in missing))
             raise EvaluationError(
@@ -113,7 +126,7 @@ class EvaluationRun:
         for name, method in self.methods.items():
             used = method.loss_recognisers(self.world.library, self.world.files.pack)
             for key, measure in self.measures.items():
-                if measure.judge and (measure.digest in used or measure.judge in used):
+                if measure.judge and (measure.judged_by in used or measure.judge in used):
                     out.append(
                         f"measures.{key} judges by {measure.judge}, by which methods.{name} was trained, is steered or "
                         "chosen: that flatters it, so judge by another."
@@ -148,6 +161,27 @@ class EvaluationRun:
         person = job.person.digest if method.sees_reference() else None
         return digest(backend, self._model, methods, weight, self._drawing, person, job.prompt.text, job.noise_seed)
 
+    def timed(self, method: str, other: str, weight: float, backend: str) -> tuple[Arm, Arm]:
+        """The arms whose times say how many pictures of a method fit into one of another's."""
+        return Arm(method, weight, backend), Arm(other, self.methods[other].weights[0], backend)
+
+    def counts(self) -> dict[str, int]:
+        """How many pictures fit into the time of another method's, by what is drawn from them."""
+        found = {}
+        for arm in self.all_arms():
+            method = self.methods[arm.method]
+            if isinstance(method, BestOf) and method.same_time_as:
+                pair = self.timed(method.of, method.same_time_as, arm.weight, arm.backend)
+                count = self.store.counted(self.count_key(*pair))
+                if count is not None:
+                    found[f"{arm.backend}: {method.of} in the time of {method.same_time_as}"] = count
+        return found
+
+    def count_key(self, own: Arm, theirs: Arm) -> str:
+        """The content key of how many pictures of an arm fit into the time of one of another's."""
+        parts = [(self._digests[arm.method], arm.weight, arm.backend) for arm in (own, theirs)]
+        return digest("count", self._model, parts, self._drawing)
+
     def draw(self) -> None:
         """Draw what is missing of this worker's people. The same call again goes on where it stopped."""
         for name in self.protocol.backends:
@@ -164,16 +198,25 @@ class EvaluationRun:
             with opened(name, setting) as backend:
                 for method in dict.fromkeys(n for n, _, _ in todo):
                     if not self.methods[method].LATE:
-                        backend.check(method, self.methods[method], todo[0][2])
+                        asked = {job.prompt: job for n, _, job in todo if n == method}
+                        for job in asked.values():
+                            backend.check(method, self.methods[method], job)
                 desk = _Desk(self, backend, name)
                 for n, w, job in _with_progress(todo, name):
                     desk.picture(n, job, w)
 
     def missing(self) -> int:
-        """Counts the pictures that are not there yet, of all workers."""
-        arms = self.all_arms()
-        keys = (self.key(a.method, job, a.weight, a.backend) for a in arms for job in self.jobs())
-        return sum(not self.store.has(key) for key in keys)
+        """Counts the pictures that are not there yet, or not judged by every measure, of all workers."""
+        self.store.refresh()
+        return sum(not self._is_done(arm, job) for arm in self.all_arms() for job in self.jobs())
+
+    def _is_done(self, arm: Arm, job: PictureJob) -> bool:
+        case, depends = self.case(arm, job)
+        return self.store.has(str(depends["picture"])) and all(
+            self.score_key(measure, case, depends) in self.store.scores
+            for measure in self.measures.values()
+            if all(case.has(need) for need in measure.needs)
+        )
 
     # --- scores
 
@@ -185,12 +228,11 @@ class EvaluationRun:
             return key, self.store.picture(key)
 
         plain = next(((n, m) for n, m in self.methods.items() if isinstance(m, Nothing) and not m.guidance), None)
+        compared = self.methods[arm.method].sees_reference() and self.methods[arm.method].SAME_NOISE
         key, picture = path(job)
         target = job.person.target(job.prompt)
         others = [path(PictureJob(job.person, job.prompt, s)) for s in self.protocol.seeds if s != job.seed]
-        before = (
-            path(job, plain[0], plain[1].weights[0]) if plain and self.methods[arm.method].sees_reference() else None
-        )
+        before = path(job, plain[0], plain[1].weights[0]) if plain and compared else None
         case = Case(
             picture,
             job.person.name,
@@ -305,12 +347,15 @@ class _Desk:
 
     def count_in_the_time_of(self, method: str, other: str, weight: float) -> int:
         run = self._run
-        own, theirs = (
-            run.seconds(Arm(n, w, self._name)) for n, w in ((method, weight), (other, run.methods[other].weights[0]))
-        )
-        if own is None or theirs is None:
-            raise EvaluationError(f"There is no time of {method} or {other} yet, by which pictures are counted.")
-        return run.store.count(f"{self._name}: {method} in the time of {other}", max(1, round(theirs / own)))
+        arms = run.timed(method, other, weight, self._name)
+
+        def found() -> int:
+            own, theirs = (run.seconds(arm) for arm in arms)
+            if own is None or theirs is None:
+                raise EvaluationError(f"There is no time of {method} or {other} yet, by which pictures are counted.")
+            return max(1, round(theirs / own))
+
+        return run.store.count(run.count_key(*arms), found)
 
 
 def _with_progress(todo: list[Any], name: str) -> Iterator[Any]:

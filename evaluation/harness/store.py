@@ -4,7 +4,7 @@
     pictures/KEY.png         what was drawn; KEY is a hash of all that it depends on
     drawn-0.jsonl            a line a picture: key, arm, person, prompt, seed, seconds, bytes of memory, back end
     scores-0.jsonl           a line a score: key, measure, value, judge
-    counts.json              how many pictures fit into another method's time, as it was found first
+    counts/KEY.json          how many pictures fit into another method's time, as it was found first
 
 A line is written when its picture is there. A run that is killed loses the picture that it was at; a line that was cut
 short is not read.
@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,19 @@ def digest(*parts: object) -> str:
 
 
 class EvaluationStore:
-    """The folder of an evaluation, as one worker sees it. Others' lines are read when it is opened."""
+    """The folder of an evaluation, as one worker sees it. Others' lines are read when it is opened and by `refresh`."""
 
     def __init__(self, folder: Path, worker: int = 0):
         self.folder, self.worker = folder, worker
         (folder / "pictures").mkdir(parents=True, exist_ok=True)
-        self.drawn: dict[str, dict[str, Any]] = {line["key"]: line for line in _lines(folder, "drawn")}
-        self.scores: dict[str, float | None] = {line["key"]: line["value"] for line in _lines(folder, "scores")}
+        self.drawn: dict[str, dict[str, Any]] = {}
+        self.scores: dict[str, float | None] = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read what other workers have kept by now."""
+        self.drawn |= {line["key"]: line for line in _lines(self.folder, "drawn")}
+        self.scores |= {line["key"]: line["value"] for line in _lines(self.folder, "scores")}
 
     def picture(self, key: str) -> Path:
         """The file of a picture, whether it is there or not."""
@@ -60,15 +66,31 @@ class EvaluationStore:
         self.scores[key] = value
         self._append("scores", {"key": key, "value": value, **about})
 
-    def count(self, name: str, found: int) -> int:
-        """The number that was found first under this name, by whichever worker."""
-        path = self.folder / "counts.json"
-        known: dict[str, int] = json.loads(path.read_text()) if path.exists() else {}
-        if name not in known:
-            known[name] = found
-            with atomic(path) as part:
-                part.write_text(json.dumps(known, indent=1) + "\n")
-        return known[name]
+    def count(self, key: str, found: Callable[[], int]) -> int:
+        """The number that was found first under this key, by whichever worker."""
+        known, path = self.counted(key), self._count(key)
+        if known is None:
+            path.parent.mkdir(exist_ok=True)
+            part = path.with_name(f".{key}.{self.worker}.part")
+            part.write_text(json.dumps(found()) + "\n")
+            try:
+                os.link(part, path)  # whole, and never over another worker's
+            except FileExistsError:
+                pass
+            except OSError:  # a file system without links
+                if not path.exists():
+                    os.replace(part, path)
+            finally:
+                part.unlink(missing_ok=True)
+        return known or int(json.loads(path.read_text()))
+
+    def counted(self, key: str) -> int | None:
+        """The number that was found under this key, None where there is none."""
+        path = self._count(key)
+        return int(json.loads(path.read_text())) if path.exists() else None
+
+    def _count(self, key: str) -> Path:
+        return self.folder / "counts" / f"{key}.json"
 
     def _append(self, kind: str, line: dict[str, Any]) -> None:
         path = self.folder / f"{kind}-{self.worker}.jsonl"

@@ -174,7 +174,8 @@ class IdentityLoss:
         return replace(self, memory=Memory(), generator=generator)
 
     def rebind_rng(self, generator: torch.Generator) -> IdentityLoss:
-        """The same run's loss with another generator: it knows what the run has seen, and what it sees stays its own."""
+        """Gives the same run's loss another generator. What the run has seen is known, and what is
+        seen by it stays its own."""
         return replace(self, memory=None if self.memory is None else self.memory.copy(), generator=generator)
 
     def __call__(self, preview: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:

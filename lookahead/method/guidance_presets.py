@@ -61,8 +61,8 @@ class GuidanceSettings:
     def evaluations(self, iteration: float = ITERATION[LOOKAHEAD], steps: int = 50) -> float:
         """Counts what the guidance takes beside the run itself, in evaluations of the UNet for one picture.
 
-        iteration: what one takes with its backward pass, a forward pass being 1; steps: of the run. What only the report
-        shows is not counted: previews before and after, and the last loss where nothing is chosen by it.
+        iteration: what one takes with its backward pass, a forward pass being 1; steps: of the run. What only the
+        report shows is not counted: previews before and after, and the last loss where nothing is chosen by it.
         """
         o = self.optimisation
         levels = [1 - number / steps for number in range(steps)]

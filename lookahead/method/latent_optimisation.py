@@ -167,11 +167,11 @@ def optimise_latent(
     iterate. Returns the optimised latent.
 
     mask: [n or 1, 1, h, w] in [0, 1], where the latent may move (the rest keeps its bits). on_iterate is called with
-    each evaluation, numbered from 0; that of the final iterate has the number `settings.iterations`. evaluate: `evaluate_preview`, or a function around
-    it that, for example, tries again with less memory. alpha_bar: of z, [n] or one number; `settings.sphere` needs it,
-    and so does the way without `settings.backward`. judge: an evaluation in which nothing is drawn by chance, for
-    `settings.judged`; `evaluate` where it is None. measure_last: whether the final iterate is
-    evaluated also where nothing is chosen by it, for `on_iterate` alone.
+    each evaluation, numbered from 0; that of the final iterate has the number `settings.iterations`. evaluate:
+    `evaluate_preview`, or a function around it that, for example, tries again with less memory. alpha_bar: of z, [n] or
+    one number; `settings.sphere` needs it, and so does the way without `settings.backward`. judge: an evaluation in
+    which nothing is drawn by chance, for `settings.judged`; `evaluate` where it is None. measure_last: whether the
+    final iterate is evaluated also where nothing is chosen by it, for `on_iterate` alone.
     """
     if not settings.iterations:
         return z

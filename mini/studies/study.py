@@ -19,6 +19,7 @@ from ...evaluation.pages import templates
 from ...evaluation.stats import Intervals
 from ...host.client import Client, Result
 from ...host.graph import Graph
+from ...lookahead.files.atomic import atomic
 
 SIZE, CFG = 128, 3.0  # side of references and pictures in pixels, and CFG scale, of the mini world
 STYLES = ("photo", "oil painting", "comic", "wanted poster")
@@ -100,8 +101,9 @@ def render(template: str, **values: Any) -> str:
 def write_page(out: Path, name: str, figures: Mapping[str, Any], page: str) -> None:
     """Write NAME.json (an interval is a list: value, low, high) and NAME.md into `out`, and print the page."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / f"{name}.json").write_text(json.dumps(figures, indent=1) + "\n")
-    (out / f"{name}.md").write_text(page)
+    for path, text in ((out / f"{name}.json", json.dumps(figures, indent=1) + "\n"), (out / f"{name}.md", page)):
+        with atomic(path) as part:
+            part.write_text(text)
     print(page)
 
 

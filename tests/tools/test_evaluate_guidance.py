@@ -62,7 +62,7 @@ def test_each_preset_stands_beside_the_best_of_as_many_noises_as_it_takes_evalua
     drawn = {name: nodes[f"{name} guidance"]["inputs"] for name in arms if arms[name].kind != guidance.NONE}
     assert drawn["quick"]["preset"] == "quick"
     everything, baselines, _ = guidance.preset_arms()
-    assert baselines[guidance.CUSTOM] == "best of 64" and not everything[guidance.CUSTOM].settings
+    assert baselines[guidance.CUSTOM] == "best of 66" and not everything[guidance.CUSTOM].settings
     assert set(guidance.PRESETS_SHOWN) < everything.keys()
     assert {k: drawn["best of 10"][k] for k in ("start", "iterations", "best_of")} == {
         "start": 0.0,

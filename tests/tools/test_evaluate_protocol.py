@@ -13,7 +13,7 @@ from lcm_lookahead.cli.world import library_of, world_of
 from lcm_lookahead.evaluation.harness import cost, opening, protocol, report, run
 from lcm_lookahead.evaluation.harness.library import EvaluationError
 from lcm_lookahead.evaluation.harness.measures import Case
-from lcm_lookahead.evaluation.harness.people import read_people
+from lcm_lookahead.evaluation.harness.people import count_people, read_people
 from lcm_lookahead.evaluation.harness.sections import People
 from lcm_lookahead.evaluation.harness.store import EvaluationStore
 from lcm_lookahead.tools.common import ROOT
@@ -96,14 +96,14 @@ def test_what_is_there_is_neither_drawn_nor_judged_again_and_a_cut_line_is_made_
     other_title = evaluation(path, ["title=Another", "baseline=nothing"])
     assert not other_title.missing()  # pictures depend on neither
     assert evaluation(path, ["drawing.steps=3"]).missing() == 12
-    # a kill in the middle of a line
+    # a kill in the middle of a line: what is not judged is not there, and is no picture without a face
     lines = whole.folder / "scores-1.jsonl"
     text = lines.read_text()
     try:
         lines.write_text(text[: -len(text.splitlines()[-1]) // 2])
         hurt = evaluation(path)
         lost = before - len(hurt.store.scores)
-        assert lost == 1
+        assert lost == 1 and hurt.missing() == 1
         hurt.score()
         assert len(evaluation(path).store.scores) == before
     finally:
@@ -157,6 +157,34 @@ def test_of_pictures_drawn_before_memory_was_measured_none_is_told(done):
     assert report.memory(shown) == "–" and not before.missing()
 
 
+def test_a_worker_that_ends_last_sees_what_others_have_kept_meanwhile(tmp_path):
+    path = written(
+        tmp_path, methods={"nothing": {"kind": "none"}}, baseline=None, people={"source": "drawn", "count": 2}
+    )
+    first, second = (evaluation(path, worker=number, workers=2) for number in range(2))
+    for one in (first, second):
+        one.draw()
+        one.score()
+    assert second.missing() == first.missing() == 0
+
+
+def test_the_best_of_other_noises_has_no_change_by_the_reference(done):
+    _, whole = done
+    found = {(a.arm.method, a.arm.weight): a.means["change"].value for a in report.figures(whole).arms}
+    assert numpy.isnan(found["best", 1.0]) and found["adapter", 1.0] > 0
+
+
+def test_arms_stand_over_the_baseline_s_curve_at_their_own_prompt(done):
+    """The same gain as that of the curve over the arm, turned."""
+    _, whole = done
+    arms = {(a.arm.method, a.arm.weight): a for a in report.figures(whole).arms}
+    assert arms["adapter", 1.0].over_curve is None and arms["nothing", 1.0].over_curve is not None
+    curve = [whole.values(run.Arm("adapter", w, "diffusers"), whole.measures["prompt"]) for w in (0.5, 1.0)]
+    level = arms["nothing", 1.0].means["prompt"].value
+    reached = sorted(numpy.mean([value for row in rows for value in row]) for rows in curve)
+    assert numpy.isfinite(arms["nothing", 1.0].over_curve.value) == (reached[0] <= level <= reached[1])
+
+
 def test_the_best_of_two_is_the_one_that_follows_the_prompt_better_and_takes_the_time_of_both(done):
     _, whole = done
 
@@ -186,6 +214,11 @@ def test_people_have_noise_of_their_own_the_same_for_all_methods(done):
 
 
 # --- what is refused, in a sentence
+
+
+WORKFLOW = str(ROOT / "workflows" / "01 Face under a new prompt.json")
+HOST_ALONE = {"backends": ["host"], "baseline": None}
+BEST = {"kind": "best of", "pictures": 2, "by": {"kind": "prompt", "clip": "mini"}}
 
 
 @pytest.mark.parametrize(
@@ -230,6 +263,26 @@ def test_people_have_noise_of_their_own_the_same_for_all_methods(done):
         (
             {"methods": {"b": {"kind": "best of", "of": "x", "pictures": 2, "by": {}}}},
             "methods.b names 'x', which is no method",
+        ),
+        (
+            {"methods": {"a": {"kind": "workflow", "file": "a.json", "guidance": {"preset": "quick"}}}, **HOST_ALONE},
+            "methods.a: file names a.json, which is not there",
+        ),
+        (
+            {"methods": {"a": {"kind": "workflow", "file": WORKFLOW, "guidance": {"preset": "quick"}}}, **HOST_ALONE},
+            "methods.a: guidance cannot be put on top of a method of kind 'workflow'",
+        ),
+        (
+            {"methods": {"a": {"kind": "none"}, "b": {**BEST, "of": "a", "guidance": {"preset": "quick"}}}},
+            "methods.b: guidance cannot be put on top of a method of kind 'best of'",
+        ),
+        (
+            {"methods": {"a": {"kind": "none", "weights": [0.5]}, "b": {**BEST, "of": "a"}}},
+            "methods.b: weights has 1, at which a is not drawn: give some of its own, 0.5.",
+        ),
+        (
+            {"methods": {"a": {"kind": "none"}, "b": {**BEST, "of": "a", "pictures": None}}},
+            "methods.b: A method of kind `best of` takes one of pictures and same_time_as: give one.",
         ),
     ],
 )
@@ -296,6 +349,13 @@ def test_references_of_every_kind_that_is_read_are_people_and_others_are_said(tm
     said = capsys.readouterr().err
     assert "1 pictures are of kinds that are not read (1 .heic; phone.HEIC): save them as JPEG or PNG." in said
 
+    assert count_people(People(source=str(faces))) == len(found)
+    assert count_people(People(source=str(faces), first=2, count=3)) == 3
+    colours.save(faces / "png.jpg")
+    with pytest.raises(EvaluationError, match="holds png.jpg and png.png, which would be one person, png: give"):
+        read_people(People(source=str(faces)), [], tmp_path / "references")
+    (faces / "png.jpg").unlink()
+
     def shown(name):
         return numpy.asarray(Image.open(found[name].reference)).mean((0, 1)).round().tolist()
 
@@ -341,8 +401,11 @@ def test_full_adds_to_the_file_and_needs_a_section(tmp_path):
 
 
 def test_a_count_is_the_one_that_was_found_first(tmp_path):
-    assert EvaluationStore(tmp_path, 0).count("a", 7) == 7
-    assert EvaluationStore(tmp_path, 1).count("a", 9) == 7 and EvaluationStore(tmp_path, 1).count("b", 2) == 2
+    assert EvaluationStore(tmp_path, 0).counted("a") is None
+    assert EvaluationStore(tmp_path, 0).count("a", lambda: 7) == 7
+    later = EvaluationStore(tmp_path, 1)
+    assert later.count("a", lambda: 9) == later.counted("a") == 7 and later.count("b", lambda: 2) == 2
+    assert {path.name for path in (tmp_path / "counts").iterdir()} == {"a.json", "b.json"}
 
 
 def test_what_is_kept_under_a_prompt_with_a_line_separator_is_there_again(tmp_path):
@@ -364,6 +427,9 @@ def test_every_shipped_protocol_is_understood(path, full):
     settings = protocol.load(path, full=full)
     kinds = {**run.MEASURES, **__import__("lcm_lookahead.mini.judges", fromlist=["MEASURES"]).MEASURES}
     assert settings.parsed_methods() and settings.parsed_measures(kinds) and settings.prompt_list()
+    methods = settings.parsed_methods()
+    for method in methods.values():
+        method.check_others(methods)
     assert settings.baseline is None or settings.baseline in settings.methods
     assert {settings.plot.x, settings.plot.y} <= settings.measures.keys()
 

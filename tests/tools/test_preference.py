@@ -58,6 +58,20 @@ def test_the_public_folder_tells_neither_methods_nor_names(study):
     assert not (study / "public" / "key.json").exists()
 
 
+def test_a_browser_keeps_the_answers_of_each_study_apart(folders, study):
+    """Also where two have the same seed, and so the same file names."""
+
+    def stored(folder):
+        return (folder / "public" / "index.html").read_text().split('const stored = "')[1].split('"')[0]
+
+    Image.new("RGB", (8, 8), (91, 0, 0)).save(folders / "theirs" / "0.png")
+    pairs = pairs_of(folders / "ours", folders / "theirs", folders / "references", {})
+    for name in ("again", "copy"):
+        make_study(folders / name, pairs, ("ours", "theirs"), repeats=0.3, seed=4)
+    assert [i["left"] for i in items(folders / "again")] == [i["left"] for i in items(study)]
+    assert stored(folders / "again") == stored(folders / "copy") != stored(study)
+
+
 def test_both_methods_stand_on_both_sides_and_repeats_are_turned(study):
     key = json.loads((study / "key.json").read_text())["items"]
     assert len(key) == 13 and sum(item["repeat"] for item in key) == 3
