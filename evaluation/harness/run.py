@@ -166,7 +166,7 @@ class EvaluationRun:
         return Arm(method, weight, backend), Arm(other, self.methods[other].weights[0], backend)
 
     def counts(self) -> dict[str, int]:
-        """How many pictures fit into the time of another method's, by what is drawn from them."""
+        """Tells how many pictures fit into the time of another method's, for each best of so many."""
         found = {}
         for arm in self.all_arms():
             method = self.methods[arm.method]

@@ -135,7 +135,7 @@ class Memory:
     warned: bool = False  # that some have no face
 
     def copy(self) -> Memory:
-        """The same memory, which changes by itself."""
+        """Copies what is remembered, so that each changes by itself."""
         return replace(self, places=dict(self.places))
 
 

@@ -46,7 +46,7 @@ class Assignments:
     warned: bool = False  # that someone has no face
 
     def copy(self) -> Assignments:
-        """The same memory, which changes by itself."""
+        """Copies what is remembered, so that each changes by itself."""
         return replace(self, places={row: dict(of_row) for row, of_row in self.places.items()})
 
     def resize(self, size: tuple[int, int]) -> None:

@@ -220,8 +220,8 @@ class LookaheadGuidanceSampler(io.ComfyNode):
                     min=0,
                     max=1000,
                     advanced=True,
-                    tooltip="How often the noise is moved at a guided step. Each takes as long as two to five steps "
-                    "without guidance. 0 does not guide.",
+                    tooltip="How often the noise is moved at a guided step. Each takes as long as one to two steps "
+                    "without guidance, and the decoder's time. 0 does not guide.",
                 ),
                 io.Float.Input(
                     "step_size",
