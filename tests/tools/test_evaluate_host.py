@@ -13,6 +13,7 @@ from lcm_lookahead.cli import assemble_concept
 from lcm_lookahead.cli.world import world_of
 from lcm_lookahead.evaluation.harness import protocol, run
 from lcm_lookahead.evaluation.harness.backends import Setting
+from lcm_lookahead.evaluation.harness.figures import figures
 from lcm_lookahead.evaluation.harness.library import EvaluationError
 from lcm_lookahead.evaluation.harness.opening import opened
 from lcm_lookahead.evaluation.harness.scenes import HostNames, HostScene
@@ -23,6 +24,18 @@ from PIL import Image
 
 SMALL = {"EmptyLatentImage.width": 128, "EmptyLatentImage.height": 128, "KSampler.steps": 4, "KSampler.cfg": 3.0}
 ADAPTER = "mini_ip_adapter_plus_face.safetensors"
+# ComfyUI's own image to image as its page saves it for the API: stock nodes alone, two of them with a text.
+KSAMPLER = {"seed": 8, "steps": 4, "cfg": 3.0, "sampler_name": "dpmpp_2m", "scheduler": "karras", "denoise": 1.0}
+IMAGE_TO_IMAGE = {
+    "3": ("KSampler", KSAMPLER | dict(model=["14", 0], positive=["6", 0], negative=["7", 0], latent_image=["12", 0])),
+    "6": ("CLIPTextEncode", {"text": "photograph of a boat", "clip": ["14", 1]}),
+    "7": ("CLIPTextEncode", {"text": "", "clip": ["14", 1]}),
+    "8": ("VAEDecode", {"samples": ["3", 0], "vae": ["14", 2]}),
+    "9": ("SaveImage", {"filename_prefix": "ComfyUI", "images": ["8", 0]}),
+    "10": ("LoadImage", {"image": "example.png"}),
+    "12": ("VAEEncode", {"pixels": ["10", 0], "vae": ["14", 2]}),
+    "14": ("CheckpointLoaderSimple", {"ckpt_name": "sd_xl_base_1.0.safetensors"}),
+}
 METHODS = {
     "nothing": {"kind": "none"},
     "adapter": {"kind": "encoder", "file": ADAPTER, "weights": [1.0]},
@@ -73,6 +86,15 @@ def evaluation(tmp_path_factory, the_running_host):
         "backends": ["host", "diffusers"],
         "methods": METHODS | {"concept": concept},
         "measures": {"identity": {"kind": "identity", "recogniser": "mini"}},
+    }
+    stock = {node: {"class_type": kind, "inputs": inputs} for node, (kind, inputs) in IMAGE_TO_IMAGE.items()}
+    (folder / "image_to_image_api.json").write_text(json.dumps(stock))
+    values["methods"]["of strangers"] = {
+        "kind": "workflow",
+        "file": str(folder / "image_to_image_api.json"),
+        "prompt": "6",
+        "weight": "KSampler.denoise",
+        "weights": [0.5, 1.0],
     }
     (folder / "protocol.yaml").write_text(yaml.safe_dump(values))
     settings = protocol.load(folder / "protocol.yaml")
@@ -154,6 +176,16 @@ def test_a_workflow_file_is_drawn_with_this_picture_prompt_seed_and_weight(done)
     (job,) = done.jobs()
     line = done.store.drawn[done.key("workflow", job, 1.0, "host")]
     assert line["backend"].startswith("host, ComfyUI 0.") and line["seconds"] > 0
+
+
+def test_a_workflow_of_the_host_s_nodes_alone_is_a_method_with_its_denoise_as_the_weight(done):
+    (job,) = done.jobs()
+    with Image.open(job.person.reference) as image:
+        reference = np.asarray(image.convert("RGB")).astype(float)
+    apart = [np.abs(pixels(done, "of strangers", "host", weight) - reference).mean() for weight in (0.5, 1.0)]
+    assert 2 * apart[0] < apart[1]
+    rows = {a.title: a.means["identity"].value for a in figures(done).arms if a.arm.method == "of strangers"}
+    assert list(rows) == ["of strangers, 0.5 (host)", "of strangers, 1 (host)"] and all(map(np.isfinite, rows.values()))
 
 
 def test_a_number_that_is_set_in_a_workflow_leaves_the_preset_that_would_act_in_its_place(done, drawing_host, tmp_path):
