@@ -13,12 +13,27 @@ app = typer.Typer(name="study", help="Let people compare two methods' pictures, 
 
 @app.command()
 def make(
-    first: Annotated[Path, typer.Argument(help="Folder with the pictures of one method.", show_default=False)],
+    first: Annotated[
+        str,
+        typer.Argument(
+            help="Folder with the pictures of one method; with --evaluation METHOD[@WEIGHT].", show_default=False
+        ),
+    ],
     second: Annotated[
-        Path, typer.Argument(help="Folder with those of the other, under the same names.", show_default=False)
+        str, typer.Argument(help="Folder with those of the other, under the same names.", show_default=False)
     ],
     out: Annotated[Path, typer.Option(help="New folder that the study is written to.", show_default=False)],
-    names: Annotated[str, typer.Option(help="Names of the two methods, with a comma between.")] = "first,second",
+    evaluation: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a finished `lookahead evaluate`, of whose methods two are compared."),
+    ] = None,
+    names: Annotated[
+        str | None,
+        typer.Option(
+            help="Names of the two methods, with a comma between.",
+            show_default="first,second; with --evaluation the methods'",
+        ),
+    ] = None,
     references: Annotated[
         Path | None, typer.Option(help="Folder with a reference for each picture, under its name.")
     ] = None,
@@ -34,7 +49,11 @@ def make(
     from ..lookahead.files.atomic import check_writable
 
     check_writable(out, folder=True)
-    methods = tuple(names.split(","))
+    if evaluation and (references or prompts):
+        raise preference.StudyError(
+            "An evaluation has its references and prompts: leave --references and --prompts out."
+        )
+    methods = tuple(names.split(",")) if names else (first, second) if evaluation else ("first", "second")
     if len(methods) != 2 or not all(methods):
         raise preference.StudyError(
             f"--names is {names!r}: give two names with a comma between, such as ours,baseline."
@@ -43,7 +62,10 @@ def make(
         known = json.loads(prompts.read_text(encoding="utf-8-sig")) if prompts else None
     except ValueError as error:
         raise preference.StudyError(f"--prompts is {prompts}, which is no JSON in UTF-8 ({error}).") from None
-    pairs = preference.pairs_of(first, second, references, known)
+    if evaluation:
+        pairs = preference.pairs_in(evaluation, first, second)
+    else:
+        pairs = preference.pairs_of(Path(first), Path(second), references, known)
     page = preference.make_study(out, pairs, methods, questions.split(","), repeats, seed)
     print(f"Written: {page} ({len(pairs)} pairs). Keep {out / 'key.json'} from the judges.")
 

@@ -7,6 +7,7 @@ line each in `answers.jsonl` where the page was served.
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import random
@@ -88,6 +89,50 @@ def pairs_of(
             raise StudyError(f"{reference} is missing: every compared picture needs its reference, under its own name.")
         out.append(Pair(name, first / name, second / name, reference, (prompts or {}).get(name, "")))
     return out
+
+
+def pairs_in(evaluation: Path, first: str, second: str) -> list[Pair]:
+    """The pictures of two methods in the folder of an evaluation, of the same person, prompt and seed.
+
+    first, second: METHOD or METHOD@WEIGHT, as the protocol has them; by default the first weight that is there, and the
+    first back end that drew both. Raises StudyError, one sentence, where there is no such evaluation or method.
+    """
+    path = evaluation / "scores.csv"
+    if not path.is_file():
+        raise StudyError(f"{evaluation} has no scores.csv: name the folder of a finished `lookahead evaluate`.")
+    with path.open(encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+    arms = {name: _arm_of(name, lines) for name in (first, second)}
+    backends = dict.fromkeys(line["backend"] for line in lines)
+    for backend in backends:
+        of_arm = [
+            {
+                (line["person"], line["prompt"], line["seed"]): line
+                for line in lines
+                if (line["method"], line["weight"], line["backend"]) == (*arms[name], backend)
+            }
+            for name in (first, second)
+        ]
+        if both := [key for key in of_arm[0] if key in of_arm[1]]:
+            return [
+                Pair(
+                    ", ".join(key),
+                    *(evaluation / of[key]["picture"] for of in of_arm),
+                    evaluation / of_arm[0][key]["reference"],
+                    key[1],
+                )
+                for key in both
+            ]
+    raise StudyError(f"No back end drew both {first} and {second}: name two methods that one has drawn.")
+
+
+def _arm_of(name: str, lines: Sequence[Mapping[str, str]]) -> tuple[str, str]:
+    """Method and weight, as the lines have them."""
+    arms = list(dict.fromkeys((line["method"], line["weight"]) for line in lines))
+    for method, weight in arms:
+        if name in (method, f"{method}@{weight}"):
+            return method, weight
+    raise StudyError(f"{name!r} was not drawn: name one of {', '.join(f'{m}@{w}' for m, w in arms)}.")
 
 
 def make_study(

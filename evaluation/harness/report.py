@@ -27,6 +27,7 @@ from .run import Arm, EvaluationRun
 from .scenes import PictureJob
 
 SHOWN = 3  # people in the grid
+SCORES = "scores.csv"
 FEWEST = 10  # people, of whom an interval of 95 % covers as often
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
 ARROWS = {HIGHER: "\u2191", LOWER: "\u2193"}  # arrows up and down
@@ -41,6 +42,7 @@ def write(run: EvaluationRun) -> Path:
         "table.md": markdown(run, found),
         "table.csv": as_csv(found),
         "table.tex": latex(found),
+        SCORES: scores(run),
         "plot.svg": drawing,
         "figures.json": json.dumps(as_values(found), indent=1, ensure_ascii=False) + "\n",
         "protocol.yaml": protocol_text(run),
@@ -159,6 +161,31 @@ def as_csv(found: Figures) -> str:
         for name, measure in found.measures.items():
             gain = a.gains.get(name, ("", "", ""))
             rows.writerow([*about, name, measure.title, *a.means[name], *gain, a.seconds, a.memory])
+    return out.getvalue()
+
+
+def scores(run: EvaluationRun) -> str:
+    """A line a picture: what it is of, its file, and what every measure says of it."""
+    out = io.StringIO()
+    rows = csv.writer(out, lineterminator="\n")
+    about = ["method", "weight", "backend", "person", "kind", "prompt", "seed", "picture", "reference", "seconds"]
+    rows.writerow([*about, *(measure.title for measure in run.measures.values())])
+    for arm in run.all_arms():
+        values = {name: run.values(arm, measure) for name, measure in run.measures.items()}
+        for number, person in enumerate(run.people):
+            for place, job in enumerate(run.jobs([person])):
+                path, judged = _picture(run, arm, job), [values[name][number][place] for name in values]
+                of = [
+                    arm.method,
+                    f"{arm.weight:g}",
+                    arm.backend,
+                    person.name,
+                    job.prompt.kind,
+                    job.prompt.text,
+                    job.seed,
+                ]
+                files = [p.relative_to(run.folder).as_posix() for p in (path, person.reference)]
+                rows.writerow([*of, *files, run.store.drawn[path.stem]["seconds"], *judged])
     return out.getvalue()
 
 

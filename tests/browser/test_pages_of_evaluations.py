@@ -1,7 +1,6 @@
 """Pages that an evaluation leaves, in a headless Chromium: the report of `lookahead evaluate`, a study for judges."""
 
 import json
-import shutil
 import threading
 
 import pytest
@@ -85,19 +84,10 @@ def evaluated(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def study(evaluated, tmp_path_factory):
-    """A study of its pictures of the first prompt, as `lookahead study make` writes it."""
+    """A study of its pictures, as `lookahead study make` writes it."""
     folder = tmp_path_factory.mktemp("study")
-    prompts = {}
-    for person, job in zip(evaluated.people, evaluated.jobs()[:: len(evaluated.prompts)], strict=True):
-        prompts[f"{person.name}.png"] = job.prompt.text
-        drawn = {n: evaluated.store.picture(evaluated.key(n, job, 1.0, "diffusers")) for n in ("adapter", "nothing")}
-        for name, picture in {**drawn, "references": person.reference}.items():
-            (folder / name).mkdir(exist_ok=True)
-            shutil.copy(picture, folder / name / f"{person.name}.png")
-    (folder / "prompts.json").write_text(json.dumps(prompts))
-    given = ["--references", str(folder / "references"), "--prompts", str(folder / "prompts.json"), "--repeats", "0"]
-    methods = [str(folder / "adapter"), str(folder / "nothing"), "--names", "adapter,nothing"]
-    main.main(["study", "make", *methods, *given, "--out", str(folder / "study"), "--questions", "identity,prompt"])
+    given = ["--evaluation", str(evaluated.folder), "--questions", "identity,prompt", "--repeats", "0"]
+    main.main(["study", "make", "adapter", "nothing", *given, "--out", str(folder / "study")])
     return folder / "study"
 
 
@@ -107,7 +97,7 @@ def test_the_report_shows_its_tables_plot_and_pictures_and_fits_the_window(evalu
         assert page.evaluate("document.title") == VALUES["title"]
         titles = [line[3:] for line in (evaluated.folder / "table.md").read_text().splitlines() if line[:3] == "## "]
         shown = page.evaluate(f"[...document.querySelectorAll('table')].filter({SHOWN}).map(t => t.rows.length)")
-        assert len(titles) == 3 and shown == [4, 3, 4]  # with their heads, of three arms, one of them the baseline
+        assert len(titles) == 4 and shown == [4, 3, 2, 4]  # with their heads, of three arms, two of them the baseline's
         heads = page.evaluate("[...document.querySelectorAll('h2')].map(e => e.textContent)")
         assert heads == ["Trade-off", *titles, "Pictures", "Protocol"]
         assert page.evaluate(f"[...document.querySelectorAll('svg')].filter({SHOWN}).length") == 1
@@ -126,7 +116,7 @@ def test_the_report_shows_its_tables_plot_and_pictures_and_fits_the_window(evalu
 def test_a_judge_answers_in_the_study_and_the_answers_are_kept_and_sent(study, keep):
     server = preference.server(study)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    answered = []
+    answered, pairs = [], VALUES["people"]["count"] * len(VALUES["prompts"])
 
     def choose(page, side):
         """A click for each question of the pair that is shown."""
@@ -138,16 +128,18 @@ def test_a_judge_answers_in_the_study_and_the_answers_are_kept_and_sent(study, k
         with Paper(f"http://127.0.0.1:{server.server_address[1]}/", (1000, 800)) as page:
             button = "document.getElementById('next')"
             assert page.sizes() == [[128, 128]] * 3 and page.evaluate(f"{button}.disabled")
-            assert page.evaluate("document.getElementById('prompt').textContent") == "“a photo of a face”"
+            prompts = {f"“{text}”" for texts in VALUES["prompts"].values() for text in texts}
+            assert page.evaluate("document.getElementById('prompt').textContent") in prompts
             choose(page, "left")
             keep(page, "study")
             page.load()  # a judge who comes back finds the answers
             pressed = page.evaluate("[...document.querySelectorAll('[aria-pressed=true]')].map(e => e.dataset.side)")
             assert pressed == ["left", "left"] and not (study / "answers.jsonl").exists()
             page.click(button)
-            assert page.sizes() == [[128, 128]] * 3
-            choose(page, "right")
-            page.click(button)
+            for _ in range(1, pairs):
+                assert page.sizes() == [[128, 128]] * 3
+                choose(page, "right")
+                page.click(button)
             page.wait_for("document.getElementById('sent').textContent === 'Your answers are sent.'")
             assert page.evaluate(f"{SHOWN}(document.getElementById('save'))")
             assert page.complaints() == []
@@ -155,6 +147,8 @@ def test_a_judge_answers_in_the_study_and_the_answers_are_kept_and_sent(study, k
         server.shutdown()
         server.server_close()
     (sheet,) = [json.loads(line) for line in (study / "answers.jsonl").read_text().splitlines()]
-    assert sorted(a["side"] for a in sheet["answers"]) == sorted(answered) and len(answered) == 4
+    assert sorted(a["side"] for a in sheet["answers"]) == sorted(answered) and len(answered) == 2 * pairs
     verdicts, _ = preference.count(study)
-    assert [(v.question, v.answers, v.judges) for v in verdicts] == [("identity", 2, 1), ("prompt", 2, 1)]
+    assert [(v.question, v.answers, v.judges) for v in verdicts] == [
+        (question, pairs, 1) for question in ("identity", "prompt")
+    ]

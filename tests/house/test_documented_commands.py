@@ -59,6 +59,7 @@ TESTED = {
     "lookahead claims": "unit/test_claims.py",
     "lookahead claims --run": "unit/test_claims.py",
     "lookahead study make --out": "tools/test_cli.py",
+    "lookahead study make --evaluation --out": "tools/test_evaluate_protocol.py",
     "lookahead study count": "tools/test_cli.py",
 }
 

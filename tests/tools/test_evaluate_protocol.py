@@ -1,5 +1,6 @@
 """`lookahead evaluate PROTOCOL.yaml` in diffusers on the mini world: what it writes, resumes and refuses."""
 
+import csv
 import json
 import re
 import sys
@@ -10,6 +11,7 @@ import yaml
 from lcm_lookahead.cli import evaluate as command
 from lcm_lookahead.cli import main
 from lcm_lookahead.cli.world import library_of, world_of
+from lcm_lookahead.evaluation import preference
 from lcm_lookahead.evaluation.harness import cost, opening, protocol, report, run
 from lcm_lookahead.evaluation.harness.library import EvaluationError
 from lcm_lookahead.evaluation.harness.measures import Case
@@ -119,12 +121,39 @@ def test_the_page_needs_no_other_file_and_the_protocol_beside_it_is_the_same_eva
     table = (whole.folder / "table.md").read_text(encoding="utf-8")
     assert "adapter, 0.5" in table and "Gains over adapter, 1" in table and "style, mini scorer" in table
     assert "| seconds a picture | peak memory, GB |" in table
-    csv = (whole.folder / "table.csv").read_text().splitlines()
-    assert len(csv) == 1 + 4 * 3 and csv[0].endswith(",seconds,memory")  # arms, measures
+    lines = (whole.folder / "table.csv").read_text().splitlines()
+    assert len(lines) == 1 + 4 * 3 and lines[0].endswith(",seconds,memory")  # arms, measures
+    lines = (whole.folder / report.SCORES).read_text().splitlines()
+    assert len(lines) == 1 + 4 * 3  # arms, people
+    assert lines[0].startswith("method,weight,backend,person,kind,prompt,seed,picture,reference,seconds,")
+    assert {"identity (mini judge)", "prompt (style, mini scorer)"} < set(next(csv.reader(lines)))
     tex = (whole.folder / "table.tex").read_text()
     assert tex.count(r"\\") == 5 and r"\pm" in tex
     with Image.open(whole.folder / "grid.jpg") as grid:
         assert grid.height > 12 * 144
+
+
+def test_two_methods_of_an_evaluation_become_a_study_of_their_pictures(done, tmp_path):
+    _, whole = done
+    command = ["study", "make", "adapter@0.5", "nothing", "--evaluation", str(whole.folder), "--repeats", "0"]
+    main.main([*command, "--out", str(tmp_path / "study")])
+    key = json.loads((tmp_path / "study" / "key.json").read_text())
+    assert key["methods"] == ["adapter@0.5", "nothing"] and len(key["items"]) == 3
+    page = (tmp_path / "study" / "public" / "index.html").read_text()
+    assert page.count("a photo of a face") == 3 and page.count('"reference": ') == 3
+    (pair, *_) = preference.pairs_in(whole.folder, "adapter@0.5", "nothing")
+    job = whole.jobs()[0]
+    assert pair.first == whole.store.picture(whole.key("adapter", job, 0.5, "diffusers"))
+    for first, evaluated, says in (
+        (
+            "adapter@0.7",
+            whole.folder,
+            "'adapter@0.7' was not drawn: name one of adapter@1, adapter@0.5, best@1, nothing@1.",
+        ),
+        ("adapter", tmp_path, "has no scores.csv: name the folder of a finished"),
+    ):
+        with pytest.raises(preference.StudyError, match=says):
+            preference.pairs_in(evaluated, first, "nothing")
 
 
 def test_the_figures_are_of_the_scores_and_paired(done):
