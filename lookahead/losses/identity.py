@@ -31,6 +31,7 @@ from .face_views import FaceViews
 # reference has it; where it was last alone; nowhere.
 REFERENCE, LAST, NONE = "reference", "last", "none"
 FALLBACKS = (REFERENCE, LAST, NONE)
+TEMPERATURE = 0.1  # of InfoNCE, in cosines
 
 
 class NoFaceError(ValueError):
@@ -180,6 +181,13 @@ class IdentityLoss:
 
     def __call__(self, preview: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Computes `Loss`. A preview without a face (`fallback`) is not valid: its value is 0, without a gradient."""
+        values, valid, _ = self.among(preview, rows)
+        return values, valid
+
+    def among(self, preview: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Computes `Loss` and how hard it is to tell whose of all references a preview [n, 3, h, w] is: values, valid
+        and InfoNCE [n], -log of the share that the own reference has of exp(cosine / TEMPERATURE) over all of them, 0
+        where it alone counts and log(m) where all are alike (WithAnyone, arXiv 2510.14975)."""
         pictures = (clamp_preview(preview.to(torch.promote_types(preview.dtype, torch.float32))) + 1) / 2
         memory = self.memory or Memory()
         rows = torch.arange(len(pictures)) if rows is None else rows.cpu()
@@ -194,7 +202,10 @@ class IdentityLoss:
         seen = see(self.recogniser, pictures, points, self.views, self.generator)
         values = 1 - (seen * select_references(self.references.embeddings, seen, rows)).sum(-1)
         valid = valid.to(values.device)
-        return torch.where(valid, values, 0.0), valid
+        everyone = self.references.embeddings.to(seen)
+        own = rows.to(seen.device) % len(everyone)
+        contrast = F.cross_entropy(seen @ everyone.T / TEMPERATURE, own, reduction="none")
+        return torch.where(valid, values, 0.0), valid, torch.where(valid, contrast, 0.0)
 
     @property
     def shows(self) -> bool:

@@ -30,6 +30,7 @@ def test_the_paper_s_configuration_has_the_paper_s_figures():
         ({"drop": {"text": 0.6, "both": 0.5}}, "their sum must be at most 1"),
         ({"lookahead": {"arm": "shortcut"}}, "needs model.vae and model.recogniser and model.shortcut"),
         ({"lookahead": {"arm": "none", "semantic_alignment": 0.6}}, "compare previews, and lookahead.arm is 'none'"),
+        ({"lookahead": {"arm": "none", "contrast": 0.1}}, "contrast compares previews, and lookahead.arm is 'none'"),
         ({"lookahead": {"arm": "none", "align": "sds"}}, "align 'sds' is for lookahead.arm 'shortcut', not 'none'"),
         ({"precision": "fp8"}, "precision is 'fp8'"),
         ({"data": {}}, "data.source is missing"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
-from lcm_lookahead.lookahead.losses.identity import NONE, FaceReferences, IdentityLoss
+from lcm_lookahead.lookahead.losses.identity import NONE, FaceReferences, IdentityLoss, embed
 from lcm_lookahead.lookahead.method.resampler import ResamplerSizes
 from lcm_lookahead.lookahead.vision.arcface import Recogniser
 from lcm_lookahead.lookahead.vision.faces import TEMPLATE, Face
@@ -295,6 +295,32 @@ def test_draws_and_order_belong_to_the_sample_not_to_the_batch():
     assert [sorted(everyone[i : i + 7]) for i in (0, 7, 14)] == [list(range(7))] * 3
     assert everyone[:7] != everyone[7:14] and order(7, 0, [9, 3]) == [everyone[9], everyone[3]]
     assert order(7, 1, range(7)) != everyone[:7]
+
+
+# -- telling people apart
+
+
+def test_contrast_adds_infonce_over_the_people_of_the_batch(make_step, batch, draws):
+    """Against the formula written out, by the embeddings of the previews that a plain step compares."""
+    plain, kept = make_step(), []
+    decode = plain.decode_preview
+    plain.decode_preview = lambda z: kept.append(decode(z)) or kept[-1]
+    before = plain("lookahead", batch, draws)
+    after = make_step(lookahead={"contrast": 0.5})("lookahead", batch, draws)
+    values, valid, contrast = batch.loss.among(kept[0].float())
+    assert torch.equal(after.values, before.values) and torch.equal(values.detach(), after.values)
+    people = batch.loss.references.embeddings
+    for row in range(N):
+        if not valid[row]:
+            assert contrast[row] == 0
+            continue
+        picture = (kept[0][row : row + 1].float().clamp(-1, 1) + 1) / 2
+        cosines = embed(batch.loss.recogniser, picture, TEMPLATE[None] + 8)[0] @ people.T
+        shares = (cosines / 0.1).exp()
+        assert contrast[row].item() == pytest.approx(-(shares[row] / shares.sum()).log().item(), abs=1e-3)
+    added = after.loss - before.loss
+    assert added.item() == pytest.approx(0.5 * contrast.sum().item() / N, rel=1e-4) and added > 0
+    assert torch.equal(after.terms["contrast"], contrast.detach()) and before.terms == {}
 
 
 # -- PuLID's alignment of passes with and without the person

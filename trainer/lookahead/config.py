@@ -100,6 +100,11 @@ class Lookahead(Section):
     layout_alignment: Annotated[float, Field(ge=0)] = Field(
         0.0, description="weight of PuLID's layout alignment; PuLID has 0.6 for the one and 0.1 for this"
     )
+    contrast: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="weight of InfoNCE, by which a preview is more like its own person than like the others that are "
+        "computed with it (WithAnyone has as much of it as of the identity loss); 0: none",
+    )
     weigh_by_strength: bool = Field(
         False, description="multiply a sample's loss by its LoRA scale (as the paper's code does)"
     )
@@ -188,6 +193,10 @@ class Config(RunConfig):
             raise ValueError(f"lookahead.arm {arm!r} needs {' and '.join(missing)}: name the files, or choose 'none'")
         if self.lookahead.align != "strength" and arm != "shortcut":
             raise ValueError(f"lookahead.align {self.lookahead.align!r} is for lookahead.arm 'shortcut', not {arm!r}")
+        if self.lookahead.contrast and arm == "none":
+            raise ValueError(
+                "lookahead.contrast compares previews, and lookahead.arm is 'none': choose 'x0' or 'shortcut'"
+            )
         if self.lookahead.aligns_person and arm == "none":
             raise ValueError(
                 "lookahead.semantic_alignment and layout_alignment compare previews, and lookahead.arm is 'none': "

@@ -15,6 +15,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from ...lookahead.losses.base import Loss
+from ...lookahead.losses.identity import IdentityLoss
 from ...lookahead.method.attention import Attention, softmax_attention
 from ...lookahead.method.schedule import add_noise, alphas_cumprod, pred_original_sample, preview_latent
 from ...sdxl.encoder import Encoder
@@ -109,13 +110,23 @@ class Step(nn.Module):
         else:
             latent = pred_original_sample(z_t, predicted, alpha_bar)
         assert batch.loss is not None and self.decode_preview is not None  # with this loss both are needed
-        values, valid = batch.loss(self.decode_preview(latent).float())
+        picture, terms = self.decode_preview(latent).float(), dict[str, Tensor]()
+        contrast = None
+        if ahead.contrast:
+            assert isinstance(batch.loss, IdentityLoss)  # every source gives this one
+            values, valid, contrast = batch.loss.among(picture)
+        else:
+            values, valid = batch.loss(picture)
         uncond = draws.no_image_prompt & draws.no_kv if self.config.model.kv else draws.no_image_prompt
         valid = valid & ~uncond
         # Values of samples that are not valid may be anything: they must not get into the sum, not even times zero.
         counted = torch.where(valid, values, 0.0)
         weighed = counted * draws.strength if ahead.weigh_by_strength else counted
-        loss, terms = ahead.weight * weighed.sum() / len(values), {}
+        loss = ahead.weight * weighed.sum() / len(values)
+        if contrast is not None:
+            contrast = torch.where(valid, contrast, 0.0)
+            loss = loss + ahead.contrast * contrast.sum() / len(values)
+            terms["contrast"] = contrast.detach()
         if ahead.align != "strength":
 
             def predict(z: Tensor, draws: Draws, t: Tensor, strength: float) -> Tensor:
