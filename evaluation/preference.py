@@ -102,24 +102,23 @@ def pairs_in(evaluation: Path, first: str, second: str) -> list[Pair]:
         raise StudyError(f"{evaluation} has no scores.csv: name the folder of a finished `lookahead evaluate`.")
     with path.open(encoding="utf-8", newline="") as file:
         lines = list(csv.DictReader(file))
-    arms = {name: _arm_of(name, lines) for name in (first, second)}
-    backends = dict.fromkeys(line["backend"] for line in lines)
-    for backend in backends:
-        of_arm = [
-            {
-                (line["person"], line["prompt"], line["seed"]): line
-                for line in lines
-                if (line["method"], line["weight"], line["backend"]) == (*arms[name], backend)
-            }
-            for name in (first, second)
-        ]
-        if both := [key for key in of_arm[0] if key in of_arm[1]]:
+    arms = [_arm_of(name, lines) for name in (first, second)]
+
+    def drawn(arm: tuple[str, str], backend: str) -> dict[tuple[str, str, str], dict[str, str]]:
+        mine = (line for line in lines if (line["method"], line["weight"], line["backend"]) == (*arm, backend))
+        return {(line["person"], line["prompt"], line["seed"]): line for line in mine}
+
+    for backend in dict.fromkeys(line["backend"] for line in lines):
+        one, other = (drawn(arm, backend) for arm in arms)
+        both = [key for key in one if key in other]
+        if both:
             return [
                 Pair(
                     ", ".join(key),
-                    *(evaluation / of[key]["picture"] for of in of_arm),
-                    evaluation / of_arm[0][key]["reference"],
-                    key[1],
+                    evaluation / one[key]["picture"],
+                    evaluation / other[key]["picture"],
+                    evaluation / one[key]["reference"],
+                    prompt=key[1],
                 )
                 for key in both
             ]
