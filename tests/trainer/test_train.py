@@ -128,6 +128,13 @@ def whole(tmp_path_factory):
     return folder, path, {k: v.clone() for k, v in step.encoder.state_dict().items()}
 
 
+def test_a_kv_encoder_at_rate_0_stays_the_base_and_the_rest_learns(tmp_path):
+    path, step, _ = run(tmp_path, steps=2, optimiser={"adapter_rate": 1e-3, "kv_rate": 0.0})
+    begun = make_step(settings(tmp_path)).encoder.state_dict()
+    changed = {k.split(".")[0] for k, v in step.encoder.state_dict().items() if not torch.equal(v, begun[k])}
+    assert changed and "kv" not in changed and encoder_file.read(path).kv
+
+
 class Killed(BaseException):
     pass
 
@@ -313,19 +320,21 @@ def test_samples_that_are_not_finite_are_left_out_and_named(tmp_path):
 
 
 class Probed(Numbers):
-    """With people to validate with; their identity is what `identities` says, one validation after another."""
+    """With people to validate with; their identity is what `identities` says, one validation after another. Pictures
+    are judged first, then previews."""
 
     def __init__(self, *identities):
         super().__init__()
-        self.identities, self.pictures = list(identities), []
+        self.identities, self.pictures, self.previews = list(identities), [], []
 
     def probes(self, config, device):
         count, prompts = config.validation.people, len(config.validation.prompts)
         batch = self.batch([n for n in range(count) for _ in range(prompts)], [], device)
 
         def score(pictures):
-            self.pictures.append(pictures)
-            value = self.identities.pop(0)
+            of_previews = len(self.previews) < len(self.pictures)
+            (self.previews if of_previews else self.pictures).append(pictures)
+            value = 0.75 if of_previews else self.identities.pop(0)
             return {"identity": torch.tensor([value, value, torch.nan])}
 
         return Probes(batch, prompts, torch.zeros(count, 3, 64, 64), score, "a list")
@@ -347,7 +356,9 @@ def test_validation_changes_no_bit_of_the_run_and_draws_the_same_noise_each_time
     found = {line["step"]: line["validation"]["identity"] for line in lines if "validation" in line}
     # (of three pictures one has no face: it counts as nobody, lest a few good ones look better than many)
     assert found == pytest.approx({k: v * 2 / 3 for k, v in {0: 0.0, 2: 0.1, 4: 0.2, 6: 0.3, 7: 0.4}.items()})
-    assert all(line["validation"]["faces"] == pytest.approx(2 / 3) for line in lines if "validation" in line)
+    said = [line["validation"] for line in lines if "validation" in line]
+    assert all(one["faces"] == pytest.approx(2 / 3) and one["previewed"] == pytest.approx(0.5) for one in said)
+    assert all(one["apart"] > 0 for one in said) and not torch.equal(source.previews[-1], source.pictures[-1])
     with Image.open(tmp_path / "validation/step-00000007.png") as grid:
         assert grid.size == (3 * 64, 2 * 64)  # a person a row: the reference, and a picture a prompt
 

@@ -120,7 +120,9 @@ class Optimiser(BaseOptimiser):
 
     FIRST = ("adapter_rate", "kv_rate")
     adapter_rate: Positive = Field(1e-5, description="learning rate of Resampler and image prompt projections")
-    kv_rate: Positive = Field(5e-6, description="learning rate of the KV encoder")
+    kv_rate: Annotated[float, Field(ge=0)] = Field(
+        5e-6, description="learning rate of the KV encoder; 0 leaves it frozen, as the base reads its reference"
+    )
 
 
 class Validation(Section):

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ...lookahead.method.guidance import Scales, guided
 from ...lookahead.method.sampling import ddim_timesteps, sample_ddim
+from ...lookahead.method.schedule import preview_latent
 from ...sdxl.encoder import Encoder
 from ..seeds import generator
 from .config import Config, Validation
@@ -24,6 +25,7 @@ from .step import Batch, Step
 STREAM = 7_000_000  # of the noise: apart from the numbers of samples that training draws by
 # Of the guidance, the shares of text, full and KV: the paper's 3, 2, 2 at SDXL's usual guidance of 5.
 SHARES = (0.6, 0.4, 0.4)
+AHEAD = 0.2  # of the steps, after which it is seen whether the preview foresees the picture
 Score = Callable[[Tensor], dict[str, Tensor]]
 
 
@@ -54,12 +56,21 @@ class Probing(Protocol):
 
 
 @torch.no_grad()
-def sample(step: Step, encoder: Encoder, batch: Batch, noise: Tensor, steps: int, guidance: float) -> Tensor:
+def sample(
+    step: Step,
+    encoder: Encoder,
+    batch: Batch,
+    noise: Tensor,
+    steps: int,
+    guidance: float,
+    foresee: Callable[[Tensor], None] | None = None,
+) -> Tensor:
     """Latents [B, 4, h, w] drawn from noise of that shape by DDIM (eta 0) with the base itself, as users draw them.
 
     The shortcut model would need fewer steps, but the lookahead loss is a loss on its predictions: pictures of the base
     show what the encoder learned, and not how far the shortcut model's previews were optimised.
-    With a KV encoder the guidance is that of three scales (`three_scale_guidance`), else the usual one.
+    With a KV encoder the guidance is that of three scales (`three_scale_guidance`), else the usual one. foresee: is
+    given the shortcut model's one-step preview latents, of the same shape, when AHEAD of the steps are done.
     """
     roles = step.roles
     scales = Scales(*(share * guidance for share in SHARES)) if encoder.kv else Scales(guidance, 0.0, 0.0)
@@ -71,17 +82,24 @@ def sample(step: Step, encoder: Encoder, batch: Batch, noise: Tensor, steps: int
     conditions = {"uncond": without, "text": prompted, "full_uncond": without, "full": prompted}
     kv_prompts = {"full_uncond": batch.reference_text.where(no_text), "full": batch.reference_text}
 
-    def evaluate(x: Tensor, t: Tensor, name: str) -> Tensor:
+    def evaluate(x: Tensor, t: Tensor, name: str, shortcut: float = 0.0) -> Tensor:
         kv = None
         if name in kv_prompts:
             kv = roles.export(step.noised(batch.reference, noise, t), t, kv_prompts[name])
-        return roles.predict(x, t, *conditions[name], kv).float()  # three scales multiply the rounding of 16 bit
+        # (three scales multiply the rounding of 16 bit)
+        return roles.predict(x, t, *conditions[name], kv, shortcut=shortcut).float()
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
         return guided(lambda names: [evaluate(x, t, name) for name in names], scales)
 
+    def look(now: dict[str, Any]) -> None:
+        if foresee is not None and now["i"] == round(AHEAD * steps):
+            x, t = now["x"], now["t"]
+            few = evaluate(x, t, "full" if encoder.kv else "text", 1.0)
+            foresee(preview_latent(x, few, t, step.alpha_bar[t]))
+
     with roles.using(encoder):
-        return sample_ddim(predict, noise, ddim_timesteps(steps), step.alpha_bar)
+        return sample_ddim(predict, noise, ddim_timesteps(steps), step.alpha_bar, look)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,25 +126,42 @@ def validate(
     the mean of each figure. A picture without a face has identity 0, and `faces` is the share of those with one: else
     a few good pictures would look better than many.
 
+    With a shortcut model two figures say whether its previews still foresee what the base draws (section 4.2), or are
+    alone in what they learnt: `previewed` is the identity of the one-step previews when AHEAD of the sampling is done,
+    and `apart` the mean squared distance of their latents from those of the finished pictures.
+
     encoder: `step.encoder`, or an average of it.
     """
     assert step.decode_preview is not None  # a step that is validated can show its previews
-    pictures = []
+    pictures, previews, apart = [], list[Tensor](), list[Tensor]()
+    foresee = previews.append if step.shortcut is not None else None
     shape = probes.batch.target.shape[1:]
     for first in range(0, len(probes.batch.names), rows):
         batch = probes.batch.rows(slice(first, first + rows))
         # Every prompt of a person from the same noise: what differs is the prompt.
         people = [(first + i) // probes.prompts for i in range(len(batch.names))]
         noise = torch.stack([torch.randn(shape, generator=generator(STREAM, person)) for person in people])
-        latents = sample(step, encoder, batch, noise.to(batch.target), settings.steps, settings.guidance)
-        pictures.append((step.decode_preview(latents).float() / 2 + 0.5).clamp(0, 1))
+        latents = sample(step, encoder, batch, noise.to(batch.target), settings.steps, settings.guidance, foresee)
+        pictures.append(_picture(step, latents))
+        if previews:
+            apart.append((previews[-1] - latents).square().mean((1, 2, 3)))
+            previews[-1] = _picture(step, previews[-1])
     drawn = torch.cat(pictures)
     save_grid(torch.cat([probes.shown[:, None], drawn.unflatten(0, (-1, probes.prompts)).to(probes.shown)], 1), grid)
     figures = probes.score(drawn)
+    if previews:
+        identity = probes.score(torch.cat(previews)).get("identity", torch.full((1,), torch.nan))
+        figures |= {"previewed": identity.nan_to_num(0.0), "apart": torch.cat(apart)}
     if (identity := figures.get("identity")) is not None:
         faces = ~identity.isnan()
         figures |= {"identity": identity.where(faces, 0.0), "faces": faces.float()}
     return {name: float(values.nanmean()) for name, values in figures.items()}
+
+
+def _picture(step: Step, latents: Tensor) -> Tensor:
+    """Latents as pictures in [0, 1]."""
+    assert step.decode_preview is not None
+    return (step.decode_preview(latents).float() / 2 + 0.5).clamp(0, 1)
 
 
 def save_grid(pictures: Tensor, path: Path) -> None:
