@@ -8,6 +8,7 @@ Identity by a recogniser, style by a scorer, neither of which took part in any t
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
@@ -145,9 +146,9 @@ def _of(values: Tensor, style: int) -> Tensor:
 
 
 def differences(scores: ArmScores, files: dict[str, list[TrainedEncoder]]) -> Table:
-    """Paired differences of arms that follow each other, run by run; of as many runs as both have."""
+    """Paired differences of each arm from those before it, run by run; of as many runs as both have."""
     pairs = {}
-    for one, other in zip(list(files), list(files)[1:], strict=False):
+    for one, other in itertools.combinations(files, 2):
         runs = range(1, min(len(files[one]), len(files[other])) + 1)
         pairs[f"{other} - {one}"] = {
             what: share(
