@@ -182,7 +182,7 @@ def by_protocol(
     run.draw()
     run.score()
     if missing := run.missing():
-        print(f"{missing} pictures are other workers' and not there yet: the last one writes the page.")
+        print(f"{missing} pictures are other workers' and not there or not judged yet: the last one writes the page.")
     else:
         page = write(run)
         print((run.folder / "table.md").read_text(encoding="utf-8"))

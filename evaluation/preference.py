@@ -103,6 +103,8 @@ def pairs_in(evaluation: Path, first: str, second: str) -> list[Pair]:
     with path.open(encoding="utf-8", newline="") as file:
         lines = list(csv.DictReader(file))
     arms = [_arm_of(name, lines) for name in (first, second)]
+    if arms[0] == arms[1]:
+        raise StudyError(f"{first} and {second} are the same arm: name two that differ, such as two weights.")
 
     def drawn(arm: tuple[str, str], backend: str) -> dict[tuple[str, str, str], dict[str, str]]:
         mine = (line for line in lines if (line["method"], line["weight"], line["backend"]) == (*arm, backend))

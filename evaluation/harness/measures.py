@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -88,6 +88,19 @@ class _OfPeople(MeasureKind):
         own = None if self.pack is None else digest_of(library.pack_folder(self.pack))
         return judge.digest if own is None else f"{judge.digest}, faces by {own}"
 
+    def opened(
+        self,
+        title: str,
+        library: Library,
+        judge: Embedder,
+        score: Callable[[Case], float | None],
+        needs: tuple[str, ...],
+        **more: Any,
+    ) -> OpenedMeasure:
+        """Makes the measure of a recogniser, who is known by name and hash."""
+        digest = self.digest(library, judge)
+        return OpenedMeasure(title, digest, score, needs, judge=judge.name, judged_by=judge.digest, **more)
+
 
 def cosine(embedder: Embedder, one: Path, other: Path | None) -> float | None:
     """Similarity of the people in two pictures, from -1 to 1; None where the first has no face."""
@@ -106,9 +119,7 @@ class Identity(_OfPeople):
         def score(case: Case) -> float | None:
             return cosine(judge, case.picture, case.reference)
 
-        return OpenedMeasure(
-            f"identity ({judge.name})", self.digest(library, judge), score, (REFERENCE,), missing=0.0, judge=judge.name
-        )
+        return self.opened(f"identity ({judge.name})", library, judge, score, (REFERENCE,), missing=0.0)
 
 
 class TargetIdentity(_OfPeople):
@@ -123,9 +134,7 @@ class TargetIdentity(_OfPeople):
             return cosine(judge, case.picture, case.target)
 
         title = f"similarity to the target ({judge.name})"
-        return OpenedMeasure(
-            title, self.digest(library, judge), score, (TARGET,), missing=0.0, judge=judge.name, judged_by=judge.digest
-        )
+        return self.opened(title, library, judge, score, (TARGET,), missing=0.0)
 
 
 def copy_paste(picture: Tensor, target: Tensor, reference: Tensor) -> float:
@@ -155,16 +164,7 @@ class CopyPaste(_OfPeople):
             found = [v for v in vectors if v is not None]
             return copy_paste(*found) if len(found) == 3 else None
 
-        title = f"copy-paste ({judge.name})"
-        return OpenedMeasure(
-            title,
-            self.digest(library, judge),
-            score,
-            (TARGET, REFERENCE),
-            better=NEITHER,
-            judge=judge.name,
-            judged_by=judge.digest,
-        )
+        return self.opened(f"copy-paste ({judge.name})", library, judge, score, (TARGET, REFERENCE), better=NEITHER)
 
 
 class FacesFound(MeasureKind):

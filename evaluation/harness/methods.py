@@ -24,6 +24,7 @@ from ...trainer.config import Count, Section
 from .library import EvaluationError, Library, digest_of
 from .scenes import DIFFUSERS, HOST, Desk, DiffusersScene, Drawn, HostScene, PictureJob
 
+_ANY_RUN = 50  # steps of a run by which it is seen whether evaluations are reckoned as before
 TUNING_BATCH = 8  # noise levels of a tuning step, of the node
 MethodWeight = Annotated[float, Field(ge=-1, le=5)]
 
@@ -129,7 +130,6 @@ class Method(Section):
     kind: ClassVar[str]
     LATE: ClassVar[bool] = False  # drawn after the others, whose pictures or times it needs
     PERSONAL: ClassVar[bool] = True  # whether it sees the reference without guidance
-    SAME_NOISE: ClassVar[bool] = True  # whether its picture begins from the noise that all others begin from
     GUIDED: ClassVar[bool] = True  # whether guidance can act on top of it
     title: str | None = Field(None, description="its name in tables, by default its key")
     weights: tuple[MethodWeight, ...] = Field((1.0,), min_length=1, description="each is an arm, all are one curve")
@@ -184,6 +184,9 @@ class Method(Section):
         without: dict[str, Any] = {"title": True, "weights": True, "file": True, "guidance": {"noise_guide": True}}
         settings = self.model_dump(mode="json", exclude=without)
         preset = PRESETS.get(str(self.guidance.preset or self.guidance.best_of)) if self.guidance else None
+        # How many noises a preset's evaluations look at changes with how these are reckoned.
+        named = self.guidance is not None and isinstance(self.guidance.best_of, str)
+        reckoned = self.guidance.settings(_ANY_RUN).best_of if self.guidance and named else None
         guide = self.noise_guide(library)
         return repr(
             (
@@ -191,6 +194,7 @@ class Method(Section):
                 settings,
                 {k: digest_of(p) for k, p in sorted(self.files(library).items())},
                 *([] if preset is None else [preset]),
+                *([] if reckoned is None else [reckoned]),
                 *([] if guide is None or self.guidance is None else [digest_of(guide), self.guidance.guide_alone]),
             )
         )
@@ -198,6 +202,10 @@ class Method(Section):
     def sees_reference(self) -> bool:
         """Says whether its pictures depend on the reference."""
         return self.PERSONAL or self.guidance is not None
+
+    def same_noise(self, steps: int) -> bool:
+        """Says whether its picture begins from the noise that all others begin from, and from none that was chosen."""
+        return self.guidance is None or self.guidance.settings(steps).best_of < 2
 
     def related(self) -> tuple[str, ...]:
         """Names the other methods that it needs."""
@@ -402,7 +410,6 @@ class BestOf(Method):
 
     kind = "best of"
     LATE = True
-    SAME_NOISE = False
     GUIDED = False
     of: str
     pictures: Count | None = None
@@ -414,6 +421,9 @@ class BestOf(Method):
         if name is None or name in library.embedders:
             return [] if name is None else [library.embedder(name, None).digest]
         return [digest_of(library.find("by.recogniser", name))]
+
+    def same_noise(self, steps: int) -> bool:
+        return False
 
     def related(self) -> tuple[str, ...]:
         return (self.of, *([self.same_time_as] if self.same_time_as else []))

@@ -84,7 +84,8 @@ def _of_folder(people: People, out: Path) -> list[ReferencePerson]:
         if others := passed_over(folder):
             print(others, file=sys.stderr)
         paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES)
-        for first, second in itertools.pairwise(sorted(paths, key=lambda p: p.stem)):
+        drawn = paths[people.first : None if people.count is None else people.first + people.count]
+        for first, second in itertools.pairwise(sorted(drawn, key=lambda p: p.stem)):
             if first.stem == second.stem:
                 raise EvaluationError(
                     f"people.source holds {first.name} and {second.name}, which would be one person, {first.stem}: "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -70,6 +70,8 @@ class EvaluationRun:
         self._model = world.files.digest()
         self._pack = digest_of(world.files.pack) if world.files.pack else None
         self._drawing = protocol.drawing.model_dump_json()
+        self._cases: dict[tuple[Arm, PictureJob], tuple[Case, dict[str, object]]] = {}
+        self._targets: dict[Path, str] = {}
         self._digests = {name: method.digest(world.library) for name, method in self.methods.items()}
 
     def _check(self) -> None:
@@ -93,31 +95,37 @@ class EvaluationRun:
             raise EvaluationError(f"baseline is {base!r}: name one of the methods, {', '.join(self.methods)}.")
 
     def _check_references(self) -> None:
-        """Says of every reference and target whether the judges see a face in it, before anything is drawn."""
+        """Says of every reference whether the judges see a face in it, before anything is drawn."""
         missing = []
         for name, measure in self.measures.items():
-            if not measure.judge or measure.missing is None:
-                continue
-            for person in self.people:
-                if REFERENCE in measure.needs:
+            if measure.judge and REFERENCE in measure.needs and measure.missing is not None:
+                for person in self.people:
                     case = Case(person.reference, person.name, "", person.reference)
                     if measure.score(case) is None:
                         missing.append((person.name, name))
-                for prompt in self.prompts if TARGET in measure.needs else ():
-                    target = person.target(prompt)
-                    if (
-                        target
-                        and measure.score(Case(target, person.name, prompt.text, person.reference, target)) is None
-                    ):
-                        raise EvaluationError(
-                            f"No face was found in the target {target.name} of {person.name} (measure {name}), so that "
-                            "nobody could be like it: take it out, or give one that shows a face."
-                        )
         if missing:
             names = list(dict.fromkeys(n for n, _ in missing))
             raise EvaluationError(
                 f"No face was found in the reference {', '.join(names[:5])}{' ...' if len(names) > 5 else ''} (measure "
                 f"{missing[0][1]}): take it out of people.source, or give a picture that shows one face clearly."
+            )
+
+    def _check_targets(self, people: Sequence[ReferencePerson]) -> None:
+        """The same of how they truly look under the prompts, where that is known."""
+        missing = {}
+        for name, measure in self.measures.items():
+            if measure.judge and TARGET in measure.needs and measure.missing is not None:
+                for person, prompt in product(people, self.prompts):
+                    target = person.target(prompt)
+                    if target is None:
+                        continue
+                    if measure.score(Case(target, person.name, prompt.text, person.reference, target)) is None:
+                        missing[f"{target.name} of {person.name}"] = name
+        if missing:
+            raise EvaluationError(
+                f"No face was found in the target {', '.join([*missing][:5])}{' ...' if len(missing) > 5 else ''} "
+                f"(measure {next(iter(missing.values()))}), so that nobody could be like it: take it out, or give one "
+                "that shows a face."
             )
 
     def _own_judges(self) -> list[str]:
@@ -159,7 +167,15 @@ class EvaluationRun:
         method = self.methods[name]
         methods = [self._digests[n] for n in (name, *method.related())]
         person = job.person.digest if method.sees_reference() else None
-        return digest(backend, self._model, methods, weight, self._drawing, person, job.prompt.text, job.noise_seed)
+        whose_time = self._whose_time(method)
+        parts = (backend, self._model, methods, weight, self._drawing, person, job.prompt.text, job.noise_seed)
+        return digest(*parts, *whose_time)
+
+    def _whose_time(self, method: Method) -> list[float]:
+        """The weight by whose time pictures are counted, where another could have been it."""
+        other = method.same_time_as if isinstance(method, BestOf) else None
+        weights = self.methods[other].weights if other else ()
+        return [weights[0]] if len(weights) > 1 else []
 
     def timed(self, method: str, other: str, weight: float, backend: str) -> tuple[Arm, Arm]:
         """The arms whose times say how many pictures of a method fit into one of another's."""
@@ -172,10 +188,20 @@ class EvaluationRun:
             method = self.methods[arm.method]
             if isinstance(method, BestOf) and method.same_time_as:
                 pair = self.timed(method.of, method.same_time_as, arm.weight, arm.backend)
-                count = self.store.counted(self.count_key(*pair))
+                count = self.store.counted(self.count_key(*pair)) or self.counted_before(arm)
                 if count is not None:
-                    found[f"{arm.backend}: {method.of} in the time of {method.same_time_as}"] = count
+                    of = method.of + (f", {arm.weight:g}" if len(method.weights) > 1 else "")
+                    found[f"{arm.backend}: {of} in the time of {method.same_time_as}"] = count
         return found
+
+    def counted_before(self, arm: Arm) -> int | None:
+        """The count of a best of so many in the folder of an evaluation that named counts by methods alone, where
+        pictures by it are there."""
+        method = self.methods[arm.method]
+        assert isinstance(method, BestOf)
+        known = self.store.counted_by_name(f"{arm.backend}: {method.of} in the time of {method.same_time_as}")
+        drawn = (self.store.has(self.key(arm.method, job, arm.weight, arm.backend)) for job in self.jobs())
+        return known if known is not None and any(drawn) else None
 
     def count_key(self, own: Arm, theirs: Arm) -> str:
         """The content key of how many pictures of an arm fit into the time of one of another's."""
@@ -191,6 +217,7 @@ class EvaluationRun:
             ]
             if not todo:
                 continue
+            self._check_targets(list(dict.fromkeys(job.person for _, _, job in todo)))
             setting = Setting(
                 self.world.files, self.protocol.drawing, self.world.library, self.methods, self.world.open_host
             )
@@ -222,13 +249,19 @@ class EvaluationRun:
 
     def case(self, arm: Arm, job: PictureJob) -> tuple[Case, dict[str, object]]:
         """A picture with all that judges may ask for, and by field what that depends on."""
+        if (arm, job) not in self._cases:
+            self._cases[arm, job] = self._case(arm, job)
+        return self._cases[arm, job]
+
+    def _case(self, arm: Arm, job: PictureJob) -> tuple[Case, dict[str, object]]:
 
         def path(one: PictureJob, method: str = arm.method, weight: float = arm.weight) -> tuple[str, Path]:
             key = self.key(method, one, weight, arm.backend)
             return key, self.store.picture(key)
 
         plain = next(((n, m) for n, m in self.methods.items() if isinstance(m, Nothing) and not m.guidance), None)
-        compared = self.methods[arm.method].sees_reference() and self.methods[arm.method].SAME_NOISE
+        method = self.methods[arm.method]
+        compared = method.sees_reference() and method.same_noise(self.protocol.drawing.steps)
         key, picture = path(job)
         target = job.person.target(job.prompt)
         others = [path(PictureJob(job.person, job.prompt, s)) for s in self.protocol.seeds if s != job.seed]
@@ -245,11 +278,16 @@ class EvaluationRun:
         depends: dict[str, object] = {
             "picture": key,
             REFERENCE: job.person.digest,
-            TARGET: digest_of(target) if target else None,
+            TARGET: self._target_digest(target) if target else None,
             PLAIN: before and before[0],
             OTHERS: sorted(k for k, _ in others),
         }
         return case, depends
+
+    def _target_digest(self, target: Path) -> str:
+        if target not in self._targets:  # more than `digest_of` keeps
+            self._targets[target] = digest_of(target)
+        return self._targets[target]
 
     def score_key(self, measure: OpenedMeasure, case: Case, depends: Mapping[str, object]) -> str:
         """The content key of a score."""
@@ -348,6 +386,11 @@ class _Desk:
     def count_in_the_time_of(self, method: str, other: str, weight: float) -> int:
         run = self._run
         arms = run.timed(method, other, weight, self._name)
+        for name, chooser in run.methods.items():  # of a folder that was begun before counts had keys
+            if isinstance(chooser, BestOf) and (chooser.of, chooser.same_time_as) == (method, other):
+                before = run.counted_before(Arm(name, weight, self._name))
+                if before is not None:
+                    return before
 
         def found() -> int:
             own, theirs = (run.seconds(arm) for arm in arms)

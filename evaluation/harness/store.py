@@ -89,6 +89,11 @@ class EvaluationStore:
         path = self._count(key)
         return int(json.loads(path.read_text())) if path.exists() else None
 
+    def counted_by_name(self, name: str) -> int | None:
+        """The number that an earlier version of this code kept under a name."""
+        path = self.folder / "counts.json"
+        return json.loads(path.read_text()).get(name) if path.exists() else None
+
     def _count(self, key: str) -> Path:
         return self.folder / "counts" / f"{key}.json"
 

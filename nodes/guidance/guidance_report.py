@@ -60,17 +60,20 @@ class RunReport:
         return [] if self.decode is None else [_smaller(self.decode(latent)) for _, latent in self.previews]
 
     def text(self) -> str:
-        """A line for each guided step: the mean loss before and after. Then what else is to be said, a line each."""
+        """A line for each guided step: the mean loss before and after, where it was measured. Then what else is to be
+        said, a line each."""
         lines = [line for line in (self.start, self.began) if line]
         for step in dict.fromkeys(iterate.step for iterate in self.iterates):
             of_step = [iterate for iterate in self.iterates if iterate.step == step]
             means = [mean(iterate.losses) for iterate in of_step]
             best = min((m for m in means if m is not None), default=None)
             shown = ["none counted" if m is None else f"{m:.4g}" for m in (means[0], means[-1], best)]
+            way = f"{shown[0]} -> {shown[1]} (best {shown[2]})"
+            if not any(iterate.final for iterate in of_step):  # what its last move led to is measured in the next step
+                way = f"{' -> '.join(shown[: len(means)][:2])} before the last move"
             lines.append(
-                f"step {step + 1} (sigma {of_step[0].sigma:.3g}): {self.loss} {shown[0]} -> {shown[1]} (best "
-                f"{shown[2]}) in {sum(not i.final for i in of_step)} iterations"
-                + (f", kept: {self.kept}" if self.kept else "")
+                f"step {step + 1} (sigma {of_step[0].sigma:.3g}): {self.loss} {way} in "
+                f"{sum(not i.final for i in of_step)} iterations" + (f", kept: {self.kept}" if self.kept else "")
             )
         return "\n".join([*(lines or [_UNGUIDED]), *self.notes])
 

@@ -203,6 +203,9 @@ class GuidedRun:
                 self._judge,
                 step.last,
             )
+            if progress.n < total:  # where the last iterate is not evaluated
+                progress.update(total - progress.n)
+                bar.update_absolute(total, total)
         return (x + to_ve(best - z, sigma)).detach()  # where nothing moved, the bits stay
 
     def _begin(

@@ -93,7 +93,7 @@ def test_of_many_guided_steps_the_first_and_the_last_are_shown_and_nothing_else_
     names = [f"step {number}, {when}" for number in (1, 4) for when in ("before", "after")]
     assert [name for name, _ in run.previews] == names
     text = pack.nodes["LookaheadGuidanceReport"].execute(latent, report).result[2]
-    assert text.count("in 1 iterations, kept: last") == 4
+    assert text.count("in 1 iterations, kept: last") == 4 and text.count("before the last move") == 3
 
 
 def test_what_nothing_is_drawn_by_chance_for_is_measured_once(guide, draw, shortcut, mini, passes):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from lcm_lookahead.cli import world
-from lcm_lookahead.evaluation.harness.library import EvaluationError, Library
+from lcm_lookahead.evaluation.harness.library import EvaluationError, Library, digest_of
 from lcm_lookahead.evaluation.harness.measures import MEASURES, Case, Identity, copy_paste
 from lcm_lookahead.evaluation.harness.sections import People, Prompt
 from lcm_lookahead.evaluation.stats import auc
@@ -107,7 +107,8 @@ def test_change_and_diversity_are_distances_and_need_what_they_compare_with(libr
 def test_scores_by_a_pack_of_the_measure_s_own_are_none_of_the_protocol_s_pack(library):
     kinds = [Identity(recogniser="mini_face_recogniser.safetensors", pack=pack) for pack in (None, "mini")]
     shared, own = (kind.open(library, "mini") for kind in kinds)
-    assert shared.digest != own.digest and shared.judged_by == own.judged_by
+    file = digest_of(library.find("recogniser", "mini_face_recogniser.safetensors"))
+    assert shared.digest == file != own.digest and shared.judged_by == own.judged_by == file
 
 
 def test_a_picture_without_a_face_has_no_identity_and_counts_nothing(library, people, tmp_path):

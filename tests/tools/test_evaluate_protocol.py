@@ -3,7 +3,9 @@
 import csv
 import json
 import re
+import shutil
 import sys
+from pathlib import Path
 
 import numpy
 import pytest
@@ -12,9 +14,10 @@ from lcm_lookahead.cli import evaluate as command
 from lcm_lookahead.cli import main
 from lcm_lookahead.cli.world import library_of, world_of
 from lcm_lookahead.evaluation import preference
-from lcm_lookahead.evaluation.harness import cost, opening, protocol, report, run
+from lcm_lookahead.evaluation.harness import cost, figures, opening, protocol, report, run
 from lcm_lookahead.evaluation.harness.library import EvaluationError
 from lcm_lookahead.evaluation.harness.measures import Case
+from lcm_lookahead.evaluation.harness.methods import GuidanceOption
 from lcm_lookahead.evaluation.harness.people import count_people, read_people
 from lcm_lookahead.evaluation.harness.sections import People
 from lcm_lookahead.evaluation.harness.store import EvaluationStore
@@ -126,7 +129,15 @@ def test_the_page_needs_no_other_file_and_the_protocol_beside_it_is_the_same_eva
     lines = (whole.folder / report.SCORES).read_text().splitlines()
     assert len(lines) == 1 + 4 * 3  # arms, people
     assert lines[0].startswith("method,weight,backend,person,kind,prompt,seed,picture,reference,seconds,")
-    assert {"identity (mini judge)", "prompt (style, mini scorer)"} < set(next(csv.reader(lines)))
+    for line in csv.DictReader(lines):
+        (kept,) = [one for one in whole.lines() if one["key"] == Path(line["picture"]).stem]
+        about = [line[field] for field in ("method", "weight", "person", "prompt", "seed")]
+        assert about[0] == kept["method"] and about[2:] == [kept["person"], kept["prompt"], str(kept["seed"])]
+        assert float(about[1]) == kept["weight"] and float(line["seconds"]) == kept["seconds"]
+        (person,) = [one for one in whole.people if one.name == line["person"]]
+        measured = whole.measures["identity"].score(Case(whole.folder / line["picture"], "", "", person.reference))
+        assert float(line["identity (mini judge)"]) == pytest.approx(measured, abs=1e-6)
+        assert line["prompt (style, mini scorer)"] in ("0.0", "1.0")
     tex = (whole.folder / "table.tex").read_text()
     assert tex.count(r"\\") == 5 and r"\pm" in tex
     with Image.open(whole.folder / "grid.jpg") as grid:
@@ -204,14 +215,21 @@ def test_the_best_of_other_noises_has_no_change_by_the_reference(done):
 
 
 def test_arms_stand_over_the_baseline_s_curve_at_their_own_prompt(done):
-    """The same gain as that of the curve over the arm, turned."""
+    """A baseline with identity 0 at prompt 0 and 1 at 1 has .25 at .25; an arm that has .5 there is .25 above it."""
     _, whole = done
-    arms = {(a.arm.method, a.arm.weight): a for a in report.figures(whole).arms}
-    assert arms["adapter", 1.0].over_curve is None and arms["nothing", 1.0].over_curve is not None
-    curve = [whole.values(run.Arm("adapter", w, "diffusers"), whole.measures["prompt"]) for w in (0.5, 1.0)]
-    level = arms["nothing", 1.0].means["prompt"].value
-    reached = sorted(numpy.mean([value for row in rows for value in row]) for rows in curve)
-    assert numpy.isfinite(arms["nothing", 1.0].over_curve.value) == (reached[0] <= level <= reached[1])
+    low, high, arm = (run.Arm(*of, "diffusers") for of in (("adapter", 0.5), ("adapter", 1.0), ("nothing", 1.0)))
+    people = numpy.ones(12)
+    columns = {
+        one: {"prompt": x * people, "identity": y * people}
+        for one, x, y in ((low, 0, 0), (high, 1, 1), (arm, 0.25, 0.5))
+    }
+    assert figures._over_curve(whole, columns, arm, high) == pytest.approx((0.25, 0.25, 0.25))
+    assert figures._over_curve(whole, columns, low, high) is None
+    columns[arm]["prompt"] = 2 * people  # where the curve does not come
+    assert numpy.isnan(figures._over_curve(whole, columns, arm, high).value)
+    columns[arm] = {"prompt": 0.25 * people, "identity": numpy.linspace(0, 1, 12)}
+    value, below, above = figures._over_curve(whole, columns, arm, high)
+    assert value == pytest.approx(0.25) and below < 0.25 < above and 0.2 < above - below < 0.6
 
 
 def test_the_best_of_two_is_the_one_that_follows_the_prompt_better_and_takes_the_time_of_both(done):
@@ -403,6 +421,61 @@ def test_a_reference_without_a_face_is_named(tmp_path):
     (faces / "notes.png").write_text("no picture")
     with pytest.raises(EvaluationError, match="The reference notes cannot be read as a picture"):
         evaluation(written(tmp_path, **changed))
+
+
+def test_a_target_without_a_face_is_named_before_anything_is_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "opened", lambda *a: pytest.fail("a back end was opened"))
+    faces = tmp_path / "faces"
+    one = evaluation(written(tmp_path)).people[0]
+    (faces / "targets" / "anna").mkdir(parents=True)
+    shutil.copy(one.reference, faces / "anna.png")
+    Image.new("RGB", (96, 96), (120, 120, 120)).save(faces / "targets" / "anna" / "0.png")
+    measures = {"target": {"kind": "identity of target", "recogniser": "mini_face_recogniser.safetensors"}}
+    people = {"source": str(faces), "targets": str(faces / "targets")}
+    with pytest.raises(EvaluationError, match=r"in the target 0.png of anna \(measure target\), so that nobody could"):
+        evaluation(written(tmp_path, people=people, measures=measures)).draw()
+
+
+def test_a_method_that_is_chosen_by_its_judge_or_guided_by_the_pack_is_warned_of(tmp_path):
+    own = "mini_face_recogniser.safetensors"
+    by = {"kind": "identity", "recogniser": own}
+    methods = {"nothing": {"kind": "none"}, "best": {"kind": "best of", "of": "nothing", "pictures": 2, "by": by}}
+    chosen = evaluation(written(tmp_path, methods=methods, measures={"identity": by}, baseline=None))
+    (warning,) = chosen.warnings
+    assert f"judges by {own}, by which methods.best was trained, is steered or chosen" in warning
+    onnx = world_of(chosen.protocol).files.pack / "rec_mini.onnx"
+    methods = {"guided": {"kind": "none", "guidance": {"preset": "quick"}}}
+    measures = {"identity": {"kind": "identity", "recogniser": str(onnx)}}
+    guided = evaluation(written(tmp_path, methods=methods, measures=measures, **HOST_ALONE))
+    assert "methods.guided" in guided.warnings[0]
+
+
+def test_how_many_fit_into_another_s_time_is_told_and_found_in_older_folders(tmp_path):
+    """As it was reckoned, not guessed from the times: here they say nothing, and the count was 2."""
+    methods = {
+        "nothing": {"kind": "none"},
+        "adapter": {"kind": "encoder", "file": "mini_ip_adapter_plus_face.safetensors"},
+        "best": {**BEST, "pictures": None, "of": "nothing", "same_time_as": "adapter"},
+    }
+    path = written(tmp_path, methods=methods, people={"source": "drawn", "count": 1})
+    one = evaluation(path)
+    assert one.counts() == {}
+    (job,) = one.jobs()
+    one.store.keep(one.key("best", job, 1.0, "diffusers"), Image.new("RGB", (8, 8)), {"seconds": 1.0})
+    (one.folder / "counts.json").write_text(json.dumps({"diffusers: nothing in the time of adapter": 2}))
+    assert one.counts() == {"diffusers: nothing in the time of adapter": 2}
+    pair = one.timed("nothing", "adapter", 1.0, "diffusers")
+    one.store.count(one.count_key(*pair), lambda: 3)
+    assert one.counts() == {"diffusers: nothing in the time of adapter": 3}
+    assert evaluation(path, ["drawing.steps=3"]).counts() == {}
+
+
+def test_what_begins_from_a_chosen_noise_has_no_change(tmp_path):
+    method = run.METHODS["none"]
+    chosen = [method(guidance=GuidanceOption(**given)) for given in ({"best_of": 4}, {"best_of": "quick"})]
+    chosen.append(method(guidance=GuidanceOption(preset="best of 16")))
+    assert not any(one.same_noise(50) for one in chosen)
+    assert method().same_noise(50) and method(guidance=GuidanceOption(preset="quick")).same_noise(50)
 
 
 def test_a_recogniser_that_is_the_loss_s_own_is_warned_of(tmp_path):

@@ -51,4 +51,4 @@ def test_a_page_is_what_its_figures_make(name):
 def test_without_a_second_arm_nothing_follows_another():
     rows = {"before": {}, "a": {}}
     text = encoders.page(rows, {}, 10)
-    assert "one after another" not in text and "\n\nSimilarity by style" in text and "\n\n\n" not in text
+    assert "less an earlier" not in text and "\n\nSimilarity by style" in text and "\n\n\n" not in text

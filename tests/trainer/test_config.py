@@ -6,6 +6,7 @@ from lcm_lookahead.trainer.lookahead.config import Config, from_values, load
 from pydantic import BaseModel
 
 SMALL = {"model": {"base": "b", "start": "s"}, "data": {"source": "d"}, "lookahead": {"arm": "none"}}
+WITH_X0 = {"base": "b", "start": "s", "vae": "v", "recogniser": "r"}
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
@@ -30,6 +31,10 @@ def test_the_paper_s_configuration_has_the_paper_s_figures():
         ({"drop": {"text": 0.6, "both": 0.5}}, "their sum must be at most 1"),
         ({"lookahead": {"arm": "shortcut"}}, "needs model.vae and model.recogniser and model.shortcut"),
         ({"lookahead": {"arm": "none", "semantic_alignment": 0.6}}, "compare previews, and lookahead.arm is 'none'"),
+        (
+            {"lookahead": {"arm": "x0", "contrast": 0.1}, "batch": 8, "accumulate": 8, "model": WITH_X0},
+            "computes one at a time: raise",
+        ),
         ({"lookahead": {"arm": "none", "contrast": 0.1}}, "contrast compares previews, and lookahead.arm is 'none'"),
         ({"lookahead": {"arm": "none", "align": "sds"}}, "align 'sds' is for lookahead.arm 'shortcut', not 'none'"),
         ({"precision": "fp8"}, "precision is 'fp8'"),

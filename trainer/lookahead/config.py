@@ -121,7 +121,7 @@ class Optimiser(BaseOptimiser):
     FIRST = ("adapter_rate", "kv_rate")
     adapter_rate: Positive = Field(1e-5, description="learning rate of Resampler and image prompt projections")
     kv_rate: Annotated[float, Field(ge=0)] = Field(
-        5e-6, description="learning rate of the KV encoder; 0 leaves it frozen, as the base reads its reference"
+        5e-6, description="learning rate of the KV encoder; 0 leaves it frozen: the base itself"
     )
 
 
@@ -198,6 +198,11 @@ class Config(RunConfig):
         if self.lookahead.contrast and arm == "none":
             raise ValueError(
                 "lookahead.contrast compares previews, and lookahead.arm is 'none': choose 'x0' or 'shortcut'"
+            )
+        if self.lookahead.contrast and self.batch < 2 * self.accumulate:
+            raise ValueError(
+                f"lookahead.contrast compares a preview with others, and batch {self.batch} with accumulate "
+                f"{self.accumulate} computes one at a time: raise batch, or lower accumulate"
             )
         if self.lookahead.aligns_person and arm == "none":
             raise ValueError(

@@ -24,6 +24,7 @@ PANELS = {
     "lookahead": "lookahead loss",
     "distance": "distance of previews",
     "counted": "share that counts",
+    "contrast": "InfoNCE of previews",
     "alignment": "alignment loss",
     "semantic": "semantic alignment",
     "layout": "layout alignment",
@@ -34,6 +35,8 @@ PANELS = {
     "faces": "validation: share with a face",
     "prompt": "validation: prompt",
     "style": "validation: style",
+    "previewed": "validation: identity of previews",
+    "apart": "validation: distance of previews",
 }
 
 
@@ -48,13 +51,15 @@ class LookaheadRecipe:
     def __init__(self, config: Config, step: Step, about: Mapping[str, str] | None = None):
         self.config, self.losses, self.trained = config, step, step.encoder
         self.about = dict(about or {})
+        if not config.optimiser.kv_rate:
+            self.trained.kv.requires_grad_(False)
         self.parts: tuple[Part, ...] = parts(config)
 
     def groups(self) -> list[tuple[list[nn.Parameter], float]]:
         """Resampler and image prompt projections at one rate, and the KV encoder, where there is one, at its own."""
         settings = self.config.optimiser
         rates = {"adapter": settings.adapter_rate, "kv": settings.kv_rate}
-        return [(group, rates[name]) for name, group in self.trained.groups().items()]
+        return [(group, rates[name]) for name, group in self.trained.groups().items() if rates[name]]
 
     def draw(self, numbers: Sequence[int], batch: Batch) -> Draws:
         return draw(self.config, numbers, tuple(batch.target.shape[1:])).to(batch.target.device)
@@ -68,6 +73,8 @@ class LookaheadRecipe:
             distance = mean(torch.where(ahead.valid, ahead.values, 0.0).mean())
             figures["distance"] = distance / counted if counted else float("nan")
             figures |= {name: mean(values.mean()) for name, values in ahead.terms.items()}
+            if "contrast" in figures:  # of samples that count, as the distance
+                figures["contrast"] = figures["contrast"] / counted if counted else float("nan")
         return figures
 
     def export(self, path: Path, trained: Encoder, steps: int) -> Path:

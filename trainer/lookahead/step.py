@@ -98,7 +98,8 @@ class Step(nn.Module):
 
         A sample is not valid when the loss says so (no face), nor when it has neither image prompt nor reference KV,
         since nothing that is trained could change its preview. The sum is divided by B whatever is valid: a step in
-        which few previews show a face weighs less, and several processes equal one.
+        which few previews show a face weighs less, and several processes equal one (but for `contrast`, whose others
+        are the samples of one forward pass).
         """
         ahead, t = self.config.lookahead, draws.t_lookahead
         shortcut = draws.strength if ahead.arm == "shortcut" else 0.0
@@ -114,6 +115,11 @@ class Step(nn.Module):
         contrast = None
         if ahead.contrast:
             assert isinstance(batch.loss, IdentityLoss)  # every source gives this one
+            if len(latent) < 2:
+                raise ValueError(
+                    "lookahead.contrast compares a preview with others, and one sample is computed at a time: raise "
+                    "batch, lower accumulate or the number of processes, or set it to 0."
+                )
             values, valid, contrast = batch.loss.among(picture)
         else:
             values, valid = batch.loss(picture)
@@ -125,6 +131,7 @@ class Step(nn.Module):
         loss = ahead.weight * weighed.sum() / len(values)
         if contrast is not None:
             contrast = torch.where(valid, contrast, 0.0)
+            contrast = contrast * draws.strength if ahead.weigh_by_strength else contrast
             loss = loss + ahead.contrast * contrast.sum() / len(values)
             terms["contrast"] = contrast.detach()
         if ahead.align != "strength":

@@ -150,8 +150,9 @@ def validate(
     save_grid(torch.cat([probes.shown[:, None], drawn.unflatten(0, (-1, probes.prompts)).to(probes.shown)], 1), grid)
     figures = probes.score(drawn)
     if previews:
-        identity = probes.score(torch.cat(previews)).get("identity", torch.full((1,), torch.nan))
-        figures |= {"previewed": identity.nan_to_num(0.0), "apart": torch.cat(apart)}
+        figures |= {"apart": torch.cat(apart)}
+        if (foreseen := probes.score(torch.cat(previews)).get("identity")) is not None:
+            figures |= {"previewed": foreseen.nan_to_num(0.0)}
     if (identity := figures.get("identity")) is not None:
         faces = ~identity.isnan()
         figures |= {"identity": identity.where(faces, 0.0), "faces": faces.float()}
