@@ -49,6 +49,7 @@ from ..world.faces import PLACES as ALL_PLACES
 from ..world.faces import STYLES as ALL_STYLES
 from ..world.references import reference_faces
 from .drawing import draw_kept, null_text
+from .evaluate import PEOPLE
 from .study import CFG, SIZE, STYLES, Table, prompt_of, render, sheet, write_page
 
 SAMPLER, SCHEDULER, STEPS = "ddim", "ddim_uniform", 50  # the paper's
@@ -367,7 +368,8 @@ def presets_page(figures: Table, costs: Mapping[str, float], seconds: Mapping[st
     """docs/guidance_presets.md or guidance_papers.md. people: the numbers of those who were drawn."""
     measures = list(figures[NONE])
     named = [] if CUSTOM in figures else [name for name in figures if name in PRESETS or name in BY_NOISE_GUIDE]
-    first = ["--first", str(people.start)] if people.start else []
+    first = ["--references", str(len(people))] if len(people) != PEOPLE["presets"] else []
+    first += ["--first", str(people.start)] if people.start else []
     gains = (f"{name}, {what}" for name in measures[:2] for what in ("gain", f"gain over {AS_MANY}"))
     columns = [*measures, *gains, *(f"{measures[0]}, {OVER_INSTANT}",)]
     setup = {"steps": STEPS, "sampler": SAMPLER, "scheduler": SCHEDULER, "cfg": CFG, "batch": BATCH}

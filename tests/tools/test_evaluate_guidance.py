@@ -127,7 +127,7 @@ def test_the_page_of_presets_has_a_row_an_arm_with_what_it_takes():
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ") and "evaluations" not in line]
     expected = [(f"| {name}", str(round(costs[name])), f"{seconds[name]:.1f}") for name in arms]
     assert [tuple(row[:3]) for row in rows] == expected and "16 triples" in text and "200 to 215" in text
-    assert "Written by `lookahead evaluate --presets quick DPS --first 200`" in text
+    assert "Written by `lookahead evaluate --presets quick DPS --references 16 --first 200`" in text
     assert len({len(row) for row in rows}) == 1 and "DPS steer by plain x0" in text
     assert "similarity to the reference, gain over the best of as many" in figures["quick"]
     assert "DPS (arXiv 2209.14687)" in text and "](guidance_papers.jpg)" in text
