@@ -181,13 +181,23 @@ class IdentityLoss:
 
     def __call__(self, preview: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Computes `Loss`. A preview without a face (`fallback`) is not valid: its value is 0, without a gradient."""
-        values, valid, _ = self.among(preview, rows)
+        _, values, valid = self._compared(preview, rows)
         return values, valid
 
     def among(self, preview: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Computes `Loss` and how hard it is to tell whose of all references a preview [n, 3, h, w] is: values, valid
         and InfoNCE [n], -log of the share that the own reference has of exp(cosine / TEMPERATURE) over all of them, 0
         where it alone counts and log(m) where all are alike (WithAnyone, arXiv 2510.14975)."""
+        seen, values, valid = self._compared(preview, rows)
+        everyone = self.references.embeddings.to(seen)
+        own = torch.arange(len(seen)) if rows is None else rows.cpu()
+        contrast = F.cross_entropy(
+            seen @ everyone.T / TEMPERATURE, own.to(seen.device) % len(everyone), reduction="none"
+        )
+        return values, valid, torch.where(valid, contrast, 0.0)
+
+    def _compared(self, preview: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Whom previews show, unit vectors [n, d], and `Loss`."""
         pictures = (clamp_preview(preview.to(torch.promote_types(preview.dtype, torch.float32))) + 1) / 2
         memory = self.memory or Memory()
         rows = torch.arange(len(pictures)) if rows is None else rows.cpu()
@@ -202,10 +212,7 @@ class IdentityLoss:
         seen = see(self.recogniser, pictures, points, self.views, self.generator)
         values = 1 - (seen * select_references(self.references.embeddings, seen, rows)).sum(-1)
         valid = valid.to(values.device)
-        everyone = self.references.embeddings.to(seen)
-        own = rows.to(seen.device) % len(everyone)
-        contrast = F.cross_entropy(seen @ everyone.T / TEMPERATURE, own, reduction="none")
-        return torch.where(valid, values, 0.0), valid, torch.where(valid, contrast, 0.0)
+        return seen, torch.where(valid, values, 0.0), valid
 
     @property
     def shows(self) -> bool:
