@@ -7,19 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...tools.common import Problem
+from .study import PEOPLE
 
-PEOPLE = {
-    "reference": 100,
-    "knobs": 20,
-    "guidance": 96,
-    "presets": 96,
-    "encoders": 96,
-    "null-text": 20,
-    "people": 48,
-    "layers": 20,
-    "reference-presets": 24,
-    "concepts": 144,
-}  # by study, how many unless said
 #: People of these may be others than the first ones.
 FROM_ANYONE = ("encoders", "guidance", "presets", "people", "reference-presets")
 FEWEST = 10  # fewer make no interval, and a draw may hold one person alone

@@ -49,8 +49,7 @@ from ..world.faces import PLACES as ALL_PLACES
 from ..world.faces import STYLES as ALL_STYLES
 from ..world.references import reference_faces
 from .drawing import draw_kept, null_text
-from .evaluate import PEOPLE
-from .study import CFG, SIZE, STYLES, Table, prompt_of, render, sheet, write_page
+from .study import CFG, PEOPLE, SIZE, STYLES, Table, prompt_of, render, sheet, write_page
 
 SAMPLER, SCHEDULER, STEPS = "ddim", "ddim_uniform", 50  # the paper's
 BATCH = 8  # pictures drawn at once, each towards a reference of its own

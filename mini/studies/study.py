@@ -27,6 +27,18 @@ SIMILARITY, STYLE = "similarity to the own reference", "style accuracy"
 
 #: The figures of several arms, by arm
 Table = dict[str, Intervals]
+PEOPLE = {
+    "reference": 100,
+    "knobs": 20,
+    "guidance": 96,
+    "presets": 96,
+    "encoders": 96,
+    "null-text": 20,
+    "people": 48,
+    "layers": 20,
+    "reference-presets": 24,
+    "concepts": 144,
+}  # by study, how many unless said
 
 
 def prompt_of(style: str) -> str:
