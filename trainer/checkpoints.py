@@ -160,7 +160,7 @@ def _differences(
     state: State,
 ) -> str:
     """What of a run may not change and has, for the user; empty where nothing has. other: of `changes`."""
-    free = config.FREE | config.SCORING
+    free = config.free | config.SCORING
     if config.optimiser.schedule != "constant":
         free = free - {"steps"}
     fixed = [f"{name} ({was}, now {now})" for name, (was, now) in other.items() if name not in free]

@@ -173,6 +173,16 @@ class RunConfig(Section):
     }
     SYNONYMS: ClassVar[Mapping[str, str]] = SYNONYMS
 
+    @property
+    def free(self) -> frozenset[str]:
+        """Names the fields that may change in this run, when it goes on."""
+        return self.FREE
+
+    @property
+    def least_rows(self) -> int:
+        """Says how many samples a forward pass needs at least."""
+        return 1
+
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
         """A configuration from a YAML file. overrides: "section.key=value", the value read as YAML.

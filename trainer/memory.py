@@ -10,11 +10,11 @@ from .config import RunConfig
 def out_of_memory(config: RunConfig, savings: Mapping[str, float]) -> str:
     """One sentence: the knobs that are left to turn, and the GB that each saves.
 
-    savings: by change, such as "accumulate=2". What may not change in a run that goes on (`RunConfig.FREE`) comes last.
+    savings: by change, such as "accumulate=2". What may not change in a run that goes on (`RunConfig.free`) comes last.
     """
     knobs: dict[bool, list[str]] = {True: [], False: []}
     for knob, saved in savings.items():
-        knobs[knob.partition("=")[0] in config.FREE].append(f"{knob} (saves {saved:.1f} GB)")
+        knobs[knob.partition("=")[0] in config.free].append(f"{knob} (saves {saved:.1f} GB)")
     turn = knobs[True]
     if knobs[False]:
         turn = [*turn, f"in a new run, with another `out`: {', '.join(knobs[False])}"]

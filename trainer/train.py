@@ -146,6 +146,13 @@ def _check_processes(accelerator: Accelerator, config: RunConfig) -> None:
             f"batch is {config.batch}, and {processes} processes with accumulate {config.accumulate} cannot share it "
             "evenly: change one."
         )
+    rows = config.batch // (processes * config.accumulate)
+    if rows < config.least_rows:
+        raise TrainingError(
+            f"batch {config.batch} over {processes} processes with accumulate {config.accumulate} computes {rows} at a "
+            f"time, and a loss of this run compares {config.least_rows} or more: raise batch, or lower accumulate or the "
+            "number of processes."
+        )
 
 
 def make_optimiser(config: RunConfig, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:

@@ -24,7 +24,6 @@ from ...trainer.config import Count, Section
 from .library import EvaluationError, Library, digest_of
 from .scenes import DIFFUSERS, HOST, Desk, DiffusersScene, Drawn, HostScene, PictureJob
 
-_ANY_RUN = 50  # steps of a run by which it is seen whether evaluations are reckoned as before
 TUNING_BATCH = 8  # noise levels of a tuning step, of the node
 MethodWeight = Annotated[float, Field(ge=-1, le=5)]
 
@@ -179,14 +178,15 @@ class Method(Section):
                 "the method whose pictures are chosen from."
             )
 
-    def digest(self, library: Library) -> str:
-        """Tells what its pictures depend on: its settings and the contents of its files, not their names."""
+    def digest(self, library: Library, steps: int) -> str:
+        """Tells what its pictures depend on, in a run of so many steps: its settings and the contents of its files, not
+        their names."""
         without: dict[str, Any] = {"title": True, "weights": True, "file": True, "guidance": {"noise_guide": True}}
         settings = self.model_dump(mode="json", exclude=without)
         preset = PRESETS.get(str(self.guidance.preset or self.guidance.best_of)) if self.guidance else None
         # How many noises a preset's evaluations look at changes with how these are reckoned.
         named = self.guidance is not None and isinstance(self.guidance.best_of, str)
-        reckoned = self.guidance.settings(_ANY_RUN).best_of if self.guidance and named else None
+        reckoned = self.guidance.settings(steps).best_of if self.guidance and named else None
         guide = self.noise_guide(library)
         return repr(
             (

@@ -78,14 +78,14 @@ def _of_folder(people: People, out: Path) -> list[ReferencePerson]:
     folder = Path(people.source).expanduser()
     if not folder.is_dir():
         raise EvaluationError(f"people.source is {people.source}, which is no folder: give one with a face a picture.")
+    chosen = slice(people.first, None if people.count is None else people.first + people.count)
     if any(folder.glob("shard-*.tar")):
-        files = _of_shards(folder)
+        files = _of_shards(folder)[chosen]
     else:
         if others := passed_over(folder):
             print(others, file=sys.stderr)
-        paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES)
-        drawn = paths[people.first : None if people.count is None else people.first + people.count]
-        for first, second in itertools.pairwise(sorted(drawn, key=lambda p: p.stem)):
+        paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES)[chosen]
+        for first, second in itertools.pairwise(sorted(paths, key=lambda p: p.stem)):
             if first.stem == second.stem:
                 raise EvaluationError(
                     f"people.source holds {first.name} and {second.name}, which would be one person, {first.stem}: "
@@ -93,8 +93,7 @@ def _of_folder(people: People, out: Path) -> list[ReferencePerson]:
                 )
         files = [(p.stem, p.read_bytes) for p in paths]  # read when their turn comes
     targets = Path(people.targets).expanduser() if people.targets else None
-    last = None if people.count is None else people.first + people.count
-    return [one(name, load(), out, targets) for name, load in files[people.first : last]]
+    return [one(name, load(), out, targets) for name, load in files]
 
 
 def _of_shards(folder: Path) -> list[tuple[str, Callable[[], bytes]]]:

@@ -169,7 +169,7 @@ def scores(run: EvaluationRun) -> str:
     out = io.StringIO()
     rows = csv.writer(out, lineterminator="\n")
     about = ["method", "weight", "backend", "person", "kind", "prompt", "seed", "picture", "reference", "seconds"]
-    rows.writerow([*about, *(measure.title for measure in run.measures.values())])
+    rows.writerow([*about, *(f"{name}: {measure.title}" for name, measure in run.measures.items())])
     for arm in run.all_arms():
         values = {name: run.values(arm, measure) for name, measure in run.measures.items()}
         for number, person in enumerate(run.people):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -72,7 +72,9 @@ class EvaluationRun:
         self._drawing = protocol.drawing.model_dump_json()
         self._cases: dict[tuple[Arm, PictureJob], tuple[Case, dict[str, object]]] = {}
         self._targets: dict[Path, str] = {}
-        self._digests = {name: method.digest(world.library) for name, method in self.methods.items()}
+        self._digests = {
+            name: method.digest(world.library, protocol.drawing.steps) for name, method in self.methods.items()
+        }
 
     def _check(self) -> None:
         if unknown := [b for b in self.protocol.backends if b not in NAMES]:
@@ -110,12 +112,17 @@ class EvaluationRun:
                 f"{missing[0][1]}): take it out of people.source, or give a picture that shows one face clearly."
             )
 
-    def _check_targets(self, people: Sequence[ReferencePerson]) -> None:
-        """The same of how they truly look under the prompts, where that is known."""
+    def _check_targets(self) -> None:
+        """The same of how this worker's people truly look under the prompts, where that is known and not judged yet."""
         missing = {}
         for name, measure in self.measures.items():
-            if measure.judge and TARGET in measure.needs and measure.missing is not None:
-                for person, prompt in product(people, self.prompts):
+            if not measure.judge or TARGET not in measure.needs or measure.missing is None:
+                continue
+            for person in self.own_people:
+                left = [
+                    job for arm, job in product(self.all_arms(), self.jobs([person])) if self._waits(measure, arm, job)
+                ]
+                for prompt in dict.fromkeys(job.prompt for job in left):
                     target = person.target(prompt)
                     if target is None:
                         continue
@@ -187,21 +194,27 @@ class EvaluationRun:
         for arm in self.all_arms():
             method = self.methods[arm.method]
             if isinstance(method, BestOf) and method.same_time_as:
-                pair = self.timed(method.of, method.same_time_as, arm.weight, arm.backend)
-                count = self.store.counted(self.count_key(*pair)) or self.counted_before(arm)
+                count = self.counted(method.of, method.same_time_as, arm.weight, arm.backend)
                 if count is not None:
                     of = method.of + (f", {arm.weight:g}" if len(method.weights) > 1 else "")
                     found[f"{arm.backend}: {of} in the time of {method.same_time_as}"] = count
         return found
 
-    def counted_before(self, arm: Arm) -> int | None:
-        """The count of a best of so many in the folder of an evaluation that named counts by methods alone, where
-        pictures by it are there."""
-        method = self.methods[arm.method]
-        assert isinstance(method, BestOf)
-        known = self.store.counted_by_name(f"{arm.backend}: {method.of} in the time of {method.same_time_as}")
-        drawn = (self.store.has(self.key(arm.method, job, arm.weight, arm.backend)) for job in self.jobs())
-        return known if known is not None and any(drawn) else None
+    def counted(self, method: str, other: str, weight: float, backend: str) -> int | None:
+        """Tells how many pictures of a method fit into the time of one of another's, where that was found before. An
+        earlier version of this code named counts by the methods alone; that one holds where pictures by it are there.
+        """
+        by_name = self.store.counted_by_name(f"{backend}: {method} in the time of {other}")
+        if by_name is not None:
+            choosers = [
+                n
+                for n, m in self.methods.items()
+                if isinstance(m, BestOf) and (m.of, m.same_time_as) == (method, other)
+            ]
+            keys = (self.key(name, job, weight, backend) for name in choosers for job in self.jobs())
+            if any(self.store.has(key) for key in keys):
+                return by_name
+        return self.store.counted(self.count_key(*self.timed(method, other, weight, backend)))
 
     def count_key(self, own: Arm, theirs: Arm) -> str:
         """The content key of how many pictures of an arm fit into the time of one of another's."""
@@ -210,6 +223,7 @@ class EvaluationRun:
 
     def draw(self) -> None:
         """Draw what is missing of this worker's people. The same call again goes on where it stopped."""
+        self._check_targets()
         for name in self.protocol.backends:
             jobs = self.jobs(self.own_people)
             todo = [
@@ -217,7 +231,6 @@ class EvaluationRun:
             ]
             if not todo:
                 continue
-            self._check_targets(list(dict.fromkeys(job.person for _, _, job in todo)))
             setting = Setting(
                 self.world.files, self.protocol.drawing, self.world.library, self.methods, self.world.open_host
             )
@@ -238,12 +251,14 @@ class EvaluationRun:
         return sum(not self._is_done(arm, job) for arm in self.all_arms() for job in self.jobs())
 
     def _is_done(self, arm: Arm, job: PictureJob) -> bool:
+        there = self.store.has(str(self.case(arm, job)[1]["picture"]))
+        return there and not any(self._waits(measure, arm, job) for measure in self.measures.values())
+
+    def _waits(self, measure: OpenedMeasure, arm: Arm, job: PictureJob) -> bool:
+        """Tells whether a measure has yet to judge a picture of which it can say something."""
         case, depends = self.case(arm, job)
-        return self.store.has(str(depends["picture"])) and all(
-            self.score_key(measure, case, depends) in self.store.scores
-            for measure in self.measures.values()
-            if all(case.has(need) for need in measure.needs)
-        )
+        can = all(case.has(need) for need in measure.needs)
+        return can and self.score_key(measure, case, depends) not in self.store.scores
 
     # --- scores
 
@@ -300,9 +315,8 @@ class EvaluationRun:
         for arm, job in product(self.all_arms(), self.jobs(self.own_people)):
             case, depends = self.case(arm, job)
             for name, measure in self.measures.items():
-                key = self.score_key(measure, case, depends)
-                if all(case.has(need) for need in measure.needs) and key not in self.store.scores:
-                    todo.append((name, measure, key, case, depends["picture"]))
+                if self._waits(measure, arm, job):
+                    todo.append((name, measure, self.score_key(measure, case, depends), case, depends["picture"]))
         if todo:
             say(f"{len(todo)} scores are to be measured")
         for name, measure, key, case, picture in _with_progress(todo, "scores"):
@@ -385,12 +399,10 @@ class _Desk:
 
     def count_in_the_time_of(self, method: str, other: str, weight: float) -> int:
         run = self._run
+        known = run.counted(method, other, weight, self._name)
+        if known is not None:
+            return known
         arms = run.timed(method, other, weight, self._name)
-        for name, chooser in run.methods.items():  # of a folder that was begun before counts had keys
-            if isinstance(chooser, BestOf) and (chooser.of, chooser.same_time_as) == (method, other):
-                before = run.counted_before(Arm(name, weight, self._name))
-                if before is not None:
-                    return before
 
         def found() -> int:
             own, theirs = (run.seconds(arm) for arm in arms)

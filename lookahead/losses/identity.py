@@ -175,8 +175,7 @@ class IdentityLoss:
         return replace(self, memory=Memory(), generator=generator)
 
     def rebind_rng(self, generator: torch.Generator) -> IdentityLoss:
-        """Gives the same run's loss another generator. What the run has seen is known, and what is
-        seen by it stays its own."""
+        """Gives this run's loss another generator, and a copy of what it remembers."""
         return replace(self, memory=None if self.memory is None else self.memory.copy(), generator=generator)
 
     def __call__(self, preview: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -190,10 +189,8 @@ class IdentityLoss:
         where it alone counts and log(m) where all are alike (WithAnyone, arXiv 2510.14975)."""
         seen, values, valid = self._compared(preview, rows)
         everyone = self.references.embeddings.to(seen)
-        own = torch.arange(len(seen)) if rows is None else rows.cpu()
-        contrast = F.cross_entropy(
-            seen @ everyone.T / TEMPERATURE, own.to(seen.device) % len(everyone), reduction="none"
-        )
+        index = torch.arange(len(seen), device=seen.device) if rows is None else rows.to(seen.device)
+        contrast = F.cross_entropy(seen @ everyone.T / TEMPERATURE, index % len(everyone), reduction="none")
         return values, valid, torch.where(valid, contrast, 0.0)
 
     def _compared(self, preview: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -108,8 +108,7 @@ class PeopleLoss:
         return replace(self, memory=Assignments(), generator=generator)
 
     def rebind_rng(self, generator: torch.Generator) -> PeopleLoss:
-        """Gives the same run's loss another generator. What the run has seen is known, and what is
-        seen by it stays its own."""
+        """Gives this run's loss another generator, and a copy of what it remembers."""
         return replace(self, memory=None if self.memory is None else self.memory.copy(), generator=generator)
 
     def __call__(self, preview: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:

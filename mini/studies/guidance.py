@@ -370,7 +370,8 @@ def presets_page(figures: Table, costs: Mapping[str, float], seconds: Mapping[st
     first = ["--references", str(len(people))] if len(people) != PEOPLE["presets"] else []
     first += ["--first", str(people.start)] if people.start else []
     gains = (f"{name}, {what}" for name in measures[:2] for what in ("gain", f"gain over {AS_MANY}"))
-    columns = [*measures, *gains, *(f"{measures[0]}, {OVER_INSTANT}",)]
+    columns = [*measures, *gains, f"{measures[0]}, {OVER_INSTANT}"]
+    columns = [column for column in columns if any(column in of_arm for of_arm in figures.values())]
     setup = {"steps": STEPS, "sampler": SAMPLER, "scheduler": SCHEDULER, "cfg": CFG, "batch": BATCH}
     return render(
         "guidance_presets.md.jinja",

@@ -1,4 +1,5 @@
-"""What the studies share: prompts, pictures in and out of a host, and how figures become a page of docs/."""
+"""What the studies share: prompts, how many people each draws, pictures in and out of a host, and how figures become a
+page of docs/."""
 
 from __future__ import annotations
 

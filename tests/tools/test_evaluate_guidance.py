@@ -167,7 +167,7 @@ def test_pictures_of_a_noise_guide_hang_on_its_contents_not_on_its_name(tmp_path
 
     def digest(name, **more):
         method = METHODS["none"](guidance=GuidanceOption(noise_guide=str(file[name]), **more))
-        return method.digest(Library())
+        return method.digest(Library(), 50)
 
     assert digest("one") == digest("same") != digest("other")
     assert digest("one") != digest("one", start=0.12), "as the file says is not the node's own place"
@@ -192,9 +192,9 @@ def test_pictures_drawn_before_are_found_and_a_preset_that_changes_is_drawn_agai
     plain = GuidanceOption().model_dump(mode="json")
     assert plain == {"kind": "lookahead", "start": 0.12, "iterations": None, "step_size": None}
     quick = METHODS["none"](guidance=GuidanceOption(preset="quick"))
-    before = quick.digest(None)
+    before = quick.digest(None, 50)
     monkeypatch.setitem(PRESETS, "quick", PRESETS["strong"])
-    assert quick.digest(None) != before
+    assert quick.digest(None, 50) != before
 
 
 def test_the_work_of_guidance_counts_what_skips_the_unet():

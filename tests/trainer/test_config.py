@@ -46,6 +46,14 @@ def test_a_mistake_is_named_with_its_cure(change, said):
         from_values(SMALL | change)
 
 
+def test_with_contrast_a_run_goes_on_with_as_many_samples_at_a_time():
+    plain, contrast = (
+        from_values(SMALL | {"lookahead": {"arm": "x0", **more}, "model": WITH_X0}) for more in ({}, {"contrast": 0.1})
+    )
+    assert plain.free - contrast.free == {"accumulate"} and contrast.free < plain.free
+    assert (plain.least_rows, contrast.least_rows) == (1, 2)
+
+
 @pytest.mark.parametrize(
     ("word", "ours"),
     [

@@ -321,6 +321,13 @@ def test_contrast_adds_infonce_over_the_people_of_the_batch(make_step, batch, dr
     added = after.loss - before.loss
     assert added.item() == pytest.approx(0.5 * contrast.sum().item() / N, rel=1e-4) and added > 0
     assert torch.equal(after.terms["contrast"], contrast.detach()) and before.terms == {}
+    half = replace(draws, strength=torch.full((N,), 0.5))
+    weighing = {"contrast": 0.5, "weigh_by_strength": True}
+    weighed, alone = (
+        make_step(lookahead=more)("lookahead", batch, half) for more in (weighing, weighing | {"contrast": 0})
+    )
+    said = weighed.terms["contrast"]  # without any weight
+    assert (weighed.loss - alone.loss).item() == pytest.approx(0.5 * 0.5 * said.sum().item() / N, rel=1e-3)
 
 
 # -- PuLID's alignment of passes with and without the person

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import fresh
 import pytest
@@ -25,7 +26,7 @@ from lcm_lookahead.trainer.lookahead.step import Batch, Step
 from lcm_lookahead.trainer.lookahead.validate import Probes, validate
 from lcm_lookahead.trainer.memory import out_of_memory, spilled
 from lcm_lookahead.trainer.seeds import generator
-from lcm_lookahead.trainer.train import TrainingError, train
+from lcm_lookahead.trainer.train import TrainingError, _check_processes, train
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -133,6 +134,20 @@ def test_a_kv_encoder_at_rate_0_stays_the_base_and_the_rest_learns(tmp_path):
     begun = make_step(settings(tmp_path)).encoder.state_dict()
     changed = {k.split(".")[0] for k, v in step.encoder.state_dict().items() if not torch.equal(v, begun[k])}
     assert changed and "kv" not in changed and encoder_file.read(path).kv
+    # No gradient either, which would count in the norm that is clipped.
+    assert not any(p.requires_grad for p in step.encoder.kv.parameters())
+    c = settings(tmp_path, optimiser={"kv_rate": 0.0})
+    assert len(LookaheadRecipe(c, make_step(c)).groups()) == 1
+
+
+def test_processes_that_leave_a_sample_nothing_to_compare_with_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    four, two = (SimpleNamespace(num_processes=n, device=torch.device("cpu")) for n in (4, 2))
+    c = settings(tmp_path, lookahead={"contrast": 0.1}, batch=4)
+    with pytest.raises(TrainingError, match="computes 1 at a time, and a loss of this run compares 2 or more"):
+        _check_processes(four, c)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    _check_processes(two, c)
 
 
 class Killed(BaseException):

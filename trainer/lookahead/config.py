@@ -121,7 +121,9 @@ class Optimiser(BaseOptimiser):
     FIRST = ("adapter_rate", "kv_rate")
     adapter_rate: Positive = Field(1e-5, description="learning rate of Resampler and image prompt projections")
     kv_rate: Annotated[float, Field(ge=0)] = Field(
-        5e-6, description="learning rate of the KV encoder; 0 leaves it frozen: the base itself"
+        5e-6,
+        description="learning rate of the KV encoder; 0 leaves it as it begins, which is the base itself unless "
+        "model.start has one",
     )
 
 
@@ -186,6 +188,15 @@ class Config(RunConfig):
     optimiser: Optimiser = Optimiser()
     validation: Validation = Validation()
 
+    @property
+    def free(self) -> frozenset[str]:
+        # With contrast the others of a preview are those that are computed with it.
+        return self.FREE - {"accumulate"} if self.lookahead.contrast else self.FREE
+
+    @property
+    def least_rows(self) -> int:
+        return 2 if self.lookahead.contrast else 1
+
     @model_validator(mode="after")
     def _complete(self) -> Config:
         needed = {"none": (), "x0": ("vae", "recogniser"), "shortcut": ("vae", "recogniser", "shortcut")}
@@ -199,7 +210,7 @@ class Config(RunConfig):
             raise ValueError(
                 "lookahead.contrast compares previews, and lookahead.arm is 'none': choose 'x0' or 'shortcut'"
             )
-        if self.lookahead.contrast and self.batch < 2 * self.accumulate:
+        if self.batch < self.least_rows * self.accumulate:
             raise ValueError(
                 f"lookahead.contrast compares a preview with others, and batch {self.batch} with accumulate "
                 f"{self.accumulate} computes one at a time: raise batch, or lower accumulate"

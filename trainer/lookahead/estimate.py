@@ -142,6 +142,7 @@ class _Key(NamedTuple):
     align: str
     aligns_person: bool
     ranks: tuple[int, int]
+    trains_kv: bool
 
 
 class _Sample(NamedTuple):
@@ -159,7 +160,15 @@ def _key(config: Config, shapes: Shapes) -> _Key:
     ranks = (config.model.kv_rank, config.model.export_rank) if config.model.kv else (0, 0)
     ahead = config.lookahead.arm, config.lookahead.align, config.lookahead.aligns_person
     size = shapes.size or config.data.size
-    return _Key(replace(shapes, size=None, images=None), size, config.precision, config.checkpointing, *ahead, ranks)
+    return _Key(
+        replace(shapes, size=None, images=None),
+        size,
+        config.precision,
+        config.checkpointing,
+        *ahead,
+        ranks,
+        config.optimiser.kv_rate > 0,
+    )
 
 
 @lru_cache(maxsize=8)
@@ -168,6 +177,7 @@ def _one_sample(key: _Key) -> _Sample:
     unet, sizes, patches = configs.unet(json.loads(shapes.unet)), shapes.resampler, shapes.patches
     with torch.device("meta"):
         encoder = Encoder(unet, sizes, *key.ranks)
+        encoder.kv.requires_grad_(key.trains_kv)
         shortcut = lora.build(unet, shapes.lora_rank).requires_grad_(False) if key.arm == "shortcut" else None
         preview = Preview(AutoencoderTiny().requires_grad_(False)) if ahead else None
         for module in (unet, shortcut):
@@ -190,7 +200,8 @@ def _one_sample(key: _Key) -> _Sample:
 
 def _trained_parts(encoder: Encoder) -> dict[str, list[nn.Parameter]]:
     parts = {"Resampler": [*encoder.image_proj.parameters()], "image prompt K, V": [*encoder.ip_adapter.parameters()]}
-    return parts | ({"KV encoder": [*encoder.kv.parameters()]} if encoder.kv else {})
+    kv = [p for p in encoder.kv.parameters() if p.requires_grad]
+    return parts | ({"KV encoder": kv} if kv else {})
 
 
 def _batch(step: Step, shape: tuple[int, ...], sizes: ResamplerSizes, patches: int, size: int) -> Batch:
@@ -333,7 +344,7 @@ def savings(cost: Cost) -> dict[str, float]:
         ("checkpointing", "blocks"),
         ("checkpointing", "all"),
         ("norms_every", 0),
-        ("accumulate", each),
+        ("accumulate", next(n for n in range(max(1, each // config.least_rows), 0, -1) if each % n == 0)),
         ("ema", 0),
     ]
     if config.precision == "fp32":

@@ -115,11 +115,6 @@ class Step(nn.Module):
         contrast = None
         if ahead.contrast:
             assert isinstance(batch.loss, IdentityLoss)  # every source gives this one
-            if len(latent) < 2:
-                raise ValueError(
-                    "lookahead.contrast compares a preview with others, and one sample is computed at a time: raise "
-                    "batch, lower accumulate or the number of processes, or set it to 0."
-                )
             values, valid, contrast = batch.loss.among(picture)
         else:
             values, valid = batch.loss(picture)
@@ -131,9 +126,9 @@ class Step(nn.Module):
         loss = ahead.weight * weighed.sum() / len(values)
         if contrast is not None:
             contrast = torch.where(valid, contrast, 0.0)
-            contrast = contrast * draws.strength if ahead.weigh_by_strength else contrast
-            loss = loss + ahead.contrast * contrast.sum() / len(values)
             terms["contrast"] = contrast.detach()
+            weighed = contrast * draws.strength if ahead.weigh_by_strength else contrast
+            loss = loss + ahead.contrast * weighed.sum() / len(values)
         if ahead.align != "strength":
 
             def predict(z: Tensor, draws: Draws, t: Tensor, strength: float) -> Tensor:
