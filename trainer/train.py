@@ -150,8 +150,8 @@ def _check_processes(accelerator: Accelerator, config: RunConfig) -> None:
     if rows < config.least_rows:
         raise TrainingError(
             f"batch {config.batch} over {processes} processes with accumulate {config.accumulate} computes {rows} at a "
-            f"time, and a loss of this run compares {config.least_rows} or more: raise batch, or lower accumulate or the "
-            "number of processes."
+            f"time, and a loss of this run compares {config.least_rows} or more: raise batch, or lower accumulate or "
+            "the number of processes."
         )
 
 
