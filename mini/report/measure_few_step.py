@@ -162,6 +162,31 @@ def previews(world: World, n: int = 128, seed: int = 11, personal: bool = False)
     return figures
 
 
+@torch.no_grad()
+def contents(world: World, n: int = 128, seed: int = 15) -> Intervals:
+    """Measure how often a preview of a run without a prompt shows the style and the place of the picture that it
+    foresees: what guidance by words goes by, where nothing else asks for them."""
+    right: dict[tuple[str, int], list[Tensor]] = {}
+    for first in range(0, n, CHUNK):
+        run = run_with_previews(world, [""] * min(CHUNK, n - first), seed * 1000 + first)
+        finished = world.picture(run.finished)
+        for name, foreseen in run.foreseen.items():
+            for t, z in zip(run.steps, foreseen, strict=True):
+                shown = world.picture(z)
+                hits = world.style(shown) == world.style(finished), world.place(shown) == world.place(finished)
+                right.setdefault((name, t), []).append(torch.stack(hits, 1).double())
+    shares = {key: torch.cat(hits) for key, hits in right.items()}
+    figures: Intervals = {}
+    for s, t in zip(SHARES, run.steps, strict=True):
+        for column, what in enumerate(("style", "place")):
+            own = {name: shares[name, t][:, column] for name in METHODS}
+            figures |= {f"{s:.0%} (t={t}), {name}: {what}": _interval(hits) for name, hits in own.items()}
+            for other in METHODS[:2]:
+                less = own["LCM-LoRA"] - own[other]
+                figures[f"{s:.0%} (t={t}), LCM-LoRA minus {other}: {what}"] = _interval(less)
+    return figures
+
+
 def draw_previews(world: World, prompts: list[str], path: Path, seed: int = 5, personal: bool = False) -> None:
     """PNG: rows are time steps, columns the methods and the finished picture, for every prompt side by side."""
     from PIL import Image, ImageDraw

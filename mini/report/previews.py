@@ -16,13 +16,14 @@ from .measure_few_step import DDIM_STEPS, METHODS, SHARES
 
 PROMPTS = ["a photo of a face in a forest", "a pencil drawing of a face", "a comic of a face at night"]
 NAME = "previews"  # of the page and its files
+WITHOUT_PROMPT = "without a prompt"
 
 
 def write(out: Path, count: int) -> Path:
     """Measure and write previews.md, .json and two pictures into `out`; returns the page's path.
 
-    count: prompts, each a held-out person's caption with noise of its own; of base and LCM-LoRA alone, and of both with
-    the LoRA of one person.
+    count: prompts, each a held-out person's caption with noise of its own; of base and LCM-LoRA alone, of both with the
+    LoRA of one person, and as many runs without a prompt.
     """
     world = measure_few_step.shipped_world()
     out.mkdir(parents=True, exist_ok=True)
@@ -36,6 +37,8 @@ def write(out: Path, count: int) -> Path:
         with Image.open(drawn) as image:
             image.convert("RGB").save(drawn.with_suffix(".jpg"), quality=88)
         drawn.unlink()
+    found = measure_few_step.contents(world, count)
+    figures[WITHOUT_PROMPT] = {_without_time(key): value for key, value in found.items()}
     (out / f"{NAME}.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     (out / f"{NAME}.md").write_text(page(figures, count), encoding="utf-8")
     return out / f"{NAME}.md"
@@ -45,7 +48,12 @@ def page(figures: Mapping[str, Mapping[str, Interval]], count: int) -> str:
     """previews.md."""
     pages = templates(Path(__file__).parent)
     return pages.get_template("previews.md.jinja").render(
-        figures=figures, shares=[f"{share:.0%}" for share in SHARES], methods=METHODS, count=count, steps=DDIM_STEPS
+        figures={name: found for name, found in figures.items() if name != WITHOUT_PROMPT},
+        without=figures.get(WITHOUT_PROMPT),
+        shares=[f"{share:.0%}" for share in SHARES],
+        methods=METHODS,
+        count=count,
+        steps=DDIM_STEPS,
     )
 
 

@@ -293,10 +293,11 @@ def page(figures: dict[str, Table], count: int, first: int = 0) -> str:
         losses[loss] = {"arms": arms, "rows": rows}
     setup = {"steps": STEPS, "sampler": SAMPLER, "scheduler": SCHEDULER, "cfg": CFG, "batch": BATCH}
     drawn = {arm for arms in figures.values() for arm in arms}
+    numbers = bool(drawn - {NONE, *STRONGER.values()})
     about = {
         "stronger": STRONG if drawn & set(STRONGER.values()) else "",
-        "numbers": bool(drawn - {NONE, *STRONGER.values()}),
-        "losses_named": "" if set(figures) == set(LOSSES) else " ".join(figures),
+        "numbers": numbers,
+        "losses_named": "" if numbers else " ".join(figures),
         "first": first,
         "burnt": any("burnt" in of_arm for arms in figures.values() for of_arm in arms.values()),
     }

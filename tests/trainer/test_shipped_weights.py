@@ -141,6 +141,8 @@ def test_lookahead_mini_previews_writes_what_previews_foresee_of_the_shipped_bas
     monkeypatch.setattr(previews, "PROMPTS", previews.PROMPTS[:1])
     page = previews.write(tmp_path / "docs", 2)
     figures = json.loads(page.with_suffix(".json").read_text())
+    contents = figures.pop("without a prompt")
+    assert len(contents) == 2 * 10 and all(0 <= contents[f"50%, {who}: place"][0] <= 1 for who in ("LCM-LoRA", "x0"))
     assert figures.keys() == {"base", "with a personal LoRA"}
     for arm in figures.values():
         assert len(arm) == 2 * 10
@@ -148,4 +150,4 @@ def test_lookahead_mini_previews_writes_what_previews_foresee_of_the_shipped_bas
         assert gain[0] == pytest.approx(lcm[0] - x0[0], abs=1e-5)
     pictures = {path.name for path in page.parent.glob("*.jpg")}
     assert pictures == {"previews_base.jpg", "previews_lora.jpg"} and not list(page.parent.glob("*.png"))
-    assert all(name in page.read_text() for name in pictures)
+    assert all(name in page.read_text() for name in (*pictures, "## Without a prompt"))
