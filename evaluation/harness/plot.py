@@ -11,7 +11,8 @@ import numpy as np
 from ..stats import Interval
 
 COLOURS = ("#1f5fa8", "#c8501e", "#2a8a4a", "#8a4bb0", "#b0902a", "#3aa0a8", "#a83a6a", "#5a5a60")
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 720, 460, 62, 46, 16, 220
+LEFT, INNER, HEIGHT, BOTTOM, TOP = 62, 440, 460, 46, 16  # INNER: width of what has axes
+LEGEND, LETTER = 34, 6.8  # where names begin right of it; width of a letter at their size, 12
 
 
 class Point(NamedTuple):
@@ -30,15 +31,16 @@ def plot(curves: Sequence[tuple[str, Sequence[Point]]], x_title: str, y_title: s
 
     def across(value: float) -> float:
         share = (value - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
-        return LEFT + min(1.0, max(0.0, share)) * (WIDTH - LEFT - RIGHT)
+        return LEFT + min(1.0, max(0.0, share)) * INNER
 
     def up(value: float) -> float:
         share = (value - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
         return HEIGHT - BOTTOM - min(1.0, max(0.0, share)) * (HEIGHT - BOTTOM - TOP)
 
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif">']
-    parts.append(f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>')
-    end, low = WIDTH - RIGHT, HEIGHT - BOTTOM
+    end, low = LEFT + INNER, HEIGHT - BOTTOM
+    width = round(end + LEGEND + LETTER * max((len(name) for name, _ in shown), default=0) + 8)
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {HEIGHT}" font-family="sans-serif">']
+    parts.append(f'<rect width="{width}" height="{HEIGHT}" fill="#fff"/>')
     for value in x_ticks:
         x = across(value)
         parts.append(f'<path d="M{x:.1f} {TOP}V{low}" stroke="#e6e6e4"/>')
@@ -66,10 +68,15 @@ def plot(curves: Sequence[tuple[str, Sequence[Point]]], x_title: str, y_title: s
             parts.append(f'<path d="{cross}" stroke="{colour}" opacity=".45"/>')
             parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>')
             if p.label:
-                parts.append(f'<text x="{x + 6:.1f}" y="{y - 6:.1f}" font-size="10">{escape(p.label)}</text>')
+                # Left of its point where it would get into the names.
+                side, anchor = (6, "start") if x + 6 + LETTER * len(p.label) < end else (-6, "end")
+                parts.append(
+                    f'<text x="{x + side:.1f}" y="{y - 6:.1f}" font-size="10" text-anchor="{anchor}">'
+                    f"{escape(p.label)}</text>"
+                )
         y = TOP + 14 + 19 * number
-        parts.append(f'<circle cx="{end + 16}" cy="{y - 4}" r="4" fill="{colour}"/>')
-        parts.append(f'<text x="{end + 26}" y="{y}" font-size="12">{escape(name[:34])}</text>')
+        parts.append(f'<circle cx="{end + LEGEND - 10}" cy="{y - 4}" r="4" fill="{colour}"/>')
+        parts.append(f'<text x="{end + LEGEND}" y="{y}" font-size="12">{escape(name)}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 

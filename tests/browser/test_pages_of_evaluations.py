@@ -9,6 +9,8 @@ from lcm_lookahead.cli import main
 from lcm_lookahead.cli.world import world_of
 from lcm_lookahead.evaluation import preference
 from lcm_lookahead.evaluation.harness import protocol, run
+from lcm_lookahead.evaluation.harness.plot import Point, plot
+from lcm_lookahead.evaluation.stats import Interval
 from lcm_lookahead.host import page as tool
 
 VALUES = {
@@ -152,3 +154,19 @@ def test_a_judge_answers_in_the_study_and_the_answers_are_kept_and_sent(study, k
     assert [(v.question, v.answers, v.judges) for v in verdicts] == [
         (question, pairs, 1) for question in ("identity", "prompt")
     ]
+
+
+def test_a_plot_shows_long_names_whole_and_keeps_weights_out_of_them(tmp_path):
+    edge, middle = (Point(Interval(x, x - 0.05, x), Interval(0.5, 0.4, 0.6), f"{x:g}") for x in (1.0, 0.9))
+    drawn = plot([("a method with a long title, its image prompt alone (diffusers)", [middle, edge])], "prompt", "face")
+    (tmp_path / "plot.html").write_text(f"<title>plot</title>{drawn}", encoding="utf-8")
+    with Paper((tmp_path / "plot.html").as_uri(), (1000, 600)) as page:
+        assert page.complaints() == []
+        name, weights, whole = page.evaluate(
+            """(svg => { const box = e => [e.getBoundingClientRect().left, e.getBoundingClientRect().right];
+                return [box([...svg.querySelectorAll('text')].at(-1)),
+                    [...svg.querySelectorAll('text[font-size="10"]')].map(box), box(svg)];
+            })(document.querySelector('svg'))"""
+        )
+    assert len(weights) == 2 and whole[0] < name[0] < name[1] < whole[1]
+    assert all(right < name[0] - 10 for _, right in weights)  # with the dot of the legend between them
