@@ -157,11 +157,13 @@ def test_a_judge_answers_in_the_study_and_the_answers_are_kept_and_sent(study, k
 
 
 def test_a_plot_shows_long_names_whole_and_keeps_weights_out_of_them(tmp_path):
-    edge, middle = (Point(Interval(x, x - 0.05, x), Interval(0.5, 0.4, 0.6), f"{x:g}") for x in (1.0, 0.9))
-    drawn = plot([("a method with a long title, its image prompt alone (diffusers)", [middle, edge])], "prompt", "face")
+    edge, middle = (Point(Interval(x, x - 0.05, x), Interval(0.5, 0.4, 0.6), f"{x:g}") for x in (0.95, 0.9))
+    title = "a method with a long title, its image prompt alone (diffusers)"
+    drawn = plot([(title, [middle, edge])], "prompt", "face")
     (tmp_path / "plot.html").write_text(f"<title>plot</title>{drawn}", encoding="utf-8")
     with Paper((tmp_path / "plot.html").as_uri(), (1000, 600)) as page:
         assert page.complaints() == []
+        assert page.evaluate("[...document.querySelectorAll('svg text')].at(-1).textContent") == title
         name, weights, whole = page.evaluate(
             """(svg => { const box = e => [e.getBoundingClientRect().left, e.getBoundingClientRect().right];
                 return [box([...svg.querySelectorAll('text')].at(-1)),
@@ -169,4 +171,4 @@ def test_a_plot_shows_long_names_whole_and_keeps_weights_out_of_them(tmp_path):
             })(document.querySelector('svg'))"""
         )
     assert len(weights) == 2 and whole[0] < name[0] < name[1] < whole[1]
-    assert all(right < name[0] - 10 for _, right in weights)  # with the dot of the legend between them
+    assert all(right < name[0] - 14 for _, right in weights)  # with the dot of the legend between them
