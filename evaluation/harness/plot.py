@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
+from unicodedata import east_asian_width
 
 import numpy as np
 
@@ -38,7 +39,7 @@ def plot(curves: Sequence[tuple[str, Sequence[Point]]], x_title: str, y_title: s
         return HEIGHT - BOTTOM - min(1.0, max(0.0, share)) * (HEIGHT - BOTTOM - TOP)
 
     end, low = LEFT + INNER, HEIGHT - BOTTOM
-    width = round(end + LEGEND + LETTER * max((len(name) for name, _ in shown), default=0) + 8)
+    width = round(end + LEGEND + LETTER * max((letters(name) for name, _ in shown), default=0) + 8)
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {HEIGHT}" font-family="sans-serif">']
     parts.append(f'<rect width="{width}" height="{HEIGHT}" fill="#fff"/>')
     for value in x_ticks:
@@ -78,6 +79,11 @@ def plot(curves: Sequence[tuple[str, Sequence[Point]]], x_title: str, y_title: s
         parts.append(f'<circle cx="{end + LEGEND - 10}" cy="{y - 4}" r="4" fill="{colour}"/>')
         parts.append(f'<text x="{end + LEGEND}" y="{y}" font-size="12">{escape(name)}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def letters(text: str) -> int:
+    """Counts the letters of a text, those of East Asia as two each."""
+    return sum(2 if east_asian_width(letter) in "WF" else 1 for letter in text)
 
 
 def ticks(values: Sequence[float], most: int = 6) -> list[float]:

@@ -165,13 +165,14 @@ def previews(world: World, n: int = 128, seed: int = 11, personal: bool = False)
 @torch.no_grad()
 def contents(world: World, n: int = 128, seed: int = 15) -> Intervals:
     """Measure how often a preview of a run without a prompt shows the style and the place of the picture that it
-    foresees: what guidance by words goes by, where nothing else asks for them."""
+    foresees: what guidance by words goes by, where nothing else asks for them. With CFG it is the same, as the guided
+    and the unguided prompt are."""
     right: dict[tuple[str, int], list[Tensor]] = {}
     for first in range(0, n, CHUNK):
         run = run_with_previews(world, [""] * min(CHUNK, n - first), seed * 1000 + first)
         finished = world.picture(run.finished)
-        for name, foreseen in run.foreseen.items():
-            for t, z in zip(run.steps, foreseen, strict=True):
+        for name in ("x0", "LCM-LoRA"):
+            for t, z in zip(run.steps, run.foreseen[name], strict=True):
                 shown = world.picture(z)
                 hits = world.style(shown) == world.style(finished), world.place(shown) == world.place(finished)
                 right.setdefault((name, t), []).append(torch.stack(hits, 1).double())
@@ -179,11 +180,9 @@ def contents(world: World, n: int = 128, seed: int = 15) -> Intervals:
     figures: Intervals = {}
     for s, t in zip(SHARES, run.steps, strict=True):
         for column, what in enumerate(("style", "place")):
-            own = {name: shares[name, t][:, column] for name in METHODS}
-            figures |= {f"{s:.0%} (t={t}), {name}: {what}": _interval(hits) for name, hits in own.items()}
-            for other in METHODS[:2]:
-                less = own["LCM-LoRA"] - own[other]
-                figures[f"{s:.0%} (t={t}), LCM-LoRA minus {other}: {what}"] = _interval(less)
+            x0, lcm = (shares[name, t][:, column] for name in ("x0", "LCM-LoRA"))
+            for name, values in {"x0": x0, "LCM-LoRA": lcm, "LCM-LoRA minus x0": lcm - x0}.items():
+                figures[f"{s:.0%} (t={t}), {name}: {what}"] = _interval(values)
     return figures
 
 

@@ -156,9 +156,11 @@ def test_a_judge_answers_in_the_study_and_the_answers_are_kept_and_sent(study, k
     ]
 
 
-def test_a_plot_shows_long_names_whole_and_keeps_weights_out_of_them(tmp_path):
+@pytest.mark.parametrize(
+    "title", ["a method with a long title, its image prompt alone (diffusers)", "\u4e00\u5f20\u4eba\u8138" * 8]
+)
+def test_a_plot_shows_long_names_whole_and_keeps_weights_out_of_them(title, tmp_path):
     edge, middle = (Point(Interval(x, x - 0.05, x), Interval(0.5, 0.4, 0.6), f"{x:g}") for x in (0.95, 0.9))
-    title = "a method with a long title, its image prompt alone (diffusers)"
     drawn = plot([(title, [middle, edge])], "prompt", "face")
     (tmp_path / "plot.html").write_text(f"<title>plot</title>{drawn}", encoding="utf-8")
     with Paper((tmp_path / "plot.html").as_uri(), (1000, 600)) as page:

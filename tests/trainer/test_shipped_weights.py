@@ -142,7 +142,8 @@ def test_lookahead_mini_previews_writes_what_previews_foresee_of_the_shipped_bas
     page = previews.write(tmp_path / "docs", 2)
     figures = json.loads(page.with_suffix(".json").read_text())
     contents = figures.pop("without a prompt")
-    assert len(contents) == 2 * 10 and all(0 <= contents[f"50%, {who}: place"][0] <= 1 for who in ("LCM-LoRA", "x0"))
+    lcm, x0, gain = (contents[f"50%, {who}: place"][0] for who in ("LCM-LoRA", "x0", "LCM-LoRA minus x0"))
+    assert len(contents) == 2 * 6 and {lcm, x0} <= {0, 0.5, 1} and gain == lcm - x0
     assert figures.keys() == {"base", "with a personal LoRA"}
     for arm in figures.values():
         assert len(arm) == 2 * 10
